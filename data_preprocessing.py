@@ -1,0 +1,425 @@
+"""Raw rows of the Hub, a folder or the sample -> checked, split, tokenised rows in data/<study>/.
+
+    python data_preprocessing.py                  # all six tasks of the preset
+    python data_preprocessing.py sst2 squad_v2    # the named ones
+
+Prepared data carry a fingerprint of source, tokenizer, description and limits, so that a change
+prepares them anew and two settings lie side by side. Training calls `prepare` by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from config import (
+    DATA_SEED,
+    SPLITS,
+    TASKS,
+    Parser,
+    Settings,
+    UserError,
+    add_common_arguments,
+    guarded,
+    resolve_settings,
+)
+from data_sources import (
+    VALIDATION_ROWS,
+    benchmark_texts,
+    read_folder,
+    read_hub,
+    row_text,
+    source_folder,
+    source_identity,
+)
+from data_splits import overlap
+from dataset_descriptions import DatasetDescription, Row, describe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1  # of the prepared rows; a change of this file that changes them counts it up
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """One task's tokenised splits on disk, and the report of how they were made.
+
+    Columns: `row` (number in its split), `prompt`, `completion`, `references` (texts), `label`
+    (class or -1), `input_ids` (BOS if any, prompt, completion, EOS), `prompt_length`, `length`.
+    """
+
+    name: str
+    folder: Path
+    report: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.report["fingerprint"]
+
+    def split(self, name: str) -> Dataset:
+        from datasets import load_from_disk
+
+        return load_from_disk(str(self.folder / name))
+
+
+# -------------------------------------------------------------------------------- tokens
+
+
+def bos_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """[BOS] if the tokenizer begins a text with one (Llama 3 does, SmolLM2 does not), else []."""
+    first = tokenizer("a").input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def label_token_ids(
+    tokenizer: PreTrainedTokenizerFast, description: DatasetDescription
+) -> list[int]:
+    """The label words' tokens, in label order. Raises UserError unless each is one of its own."""
+    ids = [text_ids(tokenizer, " " + word) for word in description.label_words]
+    words = ", ".join(f"{w!r} -> {i}" for w, i in zip(description.label_words, ids, strict=True))
+    if any(len(i) != 1 for i in ids) or len({i[0] for i in ids}) != len(ids):
+        raise UserError(
+            f"{description.name}: this tokenizer does not tell the label words apart by one token"
+            f" each ({words}); choose other label_words in dataset_descriptions.py"
+        )
+    return [i[0] for i in ids]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Tokens of plain text: nothing added, and '<|...|>' in it is text, never a special token."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast,
+    description: DatasetDescription,
+    row: Row,
+    max_length: int,
+) -> dict[str, Any]:
+    """The row as tokens; the end of its passage is cut until all fits into `max_length`.
+
+    `problem` tells why the row cannot be used (or None); `cut` counts the tokens that went.
+    """
+    head, passage, tail = description.prompt_parts(row)
+    completion = description.completion(row)
+    completion_ids = [*text_ids(tokenizer, completion), tokenizer.eos_token_id]
+    bos = bos_ids(tokenizer)
+    room = max_length - len(bos) - len(completion_ids)
+    prompt_ids = text_ids(tokenizer, head + passage + tail)
+    whole, problem = len(prompt_ids), None
+    while len(prompt_ids) > room:
+        shorter = _shorten(tokenizer, head, passage, len(prompt_ids) - room)
+        if not shorter:
+            problem = "does not fit without its passage"
+            break
+        passage = shorter
+        prompt_ids = text_ids(tokenizer, head + passage + tail)
+    ids = bos + prompt_ids + completion_ids
+    return {
+        "prompt": head + passage + tail,
+        "completion": completion,
+        "references": description.references(row),
+        "label": row["label"] if description.is_classification else -1,
+        "input_ids": ids,
+        "prompt_length": len(bos) + len(prompt_ids),
+        "length": len(ids),
+        "cut": whole - len(prompt_ids),
+        "problem": problem or _answer_cut(description, row, passage),
+    }
+
+
+def _shorten(tokenizer: Any, head: str, passage: str, excess: int) -> str:
+    """The passage without its last `excess` tokens, ending at a word where it can; or ''."""
+    encoded = tokenizer(
+        passage, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
+    offsets = encoded["offset_mapping"]
+    if excess >= len(offsets):
+        return ""
+    kept = passage[: offsets[len(offsets) - excess][0]].rstrip()
+    words = kept.rsplit(maxsplit=1)
+    whole_word = len(kept) == len(passage) or passage[len(kept)].isspace()
+    return kept if whole_word or len(words) < 2 else words[0].rstrip()
+
+
+def _answer_cut(description: DatasetDescription, row: Row, passage: str) -> str | None:
+    """An answer that truncation took away would teach the model to make things up."""
+    if description.name != "squad_v2" or not row["answers"]["text"]:
+        return None
+    end = row["answers"]["answer_start"][0] + len(row["answers"]["text"][0])
+    lost = end > len(passage) + len(row["context"]) - len(row["context"].lstrip())
+    return "its answer was cut off" if lost else None
+
+
+# ------------------------------------------------------------------------------- prepare
+
+
+def prepare(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Sequence[str],
+    max_length: int,
+    examples_per_task: int,
+    limit: int = 0,
+    overwrite: bool = False,
+) -> dict[str, PreparedTask]:
+    """The tasks' prepared data: found by fingerprint, or made now and renamed into place.
+
+    Raises UserError for bad data; nothing half-written is left.
+    """
+    return {
+        task: _prepare_task(
+            settings, tokenizer, describe(task), max_length, examples_per_task, limit, overwrite
+        )
+        for task in tasks
+    }
+
+
+def _prepare_task(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    description: DatasetDescription,
+    max_length: int,
+    examples_per_task: int,
+    limit: int,
+    overwrite: bool,
+) -> PreparedTask:
+    from filelock import FileLock
+
+    if description.is_classification:
+        label_token_ids(tokenizer, description)
+    source = source_folder(settings)
+    made_from = {
+        "format": FORMAT,
+        "source": source_identity(source, description),
+        "description": asdict(description) | {"columns": sorted(description.columns)},
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "max_length": max_length,
+        "examples_per_task": examples_per_task,
+        "limit": limit,
+        "seed": DATA_SEED,
+        "validation_rows": VALIDATION_ROWS,
+    }
+    text = json.dumps(made_from, sort_keys=True)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    parent = settings.prepared_dir / description.name
+    folder = parent / fingerprint
+    parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(parent / ".lock"):
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not (folder / REPORT).is_file():
+            partial = parent / f".{fingerprint}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                report = _make(description, tokenizer, source, partial, made_from)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            report = {"fingerprint": fingerprint, **report}
+            (partial / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+            os.replace(partial, folder)
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return PreparedTask(description.name, folder, report)
+
+
+def _make(
+    description: DatasetDescription,
+    tokenizer: PreTrainedTokenizerFast,
+    source: Path | None,
+    folder: Path,
+    made_from: dict[str, Any],
+) -> dict[str, Any]:
+    if source is None:
+        splits, made = read_hub(description, made_from["limit"])
+        recipe = description.splits_sentence()
+    else:
+        splits, made = read_folder(source, description, made_from["limit"]), {}
+        recipe = "the folder's three splits as they are"
+    cap = made_from["examples_per_task"]
+    if len(splits["train"]) > cap:
+        order = np.random.default_rng(DATA_SEED).permutation(len(splits["train"]))[:cap]
+        splits["train"] = [splits["train"][i] for i in np.sort(order)]
+        recipe += f"; {cap:,} train rows drawn with seed {DATA_SEED}"
+    report = {
+        "task": description.name,
+        "source": "hub" if source is None else str(source),
+        "recipe": recipe,
+        "revision": made.get("revision"),
+        "max_length": made_from["max_length"],
+        "overlap": _overlaps(description, splits, source),
+        "splits": {},
+    }
+    for split, rows in splits.items():
+        summary = _write_split(description, tokenizer, rows, split, folder, made_from["max_length"])
+        for reason, count in made.get("dropped", {}).get(split, {}).items():
+            summary["dropped"][reason] = summary["dropped"].get(reason, 0) + count
+        report["splits"][split] = summary
+    return report
+
+
+def _write_split(
+    description: DatasetDescription,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[Row],
+    split: str,
+    folder: Path,
+    max_length: int,
+) -> dict[str, Any]:
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+
+    data = Dataset.from_list([{"row": i, "json": json.dumps(row)} for i, row in enumerate(rows)])
+    data = data.map(
+        lambda item: encode(tokenizer, description, json.loads(item["json"]), max_length),
+        remove_columns="json",
+        # processes pay where there are many rows; each needs a moment to start
+        num_proc=min(os.cpu_count() or 1, len(rows) // 2_000) or None,
+        desc=f"{description.name} {split}",
+    )
+    problems = data["problem"]
+    # a held-out row keeps its place in the score though truncation took its answer
+    keeps = [p is None or (split != "train" and "answer" in p) for p in problems]
+    dropped = Counter(p for p, keep in zip(problems, keeps, strict=True) if not keep)
+    data = data.select(np.flatnonzero(keeps))
+    if not len(data):
+        raise UserError(
+            f"{description.name}: no {split} row fits into {max_length} tokens; raise max_length"
+        )
+    last = [ids[-1] for ids in data["input_ids"]]
+    assert set(last) == {tokenizer.eos_token_id}, "every completion ends in EOS"
+    prompts = np.array(data["prompt_length"])
+    completions = np.array(data["length"]) - prompts
+    summary = {
+        "rows": len(data),
+        "prompt_tokens": _lengths(prompts),
+        "completion_tokens": _lengths(completions),
+        "supervised_tokens": int(completions.sum()),
+        "truncated": int(np.sum(np.array(data["cut"]) > 0)),
+        "dropped": dict(dropped),
+    }
+    if description.is_classification:
+        counts = Counter(data["label"])
+        summary["labels"] = {n: counts[i] for i, n in enumerate(description.label_names)}
+    disable_progress_bars()
+    data.remove_columns(["problem", "cut"]).save_to_disk(str(folder / split))
+    enable_progress_bars()
+    return summary
+
+
+def _lengths(tokens: np.ndarray) -> dict[str, float]:
+    return {
+        "mean": round(float(tokens.mean()), 1),
+        "p95": int(np.percentile(tokens, 95)),
+        "max": int(tokens.max()),
+    }
+
+
+def _overlaps(
+    description: DatasetDescription, splits: dict[str, list], source: Path | None
+) -> dict[str, dict[str, int]]:
+    """Overlap of train with validation, test, and the retention benchmarks that are there."""
+    texts = {s: [row_text(description, row) for row in rows] for s, rows in splits.items()}
+    held_out = {s: texts[s] for s in ("validation", "test")} | benchmark_texts(source)
+    return {name: overlap(texts["train"], other) for name, other in held_out.items()}
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, bos_ids(tokenizer)]
+    text = tokenizer.backend_tokenizer.to_str() + json.dumps(special)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------- table
+
+
+def table(prepared: dict[str, PreparedTask]) -> str:
+    """The prepared data as text: sizes, lengths, shares, what was cut or dropped, overlap."""
+    head = ("task", "split", "rows", "prompt mean/95%/max", "completion", "supervised", "share")
+    lines = ["{:<14}{:<11}{:>7}  {:<20}{:<16}{:>11}{:>7}  cut  dropped  labels".format(*head)]
+    for split in SPLITS:
+        total = sum(p.report["splits"][split]["supervised_tokens"] for p in prepared.values())
+        for name, task in prepared.items():
+            s = task.report["splits"][split]
+            prompt, completion = (
+                "{mean:g}/{p95}/{max}".format(**s[key])
+                for key in ("prompt_tokens", "completion_tokens")
+            )
+            share = f"{s['supervised_tokens'] / total:.1%}"
+            labels = " ".join(f"{k}:{v}" for k, v in s.get("labels", {}).items())
+            lines.append(
+                f"{name:<14}{split:<11}{s['rows']:>7,}  {prompt:<20}{completion:<16}"
+                f"{s['supervised_tokens']:>11,}{share:>7}  {s['truncated']:>3}"
+                f"  {sum(s['dropped'].values()):>7}  {labels}"
+            )
+    for name, task in prepared.items():
+        overlaps = task.report["overlap"]
+        found = [
+            f"{o['exact']} of {o['of']:,} rows of {other} equal, {o['ngram']} share 13 words"
+            for other, o in overlaps.items()
+            if o["exact"] or o["ngram"]
+        ]
+        none = [other for other, o in overlaps.items() if not (o["exact"] or o["ngram"])]
+        found += ["none with " + ", ".join(none)] if none else []
+        lines.append(f"{name}: {task.report['recipe']}. Overlap with train: {'; '.join(found)}")
+        for split, s in task.report["splits"].items():
+            lines += [f"  {split}: {n} rows dropped: {why}" for why, n in s["dropped"].items()]
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Prepare the tasks' data: check, split, tokenise, and say what came out."
+    )
+    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}; default all")
+    add_common_arguments(parser)
+    parser.add_argument("--limit", type=int, default=0, help="only the first N rows of each split")
+    parser.add_argument("--max-length", type=int, help="tokens of prompt and completion")
+    parser.add_argument("--overwrite", action="store_true", help="prepare again what is there")
+    return parser
+
+
+@guarded
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    tasks = list(dict.fromkeys(args.tasks or TASKS))
+    descriptions = [describe(task) for task in tasks]
+    if args.limit < 0 or (args.max_length is not None and args.max_length < 64):
+        raise UserError("--limit takes 0 or more, --max-length at least 64")
+    settings = resolve_settings(args)
+    print(settings.headline("none"))
+    from checkpoint_utils import load_tokenizer, prepare_base
+
+    tokenizer = load_tokenizer(prepare_base(settings))
+    prepared = {}
+    for description in descriptions:
+        max_length = args.max_length or settings.preset.max_length[description.family]
+        prepared |= prepare(
+            settings,
+            tokenizer,
+            [description.name],
+            max_length,
+            settings.examples_per_task,
+            args.limit,
+            args.overwrite,
+        )
+    print(table(prepared))
+    print(f"prepared data: {settings.prepared_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

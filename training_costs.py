@@ -1,0 +1,117 @@
+"""What a run costs before it runs: parameters, memory, disk; and whether that is there."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from config import UserError
+from training_configs import TrainingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GB = 1e9
+# Bytes of activations that a token leaves for the backward pass in a layer, per hidden unit and per
+# MLP unit, under bf16 autocast (twice that in fp32); fitted to measured peaks, rounded up.
+ACTIVATION_BYTES = (40, 16)
+# The masked logits live in bf16 and fp32 with their gradients, and the softmax.
+LOGIT_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Expected needs of a run; bytes. Memory is a device's, disk the whole run's."""
+
+    parameters: int
+    trainable: int
+    memory: int
+    disk: int
+
+    def __str__(self) -> str:
+        share = self.trainable / self.parameters
+        return (
+            f"{self.trainable:,} trainable parameters ({share:.2%}), memory about"
+            f" {self.memory / GB:.1f} GB, disk {self.disk / GB:.2f} GB"
+        )
+
+
+def trainable_shapes(model: PreTrainedModel, config: TrainingConfig) -> list[tuple[int, int]]:
+    """(out, in) of every linear layer that LoRA or full_qv trains.
+
+    Raises UserError for a rank above the smallest matrix, where B A could be any update.
+    """
+    import torch
+
+    shapes = [
+        (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in config.modules
+    ]
+    smallest = min((min(shape) for shape in shapes), default=0)
+    if config.rank > smallest:
+        raise UserError(
+            f"LoRA rank is {config.rank}, above the smallest matrix it would adapt"
+            f" ({smallest}); allowed: 1 to {smallest}"
+        )
+    return shapes
+
+
+def expected_cost(model: PreTrainedModel, config: TrainingConfig, bf16: bool) -> Cost:
+    """The run's cost from the architecture alone (a model on the meta device will do)."""
+    import torch
+
+    total = sum(p.numel() for p in model.parameters())
+    linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    shapes = trainable_shapes(model, config)
+    trainable = {
+        "lora": sum(config.rank * (out + into) for out, into in shapes),
+        "full": total,
+        "full_qv": sum(out * into for out, into in shapes),
+    }[config.method]
+    c = model.config
+    weights = 4 * total
+    if config.method == "lora":
+        # frozen linears are stored in the precision of the computation, lm_head as a copy
+        weights += 4 * trainable + bf16 * (2 * c.vocab_size * c.hidden_size - 2 * linear)
+    tokens = config.micro_batch_size * config.max_length
+    per_token = ACTIVATION_BYTES[0] * c.hidden_size + ACTIVATION_BYTES[1] * c.intermediate_size
+    activations = tokens * c.num_hidden_layers * per_token * (1 if bf16 else 2)
+    if config.activation_checkpointing:
+        activations //= c.num_hidden_layers
+    supervised = config.micro_batch_size * (2 if config.family == "similar" else 128)
+    memory = weights + 12 * trainable + activations + LOGIT_BYTES * supervised * c.vocab_size
+    saved = 4 * (trainable if config.method == "lora" else total)
+    disk = config.checkpoints * saved + 2 * 8 * trainable  # Adam's state in the two newest
+    return Cost(total, trainable, int(memory), disk)
+
+
+def check_room(cost: Cost, folder: Path, device: str) -> None:
+    """Raise UserError if the disk or the memory is smaller than what the run needs."""
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < cost.disk:
+        raise UserError(
+            f"{folder} has {free / GB:.1f} GB free and the run needs {cost.disk / GB:.1f} GB; free"
+            " some, set OUTPUT_DIR to another disk, or --set checkpoints=N lower"
+        )
+    available = free_memory(device)
+    if available < cost.memory:
+        raise UserError(
+            f"{device} has {available / GB:.1f} GB of memory free and the run needs about"
+            f" {cost.memory / GB:.1f} GB; try --set micro_batch_size=N, --set"
+            " activation_checkpointing=true, or LoRA in place of full fine-tuning"
+        )
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on the device now."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    import psutil  # accelerate brings it
+
+    return psutil.virtual_memory().available
