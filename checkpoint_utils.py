@@ -35,7 +35,6 @@ MANIFEST = "manifest.json"
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
-WAYS_OUT = "give a local folder with --model, or run the demo with --preset demo"
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,6 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
 
 def read_model_config(settings: Settings) -> LlamaConfig:
     """The base's configuration; of a Hub model that is not here yet, its config.json alone."""
-    from transformers import AutoConfig
-
     stored = settings.bases_dir / settings.model.replace("/", "--")
     folder = Path(settings.model).expanduser()
     if settings.model == EMBEDDED_MODEL:
@@ -196,39 +193,60 @@ def read_model_config(settings: Settings) -> LlamaConfig:
         return _hub_config(settings)
     elif not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json, so it is no model folder")
+    return _load_config(folder, str(folder))
+
+
+def _load_config(folder: Path, name: str) -> LlamaConfig:
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         message = str(error).splitlines()[0]
-        raise UserError(f"{folder}/config.json is of no model known here: {message}") from None
+        raise UserError(f"{name}/config.json is of no model known here: {message}") from None
 
 
 def _hub_config(settings: Settings) -> LlamaConfig:
     import tempfile
 
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-    from transformers import AutoConfig
 
     if settings.model.startswith(("/", ".", "~")):
         raise UserError(
             f"model is {settings.model!r} ({settings.sources['model']}): no such folder"
         )
+    revision = _hub_revision(settings)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            hf_hub_download(settings.model, "config.json", local_dir=folder)
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
-        except HFValidationError:
-            raise UserError(f"model is {settings.model!r}: neither a folder nor a Hub id") from None
-        except EntryNotFoundError as error:
-            if not isinstance(error, FileNotFoundError):
-                raise UserError(f"model {settings.model} has no config.json on the Hub") from None
-            raise hub_error(error, f"model {settings.model}", settings.sources["model"]) from None
-        except (ValueError, KeyError) as error:
-            message = str(error).splitlines()[0]
-            raise UserError(f"{settings.model} is no model known here: {message}") from None
+            hf_hub_download(settings.model, "config.json", revision=revision, local_dir=folder)
         except Exception as error:
             raise hub_error(error, f"model {settings.model}", settings.sources["model"]) from None
+        return _load_config(Path(folder), settings.model)
+
+
+def _hub_revision(settings: Settings) -> str:
+    """A Hub model's commit. Raises UserError unless it is there, with config.json and safetensors.
+
+    Asked before any download: without a network, that would retry for half a minute.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        info = HfApi().model_info(settings.model)
+    except HFValidationError:
+        raise UserError(f"model is {settings.model!r}: neither a folder nor a Hub id") from None
+    except Exception as error:
+        raise hub_error(error, f"model {settings.model}", settings.sources["model"]) from None
+    names = [file.rfilename for file in info.siblings or ()]
+    if names and "config.json" not in names:
+        raise UserError(f"model {settings.model} has no config.json on the Hub")
+    if names and not any(name.endswith(".safetensors") for name in names):
+        raise UserError(
+            f"model {settings.model} has no *.safetensors on the Hub; pickled weights are not"
+            " loaded, convert them first"
+        )
+    return info.sha
 
 
 def load_base(
@@ -347,20 +365,17 @@ def _unpack_embedded(settings: Settings, folder: Path) -> dict[str, Any]:
 
 def _download(settings: Settings, folder: Path) -> dict[str, Any]:
     """Fetch config, tokenizer and safetensors of a Hub model; a broken download is resumed."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import snapshot_download
 
+    revision = _hub_revision(settings)
     print(f"downloading {settings.model} into {settings.bases_dir} (once)", flush=True)
     try:
-        revision = HfApi().model_info(settings.model).sha
         snapshot_download(
             settings.model,
             revision=revision,
             local_dir=folder,
             allow_patterns=[*HUB_FILES, *TOKENIZER_FILES],
         )
-    except HFValidationError:
-        raise UserError(f"model is {settings.model!r}: neither a folder nor a Hub id") from None
     except Exception as error:
         raise hub_error(error, f"model {settings.model}", settings.sources["model"]) from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)
@@ -368,27 +383,42 @@ def _download(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def hub_error(error: Exception, what: str, source: str) -> Exception:
-    """A failed Hub call as a UserError that names the ways out; another error unchanged."""
+    """A failed Hub call as a UserError that names the ways out; another error unchanged.
+
+    `what` is "model <id>" or "data set <id>".
+    """
     from huggingface_hub import errors
 
+    is_data = what.startswith("data set")
+    page = f"https://huggingface.co/{'datasets/' if is_data else ''}{what.split()[-1]}"
+    ways_out = (
+        f"give a local folder with {'--data' if is_data else '--model'}, or run the demo with"
+        " --preset demo"
+    )
     kinds = {kind.__name__ for kind in type(error).__mro__}
     # the HTTP library below huggingface_hub and datasets changes with their versions
     http = any(k.__module__.startswith(("httpx", "requests")) for k in type(error).__mro__)
-    if isinstance(error, errors.GatedRepoError) or "gated" in str(error).lower():
+    # datasets says it in words only; the error for an unknown repository speaks of gated ones too
+    if isinstance(error, errors.GatedRepoError) or "is a gated dataset" in str(error):
         return UserError(
-            f"{what} ({source}) is gated: accept its licence at https://huggingface.co/"
-            f"{what.split()[-1]} and set HF_TOKEN in .env; or {WAYS_OUT}"
+            f"{what} ({source}) is gated: accept its licence at {page} and set HF_TOKEN in .env;"
+            f" or {ways_out}"
         )
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
         return UserError(
             f"{what} ({source}) is not on the Hub, or is private and HF_TOKEN may not read it;"
-            f" check the name, or {WAYS_OUT}"
+            f" check the name, or {ways_out}"
+        )
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        return UserError(
+            f"{what} ({source}) cannot be fetched, the Hub does not know HF_TOKEN; make one at"
+            f" https://huggingface.co/settings/tokens, or {ways_out}"
         )
     offline = (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
     if http or isinstance(error, (*offline, ConnectionError)):
         return UserError(
             f"{what} ({source}) cannot be fetched, the Hub is unreachable"
-            f" ({type(error).__name__}); check the network, or {WAYS_OUT}"
+            f" ({type(error).__name__}); check the network, or {ways_out}"
         )
     return error
 

@@ -126,16 +126,20 @@ def read_hub(
 
 def load_hub_split(hub_id: str, config: str | None, split: str, task: str) -> tuple[Dataset, str]:
     """A split of a Hub data set and its commit. Raises UserError if it is not there."""
-    from datasets import load_dataset
+    import datasets
+    from huggingface_hub import HfApi
 
     from checkpoint_utils import hub_error
 
     try:
-        data = load_dataset(hub_id, config, split=split)
+        # asked first: without a network, load_dataset would retry for half a minute
+        offline = datasets.config.HF_HUB_OFFLINE
+        revision = None if offline else HfApi().dataset_info(hub_id).sha
+        data = datasets.load_dataset(hub_id, config, split=split, revision=revision)
     except Exception as error:
         raise hub_error(error, f"data set {hub_id}", f"task {task}") from error
-    urls = " ".join(data.info.download_checksums or {})
-    return data, urls.partition("@")[2].partition("/")[0]
+    # offline, rows come from the cache of datasets, whose folder is named after the commit
+    return data, revision or Path(data.cache_files[0]["filename"]).parent.name
 
 
 def row_text(description: DatasetDescription, row: Row) -> str:

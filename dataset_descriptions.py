@@ -4,7 +4,8 @@
     python dataset_descriptions.py squad_v2   # one
 
 Every task is text to text: a prompt and a completion. A classification row's completion is a label
-word that is exactly one token with its leading space, so that a label is one logit.
+word that is exactly one token with its leading space, so that a label is one logit. No two tasks
+share a label word, so that a habit of answering learned on one is not carried into another.
 """
 
 from __future__ import annotations
@@ -193,14 +194,14 @@ DESCRIPTIONS = {
             columns={"premise": str, "hypothesis": str, "label": int},
             template=(
                 "Premise: {premise}\nHypothesis: {hypothesis}\n"
-                "Does the hypothesis follow from the premise: yes, maybe or no?\nAnswer:"
+                "The hypothesis is true, false or neutral:"
             ),
             metrics=("accuracy", "f1"),
             licence="mostly OANC; fiction parts CC BY / CC BY-SA 3.0 / public domain",
             citation=f"Williams et al. 2018, NAACL, arXiv:1704.05426; {GLUE}",
             rows={"train": 392_702, "validation": 9_815, "test": 9_796},
             label_names=("entailment", "neutral", "contradiction"),
-            label_words=("yes", "maybe", "no"),
+            label_words=("true", "neutral", "false"),
             notes=(CARVED, "F1 is the macro average over the three classes."),
         ),
         DatasetDescription(
@@ -214,14 +215,14 @@ DESCRIPTIONS = {
             columns={"question1": str, "question2": str, "label": int},
             template=(
                 "Question 1: {question1}\nQuestion 2: {question2}\n"
-                "Do the questions mean the same: yes or no?\nAnswer:"
+                "The questions are different or duplicate:"
             ),
             metrics=("accuracy", "f1"),
             licence="Quora's terms, non-commercial use",
             citation=f"Iyer et al. 2017, First Quora Dataset Release; {GLUE}",
             rows={"train": 363_846, "validation": 40_430, "test": 390_965},
             label_names=("not_duplicate", "duplicate"),
-            label_words=("no", "yes"),
+            label_words=("different", "duplicate"),
             notes=(CARVED,),
         ),
         DatasetDescription(

@@ -234,8 +234,8 @@ class RunCallback(TrainerCallback):
         broken = [name for name in ("loss", "eval_loss") if not math.isfinite(logs.get(name, 0.0))]
         if broken:
             raise UserError(
-                f"{broken[0]} is {logs[broken[0]]} at step {state.global_step}; try a lower rate, --set"
-                f" learning_rate={args.learning_rate / 3:.1e}"
+                f"{broken[0]} is {logs[broken[0]]} at step {state.global_step}; try a lower rate,"
+                f" --set learning_rate={args.learning_rate / 3:.1e}"
             )
         if state.is_world_process_zero:
             with self.log_file.open("a", encoding="utf-8") as file:

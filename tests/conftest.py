@@ -1,0 +1,150 @@
+"""What the tests share: a workspace of their own, the real tokenizer, a two-layer Llama."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+VARIABLES = (
+    *("PRESET", "MODEL_NAME", "DATA_SOURCE", "STUDY_NAME", "DATA_DIR", "OUTPUT_DIR"),
+    *("HF_TOKEN", "HF_USERNAME", "EXAMPLES_PER_TASK", "EVAL_EXAMPLES_PER_TASK"),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workspace(tmp_path_factory):
+    """One temporary folder for all that is written; the user's .env and variables are unseen."""
+    import config
+
+    folder = tmp_path_factory.mktemp("workspace")
+    before = dict(os.environ)
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(
+        OUTPUT_DIR=str(folder), DATA_DIR=str(folder / "data"), TOKENIZERS_PARALLELISM="0"
+    )
+    config._env_file = dict
+    yield folder
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real rows, from the variable REAL_DATA."""
+    folder = os.environ.get("REAL_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("REAL_DATA names no folder of real rows")
+    return folder
+
+
+def settings_for(**flags):
+    """Settings as the command line would resolve them."""
+    from config import resolve_settings
+
+    return resolve_settings(argparse.Namespace(**flags))
+
+
+@pytest.fixture(scope="session")
+def smollm2(workspace):
+    """The embedded base model, unpacked."""
+    from checkpoint_utils import prepare_base
+
+    return prepare_base(settings_for())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    from checkpoint_utils import load_tokenizer
+
+    return load_tokenizer(smollm2)
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer():
+    """Llama 3's vocabulary with its BOS, from the package llama-models."""
+    from importlib.util import find_spec
+
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    spec = find_spec("llama_models")
+    if spec is None:
+        pytest.skip("llama-models is not installed")
+    vocabulary = Path(spec.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+    special = ["<|begin_of_text|>", "<|end_of_text|>"]
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    converter = TikTokenConverter(
+        vocab_file=str(vocabulary), pattern=pattern, extra_special_tokens=special
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(), bos_token=special[0], eos_token=special[1]
+    )
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{special[0]} $A", special_tokens=[(special[0], tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(workspace, tokenizer):
+    """Folder of a two-layer random Llama with SmolLM2's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    folder = workspace / "tiny"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def script(workspace):
+    """Run one of the scripts as a user would; the finished process with its output."""
+
+    def run(*command, timeout=300, **environment):
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def assert_one_line_error(process, *parts):
+    """Exit code 2 and one line on stderr that holds the parts."""
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert process.returncode == 2, process.stderr
+    assert len(lines) == 1, process.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0], (part, lines[0])

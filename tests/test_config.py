@@ -1,0 +1,87 @@
+"""Settings: precedence, and values that cannot be."""
+
+import pytest
+from conftest import ROOT, assert_one_line_error, settings_for
+
+import config
+from config import UserError
+
+
+def test_flag_beats_environment_beats_env_file_beats_preset(monkeypatch):
+    assert settings_for().study == "demo"
+    monkeypatch.setattr(config, "_env_file", lambda: {"STUDY_NAME": "file", "PRESET": "study"})
+    assert settings_for().study == "file"
+    assert settings_for().model == "meta-llama/Llama-3.2-1B"
+    assert settings_for().sources["study"] == "STUDY_NAME in .env"
+    monkeypatch.setenv("STUDY_NAME", "environment")
+    assert settings_for().study == "environment"
+    assert settings_for(study="flag").study == "flag"
+    assert settings_for(preset="demo").model == config.EMBEDDED_MODEL
+
+
+def test_an_empty_variable_is_no_value(monkeypatch):
+    monkeypatch.setenv("STUDY_NAME", "")
+    assert settings_for().study == "demo"
+
+
+def test_the_headline_says_what_runs_and_where_it_came_from():
+    line = settings_for(study="mine").headline("cpu")
+    for part in ("preset demo (default)", "study mine (--study)", "data sample", "device cpu"):
+        assert part in line
+    assert "cp .env.example .env" in line
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "allowed"),
+    [
+        ("PRESET", "big", "study, demo"),
+        ("STUDY_NAME", "../up", "not a path"),
+        ("STUDY_NAME", "base", "reserved"),
+        ("DATA_SOURCE", "no-such-folder", "hub, sample"),
+        ("EXAMPLES_PER_TASK", "many", "a whole number of at least 1"),
+        ("EVAL_EXAMPLES_PER_TASK", "0", "a whole number of at least 1"),
+        ("OUTPUT_DIR", str(ROOT / "README.md"), "a folder"),
+    ],
+)
+def test_a_value_that_cannot_be_names_the_variable_and_what_is_allowed(
+    monkeypatch, variable, value, allowed
+):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError) as error:
+        settings_for()
+    assert variable in str(error.value) and allowed in str(error.value)
+
+
+def test_a_bare_model_name_belongs_to_the_user(monkeypatch):
+    monkeypatch.setenv("HF_USERNAME", "ada")
+    assert settings_for(model="my-llama").model == "ada/my-llama"
+    assert settings_for(model="other/llama").model == "other/llama"
+    assert settings_for().model == config.EMBEDDED_MODEL
+
+
+def test_every_variable_of_env_example_is_read(monkeypatch):
+    """And every variable that is read is documented there."""
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    documented = {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
+    source = (ROOT / "config.py").read_text()
+    assert all(f'"{name}"' in source for name in documented)
+    from conftest import VARIABLES
+
+    assert documented == set(VARIABLES)
+
+
+@pytest.mark.parametrize(
+    "name", ["multi_task_training.py", "data_preprocessing.py", "dataset_descriptions.py"]
+)
+def test_help_needs_neither_torch_nor_a_second(script, name):
+    process = script("-X", "importtime", name, "--help")
+    assert process.returncode == 0
+    loaded = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+    assert not loaded & {"torch", "transformers", "datasets", "peft", "evaluate"}
+
+
+def test_bad_flags_are_one_line(script):
+    assert_one_line_error(
+        script("multi_task_training.py", "--preset", "big"), "preset", "study, demo"
+    )
+    assert_one_line_error(script("multi_task_training.py", "--lora", "x"), "--lora")

@@ -1,0 +1,54 @@
+"""The six descriptions and their printed pages."""
+
+import pytest
+from conftest import assert_one_line_error
+
+from config import FAMILIES, TASKS
+from dataset_descriptions import DESCRIPTIONS, describe, main, split_concode
+
+
+def test_there_is_one_description_a_task_of_its_family():
+    assert tuple(DESCRIPTIONS) == TASKS
+    for family, tasks in FAMILIES.items():
+        assert all(describe(task).family == family for task in tasks)
+        assert all(describe(t).is_classification == (family == "similar") for t in tasks)
+
+
+def test_labels_are_in_the_data_sets_own_order():
+    assert describe("sst2").label_names == ("negative", "positive")
+    assert describe("mnli").label_names == ("entailment", "neutral", "contradiction")
+    assert describe("qqp").label_names == ("not_duplicate", "duplicate")
+
+
+def test_no_two_tasks_share_a_label_word():
+    words = [word for d in DESCRIPTIONS.values() for word in d.label_words]
+    assert len(set(words)) == len(words)
+
+
+def test_an_unanswerable_question_is_answered_by_the_word_and_scored_as_empty():
+    row = {"context": "c", "question": "q", "answers": {"text": [], "answer_start": []}}
+    assert describe("squad_v2").completion(row) == " unanswerable"
+    assert describe("squad_v2").references(row) == [""]
+
+
+def test_concode_is_split_into_description_and_class():
+    nl = "adds one . concode_field_sep int n concode_elem_sep long m concode_field_sep int get"
+    assert split_concode(nl) == ("adds one .", "Fields: int n; long m\nMethods: int get")
+
+
+def test_braces_in_a_row_are_text():
+    row = {"sentence": "a {strange} film {0}", "label": 1}
+    assert describe("sst2").prompt(row) == "Review: a {strange} film {0}\nSentiment:"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_page_names_licence_citation_and_labels(capsys, task):
+    assert main([task]) == 0
+    page = capsys.readouterr().out
+    description = describe(task)
+    for text in (description.hub_id, "licence", "cite", *description.label_words):
+        assert text in page
+
+
+def test_an_unknown_name_is_refused(script):
+    assert_one_line_error(script("dataset_descriptions.py", "sst3"), "unknown task 'sst3'")

@@ -1,0 +1,325 @@
+"""The main script, run as a user would: plan, train, stop, go on, refuse."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_one_line_error, settings_for
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from checkpoint_utils import checkpoint_problem, checkpoints
+from multi_task_training import build_parser, main, plan
+
+SCRIPT = "multi_task_training.py"
+DRIVER = Path(__file__).with_name("interrupted_run.py")
+# 3 x 16 rows in batches of 16: three steps an epoch, four epochs, a checkpoint every two steps
+SHORT = ["--similar", "--limit", "16", "--set", "epochs=4", "checkpoints=6", "micro_batch_size=8"]
+LORA = [*SHORT, "lora_dropout=0.1", "--lora", "4", "--dtype", "bf16"]
+FULL = [*SHORT, "--full-finetune", "--dtype", "bf16"]
+NAMES = {
+    "lora": "similar_lora_r4_dropout0.1_limit16_bf16_checkpoints6_seed42",
+    "full": "similar_full_limit16_bf16_checkpoints6_seed42",
+}
+
+
+def planned(*argv):
+    args = build_parser().parse_args(argv)
+    settings = settings_for()
+    return [run.name for run in plan(args, settings, 576)]
+
+
+def runs_dir(study):
+    return settings_for(study=study).runs_dir
+
+
+def last_weights(run):
+    (file,) = checkpoints(run)[-1].glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same_weights(run, other):
+    ours, theirs = last_weights(run), last_weights(other)
+    assert ours.keys() == theirs.keys() and len(ours) > 4
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+# ------------------------------------------------------------------------------ the plan
+
+
+def test_a_family_alone_means_all_its_arms_and_an_arm_alone_both_families():
+    assert planned("--similar", "--lora", "8") == ["similar_lora_r8_seed42"]
+    assert planned("--full-finetune") == ["similar_full_seed42", "dissimilar_full_seed42"]
+    assert len(planned("--dissimilar")) == 6
+    assert len(planned()) == 12
+    union = planned("--similar", "--lora", "4", "64", "--full-qv", "--seed", "1", "2")
+    assert union == [
+        f"similar_{arm}_seed{seed}" for arm in ("full_qv", "lora_r4", "lora_r64") for seed in (1, 2)
+    ]
+    assert planned("--tasks", "sst2", "--lora", "8") == ["sst2_lora_r8_seed42"]
+
+
+def test_what_is_loras_alone_is_not_asked_of_the_other_arms():
+    names = planned("--similar", "--lora", "8", "--full-finetune", "--target-modules", "all")
+    assert names == ["similar_full_seed42", "similar_lora_r8_all_seed42"]
+
+
+def test_dry_run_says_what_would_run_and_writes_nothing(script, tiny):
+    process = script(SCRIPT, "--model", tiny, "--study", "dry", "--dry-run", "--lora", "4", "8")
+    assert process.returncode == 0, process.stderr
+    for part in (
+        "4 runs",
+        "similar_lora_r4_seed42",
+        "about 72 steps",
+        "trainable",
+        "disk",
+        "memory",
+    ):
+        assert part in process.stdout
+    assert not runs_dir("dry").exists()
+
+
+# ---------------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(tiny):
+    """Uninterrupted runs of both arms in the study `whole`."""
+    for argv in (LORA, FULL):
+        assert main([*argv, "--model", str(tiny), "--study", "whole"]) == 0
+    return runs_dir("whole")
+
+
+@pytest.mark.parametrize("arm", NAMES)
+def test_a_run_leaves_its_record_its_checkpoints_and_its_curves(finished, arm):
+    run = finished / NAMES[arm]
+    record = json.loads((run / "run.json").read_text())
+    assert record["config"]["lora_dropout"] == (0.1 if arm == "lora" else 0)
+    assert record["environment"]["precision"] == "fp32 weights, bf16 autocast"
+    assert set(record["data"]) == {"sst2", "mnli", "qqp"}
+    weights = record["task_weights"].values()
+    assert sum(w["examples"] for w in weights) == pytest.approx(1, abs=1e-3)
+
+    found = checkpoints(run)
+    assert [p.name for p in found] == [f"checkpoint-{step}" for step in range(2, 13, 2)]
+    assert [checkpoint_problem(p) for p in found] == [None] * 6
+    assert [(p / "optimizer.pt").exists() for p in found] == [False] * 4 + [True] * 2
+    assert not [p for p in run.rglob("*") if p.name in ("training_args.bin", "tokenizer.json")]
+
+    training = json.loads((run / "training.json").read_text())
+    validation = training["validation"]
+    assert [entry["step"] for entry in validation] == [0, 2, 4, 6, 8, 10, 12]
+    assert {"eval_sst2_loss", "eval_mnli_accuracy", "eval_qqp_loss"} <= set(validation[0])
+    assert training["trainable_parameters"] > 0 and training["peak_memory_bytes"] > 1e6
+    log = settings_for(study="whole").logs_dir / NAMES[arm]
+    assert len((log / "log.jsonl").read_text().splitlines()) >= 7
+    assert list(log.glob("events.out.tfevents.*"))
+
+
+def test_a_full_checkpoint_is_a_whole_fp32_model(finished, tiny):
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = checkpoints(finished / NAMES["full"])[-1]
+    _, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert {w.dtype for w in last_weights(finished / NAMES["full"]).values()} == {torch.float32}
+    base = load_file(tiny / "model.safetensors")
+    changed = [n for n, w in last_weights(finished / NAMES["full"]).items() if (w != base[n]).any()]
+    assert sorted(changed) == sorted(base)
+
+
+def test_a_run_that_is_done_is_skipped_with_one_line(finished, tiny, capsys):
+    stamp = (finished / NAMES["lora"] / "training.json").stat().st_mtime_ns
+    assert main([*LORA, "--model", str(tiny), "--study", "whole"]) == 0
+    assert f"{NAMES['lora']} is done" in capsys.readouterr().out
+    assert (finished / NAMES["lora"] / "training.json").stat().st_mtime_ns == stamp
+
+
+def test_all_arms_of_a_seed_see_the_same_rows(finished):
+    records = [json.loads((finished / name / "run.json").read_text()) for name in NAMES.values()]
+    assert records[0]["data"] == records[1]["data"]
+    tokens = [
+        json.loads((finished / n / "training.json").read_text())["tokens"] for n in NAMES.values()
+    ]
+    assert tokens[0] == tokens[1]
+
+
+# ------------------------------------------------------------------- stopped and resumed
+
+STOPPED = [
+    ("lora", LORA, "killed-between-saves", 5),
+    ("lora", LORA, "killed-before-the-optimizer-is-saved", 6),
+    ("full", FULL, "killed-between-saves", 5),
+    ("full", FULL, "killed-before-the-manifest", 6),
+]
+
+
+@pytest.mark.parametrize(("arm", "argv", "moment", "step"), STOPPED)
+def test_a_killed_run_ends_with_the_weights_of_one_left_alone(
+    script, finished, tiny, arm, argv, moment, step
+):
+    """Killed in its second epoch; dropout, bf16, accumulation over two micro-batches."""
+    study = f"{arm}-{moment}"
+    argv = [*argv, "--model", str(tiny), "--study", study]
+    assert script(DRIVER, moment, step, *argv).returncode == -9
+    run = runs_dir(study) / NAMES[arm]
+    assert not (run / "training.json").exists()
+    assert main(argv) == 0
+    assert_same_weights(run, finished / NAMES[arm])
+    ours, theirs = (
+        json.loads((folder / "training.json").read_text())
+        for folder in (run, finished / NAMES[arm])
+    )
+    keys = ("step", "eval_loss", "eval_mnli_accuracy")
+    assert [[e[k] for k in keys] for e in ours["validation"]] == [
+        [e[k] for k in keys] for e in theirs["validation"]
+    ]
+
+
+def test_sigterm_saves_a_whole_checkpoint_and_ends(script, finished, tiny):
+    argv = [*LORA, "--model", str(tiny), "--study", "terminated"]
+    process = script(DRIVER, "terminated", 5, *argv)
+    assert process.returncode == 143, process.stderr
+    assert "run the same command to go on" in process.stderr
+    run = runs_dir("terminated") / NAMES["lora"]
+    assert [p.name for p in checkpoints(run)] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert checkpoint_problem(run / "checkpoint-5") is None
+    assert main(argv) == 0
+    assert_same_weights(run, finished / NAMES["lora"])
+    assert not (run / "checkpoint-5").exists()  # it is not on the grid
+
+
+@pytest.mark.parametrize(("arm", "argv"), [("lora", LORA), ("full", FULL)])
+def test_a_disk_that_fills_during_a_save_loses_nothing_before_it(script, finished, tiny, arm, argv):
+    study = f"full-disk-{arm}"
+    argv = [*argv, "--model", str(tiny), "--study", study, "--set", "report_to=none"]
+    process = script(DRIVER, "disk-full", 6, *argv)
+    assert process.returncode == 2, process.stderr
+    assert "the disk is full" in process.stderr and "Traceback" not in process.stderr
+    run = runs_dir(study) / NAMES[arm]
+    assert [p.name for p in checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    assert main(argv) == 0
+    assert_same_weights(run, finished / NAMES[arm])
+
+
+def test_two_processes_learn_what_one_does(script, tiny):
+    argv = [*SHORT, "logging_steps=1", "--lora", "4", "--dtype", "fp32", "--model", str(tiny)]
+    losses = []
+    for study, launcher in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
+    ):
+        process = script(*launcher, SCRIPT, *argv, "--study", study)
+        assert process.returncode == 0, process.stderr[-2000:]
+        (run,) = [p for p in runs_dir(study).iterdir() if p.name.startswith("similar")]
+        training = json.loads((run / "training.json").read_text())
+        losses.append([e["loss"] for e in training["loss_curve"]])
+        losses[-1] += [e["eval_loss"] for e in training["validation"]]
+    assert len(losses[0]) == 12 + 7
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+# ------------------------------------------------------------------------------- refused
+
+
+def test_a_run_begun_with_other_settings_is_refused_with_what_differs(
+    finished, tiny, capsys, monkeypatch
+):
+    copy = runs_dir("other") / NAMES["lora"]
+    shutil.copytree(finished / NAMES["lora"], copy)
+    (copy / "training.json").unlink()
+    monkeypatch.setenv("EXAMPLES_PER_TASK", "10")
+    assert main([*LORA, "--model", str(tiny), "--study", "other"]) == 2
+    error = capsys.readouterr().err
+    assert "examples_per_task 2000 -> 10" in error and "data of sst2" in error
+    assert len([line for line in error.splitlines() if line.startswith("error:")]) == 1
+    assert len(checkpoints(copy)) == 6
+
+
+def test_two_processes_on_one_run_are_refused(script, tiny):
+    folder = runs_dir("locked")
+    folder.mkdir(parents=True)
+    with FileLock(folder / f".{NAMES['lora']}.lock"):
+        process = script(SCRIPT, *LORA, "--model", tiny, "--study", "locked")
+    assert_one_line_error(process, "is being trained by another process")
+    assert not (folder / NAMES["lora"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--similar", "--lora", "0"], ["LoRA rank is 0", "at least 1"]),
+        (["--similar", "--lora", "17"], ["LoRA rank is 17", "(16)"]),
+        (["--tasks", "sst3", "--lora", "4"], ["unknown task 'sst3'", "sst2"]),
+        (["--tasks", "sst2", "squad_v2"], ["not all of the family"]),
+        (["--similar", "--tasks", "squad_v2"], ["not allowed with argument --similar"]),
+        (["--similar", "--set", "colour=red"], ["--set colour=red", "epochs"]),
+        (["--similar", "--set", "epochs=-1"], ["epochs is -1.0"]),
+        (["--similar", "--lora", "4", "--data", "nowhere"], ["data is 'nowhere' (--data)"]),
+        (["--similar", "--lora", "4", "--study", "a/b"], ["study is 'a/b'"]),
+        (["--full-finetune", "--scaling", "rslora"], ["belong to LoRA"]),
+        (["--lora", "4", "--max-steps", "-1"], ["max_steps is -1"]),
+        (["--lora", "4", "--seed", "-1"], ["seed is -1"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tiny, capsys, argv, parts):
+    study = [] if "--study" in argv else ["--study", "refused"]
+    try:
+        code = main([*argv, *study, "--model", str(tiny)])
+    except SystemExit as exit:
+        code = exit.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert all(part in lines[0] for part in parts), lines
+    assert not runs_dir("refused").exists()
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(tiny, capsys):
+    argv = ["--tasks", "sst2", "--full-finetune", "--set", "learning_rate=1e30", "max_grad_norm=0"]
+    argv += ["logging_steps=1", "--limit", "16", "--dtype", "fp32", "--study", "nan"]
+    assert main([*argv, "--model", str(tiny)]) == 2
+    assert "try a lower rate" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------- the real model, real rows
+
+
+def test_smollm2_learns_from_real_rows_and_loads_in_plain_peft(script, smollm2, real_data):
+    argv = [SCRIPT, "--similar", "--lora", "8", "--data", real_data, "--study", "real"]
+    argv += ["--max-steps", "8", "--limit", "200", "--set", "checkpoints=2", "warmup=0"]
+    process = script(*argv, EVAL_EXAMPLES_PER_TASK="16")
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert "accuracy before -> after" in process.stdout
+    (run,) = [p for p in runs_dir("real").iterdir() if p.name.startswith("similar")]
+    training = json.loads((run / "training.json").read_text())
+    first, last = training["validation"][0], training["validation"][-1]
+    for task in ("sst2", "mnli", "qqp"):
+        assert last[f"eval_{task}_loss"] < 0.5 * first[f"eval_{task}_loss"]
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, run / "checkpoint-8").eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.tokenizer_folder)
+    prompt = tokenizer("Review: a joy from start to end\nSentiment:", return_tensors="pt")
+    with torch.no_grad():
+        answer = tokenizer.decode(model(**prompt).logits[0, -1].argmax())
+    assert answer in (" positive", " negative")
+
+
+def test_sources_hold_no_token_of_the_user(script, tiny):
+    token = "hf_" + "x" * 30
+    process = script(
+        SCRIPT, "--tasks", "sst2", "--lora", "2", "--limit", "16", "--max-steps", "1",
+        *("--model", tiny, "--study", "secret"), HF_TOKEN=token,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert token not in process.stdout + process.stderr
+    folder = Path(os.environ["OUTPUT_DIR"])
+    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
+    assert files and not any(token.encode() in p.read_bytes() for p in files)

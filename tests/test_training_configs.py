@@ -1,0 +1,120 @@
+"""Configurations: names, rates, and values that cannot be."""
+
+import dataclasses
+
+import pytest
+from conftest import settings_for
+
+from config import FAMILIES, RANKS, UserError
+from training_configs import (
+    TrainingConfig,
+    arms,
+    default_config,
+    default_learning_rate,
+    parse_assignments,
+)
+
+
+def config_of(method="lora", rank=8, tasks=FAMILIES["similar"], seed=42, **changes):
+    default = default_config(settings_for(), tasks, method, rank, seed, hidden_size=2048)
+    return dataclasses.replace(default, **changes), default
+
+
+def name_of(*args, **kwargs):
+    config, default = config_of(*args, **kwargs)
+    return config.run_name(default)
+
+
+def test_rates_are_those_of_the_formula():
+    assert default_learning_rate("full", 2048) == pytest.approx(4.9e-5)
+    assert default_learning_rate("lora", 2048) == pytest.approx(4.9e-4)
+    assert default_learning_rate("full_qv", 576) == pytest.approx(1.3e-4)
+    assert default_learning_rate("lora", 576) == pytest.approx(1.3e-3)
+
+
+def test_the_grid_is_full_and_five_ranks():
+    assert arms() == [("full", 0), *(("lora", rank) for rank in RANKS)]
+
+
+def test_a_name_says_what_differs_from_the_grid():
+    assert name_of() == "similar_lora_r8_seed42"
+    assert name_of("full", 0, FAMILIES["dissimilar"]) == "dissimilar_full_seed42"
+    assert name_of(tasks=("sst2",), seed=7) == "sst2_lora_r8_seed7"
+    assert name_of(tasks=("sst2", "qqp")) == "sst2+qqp_lora_r8_seed42"
+    assert name_of("full_qv", 0) == "similar_full_qv_seed42"
+    assert name_of(learning_rate=1e-3, target_modules="all") == "similar_lora_r8_all_lr1e-3_seed42"
+    assert name_of(max_steps=120, scaling="rslora") == "similar_lora_r8_rslora_steps120_seed42"
+    assert name_of(micro_batch_size=2, report_to="none") == "similar_lora_r8_seed42"
+
+
+def test_two_configurations_that_learn_differently_have_two_names():
+    changes = [
+        {"learning_rate": 1.3e-4},
+        {"learning_rate": 1.25e-4},
+        {"epochs": 2.0},
+        {"max_length": 300},
+        {"mixing": "equal"},
+        {"loss_weighting": "token"},
+        {"lora_dropout": 0.1},
+        {"limit": 9},
+        {"schedule": "cosine"},
+        {"warmup": 0.1},
+    ]
+    names = [name_of(**change) for change in changes]
+    assert len(set(names)) == len(names)
+
+
+def test_alpha_and_scale():
+    assert (config_of(rank=16)[0].alpha, config_of(rank=16)[0].scale) == (32, 2)
+    assert (config_of(rank=16, scaling="constant")[0].alpha) == 32
+    assert config_of(rank=64, scaling="constant")[0].scale == 0.5
+    assert config_of(rank=16, scaling="rslora")[0].scale == 8
+    assert config_of("full", 0)[0].scale == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rank": 0}, "LoRA rank is 0"),
+        ({"tasks": ("sst2", "squad_v2")}, "not all of the family"),
+        ({"tasks": ("sst3",)}, "unknown task 'sst3'"),
+        ({"tasks": ()}, "name at least one"),
+        ({"method": "qlora"}, "method is 'qlora'; allowed: lora, full, full_qv"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; allowed: above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"epochs": float("inf")}, "epochs is inf"),
+        ({"batch_size": 0}, "batch_size is 0; allowed: at least 1"),
+        ({"warmup": 1.0}, "warmup is 1.0"),
+        ({"mixing": "random"}, "allowed: proportional, equal, temperature"),
+        ({"checkpoints": 0}, "checkpoints is 0"),
+        ({"max_length": 10}, "max_length is 10"),
+        ({"method": "full"}, "belong to LoRA"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(change, says):
+    with pytest.raises(UserError) as error:
+        dataclasses.replace(config_of()[0], **change)
+    assert says in str(error.value)
+
+
+def test_assignments_are_typed_and_checked():
+    values = parse_assignments(["epochs=2", "batch_size=8", "activation_checkpointing=true"])
+    assert values == {"epochs": 2.0, "batch_size": 8, "activation_checkpointing": True}
+    for text in ("rank=4", "nothing=1", "epochs", "batch_size=2.5", "activation_checkpointing=1"):
+        with pytest.raises(UserError, match="--set"):
+            parse_assignments([text])
+
+
+def test_every_field_of_a_configuration_is_compared_or_operational():
+    compared = config_of()[0].compared()
+    left = {f.name for f in dataclasses.fields(TrainingConfig)} - set(compared)
+    assert left == {
+        "model",
+        "data",
+        "micro_batch_size",
+        "eval_batch_size",
+        "attention",
+        "activation_checkpointing",
+        "logging_steps",
+        "report_to",
+    }
