@@ -30,6 +30,7 @@ def test_rates_are_those_of_the_formula():
     assert default_learning_rate("lora", 2048) == pytest.approx(4.9e-4)
     assert default_learning_rate("full_qv", 576) == pytest.approx(1.3e-4)
     assert default_learning_rate("lora", 576) == pytest.approx(1.3e-3)
+    assert default_learning_rate("lora", 576, lora_factor=15) == pytest.approx(2.0e-3)
 
 
 def test_the_grid_is_full_and_five_ranks():
