@@ -204,8 +204,12 @@ def signals_noted() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(run: Run, settings: Settings, base: Any, device: str, overwrite: bool) -> dict[str, Any]:
+def train(
+    run: Run, settings: Settings, base: Any, model: Any, device: str, overwrite: bool
+) -> dict[str, Any]:
     """Train one run to its end, or go on with it; the contents of its training.json.
+
+    `model` is the base's architecture on the meta device, for what the run will need.
 
     Raises UserError for what the user can mend and Interrupted after a signal.
     """
@@ -218,7 +222,7 @@ def train(run: Run, settings: Settings, base: Any, device: str, overwrite: bool)
             if overwrite and _is_main():
                 shutil.rmtree(run.folder)
                 run.folder.mkdir()
-            return _train_locked(run, settings, base, device)
+            return _train_locked(run, settings, base, model, device)
     except Timeout:
         raise UserError(f"{run.name} is being trained by another process") from None
     except OSError as error:
@@ -229,6 +233,11 @@ def train(run: Run, settings: Settings, base: Any, device: str, overwrite: bool)
         # safetensors and torch.save wrap the system's error in their own
         if any(s in str(error) for s in ("os error 28", "os error 27", "file write failed")):
             raise _disk_full(run, error) from None
+        if type(error).__name__ == "OutOfMemoryError":
+            raise UserError(
+                f"{run.name}: the memory of {device} ran out; try --set micro_batch_size=N lower or"
+                " --set activation_checkpointing=true"
+            ) from error
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -247,7 +256,9 @@ def _disk_full(run: Run, error: Exception) -> UserError:
     )
 
 
-def _train_locked(run: Run, settings: Settings, base: Any, device: str) -> dict[str, Any]:
+def _train_locked(
+    run: Run, settings: Settings, base: Any, empty: Any, device: str
+) -> dict[str, Any]:
     from batching import lay_out, steps_for, task_shares
     from checkpoint_utils import load_tokenizer, newest_whole_checkpoint, write_json
     from data_preprocessing import label_token_ids, prepare
@@ -259,6 +270,7 @@ def _train_locked(run: Run, settings: Settings, base: Any, device: str) -> dict[
         training_arguments,
     )
     from run_records import describe_environment, peak_memory, reset_peak_memory, run_record
+    from training_costs import check_room, expected_cost
 
     config = run.config
     tokenizer = load_tokenizer(base)
@@ -271,6 +283,8 @@ def _train_locked(run: Run, settings: Settings, base: Any, device: str) -> dict[
     steps = config.max_steps or steps_for(rows, config.epochs, config.batch_size)
     grid = checkpoint_grid(steps, config.checkpoints)
     bf16 = config.dtype == "bf16"
+    longest = max(map(max, lengths))
+    check_room(expected_cost(empty, config, bf16, longest), run.folder, device)
     attention = config.attention
     if attention == "auto":
         attention = "eager" if _eager_is_faster(lengths, device, bf16) else "sdpa"
@@ -418,9 +432,10 @@ def _is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def _run_all(runs: list[Run], settings: Settings, base: Any, device: str, overwrite: bool) -> int:
+def _run_all(
+    runs: list[Run], settings: Settings, base: Any, model: Any, device: str, overwrite: bool
+) -> int:
     """Train run by run; one that fails is recorded in its error.json and the rest goes on."""
-    from checkpoint_utils import write_json
     from run_records import release_memory
 
     failed = []
@@ -429,29 +444,41 @@ def _run_all(runs: list[Run], settings: Settings, base: Any, device: str, overwr
             print(f"{run.name} is done: {run.folder} (--overwrite trains it again)")
             continue
         try:
-            done = train(run, settings, base, device, overwrite)
+            done = train(run, settings, base, model, device, overwrite)
             if _is_main():
                 print(summary(run, done, settings), flush=True)
         except Interrupted:
             raise
         except UserError as error:
+            _write_error(run, error)
             if len(runs) == 1:
                 raise
             failed.append(run.name)
             print(f"error: {run.name}: {error}", file=sys.stderr)
         except Exception as error:
             failed.append(run.name)
-            run.folder.mkdir(parents=True, exist_ok=True)
-            trace = traceback.format_exc()
-            write_json(run.folder / "error.json", {"error": repr(error), "traceback": trace})
-            print(
-                f"error: {run.name} failed: {error!r}; see {run.folder / 'error.json'}",
-                file=sys.stderr,
-            )
+            if not _write_error(run, error):
+                traceback.print_exception(error)
+            path = run.folder / "error.json"
+            print(f"error: {run.name} failed: {error!r}; see {path}", file=sys.stderr)
         release_memory()
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _write_error(run: Run, error: Exception) -> bool:
+    """A failed run is a result too; one that never began leaves nothing. Whether it was written."""
+    from checkpoint_utils import write_json
+
+    if not (run.folder / "run.json").is_file():
+        return False
+    trace = "".join(traceback.format_exception(error))
+    try:
+        write_json(run.folder / "error.json", {"error": str(error), "traceback": trace})
+    except OSError:  # the disk may be what failed
+        return False
+    return True
 
 
 @guarded
@@ -461,7 +488,7 @@ def main(argv: list[str] | None = None) -> int:
     plan(args, settings, hidden_size=2048)  # what is wrong with the flags shows before any work
     from checkpoint_utils import empty_model, prepare_base, read_model_config
     from run_records import pick_device, pick_precision
-    from training_costs import check_room, expected_cost
+    from training_costs import expected_cost
 
     device = pick_device()
     if _is_main():
@@ -479,11 +506,9 @@ def main(argv: list[str] | None = None) -> int:
         print_plan(runs, settings, model, precision == "bf16")
     if args.dry_run:
         return 0
-    for run in runs:
-        if not run.is_done or args.overwrite:
-            check_room(expected_cost(model, run.config, precision == "bf16"), run.folder, device)
     try:
-        return _run_all(runs, settings, prepare_base(settings), device, args.overwrite)
+        base = prepare_base(settings)
+        return _run_all(runs, settings, base, model, device, args.overwrite)
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         return 128 + interrupted.number

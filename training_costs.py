@@ -59,8 +59,13 @@ def trainable_shapes(model: PreTrainedModel, config: TrainingConfig) -> list[tup
     return shapes
 
 
-def expected_cost(model: PreTrainedModel, config: TrainingConfig, bf16: bool) -> Cost:
-    """The run's cost from the architecture alone (a model on the meta device will do)."""
+def expected_cost(
+    model: PreTrainedModel, config: TrainingConfig, bf16: bool, longest: int = 0
+) -> Cost:
+    """The run's cost from the architecture alone (a model on the meta device will do).
+
+    `longest` is the longest row in tokens; before the data are read, 0: the run's max_length.
+    """
     import torch
 
     total = sum(p.numel() for p in model.parameters())
@@ -76,7 +81,7 @@ def expected_cost(model: PreTrainedModel, config: TrainingConfig, bf16: bool) ->
     if config.method == "lora":
         # frozen linears are stored in the precision of the computation, lm_head as a copy
         weights += 4 * trainable + bf16 * (2 * c.vocab_size * c.hidden_size - 2 * linear)
-    tokens = config.micro_batch_size * config.max_length
+    tokens = config.micro_batch_size * (longest or config.max_length)
     per_token = ACTIVATION_BYTES[0] * c.hidden_size + ACTIVATION_BYTES[1] * c.intermediate_size
     activations = tokens * c.num_hidden_layers * per_token * (1 if bf16 else 2)
     if config.activation_checkpointing:

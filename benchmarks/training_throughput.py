@@ -1,13 +1,13 @@
 """Training throughput: this suite against Trainer and TRL as they are commonly used.
 
-    python benchmarks/training_throughput.py --data FOLDER --json benchmarks/training_throughput.json
+    python benchmarks/training_throughput.py --data FOLDER --json FILE
 
 SmolLM2-135M, LoRA rank 8 on q_proj and v_proj, batches of 16 rows of the three classification
 tasks, fp32 weights under bf16 autocast where the device has it. Every peer sees the same rows: a
 warm-up set, then a timed set. Each runs in a process of its own, in turn (A B C ... A B C ...), so
 that a noisy machine is noisy for all; quote the median of the ratios.
 
-    ours                    masked logits, lengths grouped in windows, attention by length and device
+    ours                    masked logits, lengths grouped in windows, attention by length
     grouped                 Trainer, dynamic padding, group_by_length, its default attention
     grouped_same_attention  the same with our attention
     padded                  Trainer, every row padded to 128 tokens

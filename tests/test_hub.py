@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -211,7 +212,9 @@ def test_a_model_is_planned_from_its_config_downloaded_once_and_then_needs_no_hu
     record = json.loads((base / "base.json").read_text())
     assert record["source"] == "study/tiny-llama"
     assert record["revision"] == served.commit("models/study/tiny-llama")
-    assert len(record["digest"]) == 64
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert record["files"]["model.safetensors"]["sha256"] == sha256
+    assert record["digest"] == hashlib.sha256(sha256.encode()).hexdigest()
 
     before = list(served.requests)
     again = python(PREPARE + "print(base.digest)", tmp_path, served.url)
@@ -294,18 +297,19 @@ print(json.dumps(answers))
 """
 
 
-def read_from_hub(folder, endpoint, *hub_ids):
+def read_from_hub(folder, endpoint, *hub_ids, **variables):
     """What read_hub gives for SST-2 in each repository: splits and report, or a UserError."""
-    done = python(READ.format(hub_ids=hub_ids), folder, endpoint)
+    done = python(READ.format(hub_ids=hub_ids), folder, endpoint, **variables)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def read(served, tmp_path_factory):
-    """SST-2 from nyu-mll/glue, then the errors for an unknown repository and a gated one."""
-    folder = tmp_path_factory.mktemp("read")
-    return read_from_hub(folder, served.url, "nyu-mll/glue", "nyu-mll/delegated", "study/gated")
+    """SST-2 from nyu-mll/glue, the errors for an unknown and a gated repository, SST-2 offline."""
+    folder, glue = tmp_path_factory.mktemp("read"), "nyu-mll/glue"
+    answers = read_from_hub(folder, served.url, glue, "nyu-mll/delegated", "study/gated")
+    return answers + read_from_hub(folder, NOWHERE, glue, HF_HUB_OFFLINE="1")
 
 
 def sentences(rows):
@@ -338,6 +342,10 @@ def test_validation_is_carved_from_train_so_that_no_sentence_shares_a_phrase_wit
 
 def test_the_report_names_the_commit_that_the_rows_come_from(read, served):
     assert read[0][1]["revision"] == served.commit("datasets/nyu-mll/glue")
+
+
+def test_offline_the_same_rows_and_commit_come_from_the_cache(read):
+    assert read[3] == read[0]
 
 
 def test_only_the_configuration_that_is_asked_for_is_fetched(read, served):
