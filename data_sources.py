@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from config import BENCHMARKS, DATA_SEED, ROOT, SPLITS, Settings, UserError
 from data_splits import GROUPINGS, carve
 from dataset_descriptions import DatasetDescription, Row
+from hub_access import hub_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -128,8 +129,6 @@ def load_hub_split(hub_id: str, config: str | None, split: str, task: str) -> tu
     """A split of a Hub data set and its commit. Raises UserError if it is not there."""
     import datasets
     from huggingface_hub import HfApi
-
-    from checkpoint_utils import hub_error
 
     try:
         # asked first: without a network, load_dataset would retry for half a minute

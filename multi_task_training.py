@@ -15,15 +15,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
-import os
-import shutil
-import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from config import (
@@ -47,24 +40,9 @@ from training_configs import (
     parse_assignments,
     settable_help,
 )
+from training_run import Interrupted, Run, is_main, train, write_error
 
 LORA_FIELDS = ("target_modules", "scaling", "lora_dropout")
-# Below this many tokens (95th percentile) eager attention trains faster than sdpa under bf16 on a
-# CPU, whose sdpa backward is slow: 15.4 against 10.9 examples/s at 56 tokens, 0.7 to 1.4 at 512.
-EAGER_BELOW = 350
-
-
-@dataclass(frozen=True)
-class Run:
-    """One planned run."""
-
-    name: str
-    config: TrainingConfig
-    folder: Path
-
-    @property
-    def is_done(self) -> bool:
-        return (self.folder / "training.json").is_file()
 
 
 # ------------------------------------------------------------------------------ the plan
@@ -174,240 +152,6 @@ def _expected_steps(config: TrainingConfig, settings: Settings) -> int:
     return steps_for(rows, config.epochs, config.batch_size)
 
 
-# ----------------------------------------------------------------------------- one run
-
-
-class Interrupted(Exception):
-    """A signal asked to end; a whole checkpoint was saved."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
-
-
-@contextlib.contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT are noted in the list; a second SIGINT ends at once."""
-    noted: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if noted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        noted.append(number)
-        print("\nsaving a checkpoint, then ending", flush=True)
-
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(
-    run: Run, settings: Settings, base: Any, model: Any, device: str, overwrite: bool
-) -> dict[str, Any]:
-    """Train one run to its end, or go on with it; the contents of its training.json.
-
-    `model` is the base's architecture on the meta device, for what the run will need.
-
-    Raises UserError for what the user can mend and Interrupted after a signal.
-    """
-    from filelock import FileLock, Timeout
-
-    run.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.folder.with_name(f".{run.name}.lock"))
-    try:
-        with lock.acquire(timeout=0) if _is_main() else contextlib.nullcontext():
-            if overwrite and _is_main():
-                shutil.rmtree(run.folder)
-                run.folder.mkdir()
-            return _train_locked(run, settings, base, model, device)
-    except Timeout:
-        raise UserError(f"{run.name} is being trained by another process") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise _disk_full(run, error) from None
-    except Exception as error:
-        # safetensors and torch.save wrap the system's error in their own
-        if any(s in str(error) for s in ("os error 28", "os error 27", "file write failed")):
-            raise _disk_full(run, error) from None
-        if type(error).__name__ == "OutOfMemoryError":
-            raise UserError(
-                f"{run.name}: the memory of {device} ran out; try --set micro_batch_size=N lower or"
-                " --set activation_checkpointing=true"
-            ) from error
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            run.folder.rmdir()  # only if nothing was written
-
-
-def _disk_full(run: Run, error: Exception) -> UserError:
-    from checkpoint_utils import MANIFEST, checkpoints
-
-    for checkpoint in checkpoints(run.folder):
-        if not (checkpoint / MANIFEST).is_file():
-            shutil.rmtree(checkpoint)  # its half gives room back
-    return UserError(
-        f"{run.folder}: the disk is full ({str(error).splitlines()[0]}); free some and run the"
-        " same command: it goes on from the newest whole checkpoint"
-    )
-
-
-def _train_locked(
-    run: Run, settings: Settings, base: Any, empty: Any, device: str
-) -> dict[str, Any]:
-    from batching import lay_out, steps_for, task_shares
-    from checkpoint_utils import load_tokenizer, newest_whole_checkpoint, write_json
-    from data_preprocessing import label_token_ids, prepare
-    from multi_task_trainer import (
-        MultiTaskTrainer,
-        RunCallback,
-        build_model,
-        checkpoint_grid,
-        training_arguments,
-    )
-    from run_records import describe_environment, peak_memory, reset_peak_memory, run_record
-    from training_costs import check_room, expected_cost
-
-    config = run.config
-    tokenizer = load_tokenizer(base)
-    prepared = prepare(
-        settings, tokenizer, config.tasks, config.max_length, config.examples_per_task, config.limit
-    )
-    lengths = [prepared[task].split("train")["length"] for task in config.tasks]
-    rows = [len(task_lengths) for task_lengths in lengths]
-    shares = task_shares(rows, config.mixing, config.temperature)
-    steps = config.max_steps or steps_for(rows, config.epochs, config.batch_size)
-    grid = checkpoint_grid(steps, config.checkpoints)
-    bf16 = config.dtype == "bf16"
-    longest = max(map(max, lengths))
-    check_room(expected_cost(empty, config, bf16, longest), run.folder, device)
-    attention = config.attention
-    if attention == "auto":
-        attention = "eager" if _eager_is_faster(lengths, device, bf16) else "sdpa"
-    order = lay_out(lengths, shares, config.batch_size, steps, config.seed)
-
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.logs_dir / run.name)
-    arguments = training_arguments(config, run.folder, steps, bf16, device, world_size)
-    record = run_record(run.name, config, base, prepared, shares, steps, grid)
-    record["environment"] = describe_environment(device, bf16, attention, world_size)
-    with arguments.main_process_first(desc="looking for checkpoints"):
-        checkpoint = _begin(run, record)
-    arguments.eval_on_start = checkpoint is None
-
-    model = build_model(base, config, bf16, attention)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log_file = settings.logs_dir / run.name / "log.jsonl"
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    reset_peak_memory(device)
-    with signals_noted() as noted:
-        callback = RunCallback(run.folder, log_file, grid, stopped=lambda: bool(noted))
-        trainer = MultiTaskTrainer(
-            config,
-            {
-                t: label_token_ids(tokenizer, describe(t))
-                for t in FAMILIES["similar"]
-                if t in config.tasks
-            },
-            tokenizer.pad_token_id,
-            model=model,
-            args=arguments,
-            train_dataset=_in_order(prepared, config, order),
-            eval_dataset=_validation_rows(prepared, config),
-            callbacks=[callback],
-        )
-        callback.trainer = trainer
-        if checkpoint is not None:
-            callback.resume_from(checkpoint)
-            print(f"{run.name}: going on from {checkpoint.name} of {steps}")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step < steps:
-        message = f"{run.name}: saved checkpoint-{trainer.state.global_step} of {steps}; run the"
-        raise Interrupted(noted[0] if noted else signal.SIGTERM, f"{message} same command to go on")
-
-    history = trainer.state.log_history
-    done = {
-        "run": run.name,
-        "steps": steps,
-        "seconds": callback.seconds,
-        "examples_per_second": steps * config.batch_size / callback.seconds,
-        "tokens": int(sum(_lengths_in_order(lengths, order))),
-        "peak_memory_bytes": peak_memory(device),
-        "trainable_parameters": trainable,
-        "total_parameters": sum(p.numel() for p in model.parameters()),
-        "loss_curve": [entry for entry in history if "loss" in entry],
-        "validation": [entry for entry in history if "eval_loss" in entry],
-    }
-    if _is_main():
-        newest_whole_checkpoint(run.folder)
-        write_json(run.folder / "training.json", done)
-        (run.folder / "error.json").unlink(missing_ok=True)
-    return done
-
-
-def _begin(run: Run, record: dict[str, Any]) -> Path | None:
-    """Write run.json, or compare it with what is asked; the checkpoint to go on from.
-
-    Raises UserError with the fields that differ.
-    """
-    from checkpoint_utils import newest_whole_checkpoint, read_json, write_json
-    from run_records import differences
-
-    path = run.folder / "run.json"
-    if not path.is_file():
-        write_json(path, record)
-        return None
-    hard, soft = differences(read_json(path), record)
-    if hard:
-        raise UserError(
-            f"{run.folder} was begun with other settings: {'; '.join(hard)}. Ask for the same,"
-            " choose another --study, or --overwrite it"
-        )
-    if soft and _is_main():
-        print(f"warning: {run.name} goes on under other conditions: {'; '.join(soft)}")
-    return newest_whole_checkpoint(run.folder)
-
-
-def _eager_is_faster(lengths: list[Any], device: str, bf16: bool) -> bool:
-    import numpy as np
-
-    return device == "cpu" and bf16 and np.percentile(np.concatenate(lengths), 95) < EAGER_BELOW
-
-
-def _in_order(prepared: dict[str, Any], config: TrainingConfig, order: Any) -> Any:
-    from datasets import concatenate_datasets
-
-    train = concatenate_datasets([prepared[task].split("train") for task in config.tasks])
-    return train.select_columns(["input_ids", "prompt_length"]).select(order)
-
-
-def _lengths_in_order(lengths: list[Any], order: Any) -> Any:
-    import numpy as np
-
-    return np.concatenate(lengths)[order]
-
-
-def _validation_rows(prepared: dict[str, Any], config: TrainingConfig) -> dict[str, Any]:
-    """At most eval_examples_per_task validation rows a task, the same in every run; by length."""
-    import numpy as np
-
-    from config import DATA_SEED
-
-    chosen = {}
-    for task in config.tasks:
-        rows = prepared[task].split("validation")
-        drawn = np.random.default_rng(DATA_SEED).permutation(len(rows))
-        drawn = drawn[: config.eval_examples_per_task]
-        lengths = np.array(rows["length"])[drawn]
-        columns = ["input_ids", "prompt_length", "label"]
-        chosen[task] = rows.select_columns(columns).select(drawn[np.argsort(lengths)])
-    return chosen
-
-
 # ------------------------------------------------------------------------------- report
 
 
@@ -428,10 +172,6 @@ def summary(run: Run, done: dict[str, Any], settings: Settings) -> str:
     return "\n".join(lines)
 
 
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def _run_all(
     runs: list[Run], settings: Settings, base: Any, model: Any, device: str, overwrite: bool
 ) -> int:
@@ -445,19 +185,19 @@ def _run_all(
             continue
         try:
             done = train(run, settings, base, model, device, overwrite)
-            if _is_main():
+            if is_main():
                 print(summary(run, done, settings), flush=True)
         except Interrupted:
             raise
         except UserError as error:
-            _write_error(run, error)
+            write_error(run, error)
             if len(runs) == 1:
                 raise
             failed.append(run.name)
             print(f"error: {run.name}: {error}", file=sys.stderr)
         except Exception as error:
             failed.append(run.name)
-            if not _write_error(run, error):
+            if not write_error(run, error):
                 traceback.print_exception(error)
             path = run.folder / "error.json"
             print(f"error: {run.name} failed: {error!r}; see {path}", file=sys.stderr)
@@ -465,20 +205,6 @@ def _run_all(
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _write_error(run: Run, error: Exception) -> bool:
-    """A failed run is a result too; one that never began leaves nothing. Whether it was written."""
-    from checkpoint_utils import write_json
-
-    if not (run.folder / "run.json").is_file():
-        return False
-    trace = "".join(traceback.format_exception(error))
-    try:
-        write_json(run.folder / "error.json", {"error": str(error), "traceback": trace})
-    except OSError:  # the disk may be what failed
-        return False
-    return True
 
 
 @guarded
@@ -491,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     from training_costs import expected_cost
 
     device = pick_device()
-    if _is_main():
+    if is_main():
         print(settings.headline(device), flush=True)
     model_config = read_model_config(settings)
     model = empty_model(model_config, settings.model)
@@ -502,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     for run in runs:
         expected_cost(model, run.config, precision == "bf16")  # refuses a rank above the matrix
-    if _is_main() and (args.dry_run or len(runs) > 1):
+    if is_main() and (args.dry_run or len(runs) > 1):
         print_plan(runs, settings, model, precision == "bf16")
     if args.dry_run:
         return 0

@@ -17,6 +17,10 @@ GB = 1e9
 # Bytes of activations that a token leaves for the backward pass in a layer, per hidden unit and per
 # MLP unit, under bf16 autocast (twice that in fp32); fitted to measured peaks, rounded up.
 ACTIVATION_BYTES = (40, 16)
+# Eager attention leaves the heads' weights too: bytes for each pair of tokens, head and layer.
+EAGER_BYTES = 14
+# The interpreter and its libraries.
+PROCESS_BYTES = 700_000_000
 # The masked logits live in bf16 and fp32 with their gradients, and the softmax.
 LOGIT_BYTES = 16
 
@@ -60,7 +64,11 @@ def trainable_shapes(model: PreTrainedModel, config: TrainingConfig) -> list[tup
 
 
 def expected_cost(
-    model: PreTrainedModel, config: TrainingConfig, bf16: bool, longest: int = 0
+    model: PreTrainedModel,
+    config: TrainingConfig,
+    bf16: bool,
+    longest: int = 0,
+    eager: bool = False,
 ) -> Cost:
     """The run's cost from the architecture alone (a model on the meta device will do).
 
@@ -83,11 +91,19 @@ def expected_cost(
         weights += 4 * trainable + bf16 * (2 * c.vocab_size * c.hidden_size - 2 * linear)
     tokens = config.micro_batch_size * (longest or config.max_length)
     per_token = ACTIVATION_BYTES[0] * c.hidden_size + ACTIVATION_BYTES[1] * c.intermediate_size
+    if eager:
+        per_token += EAGER_BYTES * c.num_attention_heads * longest
     activations = tokens * c.num_hidden_layers * per_token * (1 if bf16 else 2)
     if config.activation_checkpointing:
         activations //= c.num_hidden_layers
     supervised = config.micro_batch_size * (2 if config.family == "similar" else 128)
-    memory = weights + 12 * trainable + activations + LOGIT_BYTES * supervised * c.vocab_size
+    memory = (
+        PROCESS_BYTES
+        + weights
+        + 12 * trainable
+        + activations
+        + LOGIT_BYTES * supervised * c.vocab_size
+    )
     saved = 4 * (trainable if config.method == "lora" else total)
     disk = config.checkpoints * saved + 2 * 8 * trainable  # Adam's state in the two newest
     return Cost(total, trainable, int(memory), disk)

@@ -186,8 +186,8 @@ def run_peer(peer: str, settings: Any, steps: tuple[int, int]) -> dict[str, Any]
 
     from checkpoint_utils import load_tokenizer, prepare_base, quiet_transformers
     from multi_task_trainer import build_model
-    from multi_task_training import EAGER_BELOW
     from run_records import peak_memory, pick_device, pick_precision, reset_peak_memory
+    from training_run import eager_is_faster
 
     disable_progress_bars()
     device = pick_device()
@@ -195,8 +195,7 @@ def run_peer(peer: str, settings: Any, steps: tuple[int, int]) -> dict[str, Any]
     base = prepare_base(settings)
     tokenizer = load_tokenizer(base)
     warm, timed = rows_for(settings, tokenizer, steps)
-    short = max(timed["length"]) < EAGER_BELOW
-    ours = "eager" if device == "cpu" and bf16 and short else "sdpa"
+    ours = "eager" if eager_is_faster(timed["length"], device, bf16) else "sdpa"
     attention = ours if peer in ("ours", "grouped_same_attention") else "sdpa"
     if peer == "ours":
         model = build_model(base, our_config(), bf16, attention)

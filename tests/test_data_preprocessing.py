@@ -8,9 +8,10 @@ from conftest import ROOT, assert_one_line_error, settings_for
 
 import data_preprocessing
 from config import FAMILIES, TASKS, UserError
-from data_preprocessing import bos_ids, encode, label_token_ids, prepare
+from data_preprocessing import prepare
 from data_sources import read_folder
 from dataset_descriptions import DESCRIPTIONS, describe
+from prompt_encoding import bos_ids, encode, label_token_ids
 
 SAMPLE = ROOT / "data" / "sample"
 
