@@ -33,6 +33,8 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BASE_FILE = "base.json"
 MANIFEST = "manifest.json"
+# Whatever is loaded lies here, and no code of its own is run.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 # What Trainer needs to go on, and nobody needs to evaluate: kept in the two newest checkpoints.
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
@@ -173,7 +175,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
     """The base's tokenizer, from tokenizer/<base>/."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base.tokenizer_folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(base.tokenizer_folder, **LOCAL)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {base.name} has no end-of-text token")
     if tokenizer.pad_token_id is None:
@@ -202,7 +204,7 @@ def _load_config(folder: Path, name: str) -> LlamaConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, **LOCAL)
     except (OSError, ValueError, KeyError) as error:
         message = str(error).splitlines()[0]
         raise UserError(f"{name}/config.json is of no model known here: {message}") from None
@@ -226,7 +228,7 @@ def load_base(
             dtype=dtype or torch.float32,
             attn_implementation=attention,
             use_safetensors=True,
-            local_files_only=True,
+            **LOCAL,
             output_loading_info=True,
         )
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -242,7 +244,7 @@ def empty_model(config: LlamaConfig, name: str) -> PreTrainedModel:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError:  # no causal language model
         model = None
     layers = set() if model is None else {n.rpartition(".")[2] for n, _ in model.named_modules()}
@@ -329,7 +331,7 @@ def _save_tokenizer(base: Base) -> None:
         return
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
     except (OSError, ValueError, TypeError) as error:
         message = str(error).splitlines()[0]
         raise UserError(f"{base.folder} holds no tokenizer that can be read: {message}") from None

@@ -184,6 +184,8 @@ def _train_locked(
         checkpoint = _begin(run, record)
     arguments.eval_on_start = checkpoint is None
 
+    if is_main():
+        print(_shares_line(run.name, record["task_weights"]), flush=True)
     reset_peak_memory(device)
     model = build_model(base, config, bf16, attention)
     history, seconds = _run_trainer(run, settings, course, model, arguments, checkpoint)
@@ -271,6 +273,15 @@ def _begin(run: Run, record: dict[str, Any]) -> Path | None:
     if soft and is_main():
         print(f"warning: {run.name} goes on under other conditions: {'; '.join(soft)}")
     return newest_whole_checkpoint(run.folder)
+
+
+def _shares_line(name: str, weights: dict[str, dict[str, float]]) -> str:
+    parts = [
+        f"{task} {w['examples']:.0%} of the examples, {w['supervised_tokens']:.0%} of the"
+        f" supervised tokens, {w['loss']:.0%} of the loss"
+        for task, w in weights.items()
+    ]
+    return f"{name}: {'; '.join(parts)}"
 
 
 def eager_is_faster(lengths: np.ndarray, device: str, bf16: bool) -> bool:

@@ -42,8 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__.splitlines()[0])
     add_common_arguments(parser)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all peers (default 3)")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--quick", action="store_true", help="few steps: to try it out")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="default all")
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps of three peers, in about two minutes"
+    )
     parser.add_argument("--json", type=Path, help="write meta, ratios and rows to this file")
     parser.add_argument("--child", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--steps", nargs=2, type=int, default=(5, 20), help=argparse.SUPPRESS)
@@ -281,12 +283,13 @@ def main(argv: list[str] | None = None) -> int:
     args.study = args.study or "benchmark"
     settings = resolve_settings(args)
     steps = (1, 3) if args.quick else tuple(args.steps)
+    chosen = args.peers or (("grouped", "padded") if args.quick else PEERS)
     if args.child:
         print(json.dumps(run_peer(args.child, settings, tuple(args.steps))))
         return 0
     from tqdm import tqdm
 
-    peers = ["ours", *(p for p in args.peers if p != "ours")]
+    peers = ["ours", *(p for p in chosen if p != "ours")]
     rows = []
     for number, peer in tqdm([(i, p) for i in range(args.rounds) for p in peers]):
         rows.append({"round": number, **spawn(peer, args, steps)})

@@ -180,6 +180,19 @@ def test_a_killed_run_ends_with_the_weights_of_one_left_alone(
     ]
 
 
+def test_a_run_killed_after_its_last_save_is_ended_without_training(finished, tiny):
+    run = runs_dir("unsealed") / NAMES["lora"]
+    shutil.copytree(finished / NAMES["lora"], run)
+    (run / "training.json").unlink()
+    assert main([*LORA, "--model", str(tiny), "--study", "unsealed"]) == 0
+    assert_same_weights(run, finished / NAMES["lora"])
+    ours, theirs = (
+        json.loads((folder / NAMES["lora"] / "training.json").read_text())["validation"]
+        for folder in (run.parent, finished)
+    )
+    assert ours == theirs
+
+
 def test_sigterm_saves_a_whole_checkpoint_and_ends(script, finished, tiny):
     argv = [*LORA, "--model", str(tiny), "--study", "terminated"]
     process = script(DRIVER, "terminated", 5, *argv)
