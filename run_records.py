@@ -59,18 +59,28 @@ def describe_environment(
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     return {
         "versions": versions,
         "git_commit": _git_commit(),
         "device": device,
-        "device_name": name or platform.machine(),
+        "device_name": name,
         "world_size": world_size,
         "threads": torch.get_num_threads(),
         "precision": "fp32 weights, bf16 autocast" if bf16 else "fp32",
         "attention": attention,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return (
+                next(line for line in file if line.startswith("model name")).split(": ")[1].strip()
+            )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _git_commit() -> str | None:

@@ -239,6 +239,7 @@ def environment(device: str, bf16: bool, rows: Any) -> dict[str, Any]:
     except PackageNotFoundError:
         found["versions"]["trl"] = "not installed"
     lengths = rows["length"]
+    found.pop("git_commit")
     found["shapes"] = {
         "batch": BATCH,
         "rows": len(rows),
