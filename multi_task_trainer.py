@@ -265,7 +265,11 @@ def training_arguments(
             f"batch_size {config.batch_size} is not a multiple of micro_batch_size {micro} times"
             f" {world_size} device(s); change one with --set"
         )
+    recompute = "activation_checkpointing"
+    if not hasattr(TrainingArguments, recompute):
+        recompute = "gradient_checkpointing"  # its name before transformers 5.21
     return TrainingArguments(
+        **{recompute: config.activation_checkpointing},
         output_dir=str(run_dir),
         max_steps=steps,
         num_train_epochs=1,
@@ -287,7 +291,6 @@ def training_arguments(
         save_strategy="no",  # RunCallback saves and validates on the grid
         eval_strategy="no",
         eval_on_start=True,
-        activation_checkpointing=config.activation_checkpointing,
         report_to=config.report_to,
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,

@@ -180,13 +180,11 @@ def _run_all(
 
     failed = []
     for run in runs:
-        if run.is_done and not overwrite:
-            print(f"{run.name} is done: {run.folder} (--overwrite trains it again)")
-            continue
         try:
             done = train(run, settings, base, model, device, overwrite)
             if is_main():
-                print(summary(run, done, settings), flush=True)
+                told = f"{run.name} is done: {run.folder} (--overwrite trains it again)"
+                print(summary(run, done, settings) if done else told, flush=True)
         except Interrupted:
             raise
         except UserError as error:

@@ -37,7 +37,7 @@ class Cost:
     def __str__(self) -> str:
         share = self.trainable / self.parameters
         return (
-            f"{self.trainable:,} trainable parameters ({share:.2%}), memory about"
+            f"{self.trainable:,} trainable parameters ({share:.2%}), memory up to about"
             f" {self.memory / GB:.1f} GB, disk {self.disk / GB:.2f} GB"
         )
 

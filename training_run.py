@@ -74,12 +74,12 @@ def signals_noted() -> Iterator[list[int]]:
 
 def train(
     run: Run, settings: Settings, base: Any, model: Any, device: str, overwrite: bool
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Train one run to its end, or go on with it; the contents of its training.json.
 
-    `model` is the base's architecture on the meta device, for what the run will need.
-
-    Raises UserError for what the user can mend and Interrupted after a signal.
+    None if the run was done before, with the same settings and data. `model` is the base's
+    architecture on the meta device, for what the run will need. Raises UserError for what the user
+    can mend, and Interrupted after a signal.
     """
     from filelock import FileLock, Timeout
 
@@ -159,7 +159,7 @@ def lay_out_course(config: TrainingConfig, settings: Settings, base: Any) -> Cou
 
 def _train_locked(
     run: Run, settings: Settings, base: Any, empty: Any, device: str
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     from checkpoint_utils import write_json
     from multi_task_trainer import build_model, training_arguments
     from run_records import describe_environment, peak_memory, reset_peak_memory, run_record
@@ -172,7 +172,8 @@ def _train_locked(
         attention = "eager" if eager_is_faster(course.lengths, device, bf16) else "sdpa"
     longest = int(course.lengths.max())
     cost = expected_cost(empty, config, bf16, longest, attention == "eager")
-    check_room(cost, run.folder, device)
+    if not run.is_done:
+        check_room(cost, run.folder, device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.logs_dir / run.name)
     arguments = training_arguments(config, run.folder, course.steps, bf16, device, world_size)
@@ -182,6 +183,8 @@ def _train_locked(
     record["environment"] = describe_environment(device, bf16, attention, world_size)
     with arguments.main_process_first(desc="looking for checkpoints"):
         checkpoint = _begin(run, record)
+    if run.is_done:
+        return None
     arguments.eval_on_start = checkpoint is None
 
     if is_main():
@@ -270,6 +273,8 @@ def _begin(run: Run, record: dict[str, Any]) -> Path | None:
             f"{run.folder} was begun with other settings: {'; '.join(hard)}. Ask for the same,"
             " choose another --study, or --overwrite it"
         )
+    if run.is_done:
+        return None
     if soft and is_main():
         print(f"warning: {run.name} goes on under other conditions: {'; '.join(soft)}")
     return newest_whole_checkpoint(run.folder)

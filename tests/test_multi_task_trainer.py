@@ -64,7 +64,10 @@ def gradients(model):
 
 @pytest.mark.parametrize("method", ["lora", "full", "full_qv"])
 @pytest.mark.parametrize("weighting", ["example", "token"])
-def test_loss_and_gradients_of_a_step_equal_one_row_at_a_time(base, tmp_path, method, weighting):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_loss_and_gradients_of_a_step_equal_one_row_at_a_time(
+    base, tmp_path, method, weighting, recompute
+):
     """Through the Trainer itself, with accumulation: two micro-batches of four rows."""
     rows = some_rows()
     config = config_of(
@@ -74,6 +77,7 @@ def test_loss_and_gradients_of_a_step_equal_one_row_at_a_time(base, tmp_path, me
         batch_size=8,
         micro_batch_size=4,
         max_grad_norm=0.0,
+        activation_checkpointing=recompute,
     )
     model = build_model(base, config, bf16=False, attention="sdpa")
     if method == "lora":

@@ -262,6 +262,21 @@ def test_two_processes_on_one_run_are_refused(script, tiny):
     assert not (folder / NAMES["lora"]).exists()
 
 
+def test_a_done_run_is_not_taken_for_one_on_other_data(finished, tiny, capsys, tmp_path):
+    """Its name is the same, since a name does not say where the data lie."""
+    sample = Path(__file__).parent.parent / "data" / "sample"
+    for task in ("sst2", "mnli", "qqp"):
+        shutil.copytree(sample / task, tmp_path / task)
+    argv = [*LORA, "--model", str(tiny), "--study", "whole", "--data", str(tmp_path)]
+    assert main(argv) == 0  # the same rows elsewhere are the same data
+    assert "is done" in capsys.readouterr().out
+    lines = (tmp_path / "qqp" / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "qqp" / "train.jsonl").write_text("".join(lines[1:]))
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "data of qqp" in error and "data of sst2" not in error and "--overwrite" in error
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
