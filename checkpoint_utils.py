@@ -218,7 +218,7 @@ def load_base(
     Raises UserError for a corrupt file, or one that lacks weights of the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, modeling_utils
 
     _check_safetensors(base.folder)
     with quiet_transformers():
@@ -234,7 +234,29 @@ def load_base(
     if info["missing_keys"] or info["mismatched_keys"]:
         broken = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
         raise UserError(f"{base.folder} does not fit its config.json: {', '.join(broken[:3])} ...")
+    if not hasattr(modeling_utils, "slice_logits_to_keep"):
+        _teach_logits_mask(model)
     return model
+
+
+def _teach_logits_mask(model: PreTrainedModel) -> None:
+    """Let `logits_to_keep` be a mask (rows, tokens) in transformers before 5.21, as it is since.
+
+    5.20 is the last that runs on Python 3.10.
+    """
+    masks: list[torch.Tensor] = []
+
+    def set_aside(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        masks.clear()
+        if getattr(kwargs.get("logits_to_keep"), "ndim", 0) == 2:
+            masks.append(kwargs.pop("logits_to_keep"))
+        return args, kwargs
+
+    def apply(_: Any, args: tuple[torch.Tensor]) -> torch.Tensor:
+        return args[0][masks.pop()] if masks else args[0]
+
+    model.register_forward_pre_hook(set_aside, with_kwargs=True)
+    model.get_output_embeddings().register_forward_pre_hook(apply)
 
 
 def empty_model(config: LlamaConfig, name: str) -> PreTrainedModel:
