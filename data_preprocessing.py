@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,11 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the prepared rows; a change of this file that changes them counts it up
 REPORT = "report.json"
+# The fields of a description that decide what the rows are; a licence does not.
+ROW_FIELDS = (
+    *("name", "hub_id", "hub_config", "hub_splits", "groups"),
+    *("template", "label_words", "answer", "passage"),
+)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def _prepare_task(
     made_from = {
         "format": FORMAT,
         "source": source_identity(source, description),
-        "description": asdict(description) | {"columns": sorted(description.columns)},
+        "description": {name: getattr(description, name) for name in ROW_FIELDS},
         "tokenizer": _tokenizer_digest(tokenizer),
         "max_length": max_length,
         "examples_per_task": examples_per_task,

@@ -52,3 +52,15 @@ def test_the_page_names_licence_citation_and_labels(capsys, task):
 
 def test_an_unknown_name_is_refused(script):
     assert_one_line_error(script("dataset_descriptions.py", "sst3"), "unknown task 'sst3'")
+
+
+def test_every_metric_that_is_named_is_computed():
+    from metrics import score
+
+    examples = {
+        **{task: ([0, 1], [0, 1]) for task in FAMILIES["similar"]},
+        **{task: (["a b"], [["a b"]]) for task in FAMILIES["dissimilar"]},
+    }
+    for task, (predictions, references) in examples.items():
+        computed = {scores.name for scores in score(task, predictions, references)}
+        assert set(describe(task).metrics) <= computed

@@ -1,0 +1,204 @@
+"""The engine against the plain way: one row at a time, dense logits, model.generate."""
+
+import pytest
+import torch
+from conftest import settings_for
+
+from batching import IGNORED, CompletionCollator
+from checkpoint_utils import load_base, prepare_base
+from config import FAMILIES
+from data_sources import read_jsonl
+from dataset_descriptions import describe
+from prompt_encoding import encode, label_token_ids, text_ids
+from scoring import (
+    Item,
+    batches,
+    completion_losses,
+    generate_greedily,
+    label_predictions,
+    log_likelihoods,
+    mean_by_row,
+)
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def model(request, tiny):
+    return load_base(prepare_base(settings_for(model=str(tiny))), attention=request.param).eval()
+
+
+@pytest.fixture(scope="module")
+def smollm2_model(smollm2):
+    return load_base(smollm2).eval()
+
+
+def random_items(count=23, seed=0):
+    random = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        length = int(torch.randint(low, high, (1,), generator=random))
+        return torch.randint(5, 40_000, (length,), generator=random).tolist()
+
+    return [Item(tokens(1, 40), [tokens(1, 9) for _ in range(1 + i % 4)]) for i in range(count)]
+
+
+def plain_score(model, context, continuation):
+    with torch.no_grad():
+        logits = model(torch.tensor([[*context, *continuation]])).logits[0]
+    # in fp64: torch's fp32 log_softmax over 49,152 logits is off by 1e-5 a token, to one side
+    log_probs = logits[len(context) - 1 : -1].double().log_softmax(-1)
+    ids = torch.tensor(continuation)
+    total = log_probs[torch.arange(len(ids)), ids].sum().item()
+    return total, bool((log_probs.argmax(-1) == ids).all())
+
+
+def assert_plain(model, items, scores, tolerance=1e-4):
+    for item, row in zip(items, scores, strict=True):
+        for continuation, score in zip(item.continuations, row, strict=True):
+            total, greedy = plain_score(model, item.context, continuation)
+            assert score.log_likelihood == pytest.approx(total, abs=tolerance)
+            assert score.is_greedy == greedy
+
+
+def test_log_likelihoods_equal_one_continuation_at_a_time(model):
+    items = random_items()
+    with torch.no_grad():  # let some continuation be the greedy one
+        best = model(torch.tensor([items[0].context])).logits[0, -1].argmax().item()
+    items[0] = Item(items[0].context, [[best], *items[0].continuations])
+    assert_plain(model, items, log_likelihoods(model, items))
+    assert log_likelihoods(model, items[:1])[0][0].is_greedy
+
+
+def test_log_likelihoods_do_not_depend_on_the_batch(model):
+    items = random_items()
+    whole = log_likelihoods(model, items, token_budget=100_000)
+    for budget in (1, 100, 1000):
+        for ours, theirs in zip(log_likelihoods(model, items, budget), whole, strict=True):
+            found = [s.log_likelihood for s in ours]
+            assert found == pytest.approx([s.log_likelihood for s in theirs], abs=1e-4)
+
+
+def test_one_token_continuations_are_the_logits_after_the_context(model):
+    contexts = [item.context for item in random_items()]
+    scores = log_likelihoods(model, [Item(c, [[7], [9], [11]]) for c in contexts])
+    for context, row in zip(contexts, scores, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([context])).logits[0, -1:]
+        best = max(range(3), key=lambda k: row[k].log_likelihood)
+        assert best == label_predictions(logits, [7, 9, 11]).item()
+        expected = logits.log_softmax(-1)[0, [7, 9, 11]].tolist()
+        assert [s.log_likelihood for s in row] == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_empty_context_or_continuation_is_refused(model):
+    for item in (Item([], [[1]]), Item([1], []), Item([1], [[]])):
+        with pytest.raises(ValueError, match="at least one token"):
+            log_likelihoods(model, [item])
+    with pytest.raises(ValueError, match="at least one token"):
+        generate_greedily(model, [[]], 4, [2])
+
+
+def test_batches_are_longest_first_and_within_budget():
+    lengths, weights = [5, 90, 7, 30, 31, 5], [1, 1, 1, 9, 1, 1]
+    found = list(batches(lengths, 64, weights, 9))
+    assert sorted(i for batch in found for i in batch) == list(range(6))
+    assert found[0] == [1]  # above the budget, and still done
+    assert [max(lengths[i] for i in batch) for batch in found] == [90, 31, 30, 7]
+    for batch in found[1:]:
+        assert len(batch) * max(lengths[i] for i in batch) <= 64
+        assert sum(weights[i] for i in batch) <= 9
+
+
+def plain_generation(model, prompt, max_new_tokens, eos):
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )[0, len(prompt) :].tolist()
+    return output[:-1] if output and output[-1] == eos else output
+
+
+def assert_same_text(model, prompt, ours, theirs):
+    """Equal, or apart from the first step on at which two tokens tie; whether they were equal."""
+    if ours == theirs:
+        return True
+    at = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs))
+    )
+    with torch.no_grad():
+        top = model(torch.tensor([[*prompt, *ours[:at]]])).logits[0, -1].topk(2).values
+    assert top[0] - top[1] < 1e-3
+    return False
+
+
+def test_generation_equals_model_generate_one_at_a_time(model):
+    prompts = [list(item.context) for item in random_items(17, seed=3)]
+    # the random model's own favourite tokens as EOS, so that rows end at different steps
+    first = generate_greedily(model, prompts, 12, [])
+    eos = max({t for o in first for t in o}, key=lambda t: sum(t in o for o in first))
+    ours = generate_greedily(model, prompts, 12, [eos], token_budget=400)
+    assert len({len(output) for output in ours}) > 1
+    for prompt, output in zip(prompts, ours, strict=True):
+        assert_same_text(model, prompt, output, plain_generation(model, prompt, 12, eos))
+    alone = [generate_greedily(model, [prompt], 12, [eos])[0] for prompt in prompts]
+    assert sum(a == b for a, b in zip(alone, ours, strict=True)) >= 16
+
+
+def test_a_row_ends_where_its_stop_says(model):
+    prompts = [list(item.context) for item in random_items(5)]
+    free = generate_greedily(model, prompts, 8, [])
+    stopped = generate_greedily(model, prompts, 8, [], stopped=lambda tokens: len(tokens) == 3)
+    assert stopped == [tokens[:3] for tokens in free]
+
+
+def test_hellaswag_items_are_scored_as_one_by_one(smollm2_model, tokenizer, real_data):
+    from pathlib import Path
+
+    rows = read_jsonl(Path(real_data) / "hellaswag" / "validation.jsonl", limit=12)
+    items = [
+        Item(text_ids(tokenizer, r["ctx"]), [text_ids(tokenizer, " " + e) for e in r["endings"]])
+        for r in rows
+    ]
+    assert_plain(smollm2_model, items, log_likelihoods(smollm2_model, items))
+
+
+@pytest.mark.parametrize("task", FAMILIES["similar"])
+def test_classification_is_the_argmax_that_training_sees(smollm2_model, tokenizer, real_data, task):
+    from pathlib import Path
+
+    description = describe(task)
+    rows = read_jsonl(Path(real_data) / task / "validation.jsonl", limit=24)
+    encoded = [encode(tokenizer, description, row, 256) for row in rows]
+    ids = label_token_ids(tokenizer, description)
+    items = [Item(e["input_ids"][: e["prompt_length"]], [[i] for i in ids]) for e in encoded]
+    scores = log_likelihoods(smollm2_model, items)
+    ours = [max(range(len(ids)), key=lambda k: row[k].log_likelihood) for row in scores]
+    batch = CompletionCollator(tokenizer.pad_token_id)(encoded)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = smollm2_model(**batch).logits
+    losses, row = completion_losses(logits, labels, IGNORED)
+    assert mean_by_row(losses, row, len(rows)).isfinite().all()
+    first = torch.searchsorted(row, torch.arange(len(rows)))
+    assert ours == label_predictions(logits[first], ids).tolist()
+
+
+@pytest.mark.parametrize("task", FAMILIES["dissimilar"])
+def test_32_real_rows_are_generated_as_model_generate_does(
+    smollm2_model, tokenizer, real_data, task
+):
+    from pathlib import Path
+
+    rows = read_jsonl(Path(real_data) / task / "test.jsonl", limit=32)
+    encoded = [encode(tokenizer, describe(task), row, 384) for row in rows]
+    prompts = [e["input_ids"][: e["prompt_length"]] for e in encoded]
+    eos = tokenizer.eos_token_id
+    ours = generate_greedily(smollm2_model, prompts, 24, [eos])
+    same = [
+        assert_same_text(smollm2_model, p, o, plain_generation(smollm2_model, p, 24, eos))
+        for p, o in zip(prompts, ours, strict=True)
+    ]
+    assert sum(same) >= 31
