@@ -1,0 +1,188 @@
+"""The models of many checkpoints over one base in memory, one after another.
+
+Adapters are swapped into the base, never merged; the weights of full fine-tuning are copied into
+the same module, tensor by tensor from memory-mapped files. So memory holds one model at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint_utils import (
+    MANIFEST,
+    Base,
+    checkpoint_problem,
+    checkpoint_step,
+    checkpoints,
+    load_base,
+)
+from config import UserError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk; step 0 where its folder's name says none."""
+
+    run: str
+    step: int
+    folder: Path
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.folder / "adapter_config.json").is_file()
+
+
+def checkpoints_in(folder: Path) -> list[Checkpoint]:
+    """The checkpoints of a run's folder, or the folder itself if it is one; by step.
+
+    Any PEFT or Transformers folder is taken, also one that was not made here. Raises UserError for
+    a folder that holds none.
+    """
+    found = [Checkpoint(folder.name, checkpoint_step(p), p) for p in checkpoints(folder)]
+    if found:
+        return found
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no checkpoint-<step> folder and no *.safetensors")
+    run = folder.parent.name if checkpoint_step(folder) >= 0 else folder.name
+    return [Checkpoint(run, max(0, checkpoint_step(folder)), folder)]
+
+
+def checkpoint_models(
+    base: Base, wanted: Sequence[Checkpoint], device: str = "cpu", attention: str = "sdpa"
+) -> Iterator[tuple[Checkpoint | None, Any]]:
+    """(None, the base), then (checkpoint, its model): adapters first, full weights after them.
+
+    A model is good until the next is asked for. In place of the model of a checkpoint that is
+    corrupt, half-written or does not fit the base comes the UserError that says so; the others go
+    on.
+    """
+    model = load_base(base, attention=attention).to(device).eval()
+    yield None, model
+    adapted = None  # the base with an adapter in it
+    for number, checkpoint in enumerate(c for c in wanted if c.is_adapter):
+        try:
+            _check_whole(checkpoint)
+            adapted = _swap_adapter(adapted or model, checkpoint, f"adapter{number}")
+            result = adapted
+        except UserError as error:
+            result = error
+        yield checkpoint, result
+    if adapted is not None:
+        model = adapted.unload()
+    for checkpoint in wanted:
+        if checkpoint.is_adapter:
+            continue
+        try:
+            _check_whole(checkpoint)
+            _copy_weights(model, checkpoint.folder)
+            result = model
+        except UserError as error:
+            result = error
+        yield checkpoint, result
+
+
+def _check_whole(checkpoint: Checkpoint) -> None:
+    """Raise UserError for a checkpoint of ours that its manifest does not confirm."""
+    made_here = (checkpoint.folder.parent / "run.json").is_file()
+    if made_here or (checkpoint.folder / MANIFEST).is_file():
+        problem = checkpoint_problem(checkpoint.folder)
+        if problem:
+            raise UserError(problem)
+
+
+def _swap_adapter(model: Any, checkpoint: Checkpoint, name: str) -> Any:
+    """Load the adapter, make it active, and only then drop the one before it.
+
+    A load that fails leaves the model as it was.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    folder = checkpoint.folder
+    if not (folder / ADAPTER_FILE).is_file():
+        raise UserError(f"{folder} holds no {ADAPTER_FILE}; a pickled adapter is not loaded")
+    before = list(getattr(model, "peft_config", {}))
+    try:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+            found = set(file.keys())
+        config = PeftConfig.from_pretrained(folder)
+        if config.peft_type != "LORA":
+            raise UserError(f"{folder} is an adapter of type {config.peft_type}, not LORA")
+        if before:
+            model.add_adapter(name, config, low_cpu_mem_usage=True)
+        else:
+            model = PeftModel(model, config, name, low_cpu_mem_usage=True)
+        model.load_adapter(folder, name, is_trainable=False, low_cpu_mem_usage=True)
+        # an adapter that lacks tensors loads without an error, and scores like another model
+        expected = set(
+            get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        )
+        if found != expected:
+            raise UserError(_unlike(folder, expected - found, found - expected))
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, UserError) as error:
+        if before and name in model.peft_config:
+            model.delete_adapter(name)
+        elif not before and hasattr(model, "peft_config"):
+            model.unload()
+        if isinstance(error, UserError):
+            raise
+        message = str(error).splitlines()[0]
+        raise UserError(f"{folder} is corrupt or does not fit the base: {message}") from None
+    model.set_adapter(name, inference_mode=True)
+    for old in before:
+        model.delete_adapter(old)
+    return model.eval()
+
+
+def _unlike(folder: Path, missing: set[str], unexpected: set[str]) -> str:
+    parts = [
+        f"{len(names)} {what}, such as {min(names)}"
+        for names, what in ((missing, "are missing"), (unexpected, "are unexpected"))
+        if names
+    ]
+    return f"{folder} does not fit the base: of its tensors {'; '.join(parts)}"
+
+
+def _copy_weights(model: Any, folder: Path) -> None:
+    """Copy every weight of the folder's safetensors into the model, one tensor at a time.
+
+    Names and shapes are compared first, so a checkpoint that does not fit changes nothing.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    weights = model.state_dict()
+    files = sorted(folder.glob("*.safetensors"))
+    shapes: dict[str, list[int]] = {}
+    try:
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+        _compare_shapes(folder, weights, shapes)
+        with torch.no_grad():
+            for path in files:
+                with safe_open(path, framework="pt") as file:
+                    for name in list(file.keys()):
+                        weights[name].copy_(file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder} is corrupt: {error}") from None
+
+
+def _compare_shapes(folder: Path, weights: dict[str, Any], shapes: dict[str, list[int]]) -> None:
+    # a tied lm_head is the embedding: a file may name both, or either
+    there = {weights[name].data_ptr() for name in shapes if name in weights}
+    missing = [name for name, weight in weights.items() if weight.data_ptr() not in there]
+    unexpected = [name for name in shapes if name not in weights]
+    other = [n for n, shape in shapes.items() if n in weights and list(weights[n].shape) != shape]
+    for names, what in (
+        (missing, "lacks"),
+        (unexpected, "has, and the base has not,"),
+        (other, "has in another shape"),
+    ):
+        if names:
+            raise UserError(f"{folder} does not fit the base: it {what} {sorted(names)[0]} ...")
