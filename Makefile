@@ -11,6 +11,7 @@ LLAMA_TOKENIZER := llama-models==0.3.0
 
 demo: install
 	$(BIN)/python multi_task_training.py --preset demo --similar --lora 8
+	$(BIN)/python eval.py --preset demo --runs similar_lora_r8_seed42 --checkpoints last
 
 test: install-dev
 	$(BIN)/python -m pytest

@@ -196,12 +196,13 @@ def _write_split(
 ) -> dict[str, Any]:
     from datasets import Dataset, disable_progress_bars, enable_progress_bars
 
+    processes = min(os.cpu_count() or 1, len(rows) // 2_000)
     data = Dataset.from_list([{"row": i, "json": json.dumps(row)} for i, row in enumerate(rows)])
     data = data.map(
         lambda item: encode(tokenizer, description, json.loads(item["json"]), max_length),
         remove_columns="json",
         # processes pay where there are many rows; each needs a moment to start
-        num_proc=min(os.cpu_count() or 1, len(rows) // 2_000) or None,
+        num_proc=processes if processes > 1 else None,
         desc=f"{description.name} {split}",
     )
     problems = data["problem"]

@@ -50,6 +50,7 @@ class DatasetDescription:
     answer: str | None = None
     passage: str | None = None
     max_new_tokens: int = 0
+    stop: str = "\n"  # ends a generation as EOS does: an untuned model does not know when to end
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -291,6 +292,7 @@ DESCRIPTIONS = {
             answer="highlights",
             passage="article",
             max_new_tokens=160,
+            stop="\n\n",  # highlights are lines
         ),
     )
 }

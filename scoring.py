@@ -221,7 +221,8 @@ def generate_greedily(
     """The greedy continuation of every prompt, in their order, without its EOS.
 
     A row ends with an EOS token, when `stopped` says so of its tokens, or at `max_new_tokens`; it
-    then leaves the batch, so the others do not pay for it. Raises ValueError for an empty prompt.
+    then leaves the batch, so the others do not pay for it. Raises ValueError for an empty prompt
+    and FloatingPointError for logits that are not finite.
     """
     import torch
 
@@ -270,6 +271,8 @@ def _generate_batch(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+        if not outputs[active[0]] and not torch.isfinite(logits).all():
+            raise FloatingPointError("the model's logits are not finite")
         tokens = logits.argmax(-1).tolist()
         goes_on = []
         for at, (row, token) in enumerate(zip(active, tokens, strict=True)):

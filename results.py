@@ -1,0 +1,112 @@
+"""The one shape of a result: units on disk, written whole, and the document that joins them.
+
+A unit is what one script measured of one checkpoint on one thing. Its file
+`records/<unit>.json` holds what was asked and the flat records that came out; per-item statistics
+lie beside it in `items/<unit>.parquet`, for paired tests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from config import UserError
+
+if TYPE_CHECKING:
+    from metrics import Scores
+
+RECORD_VERSION = 1
+
+
+class Results:
+    """The results of one script for one study, in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def unit_file(self, unit: str) -> Path:
+        return self.folder / "records" / f"{unit}.json"
+
+    def is_done(self, unit: str, request: dict[str, Any]) -> bool:
+        """Whether the unit was measured just as it is asked for now.
+
+        Raises UserError for a file that another version of the suite wrote.
+        """
+        path = self.unit_file(unit)
+        return path.is_file() and _read(path)["request"] == json.loads(json.dumps(request))
+
+    def write(
+        self,
+        unit: str,
+        request: dict[str, Any],
+        records: list[dict[str, Any]],
+        scores: Sequence[Scores] = (),
+    ) -> None:
+        """Write a unit, its items first, so that a record without items cannot be."""
+        from checkpoint_utils import write_json
+
+        if scores:
+            self._write_items(unit, scores)
+        document = {"record_version": RECORD_VERSION, "request": request, "records": records}
+        write_json(self.unit_file(unit), document)
+
+    def _write_items(self, unit: str, scores: Sequence[Scores]) -> None:
+        import os
+
+        import pandas as pd
+
+        tables = [
+            pd.DataFrame(
+                {
+                    "metric": s.name,
+                    "aggregate": s.aggregate.__name__,
+                    "item": np.arange(len(s.statistics)),
+                    "statistics": list(s.statistics),
+                }
+            )
+            for s in scores
+        ]
+        path = self.folder / "items" / f"{unit}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        pd.concat(tables, ignore_index=True).to_parquet(partial)
+        os.replace(partial, path)
+
+    def items(self, unit: str) -> dict[str, Scores]:
+        """The unit's per-item statistics by metric."""
+        import pandas as pd
+
+        from metrics import AGGREGATES, Scores
+
+        table = pd.read_parquet(self.folder / "items" / f"{unit}.parquet")
+        return {
+            name: Scores(name, np.stack(part["statistics"]), AGGREGATES[part["aggregate"].iloc[0]])
+            for name, part in table.groupby("metric", sort=False)
+        }
+
+    def join(self, name: str, meta: dict[str, Any]) -> Path:
+        """Write all units' records into one document, `<folder>/<name>.json`; its path."""
+        from checkpoint_utils import write_json
+
+        units = [_read(path) for path in sorted((self.folder / "records").glob("*.json"))]
+        records = [record for unit in units for record in unit["records"]]
+        path = self.folder / f"{name}.json"
+        meta = {**meta, "record_version": RECORD_VERSION}
+        write_json(path, {"meta": meta, "records": records})
+        return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from checkpoint_utils import read_json
+
+    unit = read_json(path)
+    if unit.get("record_version") != RECORD_VERSION:
+        raise UserError(
+            f"{path} is of record version {unit.get('record_version')}, this suite writes"
+            f" {RECORD_VERSION}: move {path.parent.parent} away, or use the version that wrote it"
+        )
+    return unit

@@ -1,0 +1,206 @@
+"""The evaluation script on runs of a two-layer LLaMA, as a user would call it."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import assert_one_line_error, settings_for
+from safetensors.torch import load_file, save_file
+
+from checkpoint_utils import load_base, prepare_base
+from eval import main
+from metrics import accuracy
+from multi_task_training import main as train
+from results import Results
+
+STUDY = "evaluated"
+RUN = "similar_lora_r4_limit16_fp32_checkpoints2_seed42"
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return ["--model", str(tiny), "--study", STUDY]
+
+
+@pytest.fixture(scope="module")
+def folder(model):
+    """A study with a LoRA and a full run, evaluated on validation and test."""
+    short = ["--limit", "16", "--dtype", "fp32", "--set", "epochs=2", "checkpoints=2", *model]
+    short.remove("epochs=2")
+    assert train(["--similar", "--lora", "4", "--full-finetune", *short]) == 0
+    assert main([*model, "--dtype", "fp32", "--shots", "2"]) == 0
+    return settings_for(study=STUDY).output_dir / "performance_analysis" / STUDY
+
+
+def records_in(folder):
+    return pd.DataFrame(json.loads((folder / "adaptation.json").read_text())["records"])
+
+
+def test_every_checkpoint_and_the_base_have_flat_records(folder):
+    records = records_in(folder)
+    assert set(records.run) == {
+        "base",
+        "majority_class",
+        RUN,
+        "similar_full_limit16_fp32_checkpoints2_seed42",
+    }
+    ours = records[(records.run == RUN) & (records.metric == "accuracy")]
+    assert set(ours.step) == {6, 12} and set(ours["rank"]) == {4} and set(ours.alpha) == {8}
+    assert ours.fraction.isin([0.5, 1.0]).all()
+    assert set(ours[ours.step == 12].split) == {"validation", "test"}
+    assert set(records[records.run == "base"].shots) == {0, 2}
+    assert ((records.low <= records.value) & (records.value <= records.high))[
+        records.metric == "accuracy"
+    ].all()
+    shares = records[(records.run == RUN) & (records.step == 12) & (records.task == "mnli")]
+    shares = shares[shares.metric.str.startswith("share_") & (shares.split == "test")]
+    assert len(shares) == 3 and shares.value.sum() == pytest.approx(1)
+
+
+def test_a_figure_is_that_of_the_model_asked_row_by_row(folder, tiny):
+    from peft import PeftModel
+
+    from data_preprocessing import prepare
+    from dataset_descriptions import describe
+    from prompt_encoding import label_token_ids
+
+    settings = settings_for(study=STUDY)
+    base = prepare_base(settings_for(model=str(tiny)))
+    from checkpoint_utils import load_tokenizer
+
+    tokenizer = load_tokenizer(base)
+    rows = prepare(settings, tokenizer, ["qqp"], 256, 2_000)["qqp"].split("test")
+    model = PeftModel.from_pretrained(
+        load_base(base), settings.runs_dir / RUN / "checkpoint-12"
+    ).eval()
+    ids = label_token_ids(tokenizer, describe("qqp"))
+    predictions = []
+    for row in rows:
+        prompt = torch.tensor([row["input_ids"][: row["prompt_length"]]])
+        with torch.no_grad():
+            predictions.append(model(prompt).logits[0, -1, ids].argmax().item())
+    records = records_in(folder).query(
+        "run == @RUN and step == 12 and task == 'qqp' and split == 'test' and metric == 'accuracy'"
+    )
+    assert records.value.item() == pytest.approx(accuracy(predictions, rows["label"][:]))
+    scores = Results(folder).items(f"{RUN}-12-qqp-test")["accuracy"]
+    assert np.array_equal(scores.items, np.array(predictions) == np.array(rows["label"][:]))
+
+
+def test_what_is_there_is_not_measured_again_and_what_is_missing_is(folder, model, capsys):
+    files = {p: p.stat().st_mtime_ns for p in (folder / "records").iterdir()}
+    lost = folder / "records" / f"{RUN}-6-mnli-validation.json"
+    text = lost.read_text()
+    lost.unlink()
+    assert main([*model, "--dtype", "fp32", "--shots", "2"]) == 0
+    assert (
+        f"{len(files)} measurements, {len(files) - 1} of them are there" in capsys.readouterr().out
+    )
+    changed = [p for p, stamp in files.items() if p.stat().st_mtime_ns != stamp]
+    assert changed == [lost] and lost.read_text() == text
+
+
+def test_another_limit_is_another_measurement(folder, model, tmp_path):
+    copy = settings_for(study="limited")
+    shutil.copytree(settings_for(study=STUDY).runs_dir, copy.runs_dir)
+    argv = [*model[:2], "--study", "limited", "--dtype", "fp32", "--shots", "0"]
+    argv += ["--tasks", "sst2", "--splits", "validation", "--checkpoints", "last"]
+    assert main([*argv, "--limit", "10"]) == 0
+    place = copy.output_dir / "performance_analysis" / "limited"
+    assert set(records_in(place).n) == {10}
+    assert main([*argv, "--limit", "12"]) == 0
+    assert set(records_in(place).n) == {12}
+
+
+def test_generation_is_scored_and_shown(folder, model, capsys):
+    argv = [*model, "--runs", RUN, "--checkpoints", "last", "--cross-family", "--shots", "0"]
+    argv += ["--tasks", "squad_v2", "cnn_dailymail", "codexglue", "--splits", "test"]
+    assert main([*argv, "--limit", "3", "--dtype", "fp32"]) == 0
+    assert "rougeL" in capsys.readouterr().out
+    records = records_in(folder)
+    assert {"codexglue_bleu", "rougeL", "f1", "abstained"} <= set(records.metric)
+    assert {"lead_3", "always_abstain", "nearest_description"} <= set(records.run)
+    lines = (folder / "samples" / f"{RUN}-12-squad_v2-test.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and set(json.loads(lines[0])) == {
+        "row",
+        "prompt",
+        "output",
+        "references",
+    }
+
+
+def test_a_corrupt_checkpoint_is_named_and_the_others_are_done(folder, model, capsys):
+    copy = settings_for(study="corrupt")
+    shutil.copytree(settings_for(study=STUDY).runs_dir / RUN, copy.runs_dir / RUN)
+    path = copy.runs_dir / RUN / "checkpoint-6" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    argv = [*model[:2], "--study", "corrupt", "--tasks", "sst2", "--shots", "0", "--limit", "8"]
+    assert main(argv) == 1
+    captured = capsys.readouterr()
+    assert "checkpoint-6/adapter_model.safetensors is corrupt" in captured.err
+    place = copy.output_dir / "performance_analysis" / "corrupt"
+    assert set(records_in(place).query("run == @RUN").step) == {12}
+
+
+def test_a_foreign_adapter_is_taken(folder, model, tmp_path):
+    run = settings_for(study=STUDY).runs_dir / RUN
+    foreign = tmp_path / "mine"
+    shutil.copytree(run / "checkpoint-12", foreign)
+    (foreign / "manifest.json").unlink()
+    argv = [*model[:2], "--study", "foreign", "--runs", str(foreign), "--tasks", "sst2"]
+    assert main([*argv, "--shots", "0", "--dtype", "fp32"]) == 0
+    place = settings_for().output_dir / "performance_analysis" / "foreign"
+    found = records_in(place).query("run == 'mine' and metric == 'accuracy' and split == 'test'")
+    ours = records_in(folder).query(
+        "run == @RUN and step == 12 and task == 'sst2' and metric == 'accuracy' and split == 'test'"
+    )
+    assert found.value.item() == ours.value.item() and found["rank"].item() == 4
+
+
+def test_bad_input_is_one_line(folder, model, script, tmp_path):
+    def run(*argv):
+        return script("eval.py", *model, *argv)
+
+    nothing = script("eval.py", *model[:2], "--study", "nothing")
+    assert_one_line_error(nothing, "has no run with a checkpoint", "multi_task_training.py", STUDY)
+    assert_one_line_error(run("--runs", "none"), "no run 'none'")
+    assert_one_line_error(run("--checkpoints", "7"), "its steps are 6, 12")
+    assert_one_line_error(run("--checkpoints", "first"), "write all, last, or steps")
+    assert_one_line_error(run("--limit", "0"), "--limit takes at least 1")
+    assert_one_line_error(run("--tasks", "sst3"), "unknown task 'sst3'")
+    other = tmp_path / "other"
+    shutil.copytree(model[1], other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    process = script("eval.py", "--model", other, "--study", STUDY)
+    assert_one_line_error(process, "was trained on tiny-", "--model")
+
+
+def test_a_base_that_gives_nan_is_told(folder, model, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(model[1], broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = settings_for(study=STUDY).runs_dir / RUN / "checkpoint-12"
+    foreign = tmp_path / "adapter"
+    shutil.copytree(checkpoint, foreign)
+    argv = ["--model", str(broken), "--study", "nan-base", "--runs", str(foreign), "--shots", "0"]
+    for task in ("sst2", "squad_v2"):
+        assert main([*argv, "--tasks", task, "--limit", "4"]) == 2
+        assert "logits are not finite" in capsys.readouterr().err
+
+
+def test_results_of_another_version_are_left_alone(folder, model, capsys):
+    path = folder / "records" / f"{RUN}-6-sst2-validation.json"
+    text = path.read_text()
+    path.write_text(text.replace('"record_version": 1', '"record_version": 0'))
+    old = path.read_text()
+    assert main([*model, "--dtype", "fp32", "--shots", "2"]) == 2
+    assert "record version 0" in capsys.readouterr().err
+    assert path.read_text() == old
+    path.write_text(text)
