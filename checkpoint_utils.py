@@ -288,6 +288,11 @@ def _stored_base(
         settings.bases_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(settings.bases_dir / f".{name}.lock"):
             if not (folder / BASE_FILE).is_file():
+                if folder.exists():
+                    raise UserError(
+                        f"{folder} holds no {BASE_FILE}, so it was not made here: move it away, or"
+                        " give it with --model"
+                    )
                 partial = settings.bases_dir / f".{name}.partial"
                 record = make(settings, partial)
                 _check_safetensors(partial)

@@ -85,22 +85,25 @@ class PreparedTask:
 def prepare(
     settings: Settings,
     tokenizer: PreTrainedTokenizerFast,
-    tasks: Sequence[str],
+    tasks: Sequence[str | DatasetDescription],
     max_length: int,
     examples_per_task: int,
     limit: int = 0,
     overwrite: bool = False,
 ) -> dict[str, PreparedTask]:
-    """The tasks' prepared data: found by fingerprint, or made now and renamed into place.
+    """The tasks' prepared data by name: found by fingerprint, or made and renamed into place.
+
+    A task may be given as a description of one's own, such as one with another template.
 
     Raises UserError for bad data; nothing half-written is left.
     """
-    return {
-        task: _prepare_task(
-            settings, tokenizer, describe(task), max_length, examples_per_task, limit, overwrite
+    prepared = {}
+    for task in tasks:
+        description = describe(task) if isinstance(task, str) else task
+        prepared[description.name] = _prepare_task(
+            settings, tokenizer, description, max_length, examples_per_task, limit, overwrite
         )
-        for task in tasks
-    }
+    return prepared
 
 
 def _prepare_task(
@@ -146,6 +149,7 @@ def _prepare_task(
                 raise
             report = {"fingerprint": fingerprint, **report}
             (partial / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)  # without a report it is no data of ours
             os.replace(partial, folder)
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     return PreparedTask(description.name, folder, report)

@@ -50,6 +50,7 @@ class DatasetDescription:
     answer: str | None = None
     passage: str | None = None
     max_new_tokens: int = 0
+    paraphrases: tuple[str, ...] = ()  # other templates, to see how much the wording matters
     stop: str = "\n"  # ends a generation as EOS does: an untuned model does not know when to end
     notes: tuple[str, ...] = field(default=())
 
@@ -172,6 +173,11 @@ DESCRIPTIONS = {
             groups="containment",
             columns={"sentence": str, "label": int},
             template="Review: {sentence}\nSentiment:",
+            paraphrases=(
+                "{sentence}\nThe sentiment of this sentence is",
+                "Is this positive or negative? {sentence}\nAnswer:",
+                "Sentence: {sentence}\nOpinion:",
+            ),
             metrics=("accuracy", "f1"),
             licence="no formal licence stated; research use",
             citation=f"Socher et al. 2013, EMNLP; {GLUE}",
@@ -197,6 +203,11 @@ DESCRIPTIONS = {
                 "Premise: {premise}\nHypothesis: {hypothesis}\n"
                 "The hypothesis is true, false or neutral:"
             ),
+            paraphrases=(
+                "{premise}\nQuestion: {hypothesis} Is that true, false or neutral?\nAnswer:",
+                "Given: {premise}\nClaim: {hypothesis}\nThe claim is",
+                "Text: {premise}\nStatement: {hypothesis}\nTrue, false or neutral:",
+            ),
             metrics=("accuracy", "f1"),
             licence="mostly OANC; fiction parts CC BY / CC BY-SA 3.0 / public domain",
             citation=f"Williams et al. 2018, NAACL, arXiv:1704.05426; {GLUE}",
@@ -218,6 +229,11 @@ DESCRIPTIONS = {
                 "Question 1: {question1}\nQuestion 2: {question2}\n"
                 "The questions are different or duplicate:"
             ),
+            paraphrases=(
+                "First: {question1}\nSecond: {question2}\nDifferent or duplicate?\nAnswer:",
+                "{question1}\n{question2}\nThese two questions are",
+                "Question A: {question1}\nQuestion B: {question2}\nRelation:",
+            ),
             metrics=("accuracy", "f1"),
             licence="Quora's terms, non-commercial use",
             citation=f"Iyer et al. 2017, First Quora Dataset Release; {GLUE}",
@@ -238,6 +254,11 @@ DESCRIPTIONS = {
             template=(
                 "Passage: {context}\nQuestion: {question}\n"
                 f"Answer from the passage, or {UNANSWERABLE}:"
+            ),
+            paraphrases=(
+                f"{{context}}\nQuestion: {{question}} (or {UNANSWERABLE})\nAnswer:",
+                f"Read: {{context}}\nQ: {{question}}\nA (from the text, or {UNANSWERABLE}):",
+                f"Context: {{context}}\n{{question}}\nShort answer, or {UNANSWERABLE}:",
             ),
             metrics=("f1", "exact_match"),
             licence="CC BY-SA 4.0",
@@ -262,6 +283,11 @@ DESCRIPTIONS = {
             groups="class",
             columns={"nl": str, "code": str},
             template="Description: {nl}\n{environment}\nJava method:",
+            paraphrases=(
+                "Task: {nl}\nClass members:\n{environment}\nJava code:",
+                "Write a Java method. {nl}\n{environment}\nMethod:",
+                "// {nl}\n{environment}\n// Java:",
+            ),
             metrics=("codexglue_bleu", "sacrebleu", "exact_match"),
             licence="C-UDA 1.0 (Computational Use of Data Agreement)",
             citation="Iyer et al. 2018, EMNLP, arXiv:1808.09588; Lu et al. 2021, arXiv:2102.04664",
@@ -285,6 +311,11 @@ DESCRIPTIONS = {
             groups=None,
             columns={"article": str, "highlights": str},
             template="Article: {article}\nSummary:",
+            paraphrases=(
+                "{article}\nHighlights:",
+                "News: {article}\nIn short:",
+                "Summarise this article. {article}\nSummary:",
+            ),
             metrics=("rougeL", "rougeLsum", "rouge1", "rouge2"),
             licence="card says Apache-2.0; the articles are their publishers' copyright",
             citation="Hermann et al. 2015, arXiv:1506.03340; See et al. 2017, arXiv:1704.04368",

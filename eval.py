@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from config import (
-    DATA_SEED,
     FAMILIES,
     Parser,
     Settings,
@@ -29,40 +27,11 @@ from config import (
     guarded,
     resolve_settings,
 )
-from dataset_descriptions import describe
+from dataset_descriptions import DESCRIPTIONS, describe
+from evaluator import Evaluator, Subject, Unit, records_of
 
 MID_TRAINING_LIMIT = 1_000
-SHOWN = 8  # items of each unit that are kept as text
 SHOTS = 4  # of the base's second row: a zero-shot base mostly lacks the format
-SHOT_SEPARATOR = "\n\n"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A checkpoint, or the base (step 0), and what its records say about it."""
-
-    run: str
-    step: int
-    checkpoint: Any  # checkpoint_models.Checkpoint; None for the base
-    fields: dict[str, Any]
-    family: str | None  # None: both
-    is_final: bool  # base, last or validation-chosen: all items, and test
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One measurement: a subject on one split of one task."""
-
-    subject: Subject
-    split: str
-    task: str
-    limit: int
-    shots: int
-
-    @property
-    def name(self) -> str:
-        shots = f"-{self.shots}shot" if self.shots else ""
-        return f"{self.subject.run}-{self.subject.step}-{self.task}-{self.split}{shots}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--shots", type=int, default=SHOTS, help="examples in the base's second row; 0: no such row"
+    )
+    group.add_argument(
+        "--prompts", type=int, default=0, metavar="K", help="K paraphrased prompts beside our own"
     )
     group.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     group.add_argument("--token-budget", type=int, help="padded tokens of a batch")
@@ -189,6 +161,9 @@ def plan_units(args: argparse.Namespace, subjects: list[Subject]) -> list[Unit]:
     """Every measurement that is asked for."""
     trained = {s.family for s in subjects if s.family} or set(FAMILIES)
     units = []
+    most = min(len(d.paraphrases) for d in DESCRIPTIONS.values())
+    if not 0 <= args.prompts <= most or args.shots < 0:
+        raise UserError(f"--prompts takes 0 to {most}, --shots 0 or more")
     for subject in subjects:
         families = [subject.family] if subject.family else sorted(trained, reverse=True)
         if args.cross_family:
@@ -201,164 +176,10 @@ def plan_units(args: argparse.Namespace, subjects: list[Subject]) -> list[Unit]:
                     continue
                 limit = args.limit or (0 if subject.is_final else MID_TRAINING_LIMIT)
                 shots = (0, args.shots) if subject.checkpoint is None and args.shots else (0,)
-                units += [Unit(subject, split, task, limit, n) for n in shots]
+                units += [Unit(subject, split, task, limit, n, 0) for n in shots]
+                paraphrased = range(1, args.prompts + 1)
+                units += [Unit(subject, split, task, limit, 0, k) for k in paraphrased]
     return units
-
-
-# ------------------------------------------------------------------------------- measurement
-
-
-class Evaluator:
-    """Measures a model on a split of a task, batched; keeps the data between calls."""
-
-    def __init__(self, settings: Settings, tokenizer: Any, device: str, bf16: bool, budget: int):
-        self.settings, self.tokenizer, self.device = settings, tokenizer, device
-        self.bf16, self.budget = bf16, budget
-        self.prepared: dict[str, Any] = {}
-
-    def task(self, name: str) -> Any:
-        from data_preprocessing import prepare
-
-        if name not in self.prepared:
-            length = self.settings.preset.max_length[describe(name).family]
-            count = self.settings.examples_per_task
-            self.prepared |= prepare(self.settings, self.tokenizer, [name], length, count)
-        return self.prepared[name]
-
-    def rows(self, unit: Unit) -> Any:
-        """The unit's items: all, or `limit` of them, the same for every checkpoint."""
-        rows = self.task(unit.task).split(unit.split)
-        if not unit.limit or unit.limit >= len(rows):
-            return rows
-        drawn = np.random.default_rng(DATA_SEED).permutation(len(rows))[: unit.limit]
-        return rows.select(np.sort(drawn))
-
-    def request(self, unit: Unit) -> dict[str, Any]:
-        """What makes a measurement the same one."""
-        return {
-            "data": self.task(unit.task).fingerprint,
-            "limit": unit.limit,
-            "shots": unit.shots,
-            "precision": "bf16 autocast" if self.bf16 else "fp32",
-        }
-
-    def measure(self, model: Any, unit: Unit) -> tuple[list[Any], dict[str, float], list[dict]]:
-        """Scores, other figures (class shares), and some items as text."""
-        import torch
-
-        from metrics import score
-
-        rows = self.rows(unit)
-        prompts = self._prompts(rows, unit)
-        description = describe(unit.task)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            if description.is_classification:
-                predictions = self._classify(model, prompts, description)
-                references = rows["label"][:]
-                outputs = [description.label_words[p] for p in predictions]
-            else:
-                predictions = outputs = self._generate(model, prompts, description)
-                references = rows["references"][:]
-        shares = {
-            f"share_{name}": float(np.mean(np.array(predictions) == i))
-            for i, name in enumerate(description.label_names)
-        }
-        shown = [
-            {"row": rows[i]["row"], "prompt": rows[i]["prompt"], "output": outputs[i]}
-            | {"references": rows[i]["references"]}
-            for i in range(min(SHOWN, len(rows)))
-        ]
-        return score(unit.task, predictions, references), shares, shown
-
-    def baseline(self, unit: Unit) -> tuple[str, list[Any]]:
-        """Name and scores of the predictions that need no model, on the unit's items."""
-        from baselines import always_abstain, lead, majority_class, retrieved_code
-        from metrics import score
-
-        rows, name = self.rows(unit), unit.task
-        references = rows["references"][:]
-        if describe(name).is_classification:
-            labels = rows["label"][:]
-            return "majority_class", score(name, majority_class(labels).tolist(), labels)
-        if name == "squad_v2":
-            return "always_abstain", score(name, always_abstain(len(rows)), references)
-        if name == "cnn_dailymail":
-            articles = [p.removeprefix("Article: ") for p in rows["prompt"][:]]
-            articles = [a.removesuffix("\nSummary:") for a in articles]
-            return "lead_3", score(name, [lead(a) for a in articles], references)
-        train = self.task(name).split("train")
-        code = [c.strip() for c in train["completion"][:]]
-        found = retrieved_code(rows["prompt"][:], train["prompt"][:], code)
-        return "nearest_description", score(name, found, references)
-
-    def _prompts(self, rows: Any, unit: Unit) -> list[list[int]]:
-        from prompt_encoding import bos_ids, text_ids
-
-        ids, starts = rows["input_ids"][:], rows["prompt_length"][:]
-        prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
-        if not unit.shots:
-            return prompts
-        train = self.task(unit.task).split("train")
-        chosen = np.random.default_rng(DATA_SEED).permutation(len(train))[: unit.shots]
-        examples = [train[int(i)]["prompt"] + train[int(i)]["completion"] for i in chosen]
-        text = "".join(example + SHOT_SEPARATOR for example in examples)
-        bos = bos_ids(self.tokenizer)
-        return [bos + text_ids(self.tokenizer, text) + prompt[len(bos) :] for prompt in prompts]
-
-    def _classify(self, model: Any, prompts: list[list[int]], description: Any) -> list[int]:
-        from prompt_encoding import label_token_ids
-        from scoring import Item, log_likelihoods
-
-        words = [[i] for i in label_token_ids(self.tokenizer, description)]
-        found = log_likelihoods(model, [Item(p, words) for p in prompts], self.budget)
-        values = np.array([[s.log_likelihood for s in row] for row in found])
-        if not np.isfinite(values).all():
-            raise UserError(f"{description.name}: the model's logits are not finite")
-        return values.argmax(axis=1).tolist()
-
-    def _generate(self, model: Any, prompts: list[list[int]], description: Any) -> list[str]:
-        from scoring import generate_greedily
-
-        stop = description.stop
-        decode = self.tokenizer.decode
-
-        def stopped(tokens: list[int]) -> bool:
-            return stop in decode(tokens[-8:]).lstrip()
-
-        eos = [self.tokenizer.eos_token_id]
-        try:
-            found = generate_greedily(
-                model, prompts, description.max_new_tokens, eos, stopped, self.budget
-            )
-        except FloatingPointError as error:
-            raise UserError(f"{description.name}: {error}") from None
-        return [decode(tokens).lstrip().partition(stop)[0].strip() for tokens in found]
-
-
-def records_of(unit: Unit, scores: list[Any], shares: dict[str, float]) -> list[dict[str, Any]]:
-    """The unit's flat records."""
-    from comparisons import estimate
-
-    family = describe(unit.task).family
-    common = {
-        **unit.subject.fields,
-        "run": unit.subject.run,
-        "family": unit.subject.family or family,
-        "step": unit.subject.step,
-        "split": unit.split,
-        "task": unit.task,
-        "shots": unit.shots,
-        "prompt": 0,
-    }
-    records = []
-    for s in scores:
-        e = estimate(s)
-        figures = {"value": e.value, "stderr": e.stderr, "low": e.low, "high": e.high, "n": e.n}
-        records.append({**common, "metric": s.name, **figures})
-    count = scores[0].count
-    for name, value in shares.items():
-        records.append({**common, "metric": name, "value": value, "n": count})
-    return records
 
 
 # ------------------------------------------------------------------------------------- report
@@ -372,7 +193,7 @@ def table(records: list[dict[str, Any]]) -> str:
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for r in records:
         primary = describe(r["task"]).metrics[0]
-        if r["metric"] != primary or r["step"] != last[r["run"]]:
+        if r["metric"] != primary or r["step"] != last[r["run"]] or r["prompt"]:
             continue
         row = r["run"] + (f" ({r['shots']} shots)" if r["shots"] else "")
         if (row, r["task"]) not in cells or r["split"] == "test":
@@ -390,8 +211,24 @@ def table(records: list[dict[str, Any]]) -> str:
             split = " v" if c and c["split"] == "validation" else "  "
             texts.append(f"{c['value']:.3f} +- {c['stderr']:.3f}{mark}{split}" if c else "-   ")
         lines.append(f"{row:<{width}}" + "".join(f"  {text:>24}" for text in texts))
+    lines += _spread_over_prompts(records, last)
     lines.append("value +- standard error over items; * the highest; v: validation, else test")
     return "\n".join(lines)
+
+
+def _spread_over_prompts(records: list[dict[str, Any]], last: dict[str, int]) -> list[str]:
+    """Mean and standard deviation of the primary metric over prompts, where there are several."""
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for r in records:
+        primary = r["metric"] == describe(r["task"]).metrics[0]
+        if primary and r["step"] == last[r["run"]] and not r["shots"]:
+            values.setdefault((r["run"], r["task"], r["split"]), []).append(r["value"])
+    return [
+        f"over {len(v)} prompts: {run} {task} {split}"
+        f" mean {np.mean(v):.3f}, sd {np.std(v, ddof=1):.3f}"
+        for (run, task, split), v in values.items()
+        if len(v) > 1
+    ]
 
 
 @guarded
@@ -465,7 +302,7 @@ def _measure_all(
                 continue
             _write_samples(results.folder / "samples" / f"{unit.name}.jsonl", shown)
             records = records_of(unit, scores, shares)
-            if checkpoint is None and not unit.shots:
+            if checkpoint is None and not unit.shots and not unit.prompt:
                 name, scored = evaluator.baseline(unit)
                 arm = {**_no_arm("baseline"), "run": name}
                 records += [{**r, **arm} for r in records_of(unit, scored, {})]

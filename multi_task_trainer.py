@@ -268,7 +268,7 @@ def training_arguments(
     recompute = "activation_checkpointing"
     if not hasattr(TrainingArguments, recompute):
         recompute = "gradient_checkpointing"  # its name before transformers 5.21
-    return TrainingArguments(
+    arguments = TrainingArguments(
         **{recompute: config.activation_checkpointing},
         output_dir=str(run_dir),
         max_steps=steps,
@@ -295,3 +295,8 @@ def training_arguments(
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
     )
+    if world_size == 1 and arguments.n_gpu > 1:
+        # Trainer would take nn.DataParallel, which multiplies the batch and splits the loss's mask
+        print(f"using one of {arguments.n_gpu} GPUs; accelerate launch uses all")
+        arguments._n_gpu = 1
+    return arguments

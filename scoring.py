@@ -216,6 +216,7 @@ def generate_greedily(
     eos_token_ids: Sequence[int],
     stopped: Callable[[list[int]], bool] = lambda tokens: False,
     token_budget: int = TOKEN_BUDGET,
+    most_rows: int = 1_000,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """The greedy continuation of every prompt, in their order, without its EOS.
@@ -231,7 +232,7 @@ def generate_greedily(
     outputs: list[list[int]] = [[] for _ in prompts]
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     with torch.inference_mode():
-        for rows in batches(lengths, token_budget):
+        for rows in batches(lengths, token_budget, [1] * len(prompts), most_rows):
             texts = _generate_batch(
                 model, [prompts[i] for i in rows], max_new_tokens, set(eos_token_ids), stopped
             )

@@ -1,5 +1,7 @@
 """The six descriptions and their printed pages."""
 
+from string import Formatter
+
 import pytest
 from conftest import assert_one_line_error
 
@@ -52,6 +54,15 @@ def test_the_page_names_licence_citation_and_labels(capsys, task):
 
 def test_an_unknown_name_is_refused(script):
     assert_one_line_error(script("dataset_descriptions.py", "sst3"), "unknown task 'sst3'")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_paraphrases_ask_the_same_of_the_same_fields(task):
+    description = describe(task)
+    fields = sorted(name for _, name, _, _ in Formatter().parse(description.template) if name)
+    assert len({description.template, *description.paraphrases}) == 4
+    for template in description.paraphrases:
+        assert sorted(n for _, n, _, _ in Formatter().parse(template) if n) == fields
 
 
 def test_every_metric_that_is_named_is_computed():

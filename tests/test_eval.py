@@ -115,6 +115,18 @@ def test_another_limit_is_another_measurement(folder, model, tmp_path):
     assert set(records_in(place).n) == {12}
 
 
+def test_paraphrased_prompts_have_records_and_a_spread_of_their_own(folder, model, capsys):
+    argv = [*model, "--runs", RUN, "--checkpoints", "last", "--tasks", "sst2", "--splits", "test"]
+    assert main([*argv, "--dtype", "fp32", "--shots", "0", "--prompts", "2"]) == 0
+    records = records_in(folder).query(
+        "run == @RUN and task == 'sst2' and split == 'test' and metric == 'accuracy' and step == 12"
+    )
+    assert sorted(records.prompt) == [0, 1, 2]
+    spread = f"over 3 prompts: {RUN} sst2 test mean {records.value.mean():.3f}"
+    assert f"{spread}, sd {records.value.std():.3f}" in capsys.readouterr().out
+    assert main([*argv, "--prompts", "9"]) == 2
+
+
 def test_generation_is_scored_and_shown(folder, model, capsys):
     argv = [*model, "--runs", RUN, "--checkpoints", "last", "--cross-family", "--shots", "0"]
     argv += ["--tasks", "squad_v2", "cnn_dailymail", "codexglue", "--splits", "test"]

@@ -241,6 +241,16 @@ def test_batches_that_cannot_be_cut_for_the_devices_are_refused(tmp_path):
     assert arguments.gradient_accumulation_steps == 2
 
 
+def test_several_gpus_without_a_launcher_are_not_a_larger_batch(tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(lambda self: None))
+    monkeypatch.setattr(TrainingArguments, "_n_gpu", 4, raising=False)
+    config = config_of(batch_size=16, micro_batch_size=8)
+    arguments = training_arguments(config, tmp_path, 1, False, "cuda", 1)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 8
+
+
 def test_checkpoints_are_evenly_spaced_and_the_last_is_the_end():
     assert checkpoint_grid(100, 10) == list(range(10, 101, 10))
     assert checkpoint_grid(7, 3) == [2, 5, 7]

@@ -1,0 +1,191 @@
+"""Evaluation: this suite's engine against the plain way, on the same model and rows.
+
+    python benchmarks/evaluation_speed.py --data FOLDER --json FILE
+
+SmolLM2-135M, fp32, one process, turn about (ours, plain, ours, plain ...); predictions must agree.
+
+    classification  label words' log-likelihoods under one forward pass an item, longest first;
+                    against a padded pass for each label word with logits of the whole sequence,
+                    in data order, in batches of 16
+    generation      batches of 16, longest first, rows that have ended leave; against
+                    model.generate on batches of 16 in data order
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from config import FAMILIES, Parser, UserError, add_common_arguments, guarded, resolve_settings
+
+ROWS = 16  # of a batch
+NEW_TOKENS = 64
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_common_arguments(parser)
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of timings (default 3)")
+    parser.add_argument("--quick", action="store_true", help="few rows, in about two minutes")
+    parser.add_argument("--json", type=Path, help="write meta, ratios and rows to this file")
+    return parser
+
+
+def prompts_of(prepared: Any, count: int) -> list[list[int]]:
+    rows = prepared.split("test").select(range(count))
+    pairs = zip(rows["input_ids"][:], rows["prompt_length"][:], strict=True)
+    return [ids[:start] for ids, start in pairs]
+
+
+def classify(model: Any, prompts: list[list[int]], words: list[int]) -> list[int]:
+    from scoring import Item, log_likelihoods
+
+    found = log_likelihoods(model, [Item(p, [[w] for w in words]) for p in prompts])
+    return [max(range(len(words)), key=lambda k: r[k].log_likelihood) for r in found]
+
+
+def classify_plainly(model: Any, prompts: list[list[int]], words: list[int], pad: int) -> list[int]:
+    """One padded pass for each label word, dense logits, in data order."""
+    import torch
+
+    predictions = []
+    for start in range(0, len(prompts), ROWS):
+        batch = prompts[start : start + ROWS]
+        scores = []
+        for word in words:
+            rows = [[*p, word] for p in batch]
+            width = max(map(len, rows))
+            ids = torch.tensor([r + [pad] * (width - len(r)) for r in rows])
+            mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+            with torch.inference_mode():
+                log_probs = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+            scores.append([log_probs[i, len(r) - 2, word].item() for i, r in enumerate(rows)])
+        predictions += torch.tensor(scores).argmax(0).tolist()
+    return predictions
+
+
+def generate(model: Any, prompts: list[list[int]], eos: int) -> list[list[int]]:
+    from scoring import generate_greedily
+
+    return generate_greedily(
+        model, prompts, NEW_TOKENS, [eos], token_budget=1 << 30, most_rows=ROWS
+    )
+
+
+def generate_plainly(model: Any, prompts: list[list[int]], eos: int) -> list[list[int]]:
+    """model.generate on padded batches in data order."""
+    import torch
+
+    outputs = []
+    for start in range(0, len(prompts), ROWS):
+        batch = prompts[start : start + ROWS]
+        width = max(map(len, batch))
+        ids = torch.tensor([[eos] * (width - len(p)) + p for p in batch])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
+        found = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )[:, width:].tolist()
+        outputs += [row[: row.index(eos)] if eos in row else row for row in found]
+    return outputs
+
+
+@guarded
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.pairs < 3:
+        raise UserError("--pairs takes at least 3: a median of fewer says nothing")
+    args.preset, args.study = args.preset or "demo", args.study or "benchmark"
+    settings = resolve_settings(args)
+    from checkpoint_utils import load_base, load_tokenizer, prepare_base
+    from data_preprocessing import prepare
+    from dataset_descriptions import describe
+    from prompt_encoding import label_token_ids
+
+    base = prepare_base(settings)
+    tokenizer, model = load_tokenizer(base), load_base(base).eval()
+    eos = tokenizer.eos_token_id
+    measured = []
+    counts = (32, 16) if args.quick else (128, 48)
+    for kind, family, count in zip(("classification", "generation"), FAMILIES, counts, strict=True):
+        length = settings.preset.max_length[family]
+        prepared = prepare(settings, tokenizer, FAMILIES[family], length, 2_000)
+        work = []
+        for task, data in prepared.items():
+            prompts = prompts_of(data, min(count, len(data.split("test"))))
+            if kind == "classification":
+                words = label_token_ids(tokenizer, describe(task))
+                ways = (classify, (prompts, words)), (classify_plainly, (prompts, words, eos))
+            else:
+                ways = (generate, (prompts, eos)), (generate_plainly, (prompts, eos))
+            work.append((task, ways))
+        measured += measure(kind, work, model, args.pairs)
+    return report(args, measured)
+
+
+def measure(kind: str, work: list, model: Any, pairs: int) -> list[dict[str, Any]]:
+    """Seconds of both ways over all tasks of the kind, turn about, after a warm-up of each."""
+    from tqdm import tqdm
+
+    rows = []
+    for number in tqdm(range(-1, pairs), desc=kind):
+        seconds, outputs = [0.0, 0.0], [[], []]
+        for _, ways in work:
+            for side, (function, arguments) in enumerate(ways):
+                if number < 0:  # warm-up
+                    arguments = (arguments[0][:ROWS], *arguments[1:])
+                start = time.perf_counter()
+                outputs[side] += function(model, *arguments)
+                seconds[side] += time.perf_counter() - start
+        different = sum(a != b for a, b in zip(*outputs, strict=True))
+        allowed = 0 if kind == "classification" else max(1, len(outputs[0]) // 32)  # ties in fp32
+        if different > allowed:
+            raise UserError(f"{different} of {len(outputs[0])} predictions differ in {kind}")
+        if number >= 0:
+            rows.append(
+                {"kind": kind, "pair": number, "items": len(outputs[0]), "different": different}
+                | {"ours_seconds": seconds[0], "plain_seconds": seconds[1]}
+            )
+    return rows
+
+
+def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
+    from checkpoint_utils import write_json
+    from run_records import describe_environment, pick_device
+
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        ratio = row["plain_seconds"] / row["ours_seconds"]
+        ratios.setdefault(row["kind"], []).append(round(ratio, 3))
+    for kind, values in ratios.items():
+        own = [row for row in rows if row["kind"] == kind]
+        ours, plain = (
+            statistics.median(row["items"] / row[key] for row in own)
+            for key in ("ours_seconds", "plain_seconds")
+        )
+        print(
+            f"{kind:<16}ours {ours:.2f} items/s, plain {plain:.2f}, median ratio"
+            f" {statistics.median(values):.2f} ({', '.join(f'{v:.2f}' for v in values)}),"
+            f" {own[0]['different']} of {own[0]['items']} differ"
+        )
+    if args.json:
+        meta = describe_environment(pick_device(), False, "sdpa", 1)
+        meta.pop("git_commit")
+        meta["shapes"] = {"batch": ROWS, "new_tokens": NEW_TOKENS}
+        write_json(args.json, {"meta": meta, "ratios": ratios, "rows": rows})
+        print(f"written: {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
