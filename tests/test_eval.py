@@ -167,7 +167,8 @@ def test_a_foreign_adapter_is_taken(folder, model, tmp_path):
     place = settings_for().output_dir / "performance_analysis" / "foreign"
     found = records_in(place).query("run == 'mine' and metric == 'accuracy' and split == 'test'")
     ours = records_in(folder).query(
-        "run == @RUN and step == 12 and task == 'sst2' and metric == 'accuracy' and split == 'test'"
+        "run == @RUN and step == 12 and task == 'sst2' and metric == 'accuracy'"
+        " and split == 'test' and prompt == 0"
     )
     assert found.value.item() == ours.value.item() and found["rank"].item() == 4
 
