@@ -18,9 +18,11 @@ from checkpoint_utils import (
     checkpoint_step,
     checkpoints,
     load_base,
+    store_frozen_linears_in_bf16,
 )
 from config import UserError
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -37,31 +39,35 @@ class Checkpoint:
         return (self.folder / "adapter_config.json").is_file()
 
 
-def checkpoints_in(folder: Path) -> list[Checkpoint]:
+def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
     """The checkpoints of a run's folder, or the folder itself if it is one; by step.
 
-    Any PEFT or Transformers folder is taken, also one that was not made here. Raises UserError for
-    a folder that holds none.
+    Any PEFT or Transformers folder is taken, also one that was not made here; `name` is the run's,
+    else its folder's. Raises UserError for a folder that holds none.
     """
-    found = [Checkpoint(folder.name, checkpoint_step(p), p) for p in checkpoints(folder)]
+    found = [Checkpoint(name or folder.name, checkpoint_step(p), p) for p in checkpoints(folder)]
     if found:
         return found
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no checkpoint-<step> folder and no *.safetensors")
     run = folder.parent.name if checkpoint_step(folder) >= 0 else folder.name
-    return [Checkpoint(run, max(0, checkpoint_step(folder)), folder)]
+    return [Checkpoint(name or run, max(0, checkpoint_step(folder)), folder)]
 
 
 def checkpoint_models(
-    base: Base, wanted: Sequence[Checkpoint], device: str = "cpu", attention: str = "sdpa"
+    base: Base, wanted: Sequence[Checkpoint], device: str = "cpu", bf16: bool = False
 ) -> Iterator[tuple[Checkpoint | None, Any]]:
     """(None, the base), then (checkpoint, its model): adapters first, full weights after them.
 
-    A model is good until the next is asked for. In place of the model of a checkpoint that is
-    corrupt, half-written or does not fit the base comes the UserError that says so; the others go
-    on.
+    With `bf16` the models are for bf16 autocast alone: their linear layers are stored as it would
+    round them. A model is good until the next is asked for. In place of the model of a checkpoint
+    that is corrupt, half-written or does not fit the base comes the UserError that says so; the
+    others go on.
     """
-    model = load_base(base, attention=attention).to(device).eval()
+    model = load_base(base).eval().requires_grad_(False)
+    if bf16:
+        store_frozen_linears_in_bf16(model)
+    model.to(device)
     yield None, model
     adapted = None  # the base with an adapter in it
     for number, checkpoint in enumerate(c for c in wanted if c.is_adapter):
@@ -156,7 +162,9 @@ def _copy_weights(model: Any, folder: Path) -> None:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    weights = model.state_dict()
+    weights = {name: [weight] for name, weight in model.state_dict().items()}
+    if model.config.tie_word_embeddings:  # one weight, also where it is stored in two precisions
+        weights[EMBEDDING] = weights[HEAD] = [*weights[EMBEDDING], *weights[HEAD]]
     files = sorted(folder.glob("*.safetensors"))
     shapes: dict[str, list[int]] = {}
     try:
@@ -168,17 +176,21 @@ def _copy_weights(model: Any, folder: Path) -> None:
             for path in files:
                 with safe_open(path, framework="pt") as file:
                     for name in list(file.keys()):
-                        weights[name].copy_(file.get_tensor(name))
+                        for weight in weights[name]:
+                            weight.copy_(file.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder} is corrupt: {error}") from None
 
 
-def _compare_shapes(folder: Path, weights: dict[str, Any], shapes: dict[str, list[int]]) -> None:
-    # a tied lm_head is the embedding: a file may name both, or either
-    there = {weights[name].data_ptr() for name in shapes if name in weights}
-    missing = [name for name, weight in weights.items() if weight.data_ptr() not in there]
+def _compare_shapes(
+    folder: Path, weights: dict[str, list[Any]], shapes: dict[str, list[int]]
+) -> None:
+    # of a tied embedding and lm_head a file may name both, or either
+    filled = {id(weights[name]) for name in shapes if name in weights}
+    missing = [name for name, targets in weights.items() if id(targets) not in filled]
     unexpected = [name for name in shapes if name not in weights]
-    other = [n for n, shape in shapes.items() if n in weights and list(weights[n].shape) != shape]
+    known = [name for name in shapes if name in weights]
+    other = [name for name in known if list(weights[name][0].shape) != shapes[name]]
     for names, what in (
         (missing, "lacks"),
         (unexpected, "has, and the base has not,"),

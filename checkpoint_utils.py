@@ -239,6 +239,21 @@ def load_base(
     return model
 
 
+def store_frozen_linears_in_bf16(model: PreTrainedModel) -> None:
+    """Spare autocast the cast of every frozen weight in every forward pass.
+
+    Autocast would round the same weights to the same bf16 values, so logits and gradients stay
+    equal bit for bit. Nothing may be saved from this copy, nor taken as the weights.
+    """
+    import torch
+    from torch import nn
+
+    for module in model.modules():
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            # a new Parameter, since lm_head's may be the embedding's, which stays fp32
+            module.weight = nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
+
+
 def _teach_logits_mask(model: PreTrainedModel) -> None:
     """Let `logits_to_keep` be a mask (rows, tokens) in transformers before 5.21, as it is since.
 

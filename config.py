@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -275,12 +276,18 @@ def _folder(value: object, variable: str) -> Path:
 
 
 def guarded(main: Callable[..., int]) -> Callable[..., int]:
-    """Turn a UserError into one line on stderr and exit code 2, and Ctrl-C into 130."""
+    """Turn a UserError into one line on stderr and exit code 2, and Ctrl-C into 130.
+
+    What ends well says last how long it took.
+    """
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> int:
+        start = time.monotonic()
         try:
-            return main(argv)
+            code = main(argv)
+            print(f"{time.monotonic() - start:.0f} s", flush=True)
+            return code
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

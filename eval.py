@@ -2,7 +2,7 @@
 
     python eval.py                                      # all runs of the study
     python eval.py --runs similar_lora_r8_seed42 --checkpoints last
-    python eval.py --runs FOLDER                        # any PEFT or full fine-tuning folder
+    python eval.py --runs FOLDER                        # any PEFT or full folder, or Hub repository
 
 Validation is measured at every checkpoint (on --limit items in mid-training), test at the base, the
 last checkpoint and the one with the lowest validation loss alone. What is there is not measured
@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from analysis_subjects import Subject, add_analysis_arguments, find_subjects, no_arm, no_runs
 from config import (
     FAMILIES,
     Parser,
-    Settings,
     UserError,
     add_common_arguments,
     guarded,
     resolve_settings,
 )
 from dataset_descriptions import DESCRIPTIONS, describe
-from evaluator import Evaluator, Subject, Unit, records_of
+from evaluator import Evaluator, Unit, records_of
 
 MID_TRAINING_LIMIT = 1_000
 SHOTS = 4  # of the base's second row: a zero-shot base mostly lacks the format
@@ -37,9 +37,7 @@ SHOTS = 4  # of the base's second row: a zero-shot base mostly lacks the format
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Evaluate every checkpoint on the tasks.")
     add_common_arguments(parser)
-    group = parser.add_argument_group("what to measure")
-    group.add_argument("--runs", nargs="+", metavar="RUN", help="names of runs, or folders")
-    group.add_argument("--checkpoints", nargs="+", default=["all"], help="all | last | steps")
+    group = add_analysis_arguments(parser)
     group.add_argument("--splits", nargs="+", choices=("validation", "test"), help="default both")
     group.add_argument("--tasks", nargs="+", metavar="TASK", help="default: the run's family")
     group.add_argument("--cross-family", action="store_true", help="the other family's tasks, too")
@@ -55,106 +53,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompts", type=int, default=0, metavar="K", help="K paraphrased prompts beside our own"
     )
     group.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    group.add_argument("--token-budget", type=int, help="padded tokens of a batch")
-    group.add_argument("--overwrite", action="store_true", help="measure again what is there")
+    group.add_argument(
+        "--batch-scale",
+        type=float,
+        metavar="X",
+        help="batches X times as large as by default (below 1 where memory runs out)",
+    )
     return parser
 
 
 # ----------------------------------------------------------------------------- what to measure
-
-
-def find_subjects(args: argparse.Namespace, settings: Settings, base: Any) -> list[Subject]:
-    """The base, and the chosen checkpoints of the chosen runs.
-
-    Raises UserError if there are none (and says how to make one), or of another base.
-    """
-    from checkpoint_models import checkpoints_in
-
-    folders = _run_folders(args, settings)
-    fields = {"base_model": base.name, "study": settings.study}
-    subjects = [Subject("base", 0, None, {**fields, **_no_arm("base")}, None, True)]
-    for folder in folders:
-        arm, family, steps = _arm(folder, base)
-        found = checkpoints_in(folder)
-        final = {found[-1].step, _chosen_step(folder)}
-        kept = [c for c in found if _is_asked(c.step, found[-1].step, args.checkpoints)]
-        if not kept:
-            listed = ", ".join(str(c.step) for c in found)
-            raise UserError(f"{folder} has no such checkpoint; its steps are {listed}")
-        for c in kept:
-            own = {**fields, **arm, "fraction": c.step / steps if steps else 1.0}
-            subjects.append(Subject(c.run, c.step, c, own, family, c.step in final))
-    return subjects
-
-
-def _run_folders(args: argparse.Namespace, settings: Settings) -> list[Path]:
-    if args.runs:
-        named = [settings.runs_dir / name for name in args.runs]
-        folders = [p if p.is_dir() else Path(r) for p, r in zip(named, args.runs, strict=True)]
-        for folder in folders:
-            if not folder.is_dir():
-                raise UserError(
-                    f"no run {folder.name!r} in {settings.runs_dir}, and no such folder"
-                )
-        return folders
-    found = sorted(p.parent for p in settings.runs_dir.glob("*/run.json"))
-    found = [folder for folder in found if any(folder.glob("checkpoint-*"))]
-    if not found:
-        models = settings.runs_dir.parent
-        studies = sorted({p.parent.parent.name for p in models.glob("*/*/run.json")})
-        raise UserError(
-            f"the study {settings.study!r} has no run with a checkpoint; make one with: python"
-            f" multi_task_training.py --similar --lora 8 (studies that have: {studies or 'none'})"
-        )
-    return found
-
-
-def _no_arm(method: str) -> dict[str, Any]:
-    arm = dict(method=method, rank=0, alpha=0, scaling="", target_modules="")
-    return {**arm, "learning_rate": 0.0, "seed": 0, "fraction": 0.0}
-
-
-def _arm(folder: Path, base: Any) -> tuple[dict[str, Any], str | None, int]:
-    """What the records say of a run, its family, and its steps; of a foreign folder, less."""
-    from checkpoint_utils import read_json
-
-    record_file = next(
-        (p / "run.json" for p in (folder, folder.parent) if (p / "run.json").is_file()), None
-    )
-    if record_file is None:
-        adapters = [*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")]
-        if not adapters:
-            return _no_arm("full"), None, 0
-        adapter = read_json(adapters[0])
-        arm = {**_no_arm("lora"), "rank": adapter["r"], "alpha": adapter["lora_alpha"]}
-        return arm, None, 0
-    record = read_json(record_file)
-    if record["base"]["digest"] != base.digest:
-        raise UserError(
-            f"{folder.name} was trained on {record['base']['name']}, not on {base.name}: give that"
-            " base with --model"
-        )
-    config = record["config"]
-    names = ("method", "rank", "alpha", "scaling", "target_modules", "learning_rate", "seed")
-    return {name: config[name] for name in names}, config["family"], record["steps"]
-
-
-def _chosen_step(folder: Path) -> int:
-    """The checkpoint with the lowest validation loss, -1 if the run does not say."""
-    from checkpoint_utils import read_json
-
-    path = folder / "training.json"
-    if not path.is_file():
-        return -1
-    entries = [e for e in read_json(path)["validation"] if e["step"] > 0]
-    return min(entries, key=lambda e: e["eval_loss"])["step"] if entries else -1
-
-
-def _is_asked(step: int, last: int, asked: list[str]) -> bool:
-    for word in asked:
-        if word not in ("all", "last") and not word.isdigit():
-            raise UserError(f"--checkpoints {word}: write all, last, or steps")
-    return "all" in asked or str(step) in asked or ("last" in asked and step == last)
 
 
 def plan_units(args: argparse.Namespace, subjects: list[Subject]) -> list[Unit]:
@@ -231,25 +139,39 @@ def _spread_over_prompts(records: list[dict[str, Any]], last: dict[str, int]) ->
     ]
 
 
+def draw(path: Path, pdf: bool) -> Path:
+    """Draw the figures of the joined document into `figures/` beside it; that folder."""
+    from adaptation_figures import FIGURES
+    from plotting import save
+    from result_tables import load_records
+
+    frame, folder = load_records(path), path.parent / "figures"
+    for figure in FIGURES:
+        save(figure(frame), folder / f"{figure.__name__}.png", pdf)
+    return folder
+
+
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    for name in ("limit", "token_budget"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} takes at least 1")
+    if args.limit is not None and args.limit < 1:
+        raise UserError("--limit takes at least 1")
+    if args.batch_scale is not None and not args.batch_scale > 0:
+        raise UserError("--batch-scale takes a number above 0")
     settings = resolve_settings(args)
     from checkpoint_utils import load_tokenizer, prepare_base
     from results import Results
     from run_records import pick_device, pick_precision
-    from scoring import TOKEN_BUDGET
 
     device = pick_device()
     print(settings.headline(device), flush=True)
     base = prepare_base(settings)
     subjects = find_subjects(args, settings, base)
+    if len(subjects) == 1:
+        raise no_runs(settings)
     bf16 = pick_precision(args.dtype, device) == "bf16"
-    budget = args.token_budget or TOKEN_BUDGET * (8 if device == "cuda" else 1)
-    evaluator = Evaluator(settings, load_tokenizer(base), device, bf16, budget)
+    room = (args.batch_scale or 1) * (8 if device == "cuda" else 1)
+    evaluator = Evaluator(settings, load_tokenizer(base), device, bf16, room)
     results = Results(settings.output_dir / "performance_analysis" / settings.study)
     units = plan_units(args, subjects)
     pending = [
@@ -264,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     from checkpoint_utils import read_json
 
     print(table(read_json(path)["records"]))
-    print(f"records: {path}\nitems and samples: {results.folder}")
+    figures = draw(path, args.pdf)
+    print(f"records: {path}\nitems and samples: {results.folder}\nfigures: {figures}")
     for message in broken:
         print(f"error: {message}", file=sys.stderr)
     return 1 if broken else 0
@@ -286,7 +209,7 @@ def _measure_all(
     broken = []
     progress = tqdm(total=len(pending), unit="measurement")
     wanted = [checkpoint for checkpoint in by_folder if checkpoint is not None]
-    for checkpoint, model in checkpoint_models(base, wanted, device):
+    for checkpoint, model in checkpoint_models(base, wanted, device, evaluator.bf16):
         for unit in by_folder.get(checkpoint, []):
             progress.set_description(unit.name)
             if isinstance(model, UserError):
@@ -304,7 +227,7 @@ def _measure_all(
             records = records_of(unit, scores, shares)
             if checkpoint is None and not unit.shots and not unit.prompt:
                 name, scored = evaluator.baseline(unit)
-                arm = {**_no_arm("baseline"), "run": name}
+                arm = {**no_arm("baseline"), "run": name}
                 records += [{**r, **arm} for r in records_of(unit, scored, {})]
             results.write(unit.name, evaluator.request(unit), records, scores)
             progress.update()

@@ -8,23 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from analysis_subjects import Subject
 from config import DATA_SEED, Settings, UserError
 from dataset_descriptions import describe
 
 SHOWN = 8  # items of each unit that are kept as text
 SHOT_SEPARATOR = "\n\n"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A checkpoint, or the base (step 0), and what its records say about it."""
-
-    run: str
-    step: int
-    checkpoint: Any  # checkpoint_models.Checkpoint; None for the base
-    fields: dict[str, Any]
-    family: str | None  # None: both
-    is_final: bool  # base, last or validation-chosen: all items, and test
 
 
 @dataclass(frozen=True)
@@ -48,9 +37,10 @@ class Unit:
 class Evaluator:
     """Measures a model on a split of a task, batched; keeps the data between calls."""
 
-    def __init__(self, settings: Settings, tokenizer: Any, device: str, bf16: bool, budget: int):
+    def __init__(self, settings: Settings, tokenizer: Any, device: str, bf16: bool, room: float):
+        """`room` multiplies the tokens that a batch may hold."""
         self.settings, self.tokenizer, self.device = settings, tokenizer, device
-        self.bf16, self.budget = bf16, budget
+        self.bf16, self.room = bf16, room
         self.prepared: dict[tuple[str, int], Any] = {}
 
     def task(self, name: str, prompt: int = 0) -> Any:
@@ -150,17 +140,18 @@ class Evaluator:
 
     def _classify(self, model: Any, prompts: list[list[int]], description: Any) -> list[int]:
         from prompt_encoding import label_token_ids
-        from scoring import Item, log_likelihoods
+        from scoring import TOKEN_BUDGET, Item, log_likelihoods
 
         words = [[i] for i in label_token_ids(self.tokenizer, description)]
-        found = log_likelihoods(model, [Item(p, words) for p in prompts], self.budget)
+        budget = int(self.room * TOKEN_BUDGET)
+        found = log_likelihoods(model, [Item(p, words) for p in prompts], budget)
         values = np.array([[s.log_likelihood for s in row] for row in found])
         if not np.isfinite(values).all():
             raise UserError(f"{description.name}: the model's logits are not finite")
         return values.argmax(axis=1).tolist()
 
     def _generate(self, model: Any, prompts: list[list[int]], description: Any) -> list[str]:
-        from scoring import generate_greedily
+        from scoring import GENERATION_BUDGET, generate_greedily
 
         stop = description.stop
         decode = self.tokenizer.decode
@@ -168,10 +159,10 @@ class Evaluator:
         def stopped(tokens: list[int]) -> bool:
             return stop in decode(tokens[-8:]).lstrip()
 
-        eos = [self.tokenizer.eos_token_id]
+        eos, budget = [self.tokenizer.eos_token_id], int(self.room * GENERATION_BUDGET)
         try:
             found = generate_greedily(
-                model, prompts, description.max_new_tokens, eos, stopped, self.budget
+                model, prompts, description.max_new_tokens, eos, stopped, budget
             )
         except FloatingPointError as error:
             raise UserError(f"{description.name}: {error}") from None

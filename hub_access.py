@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
+CHECKPOINT_FILES = ("*.safetensors", "*adapter_config.json", "*config.json", "*run.json")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 
 
@@ -51,6 +53,24 @@ def fetch_model(settings: Settings, folder: Path) -> dict[str, Any]:
     return {"source": settings.model, "revision": revision}
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder can be a repository, <owner>/<name>."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name))
+
+
+def fetch_checkpoints(name: str) -> Path:
+    """Fetch a repository's adapters or weights into the Hub's cache; their folder.
+
+    The weights may lie at its top or in checkpoint-<step> folders.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(CHECKPOINT_FILES)))
+    except Exception as error:
+        raise hub_error(error, f"run {name}", "--runs") from None
+
+
 def _revision(settings: Settings) -> str:
     """A Hub model's commit. Raises UserError unless it is there, with config.json and safetensors.
 
@@ -79,16 +99,14 @@ def _revision(settings: Settings) -> str:
 def hub_error(error: Exception, what: str, source: str) -> Exception:
     """A failed Hub call as a UserError that names the ways out; another error unchanged.
 
-    `what` is "model <id>" or "data set <id>".
+    `what` is "model <id>", "run <id>" or "data set <id>".
     """
     from huggingface_hub import errors
 
     is_data = what.startswith("data set")
     page = f"https://huggingface.co/{'datasets/' if is_data else ''}{what.split()[-1]}"
-    ways_out = (
-        f"give a local folder with {'--data' if is_data else '--model'}, or run the demo with"
-        " --preset demo"
-    )
+    flag = {"data": "--data", "run": "--runs"}.get(what.split()[0], "--model")
+    ways_out = f"give a local folder with {flag}, or run the demo with --preset demo"
     kinds = {kind.__name__ for kind in type(error).__mro__}
     # the HTTP library below huggingface_hub and datasets changes with their versions
     http = any(k.__module__.startswith(("httpx", "requests")) for k in type(error).__mro__)

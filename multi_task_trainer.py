@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -27,6 +26,7 @@ from checkpoint_utils import (
     drop_resume_state,
     load_base,
     read_json,
+    store_frozen_linears_in_bf16,
     write_manifest,
 )
 from config import UserError
@@ -64,20 +64,8 @@ def build_model(base: Base, config: TrainingConfig, bf16: bool, attention: str) 
     adapted = sum("lora_A" in name for name, _ in model.named_parameters())
     assert adapted == len(shapes), f"{adapted} of {len(shapes)} layers got an adapter"
     if bf16:
-        _store_frozen_linears_in_bf16(model.get_base_model())
+        store_frozen_linears_in_bf16(model.get_base_model())
     return model
-
-
-def _store_frozen_linears_in_bf16(model: PreTrainedModel) -> None:
-    """Spare autocast the cast of every frozen weight in every forward pass.
-
-    Autocast would round the same weights to the same bf16 values, so logits and gradients stay
-    equal bit for bit. Nothing is saved from this copy: a LoRA checkpoint holds A and B alone.
-    """
-    for module in model.modules():
-        if type(module) is nn.Linear and not module.weight.requires_grad:
-            # a new Parameter, since lm_head's may be the embedding's, which stays fp32
-            module.weight = nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
 
 
 class CompletionLoss:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 TOKEN_BUDGET = 4_096  # padded tokens of a batch
+# Of a batch that is generated, prompts and new tokens: every step reads all weights once, so the
+# more rows the better; what bounds them is the cache (Llama-3.2-1B in bf16: half a gigabyte).
+GENERATION_BUDGET = 16_384
 LOGIT_BUDGET = 1 << 27  # logits of a batch: half a gigabyte in fp32
 
 
@@ -215,7 +218,7 @@ def generate_greedily(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     stopped: Callable[[list[int]], bool] = lambda tokens: False,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int = GENERATION_BUDGET,
     most_rows: int = 1_000,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:

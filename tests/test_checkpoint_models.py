@@ -80,6 +80,21 @@ def test_every_checkpoint_is_itself_whatever_came_before(base, tmp_path):
     assert not torch.allclose(found["a"], found["base"], atol=1e-3)
 
 
+def test_linears_stored_in_bf16_give_autocast_the_same_bits(base, tmp_path):
+    make_adapter(base, tmp_path / "adapter", 4, seed=1)
+    make_full(base, tmp_path / "full", seed=3)
+    make_full(base, tmp_path / "untied", seed=4, untied=True)
+    wanted = [checkpoints_in(tmp_path / name)[0] for name in ("adapter", "full", "untied")]
+    with torch.autocast("cpu", torch.bfloat16):
+        stored, plain = (
+            [logits_of(model) for _, model in checkpoint_models(base, wanted, bf16=bf16)]
+            for bf16 in (True, False)
+        )
+    assert len(stored) == 4
+    for ours, theirs in zip(stored, plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_broken_checkpoints_are_named_and_the_others_are_done(base, tmp_path):
     whole = make_adapter(base, tmp_path / "whole", seed=1)
     full = make_full(base, tmp_path / "full", seed=2)

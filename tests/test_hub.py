@@ -34,6 +34,7 @@ def served(tmp_path_factory):
     shutil.copytree(models / "tiny-llama", models / "gpt2")
     gpt2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 2}
     (models / "gpt2" / "config.json").write_text(json.dumps(gpt2 | {"n_head": 2}))
+    make_adapters(models / "tiny-llama", models / "adapters")
     make_glue(root / "datasets" / "nyu-mll" / "glue")
     shutil.copytree(root / "datasets" / "nyu-mll" / "glue", root / "datasets" / "study" / "gated")
     with hub(root, gated={"study/gated"}) as running:
@@ -220,6 +221,41 @@ def test_a_model_is_planned_from_its_config_downloaded_once_and_then_needs_no_hu
     again = python(PREPARE + "print(base.digest)", tmp_path, served.url)
     assert again.stdout.strip() == record["digest"], again.stderr
     assert served.requests == before
+
+
+def make_adapters(base, folder):
+    """A repository with two checkpoints of an adapter, and a pickle."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    config.init_lora_weights = False
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    for step in (4, 8):
+        model.save_pretrained(folder / f"checkpoint-{step}")
+        (folder / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"nobody may load it")
+
+
+EVALUATE = """
+import eval
+flags = "--runs {run} --model study/tiny-llama --data sample --tasks sst2 --limit 4 --shots 0"
+code = eval.main(flags.split())
+assert code == 0, code
+"""
+
+
+def test_checkpoints_in_a_repository_are_evaluated(served, tmp_path):
+    done = python(EVALUATE.format(run="study/adapters"), tmp_path, served.url)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "out" / "performance_analysis" / "demo" / "adaptation.json"
+    records = [r for r in json.loads(path.read_text())["records"] if r["method"] == "lora"]
+    assert {r["run"] for r in records} == {"study--adapters"}
+    assert {r["step"] for r in records} == {4, 8} and {r["rank"] for r in records} == {2}
+    assert not [line for line in served.requests if "optimizer.pt" in line]
+    missing = python(EVALUATE.format(run="study/nothing"), tmp_path, served.url)
+    assert missing.stderr.count("error: run study/nothing (--runs) is not on the Hub") == 1
 
 
 DRY_RUN_AND_DATA = """

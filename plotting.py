@@ -1,0 +1,265 @@
+"""One style and one palette: an arm keeps its colour and marker in every figure.
+
+An arm is a method, a rank and a place. LoRA's ranks are a ramp from light to dark, full fine-tuning
+and full_qv stand outside it, the base is a dashed grey line with its interval as a band, baselines
+are dotted. Figures are matplotlib's Figure objects, without pyplot: they draw on any machine.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataset_descriptions import DESCRIPTIONS
+from result_tables import (
+    LABEL,
+    arm_order,
+    is_demo,
+    is_trained,
+    ordered,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+DEMO_NOTE = "demo: instruct model, 4-bit, sample data: not evidence"
+
+METRIC_LABELS = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "codexglue_bleu": "BLEU (0 to 100)",
+    "rougeL": "ROUGE-L",
+}
+
+# Colours by log2(rank), interpolated between and held beyond: YlGnBu's darker two thirds, whose
+# neighbours stay apart for all three colour deficiencies (tests/test_plotting.py).
+RAMP = {
+    0: "#d6efb3",
+    2: "#a0dab8",
+    3: "#46b8c3",
+    4: "#1e83ba",
+    5: "#24439b",
+    6: "#081d58",
+    9: "#000208",
+}
+DENSE = {"full qv": "#f0a030", "full": "#b2182b"}
+GREY = "#6e6e6e"
+RANK_MARKERS = {4: "o", 8: "s", 16: "^", 32: "D", 64: "v"}
+VARIANT_MARKERS = "os^Dv<>phd8"  # open ones, for what is not of the grid
+PLACE_LINES = {"qv": "-", "attention": (0, (5, 1)), "mlp": (0, (3, 1, 1, 1)), "all": (0, (2, 1))}
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "pdf.fonttype": 42,  # text stays text: journals refuse Type 3 fonts
+}
+PANEL = (2.4, 2.05)  # inches; three panels fill a page of two columns
+
+
+def style_of(arm: str) -> dict[str, Any]:
+    """Colour, marker and line style of an arm's label, whichever other arms a figure holds."""
+    found = LABEL.fullmatch(arm)
+    if found is None or found["kind"] == "base":
+        return {"color": GREY, "marker": "*" if found else "x", "linestyle": "--" if found else ":"}
+    style = {"color": DENSE.get(found["kind"]), "marker": "X", "linestyle": "-"}
+    if found["rank"]:
+        place = (found["extra"] or "qv").split(", ")[0]
+        style = {
+            "color": rank_colour(int(found["rank"])),
+            "marker": RANK_MARKERS.get(int(found["rank"]), "h"),
+            "linestyle": PLACE_LINES.get(place, "-"),
+        }
+    elif found["kind"] == "full qv":
+        style |= {"marker": "P", "linestyle": (0, (4, 1, 1, 1))}
+    if found["extra"]:
+        shape = VARIANT_MARKERS[zlib.crc32(found["extra"].encode()) % len(VARIANT_MARKERS)]
+        style |= {"marker": shape, "markerfacecolor": "white"}
+    return style
+
+
+def rank_colour(rank: int) -> str:
+    """The ramp's colour at a rank."""
+    import numpy as np
+    from matplotlib.colors import to_hex, to_rgb
+
+    colours = np.array([to_rgb(colour) for colour in RAMP.values()])
+    return to_hex([np.interp(math.log2(max(rank, 1)), list(RAMP), column) for column in colours.T])
+
+
+def palette(arms: Iterable[str]) -> dict[str, str]:
+    """Colours by label in the order of legends, as seaborn's `palette` takes them."""
+    return {arm: style_of(arm)["color"] for arm in sorted(set(arms), key=arm_order)}
+
+
+def save(figure: Figure, path: Path, pdf: bool = False) -> Path:
+    """Write the figure as PNG, with `pdf` also as PDF beside it, each whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "pdf")[: 1 + pdf]:
+        target = path.with_suffix(f".{kind}")
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        with styled():
+            dates = {"CreationDate": None} if kind == "pdf" else None  # the same bytes every time
+            figure.savefig(partial, format=kind, dpi=200, metadata=dates)
+        os.replace(partial, target)
+    return path.with_suffix(".png")
+
+
+def styled() -> Any:
+    """A context in which figures are made and saved."""
+    import matplotlib
+
+    return matplotlib.rc_context(STYLE)
+
+
+def panels(tasks: Iterable[str], **shared: bool) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with a titled panel a task, three a row."""
+    from matplotlib.figure import Figure
+
+    names = ordered(tasks)
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    size = (max(PANEL[0] * columns, 3.6), PANEL[1] * rows + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    for ax in axes[len(names) :]:
+        ax.remove()
+    for task, ax in zip(names, axes):
+        metric = DESCRIPTIONS[task].metrics[0]
+        ax.set_title(task, loc="left")
+        ax.set_ylabel(METRIC_LABELS.get(metric, metric))
+    return figure, dict(zip(names, axes))
+
+
+def references(ax: Axes, rows: DataFrame) -> float | None:
+    """The base as a dashed line in its interval's band, baselines dotted; the base's value."""
+    base = None
+    for _, row in rows[~is_trained(rows)].iterrows():
+        style = style_of(row["arm"]) | {"marker": "", "lw": 1.0, "zorder": 1}
+        ax.axhline(row["value"], label=row["arm"], **style)
+        if row["method"] == "base":
+            base = row["value"]
+            if math.isfinite(row["low"]) and math.isfinite(row["high"]):
+                ax.axhspan(row["low"], row["high"], color=GREY, alpha=0.15, lw=0, zorder=0)
+        else:
+            ax.set_title(f"dotted: {row['arm']}", loc="right", size=7, weight="normal", color=GREY)
+    return base
+
+
+def bars(ax: Axes, x: Any, points: DataFrame, arm: str) -> None:
+    """Intervals alone; the values are drawn as a line of their own."""
+    colour = style_of(arm)["color"]
+    style = {"yerr": interval_lengths(points), "fmt": "none", "elinewidth": 0.7, "alpha": 0.8}
+    ax.errorbar(x, points["value"], ecolor=colour, label=arm, **style)
+
+
+def interval_lengths(points: Mapping[str, Any]) -> Any:
+    """Lengths (2 x points) below and above the value, 0 where an interval is missing."""
+    import numpy as np
+
+    low, value, high = (
+        np.atleast_1d(points[name]).astype(float) for name in ("low", "value", "high")
+    )
+    return np.nan_to_num(np.clip([value - low, high - value], 0, None))
+
+
+def spread(arms: Iterable[str], width: float) -> dict[str, float]:
+    """Offsets of the arms around 0, over `width` from first to last."""
+    names = sorted(set(arms), key=arm_order)
+    step = width / max(len(names) - 1, 1)
+    return {arm: step * (i - (len(names) - 1) / 2) for i, arm in enumerate(names)}
+
+
+def label_columns(axes: dict[str, Axes], text: str) -> None:
+    """The x label and ticks under the lowest panel of each column."""
+    panels = list(axes.values())
+    for i, ax in enumerate(panels):
+        if i + 3 >= len(panels):
+            ax.set_xlabel(text)
+            ax.tick_params(labelbottom=True)
+
+
+def finish(
+    figure: Figure, frame: DataFrame, rows: DataFrame, table: DataFrame, kind: str, about: str
+) -> Figure:
+    """Legend above; below, what the bars are over. `kind`: are arms lines, and the base too?"""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for arm in sorted({*table["arm"], *rows["arm"][rows["method"] == "base"]}, key=arm_order):
+        style = style_of(arm)
+        if kind == "points" or (kind == "lines over points" and arm != "base"):
+            style["linestyle"] = "none"
+        elif arm == "base":
+            style["marker"] = ""
+        handles.append(Line2D([], [], label=arm, **style))
+    if (rows["method"] == "baseline").any():
+        handles.append(Line2D([], [], label="baseline", color=GREY, linestyle=":", lw=1.0))
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, int(figure.get_size_inches()[0] / (0.6 + 0.065 * longest)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))
+    lines_beyond = math.ceil(len(handles) / columns) - 2
+    figure.set_figheight(figure.get_figheight() + 0.18 * max(lines_beyond, 0))  # not the panels'
+    small = "; small points: single seeds" if kind == "lines over points" else ""
+    notes(figure, frame, [about, *_interval_notes(table, small)])
+    return figure
+
+
+def _interval_notes(table: DataFrame, small: str) -> list[str]:
+    """What the bars are over, by number of seeds."""
+    trained = table[table["arm"] != "base"]
+    from comparisons import MIN_SEEDS
+
+    arms = {n: palette(group["arm"]) for n, group in trained.groupby("seeds")}
+    said = []
+    for seeds, names in sorted(arms.items(), reverse=True):
+        who = f" ({', '.join(names)})" if len(arms) > 1 else ""
+        if seeds >= MIN_SEEDS:
+            said.append(f"Mean of {seeds} seeds{who}, bars: 95 % t interval over seeds{small}.")
+        elif seeds > 1:
+            said.append(f"Mean of {seeds} seeds{who}: too few for an interval{small}.")
+        else:
+            said.append(f"One seed{who}, bars: 95 % interval over items, not over seeds.")
+    return said
+
+
+def notes(figure: Figure, frame: DataFrame, sentences: list[str]) -> None:
+    """Small print under the figure, the demo's note last; then the layout is fixed."""
+    lines = textwrap.wrap(" ".join(sentences), int(figure.get_size_inches()[0] * 19))
+    if is_demo(frame):
+        lines.append(DEMO_NOTE)
+    figure.supxlabel("\n".join(lines), size=7, color="#444444")
+    figure.draw_without_rendering()  # ticks take their style when they are first laid out
+
+
+def nothing(frame: DataFrame, missing: str) -> Figure:
+    """A figure that says what is missing."""
+    from matplotlib.figure import Figure
+
+    with styled():
+        figure = Figure(figsize=(4.8, 1.4), layout="constrained")
+        ax = figure.subplots()
+        ax.axis("off")
+        ax.text(0.5, 0.5, f"Nothing to draw: {missing}.", ha="center", va="center", wrap=True)
+        notes(figure, frame, [])
+    return figure

@@ -1,0 +1,258 @@
+"""Results as tables: the arm of a record, the last checkpoint of a run, means over seeds.
+
+    records = load_records(Path("performance_analysis/demo/adaptation.json"))
+    print(score_table(records))
+
+Every mean and interval comes from `summarise`: with one seed the interval is over items, as in the
+record; with three seeds and more it is Student's t over seeds; two seeds have a mean alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import FAMILIES, RANKS, TARGET_MODULES, TASKS, UserError
+from dataset_descriptions import DESCRIPTIONS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SCRIPTS = {
+    "adaptation.json": "eval.py",
+    "retention.json": "retention_eval.py",
+    "drift.json": "svd_analysis.py",
+}
+TEXT = ("run", "family", "method", "split", "task", "metric")
+NUMBERS = ("rank", "seed", "step", "fraction", "value")
+OPTIONAL = {"low": math.nan, "high": math.nan, "stderr": math.nan, "shots": 0, "prompt": 0}
+KINDS = ("LoRA", "full qv", "full", "base")
+LABEL = re.compile(r"(?P<kind>LoRA r=(?P<rank>\d+)|full qv|full|base)(?: \((?P<extra>.+)\))?")
+RUN_NAME = re.compile(r"(?P<tasks>.+?)_(?:lora_r\d+|full_qv|full)(?:_(?P<extra>.+))?_seed\d+")
+
+
+def load_records(path: Path) -> DataFrame:
+    """The records of a results document, one a row, with their arm.
+
+    `attrs["meta"]` and the column `preset` hold where they come from. Raises UserError if the file
+    is missing or holds no records of this suite.
+    """
+    import pandas as pd
+
+    script = SCRIPTS.get(path.name, "eval.py")
+    if not path.is_file():
+        others = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{path.name}"))
+        raise UserError(
+            f"no {path}; make it with: python {script} --study {path.parent.name}"
+            f" (studies that have one: {', '.join(others) or 'none'})"
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        meta, records = dict(document["meta"]), [dict(record) for record in document["records"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no results document of {script}; name another file") from None
+    for number, record in enumerate(records):
+        missing = [name for name in TEXT + NUMBERS if name not in record]
+        if missing:
+            raise UserError(f"{path}: record {number} lacks {', '.join(missing)}; run {script}")
+    frame = pd.DataFrame(records, columns=None if records else [*TEXT, *NUMBERS])
+    for name, default in OPTIONAL.items():
+        frame[name] = frame[name].fillna(default) if name in frame else default
+    for name in (*NUMBERS, "low", "high", "stderr"):
+        frame[name] = pd.to_numeric(frame[name], errors="coerce")
+    frame["arm"] = [arm_of(record) for record in records]
+    frame["preset"] = meta.get("preset")
+    frame.attrs["meta"] = meta
+    return frame
+
+
+def is_demo(frame: DataFrame) -> bool:
+    """Whether the records are the demo's, which no figure may pass over."""
+    meta = frame.attrs.get("meta", {})
+    return meta.get("preset") == "demo" or bool((frame.get("preset") == "demo").any())
+
+
+def arm_of(record: Mapping[str, Any]) -> str:
+    """The arm's label: "LoRA r=8", "full", "full qv", "base", or a baseline's name.
+
+    What parts a run from the grid's (place, other fields, a single task, the other family; an
+    outside run's name) follows in brackets, so that only runs of other seeds are averaged.
+    """
+    method, run = record["method"], str(record["run"])
+    if method == "baseline":
+        return run
+    shots, prompt = (_count(record.get(name)) for name in ("shots", "prompt"))
+    asked = [f"{shots}-shot"] * bool(shots) + [f"prompt {prompt}"] * bool(prompt)
+    if method == "base":
+        return _label("base", asked)
+    place = place_of(record.get("target_modules", "")) if method == "lora" else "qv"
+    extras = [place] * (place != "qv")
+    name = RUN_NAME.fullmatch(run)
+    if name is None:
+        extras.append(run)
+    else:
+        fields = " ".join(part for part in (name["extra"] or "").split("_") if part != place)
+        extras += [fields] * bool(fields)
+        extras += [f"{name['tasks']} alone"] * (name["tasks"] not in FAMILIES)
+    task = DESCRIPTIONS.get(record.get("task", ""))
+    if task and record.get("family", task.family) != task.family:
+        extras.append(f"trained on {record['family']}")
+    kind = f"LoRA r={int(record['rank'])}" if method == "lora" else method.replace("_", " ")
+    return _label(kind, extras + asked)
+
+
+def _count(value: Any) -> int:
+    """A whole number, 0 for what is missing (None, or a data frame's nan)."""
+    return int(value) if value and value == value else 0
+
+
+def _label(kind: str, extras: list[str]) -> str:
+    return f"{kind} ({', '.join(extras)})" if extras else kind
+
+
+def place_of(modules: Any) -> str:
+    """The place's name in TARGET_MODULES, from itself or from the modules' names."""
+    if not isinstance(modules, str):
+        modules = ",".join(modules) if isinstance(modules, Iterable) else "qv"
+    names = {name for name in re.split(r"[\s,+]+", modules) if name}
+    for place, members in TARGET_MODULES.items():
+        if names in ({place}, set(members)):
+            return place
+    return "+".join(sorted(names)) or "qv"
+
+
+def arm_order(arm: str) -> tuple[int, int, str]:
+    """LoRA by rank, full qv, full, base, baselines."""
+    found = LABEL.fullmatch(arm)
+    if found is None:
+        return len(KINDS), 0, arm
+    rank = int(found["rank"] or 0)
+    return (0 if rank else KINDS.index(found["kind"])), rank, arm
+
+
+def ordered(tasks: Iterable[str]) -> list[str]:
+    """Tasks in the suite's order, others after them."""
+    found = set(tasks)
+    return [task for task in TASKS if task in found] + sorted(found - set(TASKS))
+
+
+def scores(frame: DataFrame) -> DataFrame:
+    """The rows of each task's primary metric, the first of its description."""
+    first = {task: description.metrics[0] for task, description in DESCRIPTIONS.items()}
+    return frame[frame["metric"] == frame["task"].map(first)].dropna(subset=["value"])
+
+
+def is_trained(frame: DataFrame) -> Any:
+    """A mask: the rows of runs, not of the base or a baseline."""
+    return ~frame["method"].isin(["base", "baseline"])
+
+
+def last_checkpoints(frame: DataFrame) -> DataFrame:
+    """Rows of every run's last checkpoint, without runs that have not ended; base and baselines."""
+    last = frame["step"] == frame.groupby("run")["step"].transform("max")
+    ended = ~(frame["fraction"] < 0.999)  # an outside checkpoint has no fraction
+    return frame[~is_trained(frame) | (last & ended)]
+
+
+def summarise(frame: DataFrame, by: tuple[str, ...] = ()) -> DataFrame:
+    """Mean, standard error, interval and number of seeds for each task, arm and `by`.
+
+    Columns value, stderr, low, high (nan where there is none) and seeds, in the order of legends.
+    """
+    import numpy as np
+    import pandas as pd
+    from scipy.stats import t
+
+    from comparisons import MIN_SEEDS
+
+    keys, rows = ["task", "arm", *by], []
+    for key, group in frame.groupby(keys):
+        values = group["value"].to_numpy()
+        seeds, mean = len(values), values.mean()
+        stderr = low = high = math.nan
+        if seeds == 1:
+            stderr, low, high = group[["stderr", "low", "high"]].iloc[0]
+        elif seeds >= MIN_SEEDS:
+            stderr = values.std(ddof=1) / np.sqrt(seeds)
+            half = t.ppf(0.975, seeds - 1) * stderr
+            low, high = mean - half, mean + half
+        rows.append((*key, mean, stderr, low, high, seeds))
+    table = pd.DataFrame(rows, columns=[*keys, "value", "stderr", "low", "high", "seeds"])
+    return table.sort_values(keys, key=lambda s: s.map(arm_order) if s.name == "arm" else s)
+
+
+def score_table(frame: DataFrame) -> DataFrame:
+    """Arms by tasks: value ± standard error at the last checkpoint, on test if it was read.
+
+    A cell of the validation split is marked "val"; the error is over items for one seed (the mean
+    over three and more carries its error over seeds and their number).
+    """
+    import pandas as pd
+
+    cells: dict[str, dict[str, str]] = {}
+    rows = last_checkpoints(scores(frame))
+    table = summarise(rows[rows["prompt"] == 0], by=("split",))
+    for row in table.sort_values("split").itertuples():  # test before validation
+        digits = 1 if "bleu" in DESCRIPTIONS[row.task].metrics[0] else 3
+        text = f"{row.value:.{digits}f}"
+        text += "" if math.isnan(row.stderr) else f" ± {row.stderr:.{digits}f}"
+        text += f" ({row.seeds} seeds)" if row.seeds > 1 else ""
+        text += " val" if row.split != "test" else ""
+        cells.setdefault(row.arm, {}).setdefault(row.task, text)
+    arms = sorted(cells, key=arm_order)
+    return pd.DataFrame(cells, index=ordered(table["task"]), columns=arms).T.fillna("")
+
+
+def run_table(runs_dir: Path) -> DataFrame:
+    """What the study's run.json files say, a run a row; empty if there are none."""
+    import pandas as pd
+
+    rows = {}
+    for path in sorted(runs_dir.glob("*/run.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            config, environment = record["config"], record["environment"]
+        except (OSError, ValueError, KeyError, TypeError):
+            rows[path.parent.name] = {"note": "run.json is unreadable"}
+            continue
+        names = ("method", "rank", "alpha", "learning_rate", "epochs", "batch_size", "seed")
+        row = {"base": record.get("base", {}).get("name"), "steps": record.get("steps")}
+        row |= {name: config.get(name) for name in names}
+        row |= {name: environment.get(name) for name in ("device_name", "precision")}
+        row["commit"] = str(environment.get("git_commit") or "")[:12]
+        versions = environment.get("versions", {})
+        rows[path.parent.name] = row | {p: versions.get(p) for p in ("torch", "transformers")}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def gaps(frame: DataFrame) -> list[str]:
+    """What the study's grid lacks in the records, a sentence each."""
+    from comparisons import MIN_SEEDS
+
+    said = []
+    runs = frame[is_trained(frame)]
+    grid = [*(f"LoRA r={rank}" for rank in RANKS), "full"]
+    for family in FAMILIES:
+        ended = last_checkpoints(runs[runs["family"] == family])
+        if ended.empty:
+            said.append(f"{family}: no run that is measured at its end")
+            continue
+        missing = [arm for arm in grid if arm not in set(ended["arm"])]
+        if missing:
+            said.append(f"{family}: no {', '.join(missing)}")
+        seeds = ended.groupby("arm")["seed"].nunique()
+        few = sorted(seeds[seeds < MIN_SEEDS].index, key=arm_order)
+        if few:
+            said.append(
+                f"{family}: fewer than {MIN_SEEDS} seeds, so nothing about methods can be claimed:"
+                f" {', '.join(few)}"
+            )
+        untested = set(ended["arm"]) - set(ended[ended["split"] == "test"]["arm"])
+        if untested:
+            said.append(f"{family}: no test score of {', '.join(sorted(untested, key=arm_order))}")
+    left = set(runs["run"]) - set(last_checkpoints(runs)["run"])
+    return said + [f"not measured at its end: {run}" for run in sorted(left)]
