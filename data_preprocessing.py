@@ -25,7 +25,6 @@ import numpy as np
 
 from config import (
     DATA_SEED,
-    SPLITS,
     TASKS,
     Parser,
     Settings,
@@ -75,6 +74,10 @@ class PreparedTask:
     @property
     def fingerprint(self) -> str:
         return self.report["fingerprint"]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.report["splits"])
 
     def split(self, name: str) -> Dataset:
         from datasets import load_from_disk
@@ -252,7 +255,7 @@ def _overlaps(
 ) -> dict[str, dict[str, int]]:
     """Overlap of train with validation, test, and the retention benchmarks that are there."""
     texts = {s: [row_text(description, row) for row in rows] for s, rows in splits.items()}
-    held_out = {s: texts[s] for s in ("validation", "test")} | benchmark_texts(source)
+    held_out = {s: texts[s] for s in texts if s != "train"} | benchmark_texts(source)
     return {name: overlap(texts["train"], other) for name, other in held_out.items()}
 
 
@@ -268,10 +271,12 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 def table(prepared: dict[str, PreparedTask]) -> str:
     """The prepared data as text: sizes, lengths, shares, what was cut or dropped, overlap."""
     head = ("task", "split", "rows", "prompt mean/95%/max", "completion", "supervised", "share")
-    lines = ["{:<14}{:<11}{:>7}  {:<20}{:<16}{:>11}{:>7}  cut  dropped  labels".format(*head)]
-    for split in SPLITS:
-        total = sum(p.report["splits"][split]["supervised_tokens"] for p in prepared.values())
-        for name, task in prepared.items():
+    lines = ["{:<14}{:<16}{:>7}  {:<20}{:<16}{:>11}{:>7}  cut  dropped  labels".format(*head)]
+    splits = dict.fromkeys(split for task in prepared.values() for split in task.splits)
+    for split in splits:
+        having = {name: task for name, task in prepared.items() if split in task.splits}
+        total = sum(p.report["splits"][split]["supervised_tokens"] for p in having.values())
+        for name, task in having.items():
             s = task.report["splits"][split]
             prompt, completion = (
                 "{mean:g}/{p95}/{max}".format(**s[key])
@@ -280,7 +285,7 @@ def table(prepared: dict[str, PreparedTask]) -> str:
             share = f"{s['supervised_tokens'] / total:.1%}"
             labels = " ".join(f"{k}:{v}" for k, v in s.get("labels", {}).items())
             lines.append(
-                f"{name:<14}{split:<11}{s['rows']:>7,}  {prompt:<20}{completion:<16}"
+                f"{name:<14}{split:<16}{s['rows']:>7,}  {prompt:<20}{completion:<16}"
                 f"{s['supervised_tokens']:>11,}{share:>7}  {s['truncated']:>3}"
                 f"  {sum(s['dropped'].values()):>7}  {labels}"
             )

@@ -35,7 +35,8 @@ def source_identity(source: Path | None, description: DatasetDescription) -> Any
     """Of a folder its files' contents; of the Hub its name: a study keeps the rows it has."""
     if source is None:
         return [description.hub_id, description.hub_config]
-    names = [f"{description.name}/{split}.jsonl" for split in SPLITS]
+    splits = (*SPLITS, *description.extra_splits)
+    names = [f"{description.name}/{split}.jsonl" for split in splits]
     names += [f"{name}/{split}.jsonl" for name, (_, _, split) in BENCHMARKS.items()]
     found = [source / name for name in names if (source / name).is_file()]
     return [[str(p.relative_to(source)), hashlib.sha256(p.read_bytes()).hexdigest()] for p in found]
@@ -47,8 +48,10 @@ def read_folder(folder: Path, description: DatasetDescription, limit: int = 0) -
     Raises UserError with file and line for what is wrong, and for a row that is in two splits.
     """
     splits, seen = {}, {}
-    for split in SPLITS:
+    for split in (*SPLITS, *description.extra_splits):
         path = folder / description.name / f"{split}.jsonl"
+        if split not in SPLITS and not path.exists():
+            continue
         rows = read_jsonl(path, description.problem, limit)
         for line, row in enumerate(rows, 1):
             key = row_text(description, row)
@@ -122,7 +125,7 @@ def read_hub(
     for split in SPLITS:
         if not splits[split]:
             raise UserError(f"{description.name}: no row is left in {split}; raise --limit")
-    return {split: splits[split] for split in SPLITS}, made
+    return {split: splits[split] for split in (*SPLITS, *description.extra_splits)}, made
 
 
 def load_hub_split(hub_id: str, config: str | None, split: str, task: str) -> tuple[Dataset, str]:

@@ -16,7 +16,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
-from config import TASKS, Parser, UserError, guarded
+from config import SPLITS, TASKS, Parser, UserError, guarded
 
 Row = dict[str, Any]
 FIELD_SEPARATOR, ELEMENT_SEPARATOR = "concode_field_sep", "concode_elem_sep"
@@ -53,6 +53,11 @@ class DatasetDescription:
     paraphrases: tuple[str, ...] = ()  # other templates, to see how much the wording matters
     stop: str = "\n"  # ends a generation as EOS does: an untuned model does not know when to end
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def extra_splits(self) -> tuple[str, ...]:
+        """Held-out splits beside our three, such as MNLI's mismatched genres; read with test."""
+        return tuple(split for split in self.hub_splits if split not in SPLITS)
 
     @property
     def is_classification(self) -> bool:
@@ -196,7 +201,11 @@ DESCRIPTIONS = {
             family="similar",
             hub_id="nyu-mll/glue",
             hub_config="mnli",
-            hub_splits={"train": "train", "test": "validation_matched"},
+            hub_splits={
+                "train": "train",
+                "test": "validation_matched",
+                "test_mismatched": "validation_mismatched",
+            },
             groups="premise",
             columns={"premise": str, "hypothesis": str, "label": int},
             template=(

@@ -12,6 +12,7 @@ again. Results go to performance_analysis/<study>/.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from analysis_subjects import Subject, add_analysis_arguments, find_subjects, no_arm, no_runs
 from config import (
     FAMILIES,
+    SPLITS,
     Parser,
     UserError,
     add_common_arguments,
@@ -88,6 +90,13 @@ def plan_units(args: argparse.Namespace, subjects: list[Subject]) -> list[Unit]:
                 paraphrased = range(1, args.prompts + 1)
                 units += [Unit(subject, split, task, limit, 0, k) for k in paraphrased]
     return units
+
+
+def extra_tests(unit: Unit, splits: tuple[str, ...]) -> list[Unit]:
+    """With test, the task's further test splits, where they are (MNLI's mismatched genres)."""
+    if unit.split != "test":
+        return []
+    return [dataclasses.replace(unit, split=split) for split in splits if split not in SPLITS]
 
 
 # ------------------------------------------------------------------------------------- report
@@ -173,7 +182,11 @@ def main(argv: list[str] | None = None) -> int:
     room = (args.batch_scale or 1) * (8 if device == "cuda" else 1)
     evaluator = Evaluator(settings, load_tokenizer(base), device, bf16, room)
     results = Results(settings.output_dir / "performance_analysis" / settings.study)
-    units = plan_units(args, subjects)
+    units = [
+        variant
+        for unit in plan_units(args, subjects)
+        for variant in (unit, *extra_tests(unit, evaluator.task(unit.task).splits))
+    ]
     pending = [
         unit
         for unit in units

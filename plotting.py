@@ -162,7 +162,8 @@ def references(ax: Axes, rows: DataFrame) -> float | None:
             if math.isfinite(row["low"]) and math.isfinite(row["high"]):
                 ax.axhspan(row["low"], row["high"], color=GREY, alpha=0.15, lw=0, zorder=0)
         else:
-            ax.set_title(f"dotted: {row['arm']}", loc="right", size=7, weight="normal", color=GREY)
+            name = row["arm"].replace("_", " ")
+            ax.set_title(name, loc="right", size=6.5, weight="normal", color=GREY)
     return base
 
 
@@ -214,7 +215,16 @@ def finish(
             style["marker"] = ""
         handles.append(Line2D([], [], label=arm, **style))
     if (rows["method"] == "baseline").any():
-        handles.append(Line2D([], [], label="baseline", color=GREY, linestyle=":", lw=1.0))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                label="baseline (its name over the panel)",
+                color=GREY,
+                linestyle=":",
+                lw=1.0,
+            )
+        )
     longest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, int(figure.get_size_inches()[0] / (0.6 + 0.065 * longest)))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES, RANKS, TARGET_MODULES, TASKS, UserError
+from config import FAMILIES, RANKS, SPLITS, TARGET_MODULES, TASKS, UserError
 from dataset_descriptions import DESCRIPTIONS
 
 if TYPE_CHECKING:
@@ -141,8 +141,9 @@ def ordered(tasks: Iterable[str]) -> list[str]:
 
 
 def scores(frame: DataFrame) -> DataFrame:
-    """The rows of each task's primary metric, the first of its description."""
+    """The rows of each task's primary metric, the first of its description, on our own splits."""
     first = {task: description.metrics[0] for task, description in DESCRIPTIONS.items()}
+    frame = frame[frame["split"].isin(SPLITS)]
     return frame[frame["metric"] == frame["task"].map(first)].dropna(subset=["value"])
 
 

@@ -7,8 +7,11 @@ SmolLM2-135M, fp32, one process, turn about (ours, plain, ours, plain ...); pred
     classification  label words' log-likelihoods under one forward pass an item, longest first;
                     against a padded pass for each label word with logits of the whole sequence,
                     in data order, in batches of 16
-    generation      batches of 16, longest first, rows that have ended leave; against
-                    model.generate on batches of 16 in data order
+    generation      batches of 16, longest first, rows that have ended (EOS or the task's stop
+                    string) leave; against model.generate on batches of 16 in data order, whose
+                    texts are cut at the stop string afterwards; at most 64 new tokens
+
+The base generates, or with --checkpoint a PEFT folder over it, whose answers end where they should.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__.splitlines()[0])
     add_common_arguments(parser)
     parser.add_argument("--pairs", type=int, default=3, help="pairs of timings (default 3)")
+    parser.add_argument("--checkpoint", type=Path, help="PEFT folder over the base, for generation")
     parser.add_argument("--quick", action="store_true", help="few rows, in about two minutes")
     parser.add_argument("--json", type=Path, help="write meta, ratios and rows to this file")
     return parser
@@ -70,34 +74,51 @@ def classify_plainly(model: Any, prompts: list[list[int]], words: list[int], pad
     return predictions
 
 
-def generate(model: Any, prompts: list[list[int]], eos: int) -> list[list[int]]:
+def generate(model: Any, prompts: list[list[int]], new: int, stop: str, tokenizer: Any) -> list:
     from scoring import generate_greedily
 
-    return generate_greedily(
-        model, prompts, NEW_TOKENS, [eos], token_budget=1 << 30, most_rows=ROWS
+    def stopped(tokens: list[int]) -> bool:
+        return stop in tokenizer.decode(tokens[-8:]).lstrip()
+
+    found = generate_greedily(
+        model,
+        prompts,
+        new,
+        [tokenizer.eos_token_id],
+        stopped,
+        token_budget=1 << 30,
+        most_rows=ROWS,
     )
+    return [text_of(tokens, stop, tokenizer) for tokens in found]
 
 
-def generate_plainly(model: Any, prompts: list[list[int]], eos: int) -> list[list[int]]:
+def generate_plainly(
+    model: Any, prompts: list[list[int]], new: int, stop: str, tokenizer: Any
+) -> list[str]:
     """model.generate on padded batches in data order."""
     import torch
 
-    outputs = []
+    eos, outputs = tokenizer.eos_token_id, []
     for start in range(0, len(prompts), ROWS):
         batch = prompts[start : start + ROWS]
         width = max(map(len, batch))
         ids = torch.tensor([[eos] * (width - len(p)) + p for p in batch])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
         found = model.generate(
-            ids,
+            input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=new,
             do_sample=False,
             eos_token_id=eos,
             pad_token_id=eos,
         )[:, width:].tolist()
-        outputs += [row[: row.index(eos)] if eos in row else row for row in found]
+        rows = (row[: row.index(eos)] if eos in row else row for row in found)
+        outputs += [text_of(row, stop, tokenizer) for row in rows]
     return outputs
+
+
+def text_of(tokens: list[int], stop: str, tokenizer: Any) -> str:
+    return tokenizer.decode(tokens).lstrip().partition(stop)[0].strip()
 
 
 @guarded
@@ -116,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer, model = load_tokenizer(base), load_base(base).eval()
     eos = tokenizer.eos_token_id
     measured = []
-    counts = (32, 6) if args.quick else (128, 48)
+    counts = (32, 6) if args.quick else (128, 32)
     for kind, family, count in zip(("classification", "generation"), FAMILIES, counts, strict=True):
         length = settings.preset.max_length[family]
         prepared = prepare(settings, tokenizer, FAMILIES[family], length, 2_000)
@@ -127,8 +148,14 @@ def main(argv: list[str] | None = None) -> int:
                 words = label_token_ids(tokenizer, describe(task))
                 ways = (classify, (prompts, words)), (classify_plainly, (prompts, words, eos))
             else:
-                ways = (generate, (prompts, eos)), (generate_plainly, (prompts, eos))
+                new = min(NEW_TOKENS, describe(task).max_new_tokens)
+                asked = (prompts, new, describe(task).stop, tokenizer)
+                ways = (generate, asked), (generate_plainly, asked)
             work.append((task, ways))
+        if kind == "generation" and args.checkpoint:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, args.checkpoint).eval()
         measured += measure(kind, work, model, args.pairs)
     return report(args, measured)
 

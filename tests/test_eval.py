@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_one_line_error, settings_for
+from conftest import ROOT, assert_one_line_error, settings_for
 from safetensors.torch import load_file, save_file
 
 from checkpoint_utils import load_base, prepare_base
@@ -155,6 +155,25 @@ def test_a_corrupt_checkpoint_is_named_and_the_others_are_done(folder, model, ca
     assert "checkpoint-6/adapter_model.safetensors is corrupt" in captured.err
     place = copy.output_dir / "performance_analysis" / "corrupt"
     assert set(records_in(place).query("run == @RUN").step) == {12}
+
+
+def test_mismatched_genres_are_read_with_test_where_there_are_some(folder, model, tmp_path):
+    data = tmp_path / "rows"
+    shutil.copytree(ROOT / "data" / "sample" / "mnli", data / "mnli")
+    lines = (data / "mnli" / "test.jsonl").read_text().splitlines()[:6]
+    rows = [{**json.loads(line), "premise": f"By telephone: {i}."} for i, line in enumerate(lines)]
+    path = data / "mnli" / "test_mismatched.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = settings_for(study=STUDY).runs_dir / RUN
+    argv = [*model[:2], "--study", "mismatched", "--runs", str(run), "--checkpoints", "last"]
+    assert main([*argv, "--data", str(data), "--tasks", "mnli", "--shots", "0"]) == 0
+    place = settings_for().output_dir / "performance_analysis" / "mismatched"
+    found = records_in(place).query("run == @RUN and metric == 'accuracy'").set_index("split")
+    assert set(found.index) == {"validation", "test", "test_mismatched"}
+    assert found.n["test_mismatched"] == 6
+    assert {p.name for p in (place / "figures").glob("*.png")} == {
+        f"{name}.png" for name in ("learning_curves", "last_by_rank", "validation_against_test")
+    }
 
 
 def test_a_foreign_adapter_is_taken(folder, model, tmp_path):
