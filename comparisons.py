@@ -78,14 +78,20 @@ def resampled(scores: Sequence[Scores], resamples: int, seed: int) -> np.ndarray
         raise ValueError(f"resampling needs the same items for all, here {sorted(counts)}")
     items = counts.pop()
     statistics = np.hstack([s.statistics for s in scores])
+    # right and wrong items are of few kinds: how often a kind is drawn is all that counts
+    kinds, sizes = np.unique(statistics, axis=0, return_counts=True)
     rng = np.random.default_rng(seed)
-    size = max(1, BLOCK_CELLS // items)
+    few = 8 * len(kinds) < items
+    rows, block = (kinds, resamples) if few else (statistics, max(1, BLOCK_CELLS // items))
     sums = []
-    for start in range(0, resamples, size):
-        rows = min(size, resamples - start)
-        drawn = rng.integers(items, size=(rows, items)) + items * np.arange(rows)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=rows * items).reshape(rows, items)
-        sums.append(weights.astype(float) @ statistics)
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        if few:
+            weights = rng.multinomial(items, sizes / items, size=count)
+        else:
+            drawn = rng.integers(items, size=(count, items)) + items * np.arange(count)[:, None]
+            weights = np.bincount(drawn.ravel(), minlength=count * items).reshape(count, items)
+        sums.append(weights.astype(float) @ rows)
     edges = np.cumsum([s.statistics.shape[1] for s in scores])[:-1]
     parts = np.split(np.concatenate(sums), edges, axis=1)
     return np.array([s.aggregate(part) for s, part in zip(scores, parts)])
