@@ -8,7 +8,7 @@ lie beside it in `items/<unit>.parquet`, for paired tests.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class Results:
 
         if scores:
             self._write_items(unit, scores)
+        records = [_strict(record) for record in records]
         document = {"record_version": RECORD_VERSION, "request": request, "records": records}
         write_json(self.unit_file(unit), document)
 
@@ -88,16 +89,29 @@ class Results:
             for name, part in table.groupby("metric", sort=False)
         }
 
-    def join(self, name: str, meta: dict[str, Any]) -> Path:
-        """Write all units' records into one document, `<folder>/<name>.json`; its path."""
+    def units(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every unit's name and document, by name."""
+        for path in sorted((self.folder / "records").glob("*.json")):
+            yield path.stem, _read(path)
+
+    def join(self, name: str, meta: dict[str, Any], derived: Sequence[dict[str, Any]] = ()) -> Path:
+        """Write all units' records into one document, `<folder>/<name>.json`; its path.
+
+        `derived` are records that compare units, and come after theirs.
+        """
         from checkpoint_utils import write_json
 
-        units = [_read(path) for path in sorted((self.folder / "records").glob("*.json"))]
-        records = [record for unit in units for record in unit["records"]]
+        records = [record for _, unit in self.units() for record in unit["records"]]
+        records += [_strict(record) for record in derived]
         path = self.folder / f"{name}.json"
         meta = {**meta, "record_version": RECORD_VERSION}
         write_json(path, {"meta": meta, "records": records})
         return path
+
+
+def _strict(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with null for what is not a finite number: JSON has no other word for it."""
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

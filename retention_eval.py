@@ -1,0 +1,217 @@
+"""Retention: what of the pretrained ability is left at every checkpoint, in lm-eval's own terms.
+
+    python retention_eval.py                                  # all runs of the study
+    python retention_eval.py --tasks hellaswag piqa boolq --num-fewshot 5
+    python retention_eval.py --checkpoints last --scale-update
+
+The base comes first, then every checkpoint: benchmarks of lm-evaluation-harness, log-likelihood of
+held-out text, and how far predictions and hidden states lie from the base's. Mid-training is
+measured on the first 1,000 items of each benchmark; base, last and validation-chosen checkpoint on
+all. What is there is not measured again. Results go to outputs/<study>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from analysis_subjects import Subject, add_analysis_arguments, find_subjects
+from config import Parser, UserError, add_common_arguments, guarded, resolve_settings
+from retention_measures import Retention, Unit
+from retention_records import TEXT
+
+BENCHMARKS = ("hellaswag", "arc_challenge", "winogrande")
+MID_TRAINING_LIMIT = 1_000
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(description="Measure what every checkpoint kept of the pretrained ability.")
+    add_common_arguments(parser)
+    group = add_analysis_arguments(parser)
+    group.add_argument(
+        "--tasks",
+        nargs="+",
+        default=list(BENCHMARKS),
+        metavar="TASK",
+        help=f"lm-eval tasks, multiple choice or perplexity (default {' '.join(BENCHMARKS)})",
+    )
+    group.add_argument("--num-fewshot", type=int, default=0, help="examples before every question")
+    group.add_argument(
+        "--limit",
+        type=int,
+        help=f"the first N items of a benchmark (mid-training: {MID_TRAINING_LIMIT}; else all)",
+    )
+    group.add_argument(
+        "--scale-update",
+        nargs="*",
+        type=float,
+        metavar="T",
+        help="measure the last checkpoint with its update scaled by T, too: adaptation and"
+        f" retention (without T: {' '.join(f'{t:g}' for t in SCALES)})",
+    )
+    group.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    group.add_argument(
+        "--batch-scale", type=float, default=1.0, metavar="X", help="batches X times as large"
+    )
+    return parser
+
+
+# ----------------------------------------------------------------------------- what to measure
+
+
+def plan_units(
+    args: argparse.Namespace, subjects: list[Subject], texts: list[str], tasks: list[str]
+) -> list[Unit]:
+    """Every measurement that is asked for, the base's first."""
+    units = []
+    for subject in subjects:
+        limit = args.limit or (0 if subject.is_final else MID_TRAINING_LIMIT)
+        units += [
+            Unit(subject, "benchmark", task, limit, args.num_fewshot) for task in tasks
+        ]
+        units += [Unit(subject, "text", TEXT + source) for source in texts]
+        if subject.checkpoint is not None:
+            units.append(Unit(subject, "drift", "drift"))
+    return units
+
+
+# --------------------------------------------------------------------------------- measuring
+
+
+def measure_all(
+    retention: Retention, results: Any, base: Any, pending: list[Unit]
+) -> list[str]:
+    """Measure checkpoint by checkpoint; what was wrong with those that could not be."""
+    from tqdm import tqdm
+
+    from checkpoint_models import checkpoint_models
+
+    if not pending:
+        return []
+    by_checkpoint: dict[Any, list[Unit]] = {}
+    for unit in pending:
+        by_checkpoint.setdefault(unit.subject.checkpoint, []).append(unit)
+    drifting = [unit.subject for unit in pending if unit.kind == "drift"]
+    broken = []
+    progress = tqdm(total=len(pending), unit="measurement")
+    wanted = [checkpoint for checkpoint in by_checkpoint if checkpoint is not None]
+    for checkpoint, model in checkpoint_models(base, wanted, retention.device):
+        if checkpoint is None and drifting:
+            families = list(dict.fromkeys(subject.family for subject in drifting))
+            overwritten = not all(subject.checkpoint.is_adapter for subject in drifting)
+            retention.observe(model, families, overwritten)
+        for unit in by_checkpoint.get(checkpoint, []):
+            progress.set_description(unit.name)
+            progress.update()
+            if isinstance(model, UserError):
+                continue
+            try:
+                records, scores = retention.measure(model, unit)
+            except UserError as error:
+                if checkpoint is None:
+                    raise
+                broken.append(str(error))
+                continue
+            results.write(unit.name, retention.request(unit), records, scores)
+        if isinstance(model, UserError):
+            broken.append(str(model))
+    progress.close()
+    return broken
+
+
+# ------------------------------------------------------------------------------------- report
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Runs against tasks at the last checkpoint: score and forgetting, with standard errors."""
+    last: dict[str, int] = {}
+    for r in records:
+        last[r["run"]] = max(last.get(r["run"], 0), r["step"])
+    scores: dict[tuple[str, str], dict[str, Any]] = {}
+    losses: dict[tuple[str, str], dict[str, Any]] = {}
+    for r in records:
+        if r["step"] != last[r["run"]] or r["update_scale"] != 1:
+            continue
+        key = (r["run"], r["task"])
+        if r["metric"] == "forgetting":
+            losses[key] = r
+        elif r["metric"] in ("acc_norm", "retention", "log_likelihood"):
+            scores[key] = r
+        elif r["metric"] == "acc":
+            scores.setdefault(key, r)
+    tasks = sorted({task for _, task in scores}, key=lambda t: (t.startswith(TEXT), t == "mean", t))
+    width = max(map(len, last))
+    lines = [" " * width + "".join(f"  {task:>27}" for task in tasks)]
+    for run in last:
+        texts = []
+        for task in tasks:
+            score, loss = scores.get((run, task)), losses.get((run, task))
+            text = f"{score['value']:.3f}" if score else "-"
+            if loss:
+                mark = "*" if loss["p_value"] < 0.05 else " "
+                text += f" ({-loss['value']:+.3f} +- {loss['stderr']:.3f}{mark})"
+            texts.append(text)
+        lines.append(f"{run:<{width}}" + "".join(f"  {text:>27}" for text in texts))
+    flat = sorted({t for (_, t), r in losses.items() if r.get("at_chance")})
+    if flat:
+        lines.append(f"the base guesses (within two standard errors): {', '.join(flat)}; it has")
+        lines[-1] += " nothing there that could be forgotten"
+    lines.append(
+        "in brackets: change against the base on the same items +- standard error; * p < .05 of the"
+        " paired test, uncorrected; text: nats a token"
+    )
+    return "\n".join(lines)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for values that no measurement can have."""
+    if args.limit is not None and args.limit < 1:
+        raise UserError("--limit takes at least 1")
+    if args.num_fewshot < 0:
+        raise UserError("--num-fewshot takes 0 or more")
+    if not args.batch_scale > 0:
+        raise UserError("--batch-scale takes a number above 0")
+
+
+@guarded
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    check(args)
+    settings = resolve_settings(args)
+    from checkpoint_utils import load_tokenizer, prepare_base, read_json
+    from results import Results
+    from retention_records import derived_records
+    from run_records import pick_device, pick_precision
+
+    device = pick_device()
+    print(settings.headline(device), flush=True)
+    base = prepare_base(settings)
+    subjects = find_subjects(args, settings, base)
+    bf16 = pick_precision(args.dtype, device) == "bf16"
+    room = args.batch_scale * (8 if device == "cuda" else 1)
+    retention = Retention(settings, load_tokenizer(base), device, bf16, room)
+    results = Results(settings.output_dir / "outputs" / settings.study)
+    tasks = list(dict.fromkeys(args.tasks))
+    units = plan_units(args, subjects, list(retention.texts()), tasks)
+    pending = [
+        unit
+        for unit in units
+        if args.overwrite or not results.is_done(unit.name, retention.request(unit))
+    ]
+    print(f"{len(units)} measurements, {len(units) - len(pending)} of them are there", flush=True)
+    broken = measure_all(retention, results, base, pending)
+    meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
+    path = results.join("retention", meta, derived_records(results))
+    print(table(read_json(path)["records"]))
+    figures = draw(path, settings, args.pdf)
+    print(f"records: {path}\nitems: {results.folder / 'items'}\nfigures: {figures}")
+    for message in broken:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Records of retention: what a model kept of its base, in paired comparisons with it.
+
+Retention is the mean of the benchmarks' scores, forgetting the base's score minus the tuned
+model's on the same items (Biderman et al. 2024, arXiv:2405.09673). Of a benchmark the score is
+acc_norm where it has one, else acc. Benchmarks are different items, so the variance of a mean over
+them is the sum of theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from comparisons import Comparison, compare_checkpoints, detectable_over_items, estimate
+from metrics import Scores, mean
+
+if TYPE_CHECKING:
+    from results import Results
+
+Record = dict[str, Any]
+Key = tuple[str, int, float]  # run, step, scale of the update
+
+BASE: Key = ("base", 0, 1.0)
+TEXT = "text_"  # before a source of held-out text
+PRIMARY = ("acc_norm", "acc", "log_likelihood")
+Z = 1.959964  # of a normal 95 % interval
+
+
+def primary(metrics: Mapping[str, Any] | Sequence[str]) -> str:
+    """The metric that a task is known by: acc_norm where there is one, else acc."""
+    return next((name for name in PRIMARY if name in metrics), min(metrics))
+
+
+def item_scores(items: Mapping[str, np.ndarray]) -> list[Scores]:
+    """Per-item values by metric as `Scores`; log-likelihoods over their `tokens`."""
+    values = dict(items)
+    counts = values.pop("tokens", None)
+    if counts is None:
+        return [Scores(m, np.stack([v, np.ones(len(v))], 1), mean) for m, v in values.items()]
+    return [Scores("log_likelihood", np.stack([values["log_likelihood"], counts], 1), mean)]
+
+
+def benchmark_records(common: Record, result: Any) -> list[Record]:
+    """A benchmark's metrics as lm-eval gives them, with intervals over its items.
+
+    `result` is a `BenchmarkResult` of lm_eval_backend.
+    """
+    scores = {s.name: s for s in item_scores(result.items)}
+    records = []
+    for metric, value in result.metrics.items():
+        found = estimate(scores[metric]) if metric in scores else None
+        records.append(
+            {
+                **common,
+                "task": result.task,
+                "metric": metric,
+                "value": value,
+                "stderr": result.stderrs.get(metric, math.nan),
+                "low": found.low if found else math.nan,
+                "high": found.high if found else math.nan,
+                "n": result.n,
+                "chance": result.chance,
+                "truncated": result.truncated,
+            }
+        )
+    return records
+
+
+def at_chance(record: Record) -> bool:
+    """Whether a model's score is within two standard errors of guessing's.
+
+    A base that guesses has nothing that a benchmark could show it to forget.
+    """
+    return bool(abs(record["value"] - record["chance"]) <= 2 * record["stderr"])
+
+
+# ------------------------------------------------------------------------ from unit to unit
+
+
+def derived_records(results: Results) -> list[Record]:
+    """Forgetting of every task, and means over the benchmarks, from the units that are there."""
+    found: dict[Key, dict[str, tuple[str, Record]]] = {}
+    for unit, document in results.units():
+        by_task: dict[str, list[Record]] = {}
+        for record in document["records"]:
+            if "chance" in record or record["task"].startswith(TEXT):
+                by_task.setdefault(record["task"], []).append(record)
+        for task, records in by_task.items():
+            name = primary([r["metric"] for r in records])
+            record = next(r for r in records if r["metric"] == name)
+            key = (record["run"], record["step"], record["update_scale"])
+            found.setdefault(key, {})[task] = (unit, record)
+    base = found.get(BASE, {})
+    records = []
+    for key, tasks in found.items():
+        records += _mean_retention(tasks, base)
+        if key != BASE:
+            records += _forgetting(results, tasks, base)
+    return records
+
+
+def _benchmarks(tasks: Mapping[str, Any]) -> list[str]:
+    return [task for task, (_, record) in tasks.items() if _is_benchmark(record)]
+
+
+def _is_benchmark(record: Record) -> bool:
+    return record.get("chance") is not None
+
+
+def _mean_retention(tasks: Mapping[str, Any], base: Mapping[str, Any]) -> list[Record]:
+    names = _benchmarks(tasks)
+    if not names or set(names) != set(_benchmarks(base)):
+        return []
+    own = [tasks[name][1] for name in names]
+    value = float(np.mean([r["value"] for r in own]))
+    stderr = math.sqrt(sum(r["stderr"] ** 2 for r in own)) / len(own)
+    return [_over_benchmarks(own, "retention", value, stderr)]
+
+
+def _over_benchmarks(own: Sequence[Record], metric: str, value: float, stderr: float) -> Record:
+    dropped = ("chance", "truncated", "split")
+    common = {name: v for name, v in own[0].items() if name not in dropped}
+    splits = {r["split"] for r in own}
+    reach = Z * stderr
+    return common | {
+        "split": splits.pop() if len(splits) == 1 else "mixed",
+        "task": "mean",
+        "metric": metric,
+        "value": value,
+        "stderr": stderr,
+        "low": value - reach,
+        "high": value + reach,
+        "n": sum(r["n"] for r in own),
+        "over": ",".join(r["task"] for r in own),
+    }
+
+
+def _forgetting(
+    results: Results, tasks: Mapping[str, Any], base: Mapping[str, Any]
+) -> list[Record]:
+    """The base minus this model on the same items: every task, then the benchmarks' mean."""
+    records, compared = [], {}
+    for task, (unit, record) in tasks.items():
+        if task not in base or base[task][1]["metric"] != record["metric"]:
+            continue
+        metric = record["metric"]
+        ours = results.items(unit)[metric]
+        theirs = _first(results.items(base[task][0])[metric], len(ours.statistics))
+        found = compare_checkpoints(theirs, ours)
+        flips = {}
+        if ours.items is not None:
+            flips = {
+                "forgotten": int((theirs.items > ours.items).sum()),
+                "gained": int((theirs.items < ours.items).sum()),
+            }
+        if _is_benchmark(record):
+            compared[task] = found
+            flips["at_chance"] = at_chance(base[task][1])
+        records.append({**_without_figures(record), "of": metric, **_figures(found), **flips})
+    if set(compared) == set(_benchmarks(base)) and compared:
+        records.append(_mean_forgetting([tasks[t][1] for t in compared], list(compared.values())))
+    return records
+
+
+def _first(scores: Scores, count: int) -> Scores:
+    """The first items: a limit takes the first documents, so they are those of a smaller one."""
+    if len(scores.statistics) < count:
+        raise ValueError(f"{len(scores.statistics)} items of the base for {count} of a checkpoint")
+    return Scores(scores.name, scores.statistics[:count], scores.aggregate)
+
+
+def _without_figures(record: Record) -> Record:
+    dropped = ("metric", "value", "stderr", "low", "high", "n", "truncated", "chance")
+    return {name: v for name, v in record.items() if name not in dropped}
+
+
+def _figures(found: Comparison) -> Record:
+    figures = asdict(found)
+    figures["value"] = figures.pop("difference")
+    return {"metric": "forgetting", **figures}
+
+
+def _mean_forgetting(own: Sequence[Record], found: Sequence[Comparison]) -> Record:
+    from scipy.stats import norm
+
+    value = float(np.mean([c.difference for c in found]))
+    stderr = math.sqrt(sum(c.stderr**2 for c in found)) / len(found)
+    p_value = float(2 * norm.sf(abs(value) / stderr)) if stderr else 1.0
+    return _over_benchmarks(own, "forgetting", value, stderr) | {
+        "test": "paired, normal, benchmarks' variances added",
+        "p_value": p_value,
+        "detectable": detectable_over_items(stderr) or math.nan,
+    }
