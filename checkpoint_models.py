@@ -6,7 +6,8 @@ the same module, tensor by tensor from memory-mapped files. So memory holds one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,74 @@ def checkpoint_models(
         yield checkpoint, result
 
 
+def scaled_updates(
+    base: Base, checkpoint: Checkpoint, model: Any, scales: Sequence[float]
+) -> Iterator[tuple[float, Any]]:
+    """(t, the model with t times the checkpoint's update) for every t; in the end t is 1 again.
+
+    `model` is what `checkpoint_models` gave for the checkpoint, and is changed in place: an
+    adapter's scaling, or the weights, W0 + t (W - W0) tensor by tensor from the two folders'
+    memory-mapped files. At t = 0 and t = 1 these are the base's and the checkpoint's, bit for bit.
+    Raises UserError for an adapter whose update is not linear in its scaling, or a folder that is
+    corrupt, and ValueError for a t that is not finite.
+    """
+    from math import isfinite
+
+    if not all(map(isfinite, scales)):
+        raise ValueError(f"a scale of an update has to be finite: {list(scales)}")
+    set_scale = _adapter_scale(checkpoint, model) if checkpoint.is_adapter else None
+    try:
+        for t in scales:
+            if set_scale:
+                set_scale(t)
+            else:
+                _mix_weights(model, base.folder, checkpoint.folder, t)
+            yield t, model
+    finally:
+        if set_scale:
+            set_scale(1)
+        else:
+            _copy_weights(model, checkpoint.folder)
+
+
+def _adapter_scale(checkpoint: Checkpoint, model: Any) -> Callable[[float], None]:
+    """A function that sets the active adapter's scaling to t times what it is now.
+
+    PEFT's scale_layer multiplies what it finds, so t = 0 could not be undone.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    name = model.active_adapter
+    config = model.peft_config[name]
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.scaling]
+    for found, what in (
+        (any(name in layer.lora_variant for layer in layers), "DoRA or another variant of LoRA"),
+        (config.bias != "none", "biases of its own"),
+        (config.modules_to_save or config.trainable_token_indices, "modules trained in full"),
+    ):
+        if found:
+            raise UserError(f"{checkpoint.folder} has {what}: its update cannot be scaled")
+    scalings = [layer.scaling[name] for layer in layers]
+
+    def set_scale(t: float) -> None:
+        for layer, scaling in zip(layers, scalings, strict=True):
+            layer.scaling[name] = t * scaling
+
+    return set_scale
+
+
+def _mix_weights(model: Any, start: Path, end: Path, t: float) -> None:
+    """The weights of `start`, moved by t times the way to those of `end`.
+
+    At t = 0 and t = 1 they are copied: a sum keeps neither the sign of a zero nor, on every device,
+    the last bit.
+    """
+    if t in (0, 1):
+        _copy_weights(model, end if t else start)
+    else:
+        _copy_weights(model, end, start, t)
+
+
 def _check_whole(checkpoint: Checkpoint) -> None:
     """Raise UserError for a checkpoint of ours that its manifest does not confirm."""
     made_here = (checkpoint.folder.parent / "run.json").is_file()
@@ -154,32 +223,46 @@ def _unlike(folder: Path, missing: set[str], unexpected: set[str]) -> str:
     return f"{folder} does not fit the base: of its tensors {'; '.join(parts)}"
 
 
-def _copy_weights(model: Any, folder: Path) -> None:
+def _copy_weights(model: Any, folder: Path, start: Path | None = None, share: float = 1) -> None:
     """Copy every weight of the folder's safetensors into the model, one tensor at a time.
 
-    Names and shapes are compared first, so a checkpoint that does not fit changes nothing.
+    With `start`, a folder too, weights are what lies that share of the way from its to these. Names
+    and shapes are compared first, so a checkpoint that does not fit changes nothing.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     weights = {name: [weight] for name, weight in model.state_dict().items()}
     if model.config.tie_word_embeddings:  # one weight, also where it is stored in two precisions
         weights[EMBEDDING] = weights[HEAD] = [*weights[EMBEDDING], *weights[HEAD]]
-    files = sorted(folder.glob("*.safetensors"))
-    shapes: dict[str, list[int]] = {}
     try:
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {name: file.get_slice(name).get_shape() for name in list(file.keys())}
-        _compare_shapes(folder, weights, shapes)
-        with torch.no_grad():
-            for path in files:
-                with safe_open(path, framework="pt") as file:
-                    for name in list(file.keys()):
-                        for weight in weights[name]:
-                            weight.copy_(file.get_tensor(name))
+        with ExitStack() as stack:
+            files = _open_tensors(stack, folder)
+            shapes = {name: file.get_slice(name).get_shape() for name, file in files.items()}
+            _compare_shapes(folder, weights, shapes)
+            before = _open_tensors(stack, start) if start else {}
+            tied = {EMBEDDING: HEAD, HEAD: EMBEDDING}
+            for name, file in files.items():
+                tensor = file.get_tensor(name)
+                if start:
+                    own = name if name in before else tied[name]
+                    tensor = torch.lerp(before[own].get_tensor(own).to(tensor), tensor, share)
+                for weight in weights[name]:
+                    with torch.no_grad():
+                        weight.copy_(tensor)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder} is corrupt: {error}") from None
+
+
+def _open_tensors(stack: ExitStack, folder: Path) -> dict[str, Any]:
+    """The folder's safetensors files, memory-mapped, by the names of the tensors in them."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        file = stack.enter_context(safe_open(path, framework="pt"))
+        found |= dict.fromkeys(file.keys(), file)
+    return found
 
 
 def _compare_shapes(

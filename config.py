@@ -70,6 +70,8 @@ class Preset:
     batch_size: dict[str, int]  # rows an optimizer step, by family
     micro_batch_size: dict[str, int]  # rows a device holds at once, by family
     max_length: dict[str, int]  # prompt and completion together, by family
+    held_out_documents: int  # of each source of held-out text
+    drift_tokens: int  # of the held-out text on which what the model computes is compared
 
 
 PRESETS = {
@@ -86,6 +88,8 @@ PRESETS = {
         batch_size={"similar": 32, "dissimilar": 16},
         micro_batch_size={"similar": 32, "dissimilar": 4},
         max_length={"similar": 256, "dissimilar": 1024},
+        held_out_documents=48,
+        drift_tokens=5_000,
     ),
     "demo": Preset(
         name="demo",
@@ -100,6 +104,8 @@ PRESETS = {
         batch_size={"similar": 16, "dissimilar": 8},
         micro_batch_size={"similar": 16, "dissimilar": 8},
         max_length={"similar": 256, "dissimilar": 512},
+        held_out_documents=12,
+        drift_tokens=2_048,
     ),
 }
 

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from config import BENCHMARKS, DATA_SEED, ROOT, SPLITS, Settings, UserError
 from data_splits import GROUPINGS, carve
-from dataset_descriptions import DatasetDescription, Row
+from dataset_descriptions import DatasetDescription, Row, describe
 from hub_access import hub_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 VALIDATION_ROWS = 2_000  # to carve from train where the official split is needed as test
+# Held-out text beside Wikipedia's, where the trained SQuAD comes from: a folder's own prose, else
+# the articles of CNN/DailyMail's test split.
+PROSE, NEWS = "prose", "cnn_dailymail"
 
 
 def source_folder(settings: Settings) -> Path | None:
@@ -163,6 +166,42 @@ def benchmark_texts(source: Path | None) -> dict[str, list[str]]:
             continue
         texts[name] = [" ".join(_strings(row)) for row in rows]
     return texts
+
+
+def held_out_texts(settings: Settings, limit: int = 0) -> dict[str, list[str]]:
+    """The first `limit` (0: all) documents of two sources of held-out text, by name.
+
+    Of the Hub Wikipedia (wikitext's pages) and news; of a folder the first two of wikitext, prose
+    and news that are there. Raises UserError if none is.
+    """
+    source, texts = source_folder(settings), {}
+    if source is None:
+        hub_id, config, split = BENCHMARKS["wikitext"]
+        news = describe(NEWS)
+        places = {
+            "wikitext": (hub_id, config, split, "page"),
+            NEWS: (news.hub_id, news.hub_config, news.hub_splits["test"], "article"),
+        }
+        for name, (hub_id, config, split, field) in places.items():
+            rows = load_hub_split(hub_id, config, split, name)[0]
+            texts[name] = rows.select(range(min(limit or len(rows), len(rows))))[field]
+        return {name: list(documents) for name, documents in texts.items()}
+    for name, field in {"wikitext": "page", PROSE: "page", NEWS: "article"}.items():
+        path = source / name / "test.jsonl"
+        if len(texts) < 2 and path.is_file():
+            rows = read_jsonl(path, lambda row, field=field: _text_problem(row, field), limit)
+            texts[name] = [row[field] for row in rows]
+    if not texts:
+        raise UserError(
+            f"{source} has no held-out text: put wikitext/test.jsonl, {PROSE}/test.jsonl (one"
+            f' "page" a line) or {NEWS}/test.jsonl there'
+        )
+    return texts
+
+
+def _text_problem(row: Row, field: str) -> str | None:
+    value = row.get(field)
+    return None if isinstance(value, str) and value.strip() else f"field {field!r} is no text"
 
 
 def _strings(value: Any) -> Iterator[str]:

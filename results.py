@@ -111,7 +111,9 @@ class Results:
 
 def _strict(record: dict[str, Any]) -> dict[str, Any]:
     """The record with null for what is not a finite number: JSON has no other word for it."""
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()}
+    return {
+        k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

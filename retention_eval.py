@@ -13,12 +13,22 @@ all. What is there is not measured again. Results go to outputs/<study>/.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from analysis_subjects import Subject, add_analysis_arguments, find_subjects
-from config import Parser, UserError, add_common_arguments, guarded, resolve_settings
+from config import (
+    FAMILIES,
+    Parser,
+    Settings,
+    UserError,
+    add_common_arguments,
+    guarded,
+    resolve_settings,
+)
 from retention_measures import Retention, Unit
 from retention_records import TEXT
 
@@ -67,23 +77,37 @@ def plan_units(
 ) -> list[Unit]:
     """Every measurement that is asked for, the base's first."""
     units = []
+    scales = scales_of(args)
+    scaled = [s for s in subjects if s.checkpoint is not None and s.is_last and s.family]
     for subject in subjects:
         limit = args.limit or (0 if subject.is_final else MID_TRAINING_LIMIT)
-        units += [
-            Unit(subject, "benchmark", task, limit, args.num_fewshot) for task in tasks
-        ]
+        units += [Unit(subject, "benchmark", task, limit, args.num_fewshot) for task in tasks]
         units += [Unit(subject, "text", TEXT + source) for source in texts]
         if subject.checkpoint is not None:
             units.append(Unit(subject, "drift", "drift"))
+        families = {s.family for s in ([subject] if subject.checkpoint else scaled)}
+        if scales and (subject in scaled or subject.checkpoint is None):
+            trained = [
+                task for family in FAMILIES if family in families for task in FAMILIES[family]
+            ]
+            few = args.limit or MID_TRAINING_LIMIT
+            for t in [1.0] + (scales if subject in scaled else []):
+                units += [Unit(subject, "adaptation", task, few, 0, t) for task in trained]
+                own = tasks if t != 1 else []
+                units += [Unit(subject, "benchmark", b, limit, args.num_fewshot, t) for b in own]
     return units
+
+
+def scales_of(args: argparse.Namespace) -> list[float]:
+    """The scales that need measuring: 0 is the base, 1 the checkpoint itself."""
+    asked = SCALES if args.scale_update == [] else args.scale_update or ()
+    return sorted(set(asked) - {0.0, 1.0})
 
 
 # --------------------------------------------------------------------------------- measuring
 
 
-def measure_all(
-    retention: Retention, results: Any, base: Any, pending: list[Unit]
-) -> list[str]:
+def measure_all(retention: Retention, results: Any, base: Any, pending: list[Unit]) -> list[str]:
     """Measure checkpoint by checkpoint; what was wrong with those that could not be."""
     from tqdm import tqdm
 
@@ -103,23 +127,36 @@ def measure_all(
             families = list(dict.fromkeys(subject.family for subject in drifting))
             overwritten = not all(subject.checkpoint.is_adapter for subject in drifting)
             retention.observe(model, families, overwritten)
-        for unit in by_checkpoint.get(checkpoint, []):
-            progress.set_description(unit.name)
-            progress.update()
-            if isinstance(model, UserError):
-                continue
-            try:
-                records, scores = retention.measure(model, unit)
-            except UserError as error:
-                if checkpoint is None:
-                    raise
-                broken.append(str(error))
-                continue
-            results.write(unit.name, retention.request(unit), records, scores)
+        units = by_checkpoint.get(checkpoint, [])
         if isinstance(model, UserError):
             broken.append(str(model))
+            progress.update(len(units))
+            continue
+        try:
+            for unit, scaled in _at_their_scales(base, checkpoint, model, units):
+                progress.set_description(unit.name)
+                records, scores = retention.measure(scaled, unit)
+                results.write(unit.name, retention.request(unit), records, scores)
+                progress.update()
+        except UserError as error:
+            if checkpoint is None:
+                raise
+            broken.append(str(error))
     progress.close()
     return broken
+
+
+def _at_their_scales(
+    base: Any, checkpoint: Any, model: Any, units: list[Unit]
+) -> Iterator[tuple[Unit, Any]]:
+    """Every unit with the model that it is about: as it is first, then its update scaled."""
+    from checkpoint_models import scaled_updates
+
+    yield from ((unit, model) for unit in units if unit.scale == 1)
+    scales = sorted({unit.scale for unit in units} - {1.0})
+    if scales:
+        for t, scaled in scaled_updates(base, checkpoint, model, scales):
+            yield from ((unit, scaled) for unit in units if unit.scale == t)
 
 
 # ------------------------------------------------------------------------------------- report
@@ -166,12 +203,30 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(path: Path, settings: Settings, pdf: bool) -> Path:
+    """Draw the figures of the joined document into `figures/` beside it; that folder."""
+    from retention_figures import FIGURES
+
+    from plotting import save
+    from result_tables import load_records
+
+    adapted = settings.output_dir / "performance_analysis" / settings.study / "adaptation.json"
+    adaptation = load_records(adapted) if adapted.is_file() else None
+    frame, folder = load_records(path), path.parent / "figures"
+    for figure in FIGURES:
+        save(figure(frame, adaptation), folder / f"{figure.__name__}.png", pdf)
+    return folder
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for values that no measurement can have."""
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit takes at least 1")
     if args.num_fewshot < 0:
         raise UserError("--num-fewshot takes 0 or more")
+    for t in args.scale_update or ():
+        if not math.isfinite(t) or not 0 <= t <= 10:
+            raise UserError(f"--scale-update {t:g}: write numbers from 0 to 10")
     if not args.batch_scale > 0:
         raise UserError("--batch-scale takes a number above 0")
 
@@ -194,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     room = args.batch_scale * (8 if device == "cuda" else 1)
     retention = Retention(settings, load_tokenizer(base), device, bf16, room)
     results = Results(settings.output_dir / "outputs" / settings.study)
-    tasks = list(dict.fromkeys(args.tasks))
+    final = args.limit or 0
+    tasks = retention.expanded(args.tasks, args.num_fewshot, final, subjects[0])
     units = plan_units(args, subjects, list(retention.texts()), tasks)
     pending = [
         unit

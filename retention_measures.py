@@ -8,16 +8,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from analysis_subjects import Subject
 from config import FAMILIES, Settings, UserError
-from retention_records import TEXT, Record, benchmark_records, item_scores
+from dataset_descriptions import describe
+from evaluator import Evaluator
+from evaluator import Unit as Task
+from retention_records import TEXT, Record, benchmark_records, figures, item_scores
 
-TEXT_DOCUMENTS = 48  # of each source of held-out text
 TEXT_CHARACTERS = 4_000  # of each document's beginning: about a window's worth of tokens
 TEXT_WINDOW = 1_024  # tokens
-# Of the texts that hidden states are compared on: the base's states of 8,000 tokens are kept.
-DRIFT_TOKENS = 5_000
-PROMPT_TOKENS = 1_000  # of each task
+PROMPT_TOKENS = 1_000  # of each task, on which what the model computes is compared
 PASSAGE = 128  # tokens
 
 
@@ -26,7 +28,7 @@ class Unit:
     """One measurement: a subject, its update scaled, on a benchmark, a text, or for its drift."""
 
     subject: Subject
-    kind: str  # benchmark | text | drift | task
+    kind: str  # benchmark | text | drift | adaptation
     task: str
     limit: int = 0
     shots: int = 0
@@ -42,7 +44,8 @@ class Unit:
     def fields(self) -> Record:
         """What all records of the unit have in common."""
         s = self.subject
-        own = {"run": s.run, "family": s.family or "both", "step": s.step}
+        family = s.family or (describe(self.task).family if self.kind == "adaptation" else "both")
+        own = {"run": s.run, "family": family, "step": s.step}
         return {**s.fields, **own, "shots": self.shots, "prompt": 0, "update_scale": self.scale}
 
 
@@ -57,7 +60,9 @@ class Retention:
         self.bf16, self.room = bf16, room
         self.made: dict[tuple[str, int, int], Any] = {}
         self.texts_by_source: dict[str, list[str]] = {}
+        self.passages_by_family: dict[str | None, dict[str, list[Any]]] = {}
         self.references: dict[str, Any] = {}
+        self.evaluator = Evaluator(settings, tokenizer, device, bf16, room)
 
     @property
     def precision(self) -> str:
@@ -74,24 +79,34 @@ class Retention:
             )
         return self.made[key]
 
+    def expanded(self, names: Sequence[str], shots: int, limit: int, subject: Subject) -> list[str]:
+        """The names, each tag's tasks in its place: a unit is one benchmark."""
+        tasks: dict[str, None] = {}
+        for name in names:
+            made = self.benchmark(Unit(subject, "benchmark", name, limit, shots))
+            one = name in made.tasks or name in made.loaded["groups"]
+            tasks |= dict.fromkeys([name] if one else made.tasks)
+        return list(tasks)
+
     def texts(self) -> dict[str, list[str]]:
         """Beginnings of held-out documents by source."""
-        from lm_eval_tasks import held_out_texts
+        from data_sources import held_out_texts
 
         if not self.texts_by_source:
-            found = held_out_texts(self.settings, TEXT_DOCUMENTS)
-            self.texts_by_source = {
-                source: [text[:TEXT_CHARACTERS] for text in texts] for source, texts in found.items()
-            }
+            found = held_out_texts(self.settings, self.settings.preset.held_out_documents)
+            for source, texts in found.items():
+                self.texts_by_source[source] = [text[:TEXT_CHARACTERS] for text in texts]
         return self.texts_by_source
 
     def request(self, unit: Unit) -> dict[str, Any]:
         """What makes a measurement the same one."""
         asked: dict[str, Any] = {"precision": self.precision, "limit": unit.limit}
         if unit.kind == "benchmark":
-            return asked | {"benchmark": self.benchmark(unit).identity(unit.task)}
+            return asked | {"benchmark": self.benchmark(unit).identities}
         if unit.kind == "text":
             return asked | {"texts": _digest(self.texts()[unit.task.removeprefix(TEXT)])}
+        if unit.kind == "adaptation":
+            return asked | self.evaluator.request(_task(unit))
         passages = self.passages(unit.subject.family)
         tokens = {name: [list(p.tokens) for p in found] for name, found in passages.items()}
         return asked | {"passages": _digest(tokens)}
@@ -105,8 +120,8 @@ class Retention:
         """
         if unit.kind == "drift":
             return self._drift(model, unit), []
-        measure = self._benchmark if unit.kind == "benchmark" else self._text
-        records, scores = measure(model, unit)
+        kinds = {"benchmark": self._benchmark, "text": self._text, "adaptation": self._adaptation}
+        records, scores = kinds[unit.kind](model, unit)
         for s in scores:
             if s.value != s.value:
                 raise UserError(f"{unit.name}: the model's logits are not finite")
@@ -118,16 +133,16 @@ class Retention:
         return {"token_budget": int(self.room * TOKEN_BUDGET), "bf16": self.bf16}
 
     def _benchmark(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
-        import numpy as np
-
-        (result,) = self.benchmark(unit).measure(model, **self._options())
+        benchmarks = self.benchmark(unit)
+        (result,) = benchmarks.measure(model, **self._options())
         if not np.isfinite([x for row in result.log_likelihoods for x in row]).all():
             raise UserError(f"{unit.name}: the model's logits are not finite")
-        common = {**unit.fields, "split": result.split}
+        definition = next(iter(benchmarks.tasks.values())).config
+        split = definition.test_split or definition.validation_split
+        common = {**unit.fields, "split": split}
         return benchmark_records(common, result), item_scores(result.items)
 
     def _text(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
-        from comparisons import estimate
         from lm_eval_backend import text_log_likelihoods
 
         texts = self.texts()[unit.task.removeprefix(TEXT)]
@@ -136,16 +151,15 @@ class Retention:
         )
         items = {"log_likelihood": found.log_likelihoods, "tokens": found.tokens}
         (scores,) = item_scores(items)
-        e = estimate(scores)
-        record = {
-            **unit.fields,
-            "split": "test",
-            "task": unit.task,
-            "metric": scores.name,
-            **{"value": e.value, "stderr": e.stderr, "low": e.low, "high": e.high},
-            "n": len(texts),
-        }
-        return [record], [scores]
+        record = {**unit.fields, "split": "test", "task": unit.task, "metric": scores.name}
+        return [record | figures(scores) | {"n": len(texts)}], [scores]
+
+    def _adaptation(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
+        """The primary metric of one of the tasks that were trained, on validation."""
+        found, _, _ = self.evaluator.measure(model, _task(unit))
+        (scores,) = (s for s in found if s.name == describe(unit.task).metrics[0])
+        record = {**unit.fields, "split": "validation", "task": unit.task, "metric": scores.name}
+        return [record | figures(scores)], [scores]
 
     # ------------------------------------------------------------------------------- drift
 
@@ -154,19 +168,22 @@ class Retention:
 
         Of text every position but the first counts, of a prompt the last: its answer is read there.
         """
-        from data_preprocessing import prepare
+        if family not in self.passages_by_family:
+            self.passages_by_family[family] = self._passages(family)
+        return self.passages_by_family[family]
+
+    def _passages(self, family: str | None) -> dict[str, list[Any]]:
         from representation_drift import Passage, limited
 
         sources = [self._passages_of(texts) for texts in self.texts().values()]
-        own = [p for found in sources for p in limited(found, DRIFT_TOKENS // len(sources))]
+        each = self.settings.preset.drift_tokens // len(sources)
+        own = [p for found in sources for p in limited(found, each)]
         passages = {"text": own}
         for task in FAMILIES.get(family or "", ()):
-            length = self.settings.preset.max_length[family]
-            count = self.settings.examples_per_task
-            rows = prepare(self.settings, self.tokenizer, [task], length, count)[task]
-            held_out = rows.split("validation").select_columns(["input_ids", "prompt_length"])
-            prompts = (row["input_ids"][: row["prompt_length"]] for row in held_out)
-            found = [Passage(ids, [len(ids) - 1]) for _, ids in zip(range(200), prompts)]
+            rows = self.evaluator.task(task).split("validation")
+            rows = rows.select(range(min(200, len(rows))))
+            prompts = (row["input_ids"][: row["prompt_length"]] for row in rows)
+            found = [Passage(ids, [len(ids) - 1]) for ids in prompts]
             passages[task] = limited(found, PROMPT_TOKENS) or found[:1]
         return passages
 
@@ -175,13 +192,14 @@ class Retention:
         from representation_drift import Passage
 
         bos = bos_ids(self.tokenizer)
-        return [Passage(bos + part) for text in texts for part in _cut(text_ids(self.tokenizer, text))]
+        ids = (text_ids(self.tokenizer, text) for text in texts)
+        return [Passage(bos + part) for tokens in ids for part in _cut(tokens)]
 
     def observe(self, base: Any, families: Sequence[str | None], overwritten: bool) -> None:
         """Keep the base's side of the drift; `overwritten`: its weights will be replaced later."""
-        from representation_drift import observe
-
         import torch
+
+        from representation_drift import observe
 
         wanted: dict[str, list[Any]] = {}
         for family in families:
@@ -194,7 +212,6 @@ class Retention:
     def _drift(self, model: Any, unit: Unit) -> list[Record]:
         import torch
 
-        from comparisons import estimate
         from metrics import Scores, mean
         from representation_drift import compare
 
@@ -206,19 +223,22 @@ class Retention:
             except FloatingPointError as error:
                 raise UserError(f"{unit.name}: {error}") from None
             common = {**unit.fields, "split": "test" if task == "text" else "validation"}
-            common |= {"task": task, "n": int(found.tokens.sum())}
+            common |= {"task": task}
             for metric, sums in (("kl", found.kl), ("agreement", found.agreed)):
-                import numpy as np
-
-                e = estimate(Scores(metric, np.stack([sums, found.tokens], 1), mean))
-                figures = {"value": e.value, "stderr": e.stderr, "low": e.low, "high": e.high}
-                records.append({**common, "metric": metric, **figures})
+                scores = Scores(metric, np.stack([sums, found.tokens], 1), mean)
+                records.append({**common, "metric": metric, **figures(scores)})
             if task == "text":
+                common |= {"metric": "cka", "n": len(found.terms)}
                 records += [
-                    {**common, "metric": "cka", "value": float(value), "layer": layer, "of": name}
+                    {**common, "value": float(value), "layer": layer, "of": name}
                     for layer, (name, value) in enumerate(zip(found.layers, found.cka))
                 ]
         return records
+
+
+def _task(unit: Unit) -> Task:
+    """The adaptation that is measured beside retention: the unit's task on validation."""
+    return Task(unit.subject, "validation", unit.task, unit.limit, 0, 0)
 
 
 def _cut(tokens: Sequence[int]) -> Iterator[list[int]]:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from comparisons import Comparison, compare_checkpoints, detectable_over_items, estimate
+from config import FAMILIES
+from interpolation import Curve, matched_forgetting
 from metrics import Scores, mean
 
 if TYPE_CHECKING:
@@ -44,6 +47,12 @@ def item_scores(items: Mapping[str, np.ndarray]) -> list[Scores]:
     return [Scores("log_likelihood", np.stack([values["log_likelihood"], counts], 1), mean)]
 
 
+def figures(scores: Scores) -> Record:
+    """Value, standard error, interval and number of items of a metric."""
+    e = estimate(scores)
+    return {"value": e.value, "stderr": e.stderr, "low": e.low, "high": e.high, "n": e.n}
+
+
 def benchmark_records(common: Record, result: Any) -> list[Record]:
     """A benchmark's metrics as lm-eval gives them, with intervals over its items.
 
@@ -67,6 +76,9 @@ def benchmark_records(common: Record, result: Any) -> list[Record]:
                 "truncated": result.truncated,
             }
         )
+    if "log_likelihood" in scores and "log_likelihood" not in result.metrics:  # perplexity tasks
+        own = figures(scores["log_likelihood"]) | {"n": result.n}
+        records.append({**records[0], "metric": "log_likelihood", **own})
     return records
 
 
@@ -85,22 +97,19 @@ def derived_records(results: Results) -> list[Record]:
     """Forgetting of every task, and means over the benchmarks, from the units that are there."""
     found: dict[Key, dict[str, tuple[str, Record]]] = {}
     for unit, document in results.units():
-        by_task: dict[str, list[Record]] = {}
-        for record in document["records"]:
-            if "chance" in record or record["task"].startswith(TEXT):
-                by_task.setdefault(record["task"], []).append(record)
-        for task, records in by_task.items():
-            name = primary([r["metric"] for r in records])
-            record = next(r for r in records if r["metric"] == name)
+        records = [r for r in document["records"] if "layer" not in r and r["metric"] != "kl"]
+        metrics = [r["metric"] for r in records if r["metric"] != "agreement"]
+        if metrics:
+            record = next(r for r in records if r["metric"] == primary(metrics))
             key = (record["run"], record["step"], record["update_scale"])
-            found.setdefault(key, {})[task] = (unit, record)
+            found.setdefault(key, {})[record["task"]] = (unit, record)
     base = found.get(BASE, {})
     records = []
     for key, tasks in found.items():
-        records += _mean_retention(tasks, base)
+        records += _mean_retention(tasks, base) + _mean_adaptation(tasks)
         if key != BASE:
             records += _forgetting(results, tasks, base)
-    return records
+    return records + _matched(results, found)
 
 
 def _benchmarks(tasks: Mapping[str, Any]) -> list[str]:
@@ -118,10 +127,85 @@ def _mean_retention(tasks: Mapping[str, Any], base: Mapping[str, Any]) -> list[R
     own = [tasks[name][1] for name in names]
     value = float(np.mean([r["value"] for r in own]))
     stderr = math.sqrt(sum(r["stderr"] ** 2 for r in own)) / len(own)
-    return [_over_benchmarks(own, "retention", value, stderr)]
+    return [_over(own, "retention", value, stderr)]
 
 
-def _over_benchmarks(own: Sequence[Record], metric: str, value: float, stderr: float) -> Record:
+def _mean_adaptation(tasks: Mapping[str, Any]) -> list[Record]:
+    """The mean of each family's primary metrics on validation, BLEU in hundredths."""
+    records = []
+    for family in FAMILIES.values():
+        if not all(task in tasks for task in family):
+            continue
+        own = [tasks[task][1] for task in family]
+        units = [100 if "bleu" in r["metric"] else 1 for r in own]
+        value = float(np.mean([r["value"] / u for r, u in zip(own, units)]))
+        stderr = math.sqrt(sum((r["stderr"] / u) ** 2 for r, u in zip(own, units))) / len(own)
+        records.append(_over(own, "adaptation", value, stderr))
+    return records
+
+
+def _matched(results: Results, found: Mapping[Key, Mapping[str, Any]]) -> list[Record]:
+    """Forgetting of two runs of a family at equal validation score, where updates were scaled.
+
+    The interval is over items: it is about these runs.
+    """
+    ends: dict[str, dict[str, list[tuple[float, int]]]] = {}
+    for (run, step, scale), tasks in found.items():
+        families = {r["family"] for _, r in tasks.values() if r["family"] in FAMILIES}
+        if scale != 1 and len(families) == 1:
+            ends.setdefault(families.pop(), {}).setdefault(run, []).append((scale, step))
+    records = []
+    for family, runs in ends.items():
+        curves = [_curve(results, found, family, run, sorted(ends)) for run, ends in runs.items()]
+        for one, other in combinations([c for c in curves if c], 2):
+            try:
+                m = matched_forgetting(one, other)
+            except ValueError:  # measured on other items: what one has is another study's
+                continue
+            records.append(
+                {
+                    **{"run": one.arm, "other_run": other.arm, "family": family, "task": "mean"},
+                    **{
+                        "method": "",
+                        "split": "",
+                        "rank": 0,
+                        "seed": 0,
+                        "step": -1,
+                        "fraction": 1.0,
+                    },
+                    **{"metric": "matched_forgetting", "value": m.difference, "stderr": m.stderr},
+                    **{"low": m.low, "high": m.high, "score": m.score, "defined": m.defined},
+                    **{"reason": m.reason, "update_scale": m.scales[0]},
+                    "other_scale": m.scales[1],
+                }
+            )
+    return records
+
+
+def _curve(
+    results: Results,
+    found: Mapping[Key, Mapping[str, Any]],
+    family: str,
+    run: str,
+    ends: Sequence[tuple[float, int]],
+) -> Curve | None:
+    """The run's curve from the base through its scaled updates; None if a part is missing."""
+    step = ends[0][1]
+    keys = {0.0: BASE, 1.0: (run, step, 1.0)} | {t: (run, step, t) for t, _ in ends}
+    scales = sorted(keys)
+    there = [found.get(keys[t], {}) for t in scales]
+    benchmarks = [b for b in _benchmarks(there[0]) if all(b in tasks for tasks in there)]
+    if not benchmarks or not all(task in tasks for task in FAMILIES[family] for tasks in there):
+        return None
+
+    def scores(task: str) -> list[Scores]:
+        return [results.items(tasks[task][0])[tasks[task][1]["metric"]] for tasks in there]
+
+    adaptation = {task: scores(task) for task in FAMILIES[family]}
+    return Curve(run, scales, adaptation, {name: scores(name) for name in benchmarks})
+
+
+def _over(own: Sequence[Record], metric: str, value: float, stderr: float) -> Record:
     dropped = ("chance", "truncated", "split")
     common = {name: v for name, v in own[0].items() if name not in dropped}
     splits = {r["split"] for r in own}
@@ -145,7 +229,7 @@ def _forgetting(
     """The base minus this model on the same items: every task, then the benchmarks' mean."""
     records, compared = [], {}
     for task, (unit, record) in tasks.items():
-        if task not in base or base[task][1]["metric"] != record["metric"]:
+        if task not in base or not (_is_benchmark(record) or task.startswith(TEXT)):
             continue
         metric = record["metric"]
         ours = results.items(unit)[metric]
@@ -190,7 +274,7 @@ def _mean_forgetting(own: Sequence[Record], found: Sequence[Comparison]) -> Reco
     value = float(np.mean([c.difference for c in found]))
     stderr = math.sqrt(sum(c.stderr**2 for c in found)) / len(found)
     p_value = float(2 * norm.sf(abs(value) / stderr)) if stderr else 1.0
-    return _over_benchmarks(own, "forgetting", value, stderr) | {
+    return _over(own, "forgetting", value, stderr) | {
         "test": "paired, normal, benchmarks' variances added",
         "p_value": p_value,
         "detectable": detectable_over_items(stderr) or math.nan,

@@ -19,15 +19,22 @@ TOKEN_BUDGET = 4_096  # padded tokens of a batch
 # Of a batch that is generated, prompts and new tokens: every step reads all weights once, so the
 # more rows the better; what bounds them is the cache (Llama-3.2-1B in bf16: half a gigabyte).
 GENERATION_BUDGET = 16_384
-LOGIT_BUDGET = 1 << 27  # logits of a batch: half a gigabyte in fp32
+LOGIT_BUDGET = 1 << 25  # logits held at once: 128 MB in fp32
+SHARED_SHARE = 0.25  # below, masked attention costs more than the shared tokens
+SHARED_WIDTH = 1_024  # of a row of many texts that begin alike; attention is quadratic in it
 
 
 @dataclass(frozen=True)
 class Item:
-    """A context and the continuations to be scored after it, as tokens; none of them empty."""
+    """A context and the continuations to be scored after it, as tokens; none of them empty.
+
+    Of continuation k the first `unscored[k]` tokens (none where it is empty) are read and not
+    scored: contexts that differ in their last tokens can so share what is before.
+    """
 
     context: Sequence[int]
     continuations: Sequence[Sequence[int]]
+    unscored: Sequence[int] = ()
 
     @property
     def length(self) -> int:
@@ -36,8 +43,13 @@ class Item:
 
     @property
     def predictions(self) -> int:
-        """Positions at which logits are needed; the first one is shared."""
+        """Positions at which logits are needed, at most; the first one is shared."""
         return 1 + sum(len(c) - 1 for c in self.continuations)
+
+    @property
+    def branches(self) -> bool:
+        """Whether its row is more than one text: two continuations are read after the context."""
+        return sum(len(c) > 1 for c in self.continuations) > 1
 
 
 @dataclass(frozen=True)
@@ -96,24 +108,75 @@ def log_likelihoods(
 
     One row an item: [context, continuation 1, ..., continuation n]. Positions go on from the
     context in every continuation, and a mask lets it see the context and itself, so the context is
-    read once. Raises ValueError for an empty context or continuation.
+    read once. Rows of a single text are batched apart: causal attention needs no mask, which is
+    faster. Raises ValueError for an empty context or continuation, or one of which nothing is
+    scored.
     """
     import torch
 
     for item in items:
         if not item.context or not item.continuations or not all(item.continuations):
             raise ValueError("a context and its continuations need at least one token each")
+        if any(len(c) <= skip for c, skip in zip(item.continuations, item.unscored)):
+            raise ValueError("a continuation needs at least one token that is scored")
     scores: list[list[Score]] = [[] for _ in items]
-    most = max(1, LOGIT_BUDGET // model.config.vocab_size)
-    lengths = [item.length for item in items]
-    weights = [item.predictions for item in items]
     with torch.inference_mode():
-        for rows in batches(lengths, token_budget, weights, most):
-            batch = [items[i] for i in rows]
-            for i, row in zip(rows, _score_batch(model, batch), strict=True):
-                scores[i] = row
-            progress(len(rows))
+        head = _last_layer(model)
+        # without the head apart, all logits of a batch are there at once
+        most = max(1, LOGIT_BUDGET // model.config.vocab_size)
+        for branches in (False, True):
+            chosen = [i for i, item in enumerate(items) if item.branches == branches]
+            lengths = [items[i].length for i in chosen]
+            weights = None if head else [items[i].predictions for i in chosen]
+            for rows in batches(lengths, token_budget, weights, most):
+                batch = [chosen[row] for row in rows]
+                found = _score_batch(model, head, [items[i] for i in batch], branches)
+                for i, row in zip(batch, found, strict=True):
+                    scores[i] = row
+                progress(len(rows))
     return scores
+
+
+def shared_rows(texts: Sequence[tuple[Sequence[int], int]]) -> list[Item]:
+    """Items whose continuations, one after another, are the ends of the texts.
+
+    A text is all its tokens and how many of the last are scored. Texts that follow each other and
+    begin alike share a row where that spares at least SHARED_SHARE of what the next one's own row
+    would read. What is scored is never shared.
+    """
+    items: list[Item] = []
+    group: list[tuple[Sequence[int], int]] = []
+    prefix = total = 0  # the group's common tokens, and all tokens that its row reads
+
+    def close() -> None:
+        if group:
+            rests = [text[prefix:] for text, _ in group]
+            unscored = [len(rest) - scored for rest, (_, scored) in zip(rests, group)]
+            items.append(Item(group[0][0][:prefix], rests, unscored))
+
+    for text, scored in texts:
+        length = len(text) - 1
+        if group:
+            common = min(prefix, len(text) - scored)
+            common = _common_prefix(group[0][0][:common], text[:common])
+            joined = total + length - common + (prefix - common) * (len(group) - 1)
+            spared = total + length - joined
+            fits = joined <= max(SHARED_WIDTH, 4 * length)
+            if common and fits and spared >= SHARED_SHARE * length:
+                group.append((text, scored))
+                prefix, total = common, joined
+                continue
+        close()
+        group, prefix, total = [(text, scored)], len(text) - scored, length
+    close()
+    return items
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts of equal length have in common at their beginning."""
+    if first == second:
+        return len(first)
+    return next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)
 
 
 def batches(
@@ -141,72 +204,119 @@ def batches(
         yield batch
 
 
-def _score_batch(model: Any, items: Sequence[Item]) -> list[list[Score]]:
+def _score_batch(model: Any, head: Any, items: Sequence[Item], branches: bool) -> list[list[Score]]:
     import torch
 
     width = max(item.length for item in items)
-    input_ids = torch.zeros((len(items), width), dtype=torch.long)
-    positions = torch.zeros_like(input_ids)
-    # 0: context, k: the k-th continuation, -1: padding
-    segments = torch.full_like(input_ids, -1)
-    keep = torch.zeros_like(input_ids, dtype=torch.bool)
-    targets, sources, owners = [], [], []  # token, its logits' row, its continuation
-    kept = owner = 0
+    ids, positions, segments = [], [], []  # a list a row
+    kept: list[int] = []  # where logits are needed, counted through all rows
+    targets, sources, owners = [], [], []  # token, its logits among the kept, its continuation
+    owner = 0
     for row, item in enumerate(items):
-        start = len(item.context)
-        input_ids[row, :start] = torch.tensor(item.context)
-        positions[row, :start] = torch.arange(start)
-        segments[row, :start] = 0
-        keep[row, start - 1 : item.length] = True
-        first, at = kept, start
-        kept += item.predictions
-        inner = first + 1
-        for number, continuation in enumerate(item.continuations, 1):
-            inside = len(continuation) - 1
-            input_ids[row, at : at + inside] = torch.tensor(continuation[:-1])
-            positions[row, at : at + inside] = torch.arange(start, start + inside)
-            segments[row, at : at + inside] = number
-            targets += continuation
-            sources += [first, *range(inner, inner + inside)]
-            owners += [owner] * len(continuation)
-            at, inner, owner = at + inside, inner + inside, owner + 1
+        # segment 0: context, k: the k-th continuation, -1: padding
+        tokens, place = list(item.context), list(range(len(item.context)))
+        segment, first = [0] * len(tokens), len(kept)
+        unscored = item.unscored or [0] * len(item.continuations)
+        if not all(unscored):
+            kept.append(row * width + len(tokens) - 1)
+        for number, (tail, skip) in enumerate(zip(item.continuations, unscored), 1):
+            start, inside = row * width + len(tokens), len(tail) - 1
+            sources += [] if skip else [first]
+            sources += range(len(kept), len(kept) + len(tail) - max(skip, 1))
+            kept += range(start + max(skip, 1) - 1, start + inside)
+            targets += tail[skip:]
+            owners += [owner] * (len(tail) - skip)
+            tokens += tail[:-1]
+            place += range(len(item.context), len(item.context) + inside)
+            segment += [number] * inside
+            owner += 1
+        padding = [0] * (width - len(tokens))
+        ids.append(tokens + padding)
+        positions.append(place + padding)
+        segments.append(segment + [-1] * len(padding))
     device = model.device
-    logits = model(
-        input_ids=input_ids.to(device),
-        attention_mask=_attention_mask(model, segments).to(device),
-        position_ids=positions.to(device),
-        logits_to_keep=keep.to(device),
-        use_cache=False,
-    ).logits.float()
-    sources, targets = torch.tensor(sources), torch.tensor(targets)
-    chosen = logits[sources.to(device), targets.to(device)]
-    log_probs = (chosen - logits.logsumexp(-1)[sources.to(device)]).cpu().double()
-    greedy = logits.argmax(-1).cpu()[sources] == targets
-    owners = torch.tensor(owners)
+    inputs = {"input_ids": torch.tensor(ids, device=device)}
+    if branches:
+        inputs["position_ids"] = torch.tensor(positions, device=device)
+        inputs["attention_mask"] = _attention_mask(model, torch.tensor(segments, device=device))
+    keep = torch.zeros(len(items) * width, dtype=torch.bool)
+    keep[kept] = True
+    keep = keep.view(len(items), width).to(device)
+    sources, targets, owners = map(torch.tensor, (sources, targets, owners))
+    log_probs = torch.zeros(len(targets), dtype=torch.float64)
+    greedy = torch.zeros(len(targets), dtype=torch.bool)
+    start = 0
+    for logits in _kept_logits(model, head, keep, inputs):
+        here = ((sources >= start) & (sources < start + len(logits))).nonzero()[:, 0]
+        at, token = (sources[here] - start).to(device), targets[here].to(device)
+        log_probs[here] = (logits[at, token] - logits.logsumexp(-1)[at]).cpu().double()
+        greedy[here] = (logits.argmax(-1)[at] == token).cpu()
+        start += len(logits)
     sums = torch.zeros(owner, dtype=torch.float64).index_add(0, owners, log_probs).tolist()
     misses = torch.zeros(owner).index_add(0, owners, (~greedy).float()).tolist()
     found = iter(Score(total, missed == 0) for total, missed in zip(sums, misses, strict=True))
     return [[next(found) for _ in item.continuations] for item in items]
 
 
+def _kept_logits(
+    model: Any, head: Any, keep: torch.Tensor, inputs: dict[str, torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """The logits at the positions in `keep`, shape (rows, tokens), in turn; fp32, in chunks.
+
+    With the last layer applied apart, no more than LOGIT_BUDGET of them are there at once.
+    """
+    if head is None:
+        yield model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
+        return
+    most = max(1, LOGIT_BUDGET // model.config.vocab_size)
+    hidden: list[torch.Tensor] = []
+
+    def take(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        hidden.append(args[0])
+        return (args[0][:0],)
+
+    handle = head.register_forward_pre_hook(take)
+    try:
+        model(**inputs, logits_to_keep=keep, use_cache=False)
+    finally:
+        handle.remove()
+    for chunk in hidden[0].split(most):
+        yield head(chunk).float()
+
+
+def _last_layer(model: Any) -> Any:
+    """The layer whose output the logits are; None where the model changes it (a soft cap)."""
+    import torch
+
+    head, outputs = model.get_output_embeddings(), []
+    if head is None:
+        return None
+    handle = head.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    same = len(outputs) == 1 and outputs[0].shape == logits.shape
+    return head if same and torch.equal(outputs[0], logits) else None
+
+
 def _attention_mask(model: Any, segments: torch.Tensor) -> torch.Tensor:
-    """What may be attended to: 2-D where there are only contexts, else 4-D (rows, 1, width, width).
+    """What is added to the attention scores, shape (rows, 1, width, width).
 
     A position sees what is before it in the context and in its own segment. Padding sees itself, so
-    that no softmax is empty.
+    that no softmax is empty. In the dtype that attention computes in: else it is converted anew in
+    every layer.
     """
     import torch
 
-    if segments.max() == 0:  # continuations of one token: nothing but the context is read
-        return (segments == 0).long()
-    width = segments.shape[1]
-    before = torch.ones((width, width), dtype=torch.bool).tril()
+    width, kind = segments.shape[1], segments.device.type
+    before = torch.ones((width, width), dtype=torch.bool, device=segments.device).tril()
     seen = before & ((segments == 0)[:, None, :] | (segments[:, :, None] == segments[:, None, :]))
-    seen = seen[:, None]
-    if model.config._attn_implementation == "sdpa":
-        return seen
-    lowest = torch.finfo(torch.float32).min  # eager attention adds its mask
-    return torch.zeros(seen.shape).masked_fill(~seen, lowest)
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else model.dtype
+    mask = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 # --------------------------------------------------------------------------------- generation
