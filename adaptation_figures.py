@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+from dataset_descriptions import DESCRIPTIONS
 from plotting import (
-    bars,
+    METRIC_LABELS,
+    curves,
     finish,
     interval_lengths,
     label_columns,
     nothing,
     panels,
+    rank_axis,
+    rank_points,
     references,
-    spread,
     style_of,
     styled,
+    training_axis,
 )
 from result_tables import (
-    KINDS,
-    arm_order,
     is_trained,
     last_checkpoints,
+    ordered,
     scores,
     summarise,
+    unfinished,
 )
 
 if TYPE_CHECKING:
@@ -32,30 +36,19 @@ if TYPE_CHECKING:
 
 
 def learning_curves(frame: DataFrame, split: str = "validation") -> Figure:
-    """A panel a task: the primary metric over training, all arms, from the base on.
-
-    Arms are shifted sideways by less than half a checkpoint, so that their bars stand apart.
-    """
+    """A panel a task: the primary metric over training, all arms, from the base on."""
     rows = _drawn(frame, split)
     trained = rows[is_trained(rows)].dropna(subset=["fraction"])
     if trained.empty:
         return nothing(frame, f"no primary metric of a checkpoint on the {split} split")
     table = summarise(trained.assign(fraction=trained["fraction"].round(4)), by=("fraction",))
-    steps = [0.0, *sorted(table["fraction"].unique())]
-    gap = min((b - a for a, b in pairwise(steps) if b > a), default=1.0)
-    shift = spread(table["arm"], min(0.5 * gap, 0.07))
+    shift, limits = training_axis(table["fraction"], table["arm"])
     with styled():
-        figure, axes = panels(table["task"], sharex=True)
+        figure, axes = _task_panels(table["task"], sharex=True)
         for task, ax in axes.items():
             base = references(ax, rows[rows["task"] == task])
-            start = [] if base is None else [(0.0, base)]
-            for arm, points in table[table["task"] == task].groupby("arm"):
-                x = points["fraction"] + shift[arm]
-                bars(ax, x, points, arm)
-                line = [*start, *zip(x, points["value"])]
-                shown = slice(len(start), None)
-                ax.plot(*zip(*line), label=arm, markevery=shown, **style_of(arm))
-            ax.set_xlim(-0.02, steps[-1] + 0.06)
+            curves(ax, table[table["task"] == task], shift, base)
+            ax.set_xlim(*limits)
         label_columns(axes, "fraction of training")
         about = f"Split: {split}. Arms stand side by side at a checkpoint."
         return finish(figure, frame, rows, table, "lines", about)
@@ -71,29 +64,15 @@ def last_by_rank(frame: DataFrame, split: str | None = None) -> Figure:
     if trained.empty:
         return nothing(frame, f"no last checkpoint's primary metric on the {split} split")
     table = summarise(trained)
-    slots = sorted({arm_order(arm)[:2] for arm in table["arm"]})
-    ticks = [str(rank) if rank else KINDS[kind].replace(" ", "\n") for kind, rank in slots]
-    place = {}
-    for i, slot in enumerate(slots):
-        inside = [arm for arm in table["arm"].unique() if arm_order(arm)[:2] == slot]
-        place |= {arm: i + x for arm, x in spread(inside, 0.5).items()}
+    ticks, place = rank_axis(table["arm"].unique())
     with styled():
-        figure, axes = panels(table["task"], sharex=True)
+        figure, axes = _task_panels(table["task"], sharex=True)
         for task, ax in axes.items():
             references(ax, rows[rows["task"] == task])
-            for arm, points in table[table["task"] == task].groupby("arm"):
-                style = style_of(arm) | {"linestyle": "none"}
-                bars(ax, [place[arm]], points, arm)
-                ax.plot([place[arm]], points["value"], label=arm, **style)
-                if points["seeds"].iloc[0] > 1:
-                    seeds = trained[(trained["task"] == task) & (trained["arm"] == arm)]["value"]
-                    small = {"marker": ".", "markersize": 3, "alpha": 0.7, "linestyle": "none"}
-                    x = [place[arm] - 0.2] * len(seeds)
-                    ax.plot(x, seeds, label=f"seeds of {arm}", color=style["color"], **small)
-            ax.set_xticks(range(len(slots)), ticks)
-            ax.set_xlim(-0.6, len(slots) - 0.4)
+            own = (part[part["task"] == task] for part in (trained, table))
+            rank_points(ax, *own, ticks, place)
         label_columns(axes, "LoRA rank, full fine-tuning")
-        about = f"Split: {split}. Last checkpoint.{_unfinished(frame)}"
+        about = f"Split: {split}. Last checkpoint.{unfinished(frame)}"
         return finish(figure, frame, rows, table, "lines over points", about)
 
 
@@ -108,7 +87,7 @@ def validation_against_test(frame: DataFrame) -> Figure:
     tables = [summarise(rows[rows["split"] == split]) for split in ("validation", "test")]
     table = tables[0].merge(tables[1], on=["task", "arm"], suffixes=("", "_test"))
     with styled():
-        figure, axes = panels(table["task"])
+        figure, axes = _task_panels(table["task"])
         for task, ax in axes.items():
             for _, point in table[table["task"] == task].iterrows():
                 style = style_of(point["arm"]) | {"linestyle": "none"}
@@ -128,8 +107,14 @@ def validation_against_test(frame: DataFrame) -> Figure:
             ax.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="validation")
             ax.locator_params(nbins=4)
             ax.set_ylabel(f"test {ax.get_ylabel()}")
-        about = f"Last checkpoint; on the line both splits agree.{_unfinished(frame)}"
+        about = f"Last checkpoint; on the line both splits agree.{unfinished(frame)}"
         return finish(figure, frame, rows, table, "points", about)
+
+
+def _task_panels(tasks: Iterable[str], **shared: bool) -> Any:
+    """A panel a task, in the suite's order, three a row."""
+    metrics = {task: DESCRIPTIONS[task].metrics[0] for task in ordered(tasks)}
+    return panels([{task: METRIC_LABELS.get(m, m) for task, m in metrics.items()}], **shared)
 
 
 def _drawn(frame: DataFrame, split: str | None) -> DataFrame:
@@ -145,12 +130,6 @@ def _last_rows(frame: DataFrame, split: str | None) -> tuple[DataFrame, str]:
         tested = (is_trained(rows) & (rows["split"] == "test")).any()
         split = "test" if tested else "validation"
     return rows[rows["split"] == split], split
-
-
-def _unfinished(frame: DataFrame) -> str:
-    runs = set(frame[is_trained(frame)]["run"])
-    runs -= set(last_checkpoints(frame)["run"])
-    return f" Left out, not measured at its end: {', '.join(sorted(runs))}." if runs else ""
 
 
 FIGURES = (learning_curves, last_by_rank, validation_against_test)

@@ -11,20 +11,15 @@ import math
 import os
 import textwrap
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataset_descriptions import DESCRIPTIONS
-from result_tables import (
-    LABEL,
-    arm_order,
-    is_demo,
-    is_trained,
-    ordered,
-)
+from result_tables import KINDS, LABEL, arm_order, is_demo, is_trained
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
@@ -36,6 +31,11 @@ METRIC_LABELS = {
     "f1": "F1",
     "codexglue_bleu": "BLEU (0 to 100)",
     "rougeL": "ROUGE-L",
+    "acc": "accuracy",
+    "acc_norm": "accuracy (acc_norm)",
+    "retention": "mean accuracy",
+    "log_likelihood": "nats per token",
+    "cka": "CKA with the base",
 }
 
 # Colours by log2(rank), interpolated between and held beyond: YlGnBu's darker two thirds, whose
@@ -73,6 +73,13 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "pdf.fonttype": 42,  # text stays text: journals refuse Type 3 fonts
+}
+# Are arms lines in the legend, and is the base?
+LEGENDS = {
+    "lines": (True, True),
+    "points": (False, False),
+    "lines over points": (False, True),
+    "lines from a point": (True, False),
 }
 PANEL = (2.4, 2.05)  # inches; three panels fill a page of two columns
 
@@ -132,23 +139,28 @@ def styled() -> Any:
     return matplotlib.rc_context(STYLE)
 
 
-def panels(tasks: Iterable[str], **shared: bool) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with a titled panel a task, three a row."""
+def panels(
+    blocks: Iterable[Mapping[str, str]],
+    columns: int = 3,
+    size: tuple[float, float] = PANEL,
+    **shared: bool,
+) -> tuple[Figure, dict[str, Axes]]:
+    """A figure of panels: a block holds their y labels by title and begins a row of its own."""
     from matplotlib.figure import Figure
 
-    names = ordered(tasks)
-    columns = min(3, len(names))
-    rows = math.ceil(len(names) / columns)
-    size = (max(PANEL[0] * columns, 3.6), PANEL[1] * rows + 0.8)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
-    for ax in axes[len(names) :]:
-        ax.remove()
-    for task, ax in zip(names, axes):
-        metric = DESCRIPTIONS[task].metrics[0]
-        ax.set_title(task, loc="left")
-        ax.set_ylabel(METRIC_LABELS.get(metric, metric))
-    return figure, dict(zip(names, axes))
+    labels = {title: label for block in blocks for title, label in block.items()}
+    rows = [
+        names[i : i + columns] for names in map(list, blocks) for i in range(0, len(names), columns)
+    ]
+    width = max(map(len, rows))
+    inches = (max(size[0] * width, 3.6), size[1] * len(rows) + 0.8)
+    figure = Figure(figsize=inches, layout="constrained")
+    mosaic = [row + ["."] * (width - len(row)) for row in rows]
+    axes = figure.subplot_mosaic(mosaic, **shared)
+    for title, ax in axes.items():
+        ax.set_title(title, loc="left")
+        ax.set_ylabel(labels[title])
+    return figure, axes
 
 
 def references(ax: Axes, rows: DataFrame) -> float | None:
@@ -167,11 +179,59 @@ def references(ax: Axes, rows: DataFrame) -> float | None:
     return base
 
 
-def bars(ax: Axes, x: Any, points: DataFrame, arm: str) -> None:
+def bars(ax: Axes, x: Any, points: DataFrame, arm: str, alpha: float = 0.8) -> None:
     """Intervals alone; the values are drawn as a line of their own."""
     colour = style_of(arm)["color"]
-    style = {"yerr": interval_lengths(points), "fmt": "none", "elinewidth": 0.7, "alpha": 0.8}
+    style = {"yerr": interval_lengths(points), "fmt": "none", "elinewidth": 0.7, "alpha": alpha}
     ax.errorbar(x, points["value"], ecolor=colour, label=arm, **style)
+
+
+def curves(ax: Axes, points: DataFrame, shift: Mapping[str, float], base: float | None) -> None:
+    """A line an arm over the fraction of training, from the base on, with its intervals."""
+    start = [] if base is None else [(0.0, base)]
+    for arm, own in points.groupby("arm"):
+        x = own["fraction"] + shift[arm]
+        bars(ax, x, own, arm, alpha=0.5)
+        line = [*start, *zip(x, own["value"])]
+        ax.plot(*zip(*line), label=arm, markevery=slice(len(start), None), **style_of(arm))
+
+
+def training_axis(fractions: Iterable[float], arms: Iterable[str]) -> tuple[dict[str, float], Any]:
+    """Each arm's shift along the fraction of training, and the axis' limits.
+
+    Arms stand less than half a checkpoint apart in all, so that their bars can be told apart.
+    """
+    steps = [0.0, *sorted(set(fractions))]
+    gap = min((b - a for a, b in pairwise(steps) if b > a), default=1.0)
+    return spread(arms, min(0.5 * gap, 0.07)), (-0.02, steps[-1] + 0.06)
+
+
+def rank_axis(arms: Iterable[str]) -> tuple[list[str], dict[str, float]]:
+    """Ticks of LoRA's ranks, full qv and full, and every arm's place among them."""
+    slots = sorted({arm_order(arm)[:2] for arm in arms})
+    ticks = [str(rank) if rank else KINDS[kind].replace(" ", "\n") for kind, rank in slots]
+    place = {}
+    for i, slot in enumerate(slots):
+        inside = [arm for arm in arms if arm_order(arm)[:2] == slot]
+        place |= {arm: i + x for arm, x in spread(inside, 0.5).items()}
+    return ticks, place
+
+
+def rank_points(
+    ax: Axes, rows: DataFrame, table: DataFrame, ticks: Sequence[str], place: Mapping[str, float]
+) -> None:
+    """An arm's value and interval at its place on the rank axis; beside it those of its seeds."""
+    for arm, points in table.groupby("arm"):
+        style = style_of(arm) | {"linestyle": "none"}
+        bars(ax, [place[arm]], points, arm)
+        ax.plot([place[arm]], points["value"], label=arm, **style)
+        if points["seeds"].iloc[0] > 1:
+            seeds = rows[rows["arm"] == arm]["value"]
+            small = {"marker": ".", "markersize": 3, "alpha": 0.7, "linestyle": "none"}
+            x = [place[arm] - 0.2] * len(seeds)
+            ax.plot(x, seeds, label=f"seeds of {arm}", color=style["color"], **small)
+    ax.set_xticks(range(len(ticks)), ticks)
+    ax.set_xlim(-0.6, len(ticks) - 0.4)
 
 
 def interval_lengths(points: Mapping[str, Any]) -> Any:
@@ -191,40 +251,33 @@ def spread(arms: Iterable[str], width: float) -> dict[str, float]:
     return {arm: step * (i - (len(names) - 1) / 2) for i, arm in enumerate(names)}
 
 
-def label_columns(axes: dict[str, Axes], text: str) -> None:
+def label_columns(axes: Mapping[str, Axes], text: str) -> None:
     """The x label and ticks under the lowest panel of each column."""
-    panels = list(axes.values())
-    for i, ax in enumerate(panels):
-        if i + 3 >= len(panels):
-            ax.set_xlabel(text)
-            ax.tick_params(labelbottom=True)
+    lowest = {}
+    for ax in axes.values():
+        lowest[ax.get_subplotspec().colspan.start] = ax
+    for ax in lowest.values():
+        ax.set_xlabel(text)
+        ax.tick_params(labelbottom=True)
 
 
 def finish(
-    figure: Figure, frame: DataFrame, rows: DataFrame, table: DataFrame, kind: str, about: str
+    figure: Figure,
+    frame: DataFrame,
+    rows: DataFrame,
+    table: DataFrame,
+    kind: str,
+    about: str,
+    extra: Sequence[Artist] = (),
 ) -> Figure:
-    """Legend above; below, what the bars are over. `kind`: are arms lines, and the base too?"""
-    from matplotlib.lines import Line2D
+    """Legend above (the arms, the base, `extra`); below, what the bars are over.
 
-    handles = []
-    for arm in sorted({*table["arm"], *rows["arm"][rows["method"] == "base"]}, key=arm_order):
-        style = style_of(arm)
-        if kind == "points" or (kind == "lines over points" and arm != "base"):
-            style["linestyle"] = "none"
-        elif arm == "base":
-            style["marker"] = ""
-        handles.append(Line2D([], [], label=arm, **style))
+    `kind` is a key of LEGENDS: are arms lines there, and is the base?
+    """
+    handles = _arm_handles({*table["arm"], *rows["arm"][rows["method"] == "base"]}, kind)
     if (rows["method"] == "baseline").any():
-        handles.append(
-            Line2D(
-                [],
-                [],
-                label="baseline (its name over the panel)",
-                color=GREY,
-                linestyle=":",
-                lw=1.0,
-            )
-        )
+        handles.append(dotted("baseline (its name over the panel)"))
+    handles += extra
     longest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, int(figure.get_size_inches()[0] / (0.6 + 0.065 * longest)))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))
@@ -233,6 +286,28 @@ def finish(
     small = "; small points: single seeds" if kind == "lines over points" else ""
     notes(figure, frame, [about, *_interval_notes(table, small)])
     return figure
+
+
+def _arm_handles(arms: Iterable[str], kind: str) -> list[Artist]:
+    from matplotlib.lines import Line2D
+
+    arm_lines, base_line = LEGENDS[kind]
+    handles = []
+    for arm in sorted(arms, key=arm_order):
+        style = style_of(arm)
+        if not (base_line if arm == "base" else arm_lines):
+            style["linestyle"] = "none"
+        elif arm == "base":
+            style["marker"] = ""
+        handles.append(Line2D([], [], label=arm, **style))
+    return handles
+
+
+def dotted(label: str) -> Artist:
+    """A legend's entry for grey dotted lines."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, color=GREY, linestyle=":", lw=1.0)
 
 
 def _interval_notes(table: DataFrame, small: str) -> list[str]:

@@ -86,10 +86,10 @@ class Drift:
 class Reference:
     """What is kept of a base: enough to compare any number of tuned models with it.
 
-    `grams[layer]` are the minibatches' centred Gram matrices as vectors, `batches` the batch of
-    each, `states` the last hidden
-    states at the positions asked about, a tensor (positions, hidden size) a batch. `head` is the
-    output embedding, (vocabulary, hidden size): the base's own tensor, or a copy.
+    `grams[layer]` are the minibatches' centred Gram matrices as vectors, stacked as in `dealt`, and
+    `batches` the batch of each. `states` are the last hidden states at the positions asked about, a
+    tensor (positions, hidden size) a batch. `head` is the output embedding, (vocabulary, hidden
+    size): the base's own tensor, or a copy.
     """
 
     passages: Sequence[Passage]
@@ -111,7 +111,7 @@ class Reference:
 
 
 def centred_gram(features: torch.Tensor) -> torch.Tensor:
-    """The U-centred Gram matrix of n tokens' features, (n, size): its upper half, (n(n-1)/2,).
+    """U-centred Gram matrices of n tokens' features, (..., n, size): upper halves, (..., n(n-1)/2).
 
     Székely and Rizzo (2014, arXiv:1310.2926): without the diagonal, and with rows and columns that
     sum to zero. The inner product of two of them is n(n-3)/2 times the unbiased HSIC of Song et
@@ -120,32 +120,37 @@ def centred_gram(features: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    count = len(features)
-    # Apple's GPUs have no fp64
-    wide = torch.float32 if features.device.type == "mps" else torch.float64
-    features = features.to(wide)
-    features = features - features.mean(0)
-    gram = (features @ features.T).fill_diagonal_(0)
-    rows = gram.sum(1) / (count - 2)
-    gram -= rows[:, None] + rows[None, :]
-    gram += rows.sum() / (count - 1)
-    upper = torch.ones_like(gram, dtype=torch.bool).triu_(1)
-    return gram[upper].float()
+    count = features.shape[-2]
+    features = features.to(_widest(features))
+    features = features - features.mean(-2, keepdim=True)
+    gram = features @ features.mT
+    gram.diagonal(dim1=-2, dim2=-1).zero_()
+    rows = gram.sum(-1, keepdim=True) / (count - 2)
+    gram -= rows + rows.mT
+    gram += rows.sum(-2, keepdim=True) / (count - 1)
+    first, second = torch.triu_indices(count, count, 1, device=gram.device)
+    return gram[..., first, second].float()
 
 
 def hsic_terms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Unbiased HSIC of two `centred_gram`s, of the first with itself, and of the second: (3,).
+    """Unbiased HSIC of two `centred_gram`s, of the first with itself, and of the second: (..., 3).
 
-    Times the tokens, so that a last minibatch that is short counts as its tokens do.
+    Times the tokens, so that a minibatch that is short counts as its tokens do.
     """
     import torch
 
-    count = (1 + (1 + 8 * len(first)) ** 0.5) / 2
-    wide = torch.float32 if first.device.type == "mps" else torch.float64
-    first, second = first.to(wide), second.to(wide)
+    count = (1 + (1 + 8 * first.shape[-1]) ** 0.5) / 2
+    first, second = first.to(_widest(first)), second.to(_widest(second))
     # the same sum thrice, so that equal representations have a CKA of exactly 1
-    products = [(a * b).sum() for a, b in ((first, second), (first, first), (second, second))]
-    return torch.stack(products) * (2 / (count - 3))
+    products = [(a * b).sum(-1) for a, b in ((first, second), (first, first), (second, second))]
+    return torch.stack(products, dim=-1) * (2 / (count - 3))
+
+
+def _widest(tensor: torch.Tensor) -> torch.dtype:
+    """fp64, but for Apple's GPUs, which have none."""
+    import torch
+
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def cka(terms: np.ndarray) -> np.ndarray:
@@ -162,19 +167,26 @@ def cka(terms: np.ndarray) -> np.ndarray:
 
 
 def dealt(features: torch.Tensor) -> list[torch.Tensor]:
-    """The rows of a batch, (tokens, size), dealt out to minibatches of at most MINIBATCH.
+    """A batch's rows, (tokens, size), dealt out to minibatches of at most MINIBATCH.
 
+    Those of one length are stacked, (minibatches, length, size); lengths differ by one at most.
     Fewer than four rows make none: the unbiased estimate divides by n - 3.
     """
-    parts = -(-len(features) // MINIBATCH)
-    return [features[at::parts] for at in range(parts)] if len(features) >= SMALLEST else []
+    import torch
+
+    if len(features) < SMALLEST:
+        return []
+    count = -(-len(features) // MINIBATCH)
+    parts = [features[at::count] for at in range(count)]
+    longer = len(features) % count
+    return [torch.stack(group) for group in (parts[:longer], parts[longer:]) if group]
 
 
 def linear_cka(first: torch.Tensor, second: torch.Tensor) -> float:
     """Unbiased linear CKA of two sets of features of the same tokens, (tokens, size) each."""
     pairs = zip(dealt(first), dealt(second), strict=True)
-    terms = [hsic_terms(centred_gram(one), centred_gram(other)).tolist() for one, other in pairs]
-    return float(cka(np.array(terms).reshape(-1, 1, 3))[0])
+    terms = [hsic_terms(centred_gram(one), centred_gram(other)).cpu() for one, other in pairs]
+    return float(cka(np.concatenate([np.zeros((0, 3)), *terms])[:, None])[0])
 
 
 # ------------------------------------------------------------------------- base and checkpoints
@@ -234,7 +246,8 @@ def observe(
     with torch.inference_mode():
         for batch, (rows, states) in enumerate(_read(base, reference, keep)):
             reference.states.append(states)
-            reference.batches += [batch] * (len(reference.grams[0]) - len(reference.batches))
+            minibatches = sum(map(len, reference.grams[0]))
+            reference.batches += [batch] * (minibatches - len(reference.batches))
             progress(len(rows))
     return reference
 
@@ -268,7 +281,10 @@ def compare(
             np.add.at(kl, owners, divergences)
             np.add.at(agreed, owners, same)
             progress(len(rows))
-    found = np.array([[term.tolist() for term in layer] for layer in zip(*terms)])
+    found = np.zeros((len(reference.batches), len(terms), 3))
+    for layer, parts in enumerate(terms):
+        if parts:
+            found[:, layer] = torch.cat(parts).cpu().numpy()
     if not np.isfinite(kl).all() or not np.isfinite(found).all():
         raise FloatingPointError("the model's states or logits are not finite")
     return Drift(
@@ -276,7 +292,7 @@ def compare(
         agreed=agreed,
         tokens=np.array([len(passage.asked) for passage in reference.passages], dtype=float),
         layers=reference.layers,
-        terms=found.reshape(-1, len(terms), 3),
+        terms=found,
         batches=np.array(reference.batches, dtype=int),
     )
 
@@ -289,9 +305,8 @@ def _read(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Every batch's rows, and the last states at the positions asked about, row by row.
 
-    `take` gets every layer's states, (tokens, size), at all positions but the first.
-
-    Rows are padded on the right and have no mask: in a causal model nothing sees what follows it.
+    `take` gets every layer's states, (tokens, size), at all positions but the first. Rows are
+    padded on the right and have no mask: in a causal model nothing sees what follows it.
     """
     import torch
 
@@ -340,24 +355,40 @@ def _divergences(
     """KL(base || tuned) in nats and whether the most likely token is the same, (positions,) each.
 
     Logits are fp32, also under autocast, where their steps would be larger than most divergences;
-    their log-softmax is fp64, or a KL below 1e-6 would be rounding.
+    their log-softmax is fp64, or a KL below 1e-6 would be rounding. Every chunk writes into the
+    same tensors: the C library does not reuse those of the chunk before, and grows by 400 MB.
     """
     import torch
-    from torch.nn.functional import linear
 
     output = tuned.get_output_embeddings()
-    wide = torch.float32 if head.device.type == "mps" else torch.float64
+    plain = type(output) is torch.nn.Linear and output.bias is None
+    heads = (head, output.weight if plain else output)
+    shape = (min(CHUNK, len(base_states)), len(head))
+    logits = torch.empty(shape, dtype=head.dtype, device=head.device)
+    wide, *log_probs = (torch.empty_like(logits, dtype=_widest(head)) for _ in range(3))
     kl, same = [np.zeros(0)], [np.zeros(0, dtype=bool)]
     with torch.autocast(head.device.type, enabled=False):
-        for base, other in zip(base_states.split(CHUNK), tuned_states.split(CHUNK), strict=True):
-            expected = linear(base.to(head.dtype), head)
-            found = output(other.to(output.weight.dtype))
-            same.append((expected.argmax(-1) == found.argmax(-1)).cpu().numpy())
-            expected = expected.log_softmax(-1, dtype=wide)
-            found = found.log_softmax(-1, dtype=wide)
-            found.neg_().add_(expected)
-            kl.append(torch.einsum("pv,pv->p", expected.exp_(), found).cpu().double().numpy())
+        for chunk in zip(base_states.split(CHUNK), tuned_states.split(CHUNK), strict=True):
+            rows, best = slice(len(chunk[0])), []
+            for states, weight, log_prob in zip(chunk, heads, log_probs, strict=True):
+                _project(states, weight, logits[rows])
+                best.append(logits[rows].argmax(-1))
+                torch.log_softmax(wide[rows].copy_(logits[rows]), -1, out=log_prob[rows])
+            same.append((best[0] == best[1]).cpu().numpy())
+            base, ratio = (log_prob[rows] for log_prob in log_probs)
+            torch.sub(base, ratio, out=ratio)
+            kl.append(torch.einsum("pv,pv->p", base.exp_(), ratio).cpu().double().numpy())
     return np.concatenate(kl), np.concatenate(same)
+
+
+def _project(states: torch.Tensor, head: Any, out: torch.Tensor) -> None:
+    """Logits of the states, from the head's weight or, with an adapter on it, its module."""
+    import torch
+
+    if isinstance(head, torch.Tensor):
+        torch.mm(states.to(head.dtype), head.mT, out=out)
+    else:
+        out.copy_(head(states.to(head.weight.dtype)))
 
 
 def _ratio(totals: np.ndarray, counts: np.ndarray) -> float:

@@ -29,7 +29,12 @@ SCRIPTS = {
 }
 TEXT = ("run", "family", "method", "split", "task", "metric")
 NUMBERS = ("rank", "seed", "step", "fraction", "value")
-OPTIONAL = {"low": math.nan, "high": math.nan, "stderr": math.nan, "shots": 0, "prompt": 0}
+OPTIONAL = {
+    **dict.fromkeys(("low", "high", "stderr"), math.nan),
+    "shots": 0,
+    "prompt": 0,
+    "update_scale": 1.0,
+}
 KINDS = ("LoRA", "full qv", "full", "base")
 LABEL = re.compile(r"(?P<kind>LoRA r=(?P<rank>\d+)|full qv|full|base)(?: \((?P<extra>.+)\))?")
 RUN_NAME = re.compile(r"(?P<tasks>.+?)_(?:lora_r\d+|full_qv|full)(?:_(?P<extra>.+))?_seed\d+")
@@ -159,6 +164,12 @@ def last_checkpoints(frame: DataFrame) -> DataFrame:
     return frame[~is_trained(frame) | (last & ended)]
 
 
+def unfinished(frame: DataFrame, so: str = "Left out") -> str:
+    """A sentence for captions: the runs that `last_checkpoints` leaves out."""
+    runs = set(frame[is_trained(frame)]["run"]) - set(last_checkpoints(frame)["run"])
+    return f" {so}, not measured at its end: {', '.join(sorted(runs))}." if runs else ""
+
+
 def summarise(frame: DataFrame, by: tuple[str, ...] = ()) -> DataFrame:
     """Mean, standard error, interval and number of seeds for each task, arm and `by`.
 
@@ -230,8 +241,8 @@ def run_table(runs_dir: Path) -> DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def gaps(frame: DataFrame) -> list[str]:
-    """What the study's grid lacks in the records, a sentence each."""
+def gaps(frame: DataFrame, tested: bool = True) -> list[str]:
+    """What the study's grid lacks in the records, a sentence each; `tested`: also test scores."""
     from comparisons import MIN_SEEDS
 
     said = []
@@ -253,7 +264,7 @@ def gaps(frame: DataFrame) -> list[str]:
                 f" {', '.join(few)}"
             )
         untested = set(ended["arm"]) - set(ended[ended["split"] == "test"]["arm"])
-        if untested:
+        if tested and untested:
             said.append(f"{family}: no test score of {', '.join(sorted(untested, key=arm_order))}")
     left = set(runs["run"]) - set(last_checkpoints(runs)["run"])
     return said + [f"not measured at its end: {run}" for run in sorted(left)]

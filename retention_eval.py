@@ -205,10 +205,9 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def draw(path: Path, settings: Settings, pdf: bool) -> Path:
     """Draw the figures of the joined document into `figures/` beside it; that folder."""
-    from retention_figures import FIGURES
-
     from plotting import save
     from result_tables import load_records
+    from retention_figures import FIGURES
 
     adapted = settings.output_dir / "performance_analysis" / settings.study / "adaptation.json"
     adaptation = load_records(adapted) if adapted.is_file() else None

@@ -162,21 +162,15 @@ def _matched(results: Results, found: Mapping[Key, Mapping[str, Any]]) -> list[R
                 m = matched_forgetting(one, other)
             except ValueError:  # measured on other items: what one has is another study's
                 continue
+            step = runs[one.arm][0][1]
+            common = next(iter(found[one.arm, step, 1.0].values()))[1]
             records.append(
                 {
-                    **{"run": one.arm, "other_run": other.arm, "family": family, "task": "mean"},
-                    **{
-                        "method": "",
-                        "split": "",
-                        "rank": 0,
-                        "seed": 0,
-                        "step": -1,
-                        "fraction": 1.0,
-                    },
-                    **{"metric": "matched_forgetting", "value": m.difference, "stderr": m.stderr},
+                    **_without_figures(common),
+                    **{"task": "mean", "split": "mixed", "metric": "matched_forgetting"},
+                    **{"other_run": other.arm, "value": m.difference, "stderr": m.stderr},
                     **{"low": m.low, "high": m.high, "score": m.score, "defined": m.defined},
-                    **{"reason": m.reason, "update_scale": m.scales[0]},
-                    "other_scale": m.scales[1],
+                    **{"scale": m.scales[0], "other_scale": m.scales[1], "reason": m.reason},
                 }
             )
     return records

@@ -19,7 +19,9 @@ TOKEN_BUDGET = 4_096  # padded tokens of a batch
 # Of a batch that is generated, prompts and new tokens: every step reads all weights once, so the
 # more rows the better; what bounds them is the cache (Llama-3.2-1B in bf16: half a gigabyte).
 GENERATION_BUDGET = 16_384
-LOGIT_BUDGET = 1 << 25  # logits held at once: 128 MB in fp32
+# Logits held at once, 32 MB in fp32: glibc takes larger blocks anew from the system each time, and
+# the page faults cost as much as the softmax. A GPU's allocator keeps them; there 16 times as many.
+LOGIT_BUDGET = 1 << 23
 SHARED_SHARE = 0.25  # below, masked attention costs more than the shared tokens
 SHARED_WIDTH = 1_024  # of a row of many texts that begin alike; attention is quadratic in it
 
@@ -121,13 +123,12 @@ def log_likelihoods(
             raise ValueError("a continuation needs at least one token that is scored")
     scores: list[list[Score]] = [[] for _ in items]
     with torch.inference_mode():
-        head = _last_layer(model)
-        # without the head apart, all logits of a batch are there at once
-        most = max(1, LOGIT_BUDGET // model.config.vocab_size)
+        head = _last_layer(model, items[0].context[:8]) if items else None
+        most = _logit_rows(model)  # without the last layer apart, of a whole batch
         for branches in (False, True):
             chosen = [i for i, item in enumerate(items) if item.branches == branches]
             lengths = [items[i].length for i in chosen]
-            weights = None if head else [items[i].predictions for i in chosen]
+            weights = None if head is not None else [items[i].predictions for i in chosen]
             for rows in batches(lengths, token_budget, weights, most):
                 batch = [chosen[row] for row in rows]
                 found = _score_batch(model, head, [items[i] for i in batch], branches)
@@ -249,8 +250,11 @@ def _score_batch(model: Any, head: Any, items: Sequence[Item], branches: bool) -
     for logits in _kept_logits(model, head, keep, inputs):
         here = ((sources >= start) & (sources < start + len(logits))).nonzero()[:, 0]
         at, token = (sources[here] - start).to(device), targets[here].to(device)
-        log_probs[here] = (logits[at, token] - logits.logsumexp(-1)[at]).cpu().double()
-        greedy[here] = (logits.argmax(-1)[at] == token).cpu()
+        # log_softmax rounds as lm-eval's and training's does: in fp32 each token is off by 1e-5
+        table = logits.log_softmax(-1)
+        log_probs[here] = table[at, token].cpu().double()
+        # max, of ties the first as argmax's, takes half of argmax's time on a CPU
+        greedy[here] = (table.max(-1).indices[at] == token).cpu()
         start += len(logits)
     sums = torch.zeros(owner, dtype=torch.float64).index_add(0, owners, log_probs).tolist()
     misses = torch.zeros(owner).index_add(0, owners, (~greedy).float()).tolist()
@@ -268,7 +272,6 @@ def _kept_logits(
     if head is None:
         yield model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
         return
-    most = max(1, LOGIT_BUDGET // model.config.vocab_size)
     hidden: list[torch.Tensor] = []
 
     def take(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -280,12 +283,21 @@ def _kept_logits(
         model(**inputs, logits_to_keep=keep, use_cache=False)
     finally:
         handle.remove()
-    for chunk in hidden[0].split(most):
+    for chunk in hidden[0].split(_logit_rows(model)):
         yield head(chunk).float()
 
 
-def _last_layer(model: Any) -> Any:
-    """The layer whose output the logits are; None where the model changes it (a soft cap)."""
+def _logit_rows(model: Any) -> int:
+    """How many positions' logits are held at once."""
+    scale = 1 if model.device.type == "cpu" else 16
+    return max(1, scale * LOGIT_BUDGET // model.config.vocab_size)
+
+
+def _last_layer(model: Any, tokens: Sequence[int]) -> Any:
+    """The layer whose output the logits are; None where the model changes it (a soft cap).
+
+    Tried on a few tokens.
+    """
     import torch
 
     head, outputs = model.get_output_embeddings(), []
@@ -293,7 +305,7 @@ def _last_layer(model: Any) -> Any:
         return None
     handle = head.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        ids = torch.tensor([list(tokens)], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()

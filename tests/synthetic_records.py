@@ -1,4 +1,7 @@
-"""A made-up adaptation.json, for the tests of figures and notebook. Its numbers mean nothing."""
+"""Made-up adaptation.json and retention.json, for the tests of figures and notebook.
+
+Their numbers mean nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,9 @@ LEVELS = {
     "codexglue": (6.0, 21.0),
     "cnn_dailymail": (0.14, 0.23),
 }
+# What the base knows of each benchmark, and what guessing does.
+KNOWN = {"hellaswag": (0.63, 0.25), "arc_challenge": (0.36, 0.25), "winogrande": (0.61, 0.5)}
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.25)
 GRID = (*(("lora", rank) for rank in (4, 8, 16, 32, 64)), ("full_qv", 0), ("full", 0))
 
 
@@ -90,9 +96,86 @@ def study(seeds=(42,), grid=GRID, points=5, families=tuple(FAMILIES)):
     return records
 
 
-def write_study(folder, records, preset="demo", study="demo"):
-    """performance_analysis/<study>/adaptation.json below the folder."""
-    path = folder / "performance_analysis" / study / "adaptation.json"
+def kept(run, task, metric, value, family="similar", half=0.02, **others):
+    """One flat record of retention, as of an arm's last checkpoint; its interval is uneven."""
+    own = record(run, "sst2", value, **others) | {"family": family, "task": task, "metric": metric}
+    own |= {"stderr": half / 2, "low": value - half, "high": value + 1.25 * half}
+    return own | {"update_scale": 1.0} | others
+
+
+def retention_study(
+    seeds=(42,), grid=GRID, points=5, families=tuple(FAMILIES), scales=SCALES, half=0.02
+):
+    """The base and a whole grid: benchmarks, text, forgetting, CKA, scaled updates."""
+    noise = random.Random(1)
+    base = dict(method="base", step=0, fraction=0.0, half=half)
+    records = []
+    for task, (level, chance) in KNOWN.items():
+        weak = {"chance": chance, "at_chance": task == "arc_challenge"}
+        acc = level if task == "winogrande" else 0.9 * level
+        records.append(kept("base", task, "acc", acc, None, **base | weak))
+        if task != "winogrande":
+            records.append(kept("base", task, "acc_norm", level, None, **base | weak))
+    records.append(kept("base", "mean", "retention", 0.53, None, **base))
+    for source, level in (("text_prose", -2.9), ("text_wikitext", -2.6)):
+        records.append(kept("base", source, "log_likelihood", level, None, **base))
+    for family in families:
+        records.append(kept("base", "mean", "adaptation", 0.45, family, **base))
+        for method, rank in grid:
+            power = math.log2(rank) / 6 if rank else {"full_qv": 0.9, "full": 1.15}[method]
+            arm = f"lora_r{rank}" if method == "lora" else method
+            for seed in seeds:
+                run = f"{family}_{arm}_seed{seed}"
+                own = dict(method=method, rank=rank, seed=seed, family=family, half=half)
+                gain = (0.24 if family == "similar" else 0.17) * power**0.3 + noise.gauss(0, 0.008)
+                lost = (0.02 if family == "similar" else 0.05) * power**1.6 + noise.gauss(0, 0.006)
+                for i in range(1, points + 1):
+                    common = own | dict(step=20 * i, fraction=i / points)
+                    way = 1 - math.exp(-4 * i / points)
+                    records += _point(run, way * gain, way**2 * lost, noise, common)
+                for t in scales:
+                    common |= {"update_scale": t}
+                    records += _point(run, gain * t * (2.1 - t) / 1.1, lost * t**2, noise, common)
+                common |= {"update_scale": 1.0}
+                for layer in range(16):
+                    drift = 1 - lost * (1 + layer) / 4
+                    records.append(kept(run, "text", "cka", drift, **common | {"layer": layer}))
+                if method != "full":
+                    fields = {"other_run": f"{family}_full_seed{seed}", "score": 0.6}
+                    fields |= {"p_value": 0.2}
+                    value = lost / 2 - 0.02 + noise.gauss(0, 0.005)
+                    records.append(
+                        kept(run, "mean", "matched_forgetting", value, **common | fields)
+                    )
+    return records
+
+
+def _point(run, gain, lost, noise, common):
+    """A checkpoint, or its update scaled: what was gained, kept and forgotten."""
+    jitter = 0 if common.get("update_scale") == 0 else 0.15 * common["half"]
+    found = []
+    for task, (level, _) in KNOWN.items():
+        own = lost + noise.gauss(0, jitter)
+        metric = "acc" if task == "winogrande" else "acc_norm"
+        found.append(kept(run, task, metric, level - own, **common))
+        if metric != "acc":
+            found.append(kept(run, task, "acc", 0.9 * level - own, **common))
+        found.append(kept(run, task, "forgetting", own, **common | {"p_value": 0.03}))
+    own = lost + noise.gauss(0, jitter / 2)
+    found.append(kept(run, "mean", "retention", 0.53 - own, **common))
+    found.append(kept(run, "mean", "forgetting", own, **common | {"p_value": 0.03}))
+    for source, level in (("text_prose", -2.9), ("text_wikitext", -2.6)):
+        found.append(kept(run, source, "log_likelihood", level - 4 * lost, **common))
+        found.append(kept(run, source, "forgetting", 4 * lost, **common))
+    value = 0.45 + gain + noise.gauss(0, jitter / 3)
+    found.append(kept(run, "mean", "adaptation", value, **common | {"half": 0.7 * common["half"]}))
+    return found
+
+
+def write_study(folder, records, preset="demo", study="demo", script="adaptation"):
+    """The document of eval.py, or of retention_eval.py, below the folder."""
+    place = {"adaptation": "performance_analysis", "retention": "outputs"}[script]
+    path = folder / place / study / f"{script}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = {"study": study, "base_model": "made-up", "preset": preset, "created": "2026-01-01"}
     path.write_text(json.dumps({"meta": meta, "records": records}), encoding="utf-8")

@@ -154,6 +154,34 @@ def test_a_second_model_is_measured_without_loading_again(tiny_model, tokenizer,
     assert benchmarks.items == 12
 
 
+def test_an_adapter_is_measured_and_one_of_zeros_changes_nothing(tiny, tokenizer, real_data):
+    from peft import LoraConfig, get_peft_model
+
+    base = load_base(prepare_base(settings_for(model=str(tiny)))).eval()
+    benchmarks = Benchmarks(settings_for(data=str(real_data)), tokenizer, ["piqa"], 0, 6)
+    (before,) = benchmarks.measure(base)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    assert benchmarks.measure(adapted)[0].log_likelihoods == before.log_likelihoods
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    assert benchmarks.measure(adapted)[0].log_likelihoods != before.log_likelihoods
+    with adapted.disable_adapter():
+        assert benchmarks.measure(adapted)[0].log_likelihoods == before.log_likelihoods
+
+
+def test_a_group_is_one_result_over_its_tasks(tmp_path, tiny_model, tokenizer):
+    for name, count in (("wmdp_bio", 3), ("wmdp_chem", 4), ("wmdp_cyber", 5)):
+        row = {"question": "Which?", "choices": ["this", "that", "these", "those"]}
+        rows = [row | {"question": f"Which of {k}?", "answer": k % 4} for k in range(count)]
+        write_rows(tmp_path, name, "test", rows)
+    benchmarks = Benchmarks(settings_for(data=str(tmp_path)), tokenizer, ["wmdp"])
+    (group,) = benchmarks.measure(tiny_model)
+    assert (group.task, group.n, group.chance) == ("wmdp", 12, 0.25)
+    assert group.items["acc"].mean() == pytest.approx(group.metrics["acc"])
+    assert group.identity["num_fewshot"] == 0
+
+
 def test_the_identity_tells_shots_and_rows_apart(tokenizer, real_data, tmp_path):
     def identity(data, *arguments):
         return Benchmarks(settings_for(data=str(data)), tokenizer, ["winogrande"], *arguments)
@@ -195,7 +223,8 @@ def test_a_tasks_requests_are_rows_and_not_all_logits(
     import scoring
 
     monkeypatch.setattr(scoring, "LOGIT_BUDGET", 64 * len(tokenizer))
-    benchmarks = Benchmarks(settings_for(data=str(real_data)), tokenizer, ["hellaswag"], 0, 16)
+    settings = settings_for(data=str(real_data))
+    benchmarks = Benchmarks(settings, tokenizer, ["hellaswag"], 0, 16)
     (expected,) = benchmarks.measure(tiny_model)
     vocabulary, sizes = tiny_model.config.vocab_size, []
 

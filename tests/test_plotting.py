@@ -7,6 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from figure_checks import assert_texts_are_apart, bars, lines, notes, panel
 from matplotlib.colors import to_hex, to_rgb
 from synthetic_records import record, study, write_study
 
@@ -64,25 +65,6 @@ def frame(tmp_path):
         return load_records(write_study(tmp_path, records, preset))
 
     return make
-
-
-def panel(figure, task):
-    return next(ax for ax in figure.axes if ax.get_title(loc="left") == task)
-
-
-def lines(ax, label):
-    return [line for line in ax.lines if line.get_label() == label]
-
-
-def bars(ax, label, vertical=True):
-    """The ends of an arm's error bars, from low to high."""
-    container = next(c for c in ax.containers if c.get_label() == label)
-    segments = container.lines[2][-1 if vertical else 0].get_segments()
-    return [tuple(segment[:, int(vertical)]) for segment in segments]
-
-
-def notes(figure):
-    return figure.get_supxlabel().replace("\n", " ")
 
 
 # ------------------------------------------------------------------------- palette
@@ -305,18 +287,7 @@ def test_no_text_overlaps_another_or_leaves_the_figure(draw, families, frame):
         arm = "lora_r16" if len(seeds) > 1 else "full_seed"
         records = [r for r in records if arm not in r["run"] or not r["run"].endswith(seeds)]
     figure = draw(frame(records, preset="demo"))
-    figure.draw_without_rendering()
-    texts = [*figure.legends, figure._supxlabel]
-    texts += [t for ax in figure.axes for t in (ax._left_title, ax._right_title, ax.xaxis.label)]
-    for ax in figure.axes:
-        low, high = ax.get_xlim()
-        inside = [low <= x <= high for x in ax.get_xticks()]
-        texts += [t for t, shown in zip(ax.get_xticklabels(), inside) if shown]
-    boxes = [t.get_window_extent() for t in texts if not hasattr(t, "get_text") or t.get_text()]
-    for a, b in combinations(boxes, 2):
-        assert not a.padded(-0.5).overlaps(b.padded(-0.5))
-    for box in boxes:
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1
+    assert_texts_are_apart(figure)
 
 
 def test_save_writes_png_and_pdf_and_leaves_no_scraps(frame, tmp_path):

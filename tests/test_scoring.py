@@ -18,6 +18,7 @@ from scoring import (
     label_predictions,
     log_likelihoods,
     mean_by_row,
+    shared_rows,
 )
 
 
@@ -44,8 +45,8 @@ def random_items(count=23, seed=0):
 def plain_score(model, context, continuation):
     with torch.no_grad():
         logits = model(torch.tensor([[*context, *continuation]])).logits[0]
-    # in fp64: torch's fp32 log_softmax over 49,152 logits is off by 1e-5 a token, to one side
-    log_probs = logits[len(context) - 1 : -1].double().log_softmax(-1)
+    # in fp32, as lm-eval: over 49,152 logits it is off by 1e-5 a token, to one side
+    log_probs = logits[len(context) - 1 : -1].log_softmax(-1)
     ids = torch.tensor(continuation)
     total = log_probs[torch.arange(len(ids)), ids].sum().item()
     return total, bool((log_probs.argmax(-1) == ids).all())
@@ -95,6 +96,52 @@ def test_an_empty_context_or_continuation_is_refused(model):
             log_likelihoods(model, [item])
     with pytest.raises(ValueError, match="at least one token"):
         generate_greedily(model, [[]], 4, [2])
+
+
+def test_texts_that_begin_alike_share_a_row():
+    same = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7, 8], [1, 2, 3, 9, 5, 6]]
+    first, second = shared_rows([(same[0], 1), (same[1], 2), ([7, 8, 9, 1], 2)])
+    assert first == Item([1, 2, 3, 4, 5], [[6], [7, 8]], [0, 0])
+    assert second == Item([7, 8], [[9, 1]], [0])
+    # contexts that differ in their last tokens; what is scored is not shared
+    assert shared_rows([(same[0], 2), (same[2], 2)]) == [
+        Item([1, 2, 3], [[4, 5, 6], [9, 5, 6]], [1, 1])
+    ]
+    assert len(shared_rows([(same[0], 6), (same[0], 6)])) == 2
+    long = [1, *range(2, 90)]
+    assert len(shared_rows([(long, 9), ([1, 5, *range(100, 180)], 9)])) == 2  # not worth it
+
+
+def test_shared_rows_are_scored_as_the_texts_one_by_one(model):
+    random = torch.Generator().manual_seed(7)
+
+    def tokens(length):
+        return torch.randint(5, 40_000, (length,), generator=random).tolist()
+
+    texts = []
+    for k in range(12):
+        start, end = tokens(9 + k), tokens(1 + k % 5)
+        for width in (1, 3, 2)[: 1 + k % 3]:
+            texts.append((start + tokens(width) + end, len(end)))
+    items = shared_rows(texts)
+    assert len(items) == 12
+    found = [score for row in log_likelihoods(model, items, 200) for score in row]
+    for (text, scored), score in zip(texts, found, strict=True):
+        total, greedy = plain_score(model, text[:-scored], text[-scored:])
+        assert score.log_likelihood == pytest.approx(total, abs=1e-4)
+        assert score.is_greedy == greedy
+
+
+def test_a_model_that_caps_its_logits_is_scored_by_its_own_logits():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Gemma2Config(vocab_size=40_000, final_logit_softcapping=0.05, **sizes, **heads)
+    capped = Gemma2ForCausalLM(config).eval()
+    items = random_items(6)
+    assert_plain(capped, items, log_likelihoods(capped, items, 100))
 
 
 def test_batches_are_longest_first_and_within_budget():
