@@ -9,7 +9,7 @@ SmolLM2-135M, fp32, one process, turn about (ours, plain, ours, plain ...); pred
                     in data order, in batches of 16
     generation      batches of 16, longest first, rows that have ended (EOS or the task's stop
                     string) leave; against model.generate on batches of 16 in data order, whose
-                    texts are cut at the stop string afterwards; at most 64 new tokens
+                    texts are cut at the stop string afterwards; at most 48 new tokens
 
 The base generates, or with --checkpoint a PEFT folder over it, whose answers end where they should.
 """
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import FAMILIES, Parser, UserError, add_common_arguments, guarded, resolve_settings
 
 ROWS = 16  # of a batch
-NEW_TOKENS = 64
+NEW_TOKENS = 48
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer, model = load_tokenizer(base), load_base(base).eval()
     eos = tokenizer.eos_token_id
     measured = []
-    counts = (32, 6) if args.quick else (128, 32)
+    counts = (32, 6) if args.quick else (64, 32)
     for kind, family, count in zip(("classification", "generation"), FAMILIES, counts, strict=True):
         length = settings.preset.max_length[family]
         prepared = prepare(settings, tokenizer, FAMILIES[family], length, 2_000)

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, settings_for
 from safetensors.torch import load_file, save_file
 
-from checkpoint_models import Checkpoint, checkpoint_models, checkpoints_in
+from checkpoint_models import Checkpoint, checkpoint_models, checkpoints_in, scaled_updates
 from checkpoint_utils import load_base, prepare_base, write_manifest
 from config import UserError
 
@@ -28,11 +28,11 @@ def logits_of(model):
         return model(PROMPT).logits
 
 
-def make_adapter(base, folder, rank=4, seed=0, modules=("q_proj", "v_proj")):
+def make_adapter(base, folder, rank=4, seed=0, modules=("q_proj", "v_proj"), **options):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), **options)
     config.init_lora_weights = False  # random B, so that the adapter does something
     model = get_peft_model(load_base(base), config).eval()
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -153,6 +153,88 @@ def test_runs_and_foreign_folders_are_found(base, tmp_path):
     ]
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoints_in(tmp_path / "nothing")
+
+
+def models_of(base, folder):
+    """The checkpoint and its model, as checkpoint_models gives them."""
+    wanted = [Checkpoint("run", 1, folder)]
+    return next((c, m) for c, m in checkpoint_models(base, wanted) if c is not None)
+
+
+def test_scaled_adapters_run_from_the_base_to_the_checkpoint(base, tmp_path):
+    before = logits_of(load_base(base).eval())
+    options = {"use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}}
+    for name, extra in (("plain", {}), ("other", options)):
+        make_adapter(base, tmp_path / name, seed=1, **extra)
+        checkpoint, model = models_of(base, tmp_path / name)
+        whole = logits_of(model)
+        found = {}
+        for t, scaled in scaled_updates(base, checkpoint, model, [0, 0.5, 1, 1.25, 1]):
+            assert scaled is model
+            found.setdefault(t, []).append(logits_of(scaled))
+        assert torch.equal(found[0][0], before)
+        assert all(torch.equal(logits, whole) for logits in found[1])
+        assert torch.equal(logits_of(model), whole)
+        weights = load_file(tmp_path / name / "adapter_model.safetensors")
+        for key in weights:
+            if "lora_B" in key:
+                weights[key] *= 0.5
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}_half")
+        save_file(weights, tmp_path / f"{name}_half" / "adapter_model.safetensors")
+        half = logits_of(models_of(base, tmp_path / f"{name}_half")[1])
+        assert torch.allclose(found[0.5][0], half, atol=1e-6)
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_scaled_weights_run_from_the_base_to_the_checkpoint(base, tmp_path, untied):
+    make_full(base, tmp_path / "full", seed=3, untied=untied)
+    start = load_base(base).state_dict()
+    end = load_file(tmp_path / "full" / "model.safetensors")
+    checkpoint, model = models_of(base, tmp_path / "full")
+    for t, scaled in scaled_updates(base, checkpoint, model, [0.5, 0, 1.25, 1, 0.5, 0]):
+        weights = scaled.state_dict()
+        for name, tensor in end.items():
+            expected = {0: start[name], 1: tensor}.get(t)
+            if expected is None:
+                expected = start[name] + t * (tensor - start[name])
+                assert torch.allclose(weights[name], expected, rtol=1e-5, atol=1e-7), (t, name)
+            else:
+                assert torch.equal(weights[name].view(torch.int32), expected.view(torch.int32))
+        assert scaled.lm_head.weight is scaled.model.embed_tokens.weight
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in end.items())
+
+
+def test_a_scaled_update_that_is_left_early_is_whole_again(base, tmp_path):
+    make_full(base, tmp_path / "full", seed=3)
+    make_adapter(base, tmp_path / "adapter", seed=1)
+    for name in ("full", "adapter"):
+        checkpoint, model = models_of(base, tmp_path / name)
+        whole = logits_of(model)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in scaled_updates(base, checkpoint, model, [0, 0.5]):
+                raise KeyboardInterrupt
+        assert torch.equal(logits_of(model), whole)
+
+
+def test_updates_that_cannot_be_scaled_are_refused(base, tmp_path):
+    for name, options in (
+        ("DoRA", {"use_dora": True}),
+        ("biases", {"bias": "lora_only"}),
+        ("in full", {"modules_to_save": ["norm"]}),
+    ):
+        make_adapter(base, tmp_path / name, **options)
+        checkpoint, model = models_of(base, tmp_path / name)
+        assert not isinstance(model, UserError), model
+        with pytest.raises(UserError, match=f"{name}.*cannot be scaled"):
+            next(scaled_updates(base, checkpoint, model, [0.5]))
+    make_full(base, tmp_path / "full")
+    checkpoint, model = models_of(base, tmp_path / "full")
+    with pytest.raises(ValueError, match="finite"):
+        next(scaled_updates(base, checkpoint, model, [0, float("nan")]))
+    path = tmp_path / "full" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="is corrupt"):
+        next(scaled_updates(base, checkpoint, model, [0.5]))
 
 
 def test_ten_full_checkpoints_need_the_memory_of_one(tmp_path):

@@ -6,7 +6,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from synthetic_records import GRID, study, write_study
+from synthetic_records import GRID, retention_study, study, write_study
+
+from retention_figures import FIGURES
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "plot_results.ipynb"
@@ -65,11 +67,34 @@ def test_report_draws_the_figures_and_says_what_is_missing(report, tmp_path):
     made = {p.name for p in (tmp_path / "performance_analysis/demo/figures").iterdir()}
     names = ("learning_curves", "last_by_rank", "validation_against_test")
     assert made == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    assert "python retention_eval.py --study demo" in text
+
+
+def test_report_draws_retention_beside_adaptation(report, tmp_path):
+    grid = [("lora", 8), ("full", 0)]
+    write_study(tmp_path, study(grid=grid, points=2, families=("similar",)))
+    records = retention_study(grid=grid, points=2, families=("similar",))
+    write_study(tmp_path, records, script="retention")
+    text, pictures = report()
+    names = [figure.__name__ for figure in FIGURES]
+    assert len(pictures) == 3 + len(names)
+    made = {p.name for p in (tmp_path / "outputs/demo/figures").iterdir()}
+    assert made == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    assert "the base is at chance, nothing can be forgotten: arc_challenge" in text
+
+
+def test_report_of_retention_alone(report, tmp_path):
+    records = retention_study(grid=GRID[:1], points=1, families=("similar",))
+    write_study(tmp_path, records, script="retention")
+    text, pictures = report()
+    assert "python eval.py --study demo" in text
+    assert len(pictures) == len(FIGURES)
 
 
 def test_report_of_a_study_without_results_names_the_command(report, tmp_path):
     write_study(tmp_path, study(grid=GRID[:1], families=("similar",)), study="mine")
     text, pictures = report(study="other")
-    assert len(text.splitlines()) == 1
-    assert "python eval.py --study other" in text and "mine" in text
+    adaptation, retention = text.splitlines()
+    assert "python eval.py --study other" in adaptation and "mine" in adaptation
+    assert "python retention_eval.py --study other" in retention
     assert not pictures
