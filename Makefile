@@ -14,6 +14,7 @@ demo: install
 	$(BIN)/python multi_task_training.py --preset demo --dissimilar --lora 8
 	$(BIN)/python eval.py --preset demo --runs similar_lora_r8_seed42 similar_full_seed42
 	$(BIN)/python eval.py --preset demo --runs dissimilar_lora_r8_seed42 --checkpoints last --limit 16
+	$(BIN)/python retention_eval.py --preset demo --checkpoints last
 
 test: install-dev
 	$(BIN)/python -m pytest

@@ -196,6 +196,10 @@ def table(records: list[dict[str, Any]]) -> str:
     if flat:
         lines.append(f"the base guesses (within two standard errors): {', '.join(flat)}; it has")
         lines[-1] += " nothing there that could be forgotten"
+    cut = {r["task"]: r["truncated"] for r in records if r.get("truncated")}
+    if cut:
+        counts = ", ".join(f"{n} of {task}" for task, n in sorted(cut.items()))
+        lines.append(f"contexts longer than the model's window, cut from the left: {counts}")
     lines.append(
         "in brackets: change against the base on the same items +- standard error; * p < .05 of the"
         " paired test, uncorrected; text: nats a token"
