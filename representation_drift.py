@@ -121,8 +121,8 @@ def centred_gram(features: torch.Tensor) -> torch.Tensor:
     import torch
 
     count = features.shape[-2]
-    features = features.to(_widest(features))
-    features = features - features.mean(-2, keepdim=True)
+    features = features.to(_widest(features), copy=True)
+    features -= features.mean(-2, keepdim=True)
     gram = features @ features.mT
     gram.diagonal(dim1=-2, dim2=-1).zero_()
     rows = gram.sum(-1, keepdim=True) / (count - 2)

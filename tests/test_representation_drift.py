@@ -323,27 +323,30 @@ class Allocations(TorchDispatchMode):
             self.live -= size
 
 
-def test_memory_is_that_of_the_forward_pass():
-    """8,000 tokens; with their logits or the states of all layers it would be twice as much."""
+def test_memory_is_that_of_the_forward_pass_and_what_is_kept_of_the_base():
+    """4,000 tokens: their logits would be 64 MB, the states of all layers 20 MB.
+
+    What is kept is a tenth of SmolLM2's weights at 8,000 tokens; of this small model's more.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8_000,
+        vocab_size=4_000,
         hidden_size=256,
         intermediate_size=1_024,
-        num_hidden_layers=8,
+        num_hidden_layers=4,
         num_attention_heads=4,
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     rng = np.random.default_rng(0)
-    passages = [Passage(rng.integers(8_000, size=125).tolist()) for _ in range(64)]
+    passages = [Passage(rng.integers(4_000, size=125).tolist()) for _ in range(32)]
     batch = torch.tensor([passage.tokens for passage in passages[:16]])
     with Allocations() as forward, torch.inference_mode():
         model(batch, use_cache=False, logits_to_keep=1)
     with Allocations() as whole:
         reference = observe(model, passages)
         compare(reference, model)
-    print(weights, forward.peak, whole.peak, reference.nbytes)
-    assert weights + whole.peak < 1.15 * (weights + forward.peak)
+    assert reference.nbytes < 7e6
+    assert weights + whole.peak - reference.nbytes < 1.15 * (weights + forward.peak)
     assert whole.largest <= forward.largest
