@@ -73,7 +73,7 @@ def checkpoint_models(
     adapted = None  # the base with an adapter in it
     for number, checkpoint in enumerate(c for c in wanted if c.is_adapter):
         try:
-            _check_whole(checkpoint)
+            check_whole(checkpoint)
             adapted = _swap_adapter(adapted or model, checkpoint, f"adapter{number}")
             result = adapted
         except UserError as error:
@@ -85,7 +85,7 @@ def checkpoint_models(
         if checkpoint.is_adapter:
             continue
         try:
-            _check_whole(checkpoint)
+            check_whole(checkpoint)
             _copy_weights(model, checkpoint.folder)
             result = model
         except UserError as error:
@@ -161,11 +161,14 @@ def _mix_weights(model: Any, start: Path, end: Path, t: float) -> None:
         _copy_weights(model, end, start, t)
 
 
-def _check_whole(checkpoint: Checkpoint) -> None:
-    """Raise UserError for a checkpoint of ours that its manifest does not confirm."""
+def check_whole(checkpoint: Checkpoint, suffix: str = "") -> None:
+    """Raise UserError for a checkpoint of ours whose manifest does not confirm it.
+
+    With `suffix` only files of that ending are looked at.
+    """
     made_here = (checkpoint.folder.parent / "run.json").is_file()
     if made_here or (checkpoint.folder / MANIFEST).is_file():
-        problem = checkpoint_problem(checkpoint.folder)
+        problem = checkpoint_problem(checkpoint.folder, suffix)
         if problem:
             raise UserError(problem)
 

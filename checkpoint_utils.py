@@ -101,12 +101,18 @@ def write_manifest(checkpoint: Path, **extra: Any) -> None:
     write_json(checkpoint / MANIFEST, {**extra, "files": listing})
 
 
-def checkpoint_problem(checkpoint: Path) -> str | None:
-    """Why the checkpoint is not whole, or None: it is whole iff its manifest agrees."""
+def checkpoint_problem(checkpoint: Path, suffix: str = "") -> str | None:
+    """Why the checkpoint is not whole, or None: it is whole iff its manifest agrees.
+
+    With `suffix` only files of that ending are read: whoever needs the weights alone need not
+    wait for the optimizer's state, which is twice as large.
+    """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return f"{checkpoint} has no {MANIFEST}: its saving did not end"
     for name, record in read_json(manifest)["files"].items():
+        if not name.endswith(suffix):
+            continue
         path = checkpoint / name
         if not path.is_file():
             return f"{path} is missing"

@@ -42,6 +42,8 @@ TARGET_MODULES = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
+# The published setting of intruder dimensions: so many leading vectors, this threshold.
+INTRUDER_K, INTRUDER_EPSILON = 10, 0.5
 # Data are split, capped and sampled with this seed, never with a run's own, so that all runs of a
 # study see the same rows.
 DATA_SEED = 42

@@ -1,0 +1,216 @@
+"""W0 + dW in the coordinates of W0 = U0 diag(S0) V0^T: M = U0^T W V0, as products with it.
+
+`LowRank` is a LoRA update, `Dense` any tuned weight. Both sides' coordinates begin with the p of
+the base, in which M is diag(S0) plus the update; where a weight is not square, others follow for
+what is outside the span of U0 (m > n) or V0 (n > m). A vector of which the first `width`
+coordinates are zero is given by its remaining ones, the tail. p = min(m, n).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from spectral import SVD, thin_svd
+
+if TYPE_CHECKING:
+    from spectral_solver import Search
+
+NOISE = 1e-13  # a residual, relative to the norm, that a dense fp64 decomposition leaves, too
+PROBES = 16
+
+
+class LowRank:
+    """diag(S0) + P Q^T, P (rows, r), Q (columns, r).
+
+    Where m > n, U0 does not span all of B: the part outside has an orthonormal basis of its own,
+    whose coordinates follow the first p; likewise on the right.
+    """
+
+    def __init__(self, base: SVD, A: torch.Tensor, B: torch.Tensor, scale: float):
+        self.S = base.S
+        self.P, self.left_basis = _coordinates(base.U, scale * B)
+        self.Q, self.right_basis = _coordinates(base.Vh.T, A.T)
+        self.rows, self.columns = len(self.P), len(self.Q)
+
+    def unchanged(self) -> bool:
+        return float(self.P.norm() * self.Q.norm()) == 0
+
+    def growth(self, k: int, width: int) -> float:
+        """Directions that the search space will need beyond its first, as measured."""
+        r = self.P.shape[1]
+        return r + min(2 * k, 10 + 9 * r)
+
+    def times(self, tail: torch.Tensor, width: int) -> torch.Tensor:
+        """M x for x (columns - width, b), which begins after the first `width` coordinates."""
+        return _plus_diagonal(self.S, tail, width, self.P @ (self.Q[width:].T @ tail))
+
+    def transposed_times(self, tail: torch.Tensor, width: int) -> torch.Tensor:
+        return _plus_diagonal(self.S, tail, width, self.Q @ (self.P[width:].T @ tail))
+
+    def unit_images(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """M and M^T times e_1 ... e_width."""
+        images, coimages = self.P @ self.Q[:width].T, self.Q @ self.P[:width].T
+        for product in (images, coimages):
+            product.diagonal().add_(self.S[:width])
+        return images, coimages
+
+    def prepare(self, search: Search, value: float) -> float:
+        """Put the update's own directions into the search space; bound M's norm outside of it.
+
+        With the tails of P and Q in the space, what is left of M outside is S0's tail alone.
+        """
+        tails = self.P[search.width :], self.Q[search.width :]
+        search.extend(*(t / t.norm().clamp(min=1e-300) for t in tails), drop=1e-9)
+        return float(self.S[search.width])
+
+    def count_above(self, value: float) -> int:
+        """How many singular values of M are above `value`, exactly, by Sylvester's inertia.
+
+        M M^T = D D^T + Z C Z^T with Z = [P, D Q] and C = [[Q^T Q, 1], [1, 0]]; the inertia of
+        M M^T - value^2 is that of its diagonal part plus that of a 2r x 2r Schur complement.
+        """
+        r, p = self.P.shape[1], len(self.S)
+        balance = (self.Q.norm() / self.P.norm()).sqrt()
+        P, Q = self.P * (balance / value**0.5), self.Q / (balance * value**0.5)
+        D = self.S / value
+        lifted = torch.zeros_like(P)
+        lifted[:p] = D[:, None] * Q[:p]
+        Z = torch.cat([P, lifted], 1)
+        poles = 1 - D.square()
+        poles[poles.abs() < 1e-12] = 1e-12  # exactly at a value of S: just above it
+        weights = torch.ones(self.rows, dtype=Z.dtype, device=Z.device)
+        weights[:p] = 1 / poles
+        schur = Z.T @ (weights[:, None] * Z)
+        schur[r:, r:] += Q.T @ Q
+        schur[:r, r:].diagonal().sub_(1)
+        schur[r:, :r].diagonal().sub_(1)
+        positive = int((torch.linalg.eigvalsh(schur) > 0).sum())
+        return int((poles < 0).sum()) + positive - r
+
+    def decompose(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A dense SVD of M: the k leading columns of U and V in coordinates, and p values."""
+        matrix = self.P @ self.Q.T
+        matrix.diagonal()[: len(self.S)].add_(self.S)
+        left, values, right = thin_svd(matrix)
+        return left[:, :k], values[: len(self.S)], right[:k].T
+
+    def outside(self, left: torch.Tensor, right: torch.Tensor) -> list[torch.Tensor]:
+        """The parts outside the spans of U0 and V0, in the coordinates of the weight."""
+        p = len(self.S)
+        return [self.left_basis @ left[p:], self.right_basis @ right[p:]]
+
+
+def _coordinates(basis: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`factor` (d, r) in coordinates, and the basis (d, extra) of those beyond `basis` (d, p)."""
+    d, p = basis.shape
+    inside = basis.T @ factor
+    if d == p:
+        return inside, factor.new_zeros((0, 0))
+    extra, core = torch.linalg.qr(factor - basis @ inside)
+    return torch.cat([inside, core]), extra
+
+
+def _plus_diagonal(S: torch.Tensor, tail: torch.Tensor, width: int, product: torch.Tensor):
+    """product + diag(S0) x, for x whose first row is the coordinate `width`."""
+    product[width : len(S)] += S[width:, None] * tail[: len(S) - width]
+    return product
+
+
+class Dense:
+    """U0^T W V0, never formed: a product goes through the weight's own coordinates.
+
+    Where n > m, the p coordinates of V0 are followed by n more for what is outside its span, as it
+    stands in the weight's coordinates; likewise on the left.
+    """
+
+    def __init__(self, base: SVD, weight: torch.Tensor):
+        self.base, self.S, self.weight = base, base.S, weight
+        (m, n), p = base.shape, len(base.S)
+        self.rows, self.columns = p + m * (m > p), p + n * (n > p)
+        # ||W - W0||_F, as 8 random vectors show it
+        probes = random_block((n, 8), weight)
+        found = weight @ probes - base.U @ (base.S[:, None] * (base.Vh @ probes))
+        self.distance = float(found.norm()) / 8**0.5
+
+    def unchanged(self) -> bool:
+        """Whether W is W0 up to rounding."""
+        return self.distance <= NOISE * float(self.S.norm())
+
+    def growth(self, k: int, width: int) -> float:
+        """Directions that the search space will need beyond its first, as measured.
+
+        A round divides the errors by about (3 + 4 x) / x, with x the norm of an update without
+        structure over the distance of the wanted values from the tail's.
+        """
+        gap = float(self.S[k - 1] - self.S[width])
+        x = 2 * self.distance / len(self.S) ** 0.5 / max(gap, 1e-300)
+        return PROBES + 0.8 * k * 7 / math.log10((3 + 4 * x) / x)
+
+    def times(self, tail: torch.Tensor, width: int) -> torch.Tensor:
+        """M x for x (columns - width, b), which begins after the first `width` coordinates."""
+        lifted = _lift(self.base.Vh.T, tail, width)
+        return _lower(self.base.U, self.weight @ lifted, self.rows)
+
+    def transposed_times(self, tail: torch.Tensor, width: int) -> torch.Tensor:
+        lifted = _lift(self.base.U, tail, width)
+        return _lower(self.base.Vh.T, (lifted.T @ self.weight).T, self.columns)
+
+    def unit_images(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """M and M^T times e_1 ... e_width."""
+        left, right = self.base.U, self.base.Vh.T
+        images = _lower(left, self.weight @ right[:, :width], self.rows)
+        return images, _lower(right, self.weight.T @ left[:, :width], self.columns)
+
+    def prepare(self, search: Search, value: float) -> float:
+        """Probe outside the search space for directions as strong as `value`; M's norm there.
+
+        The norm is estimated from below, by subspace iteration on random vectors. Strong
+        directions join the space, and what is left is probed again.
+        """
+        for _ in range(4):
+            left, right, norm = search.probe(PROBES)
+            ceiling = 1.01 * max(norm, float(self.S[search.width]))
+            if norm < max(0.9 * value, 1.05 * float(self.S[search.width])):
+                break
+            search.extend(left, right, drop=1e-9)
+        return ceiling
+
+    def count_above(self, value: float) -> int | None:
+        """Not known without a decomposition."""
+        return None
+
+    def decompose(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A dense SVD of W: the k leading columns of U and V in coordinates, and p values."""
+        left, values, right = thin_svd(self.weight)
+        left = _lower(self.base.U, left[:, :k], self.rows)
+        return left, values, _lower(self.base.Vh.T, right[:k].T, self.columns)
+
+    def outside(self, left: torch.Tensor, right: torch.Tensor) -> list[torch.Tensor]:
+        """The parts outside the spans of U0 and V0, in the coordinates of the weight."""
+        p = len(self.S)
+        return [left[p:], right[p:]]
+
+
+def _lift(basis: torch.Tensor, tail: torch.Tensor, width: int) -> torch.Tensor:
+    """Coordinates, from the `width`-th on, to vectors of the weight's space."""
+    inside = basis.shape[1] - width
+    lifted = (tail[:inside].T @ basis.T[width:]).T
+    return lifted + tail[inside:] if len(tail) > inside else lifted
+
+
+def _lower(basis: torch.Tensor, vectors: torch.Tensor, size: int) -> torch.Tensor:
+    """Vectors of the weight's space to their `size` coordinates."""
+    inside = (vectors.T @ basis).T
+    if size == len(inside):
+        return inside
+    outside = vectors - basis @ inside
+    return torch.cat([inside, outside])
+
+
+def random_block(shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+    """Normal numbers, the same in every call and on every device."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)

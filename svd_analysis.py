@@ -1,0 +1,237 @@
+"""Drift: how far every checkpoint moved from the base, layer by layer, by exact spectra.
+
+    python svd_analysis.py                                      # all runs of the study
+    python svd_analysis.py --runs similar_lora_r8_seed42 --checkpoints last
+    python svd_analysis.py --runs FOLDER                        # any PEFT or full folder
+
+Of the matrices that an adapter is on (of full fine-tuning q_proj and v_proj) it measures size,
+rank, shift and intruder dimensions of the update, from A and B without merging, and how the runs'
+updates lie to one another. What is there is not measured again. Results go to
+drift_analysis_plots/<study>/; the base's decompositions, to drift_analysis_plots/base/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis_subjects import Subject, add_analysis_arguments, find_subjects, no_runs
+from config import (
+    INTRUDER_EPSILON,
+    INTRUDER_K,
+    TARGET_MODULES,
+    Parser,
+    UserError,
+    add_common_arguments,
+    guarded,
+    resolve_settings,
+)
+
+if TYPE_CHECKING:
+    from checkpoint_drift import DriftAnalysis
+    from checkpoint_utils import Base
+    from drift_measures import Asked
+    from results import Results
+
+TOP_K = (4, 8, 16, 32, 64, 128, 256)
+EPSILONS = tuple(i / 10 for i in range(1, 10))
+MOST_WORKERS = 8  # each holds a decomposition of the base and some copies of a matrix
+FOLDER = "drift_analysis_plots"
+BETWEEN = "between-runs"  # the unit of what compares runs
+COLUMNS = {
+    "|dW|/|W0|": ("relative_frobenius", ".2e"),
+    "stable rank": ("stable_rank", ".1f"),
+    "rank90": ("rank90", ".1f"),
+    "rho": ("rho", ".2f"),
+    "intruders": ("intruders", ".2f"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(description="Measure how far every checkpoint moved from the base.")
+    add_common_arguments(parser)
+    group = add_analysis_arguments(parser)
+    group.add_argument(
+        "--top-k",
+        nargs="+",
+        type=int,
+        default=TOP_K,
+        metavar="K",
+        help=f"leading triplets that are compared (default 4 to 256; {INTRUDER_K} always)",
+    )
+    group.add_argument(
+        "--epsilon",
+        nargs="+",
+        type=float,
+        default=EPSILONS,
+        metavar="E",
+        help=f"thresholds of intruder dimensions (default .1 to .9; {INTRUDER_EPSILON} always)",
+    )
+    group.add_argument(
+        "--target-modules",
+        choices=TARGET_MODULES,
+        help="only these matrices (default: an adapter's own; of full fine-tuning qv)",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        help=f"matrices at a time, a core each (default: the cores, at most {MOST_WORKERS})",
+    )
+    group.add_argument(
+        "--dense", action="store_true", help="the slow reference: a dense SVD of every matrix"
+    )
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for a value that no matrix could have."""
+    if min(args.top_k) < 1:
+        raise UserError("--top-k takes numbers from 1 on")
+    if not all(0 < epsilon <= 1 for epsilon in args.epsilon):
+        raise UserError("--epsilon takes numbers above 0, up to 1")
+    if args.workers is not None and args.workers < 1:
+        raise UserError("--workers takes at least 1")
+
+
+def asked_for(args: argparse.Namespace, base: Base) -> Asked:
+    """What is measured of every matrix. Raises UserError for a k that the user gave and that is
+    larger than every matrix of the base."""
+    from checkpoint_tensors import Weights
+    from drift_measures import Asked
+
+    shapes = Weights(base.folder)
+    largest = max((min(shapes.shapes[m.tensor]) for m in shapes.matrices()), default=0)
+    if args.top_k is not TOP_K and max(args.top_k) > largest:
+        raise UserError(f"--top-k {max(args.top_k)}: the base's matrices have {largest} at most")
+    ks = sorted(k for k in {INTRUDER_K, *args.top_k} if k <= largest)
+    return Asked(tuple(ks), tuple(sorted({INTRUDER_EPSILON, *args.epsilon})), args.dense)
+
+
+def default_workers() -> int:
+    """The cores that this process may use, up to MOST_WORKERS."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return min(MOST_WORKERS, len(cores))
+
+
+def measure_all(
+    analysis: DriftAnalysis, results: Results, pending: list[Subject]
+) -> tuple[list[str], Counter]:
+    """What was wrong with the checkpoints that could not be measured; the methods' counts."""
+    from tqdm import tqdm
+
+    from checkpoint_drift import unit_of, write
+
+    broken, methods = [], Counter()
+    with tqdm(total=len(pending), unit="checkpoint", disable=not pending) as progress:
+        for subject in pending:
+            progress.set_description(unit_of(subject))
+            try:
+                drift = analysis.measure(subject)
+                write(results, subject, analysis.request(subject), drift)
+                methods.update(found.method for found in drift.matrices.values())
+            except UserError as error:
+                broken.append(f"{subject.run}, step {subject.step}: {error}")
+            progress.update()
+    return broken, methods
+
+
+# ------------------------------------------------------------------------------------- report
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The last checkpoint of every run, a line a module; intruders: mean number a matrix."""
+    last: dict[str, int] = {}
+    for r in records:
+        last[r["run"]] = max(last.get(r["run"], 0), r["step"])
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for r in records:
+        published = r["k"] in (None, INTRUDER_K) and r["eps"] in (None, INTRUDER_EPSILON)
+        if r["layer"] < 0 and published and r["step"] == last[r["run"]]:
+            cells.setdefault((r["run"], r["module"]), {})[r["metric"]] = r["value"]
+    width = max((len(run) for run, _ in cells), default=3)
+    head = f"{'run':<{width}}  {'module':>12}{'share':>8}"
+    lines = [head + "".join(f"{name:>13}" for name in COLUMNS)]
+    for (run, module), found in cells.items():
+        if "relative_frobenius" not in found:
+            continue
+        share = f"{found['update_share']:8.1%}" if "update_share" in found else " " * 8
+        texts = [
+            format(found.get(metric, math.nan), form).replace("nan", "")
+            for metric, form in COLUMNS.values()
+        ]
+        lines.append(f"{run:<{width}}  {module:>12}{share}" + "".join(f"{t:>13}" for t in texts))
+    lines.append(
+        f"share: of ||dW||^2 of all tensors; rho, intruders: k = {INTRUDER_K}, eps ="
+        f" {INTRUDER_EPSILON}, mean over the matrices"
+    )
+    return "\n".join(lines)
+
+
+def methods_line(methods: Counter) -> str:
+    """How the decompositions were made; a fallback is said."""
+    told = ", ".join(f"{count} {method}" for method, count in sorted(methods.items()))
+    return f"{sum(methods.values())} decompositions: {told}"
+
+
+def draw(path: Path, pdf: bool) -> Path:
+    """Draw the figures of the joined document into `figures/` beside it; that folder."""
+    import drift_figures
+    import spectrum_figures
+    from plotting import save
+    from result_tables import load_records
+
+    frame, folder = load_records(path), path.parent / "figures"
+    for figure in (*drift_figures.FIGURES, *spectrum_figures.FIGURES):
+        save(figure(frame, path.parent), folder / f"{figure.__name__}.png", pdf)
+    return folder
+
+
+@guarded
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    check_arguments(args)
+    settings = resolve_settings(args)
+    print(settings.headline("cpu"), flush=True)
+    from checkpoint_drift import DriftAnalysis, is_done, join_layers, threads
+    from checkpoint_utils import prepare_base, read_json
+    from drift_measures import AGGREGATION
+    from drift_subspaces import last_directions, records_between
+    from results import Results
+
+    base = prepare_base(settings)
+    subjects = [s for s in find_subjects(args, settings, base) if s.checkpoint]
+    if not subjects:
+        raise no_runs(settings)
+    place = settings.output_dir / FOLDER
+    results = Results(place / settings.study)
+    with threads(args.workers or default_workers()) as spread:
+        asked = asked_for(args, base)
+        cache = place / "base" / base.name
+        analysis = DriftAnalysis(base, asked, args.target_modules, cache, spread)
+        pending = [
+            s for s in subjects if args.overwrite or not is_done(results, s, analysis.request(s))
+        ]
+        there = len(subjects) - len(pending)
+        print(f"{len(subjects)} checkpoints, {there} of them are there", flush=True)
+        broken, methods = measure_all(analysis, results, pending)
+    results.write(BETWEEN, {}, records_between(last_directions(results.folder)))
+    meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
+    path = results.join("drift", {**meta, "aggregation": AGGREGATION})
+    layers = join_layers(results.folder)
+    if methods:
+        print(methods_line(methods))
+    print(table(read_json(path)["records"]))
+    figures = draw(path, args.pdf)
+    print(f"records: {path}\nall layers, k and epsilons: {layers}\nfigures: {figures}")
+    for message in broken:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
