@@ -15,6 +15,7 @@ demo: install
 	$(BIN)/python eval.py --preset demo --runs similar_lora_r8_seed42 similar_full_seed42
 	$(BIN)/python eval.py --preset demo --runs dissimilar_lora_r8_seed42 --checkpoints last --limit 16
 	$(BIN)/python retention_eval.py --preset demo --checkpoints last
+	$(BIN)/python svd_analysis.py --preset demo
 
 test: install-dev
 	$(BIN)/python -m pytest
