@@ -33,7 +33,7 @@ from lm_eval_tasks import LocalBenchmark, TaskLoader
 from scoring import TOKEN_BUDGET, log_likelihoods, shared_rows
 
 # Padded tokens of a batch. HellaSwag on two cores: 512 8.5 s, 1024 8.2 s, 2048 9.1 s, 4096 10 s.
-TOKEN_BUDGETS = {"cpu": 1_024, "cuda": 8 * TOKEN_BUDGET, "mps": TOKEN_BUDGET}
+TOKEN_BUDGETS = {"cpu": 1_024, "cuda": 8 * TOKEN_BUDGET}
 SHOT_SEED = 1234  # of lm-eval's command line, so that its shots are drawn
 # What two definitions of the same task may differ in: where the rows come from.
 PLACES = ("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "training_split")
@@ -98,7 +98,7 @@ def _backend_class() -> type:
             super().__init__(
                 pretrained=model, tokenizer=tokenizer, batch_size=1 << 30, max_length=max_length
             )
-            self.token_budget = token_budget or TOKEN_BUDGETS[self.device.type]
+            self.token_budget = token_budget or TOKEN_BUDGETS.get(self.device.type, TOKEN_BUDGET)
             self.bf16, self.progress = bf16, progress
             self.encoded = {} if encoded is None else encoded
             self.truncated: set[tuple[str, str]] = set()
@@ -135,7 +135,11 @@ def _backend_class() -> type:
                 found = log_likelihoods(
                     self.model, shared_rows(texts), self.token_budget, self.progress
                 )
-            return [(score.log_likelihood, score.is_greedy) for row in found for score in row]
+            pairs = [(score.log_likelihood, score.is_greedy) for row in found for score in row]
+            # lm-eval would take the first choice in silence
+            if not np.isfinite([log_likelihood for log_likelihood, _ in pairs]).all():
+                raise UserError("the model's logits are not finite")
+            return pairs
 
     return SharedPrefixLM
 
@@ -226,7 +230,9 @@ class Benchmarks:
         task.build_all_requests = functools.partial(_forget_responses, task)
 
     def _identity(self, name: str, task: Any, local: LocalBenchmark | None) -> dict[str, Any]:
-        texts = json.dumps([i.args for i in task.instances], default=str)
+        in_text = getattr(task, "multiple_input", 0)
+        gold = task.doc_to_text if in_text else task.doc_to_target
+        texts = json.dumps([(i.args, gold(i.doc)) for i in task.instances], default=str)
         definition = json.dumps(
             _without_places(task.dump_config()), sort_keys=True, default=_source
         )

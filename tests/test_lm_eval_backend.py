@@ -13,7 +13,7 @@ from test_scoring import plain_score
 from checkpoint_utils import load_base, prepare_base
 from config import UserError
 from data_sources import held_out_texts, read_jsonl
-from lm_eval_backend import Benchmarks, quiet_lm_eval, shared_prefix_lm, text_log_likelihoods
+from lm_eval_backend import Benchmarks, quiet_lm_eval, text_log_likelihoods
 from lm_eval_tasks import TaskLoader, schema_problem
 
 TASKS = ("hellaswag", "arc_challenge", "winogrande", "piqa", "boolq")
@@ -63,21 +63,31 @@ def peer_results(model, tokenizer, data, tasks, rows, shots, folder, **options):
         )
 
 
-def our_samples(benchmarks, model, tokenizer):
-    """Documents with log-likelihoods and greediness, which measure() leaves out, by task."""
-    from lm_eval.evaluator import evaluate
+def measured(benchmarks, model):
+    """Our results, and lm-eval's report that they are made from: it tells what was greedy."""
+    from lm_eval import evaluator
 
-    lm = shared_prefix_lm(model, tokenizer, encoded=benchmarks.encoded)
-    with quiet_lm_eval():
-        return evaluate(lm, benchmarks.loaded, limit=benchmarks.limit)["samples"]
+    reports, evaluate = [], evaluator.evaluate
+
+    def keep(*arguments, **options):
+        reports.append(evaluate(*arguments, **options))
+        return reports[-1]
+
+    evaluator.evaluate = keep
+    try:
+        results = benchmarks.measure(model)
+    finally:
+        evaluator.evaluate = evaluate
+    return results, reports[-1]
 
 
 def largest_difference(model, tokenizer, data, tasks, rows, shots, folder):
     """Of a log-likelihood; greediness, prompts and figures must be equal."""
     peer = peer_results(model, tokenizer, data, tasks, rows, shots, folder)
     benchmarks = Benchmarks(settings_for(data=str(data)), tokenizer, tasks, shots, rows)
-    samples, largest = our_samples(benchmarks, model, tokenizer), 0.0
-    for result in benchmarks.measure(model):
+    results, report = measured(benchmarks, model)
+    largest = 0.0
+    for result in results:
         theirs = peer["results"][f"peer_{result.task}"]
         assert result.n == theirs["sample_len"]
         for metric, value in result.metrics.items():
@@ -86,13 +96,13 @@ def largest_difference(model, tokenizer, data, tasks, rows, shots, folder):
             assert result.items[metric].mean() == pytest.approx(value, abs=1e-12)
         assert "acc_norm" in result.metrics or result.task in ("winogrande", "boolq")
         peers = sorted(peer["samples"][f"peer_{result.task}"], key=lambda s: s["doc_id"])
-        ours = sorted(samples[result.task], key=lambda s: s["doc_id"])
+        ours = sorted(report["samples"][result.task], key=lambda s: s["doc_id"])
         for mine, other, found in zip(ours, peers, result.log_likelihoods, strict=True):
             assert mine["arguments"] == other["arguments"]
-            for (a, greedy), (b, theirs), c in zip(
+            for (a, greedy), (b, also), c in zip(
                 mine["filtered_resps"], other["filtered_resps"], found, strict=True
             ):
-                assert greedy == theirs
+                assert greedy == also
                 largest = max(largest, abs(a - b), abs(c - b))
     return largest
 
@@ -170,6 +180,15 @@ def test_an_adapter_is_measured_and_one_of_zeros_changes_nothing(tiny, tokenizer
         assert benchmarks.measure(adapted)[0].log_likelihoods == before.log_likelihoods
 
 
+def test_a_model_that_computes_no_numbers_is_an_error(tiny, tokenizer, real_data):
+    broken = load_base(prepare_base(settings_for(model=str(tiny)))).eval()
+    benchmarks = Benchmarks(settings_for(data=str(real_data)), tokenizer, ["piqa"], 0, 3)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="logits are not finite"):
+        benchmarks.measure(broken)
+
+
 def test_a_group_is_one_result_over_its_tasks(tmp_path, tiny_model, tokenizer):
     for name, count in (("wmdp_bio", 3), ("wmdp_chem", 4), ("wmdp_cyber", 5)):
         row = {"question": "Which?", "choices": ["this", "that", "these", "those"]}
@@ -196,6 +215,10 @@ def test_the_identity_tells_shots_and_rows_apart(tokenizer, real_data, tmp_path)
     rows = read_jsonl(Path(real_data) / "winogrande" / "validation.jsonl", limit=6)
     write_rows(tmp_path, "winogrande", "validation", rows)
     assert identity(tmp_path, 0, 6).identities["winogrande"] == zero
+    rows[0]["answer"] = {"1": "2", "2": "1"}[rows[0]["answer"]]
+    write_rows(tmp_path, "winogrande", "validation", rows)
+    relabelled = identity(tmp_path, 0, 6).identities["winogrande"]
+    assert relabelled["requests"] != zero["requests"]
 
 
 def test_a_context_longer_than_the_window_is_cut_and_counted(tiny_model, tokenizer, real_data):
