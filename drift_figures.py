@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MODULES = {"q_proj": "Q", "v_proj": "V"}
 OVERALL = -1  # the layer of records over all layers
+INTRUDERS = f"intruders among the\nfirst {INTRUDER_K}, a matrix"
 SIZE = "$\\|\\Delta W\\|_F\\, /\\, \\|W_0\\|_F$"
 MOST_ARMS = 8  # columns of a figure with a panel an arm
 CELL = (1.75, 1.6)  # inches of a panel
@@ -32,35 +33,32 @@ def drift_over_training(frame: DataFrame, folder: Path) -> Figure:
     k = INTRUDER_K
     rotation = select(frame, "phi", k, side="left")
     measures = {
-        SIZE: select(frame, "relative_frobenius"),
-        f"rotation of the top {k}\n$1 - \\phi(U, U_0)$": rotation.assign(
-            value=1 - rotation["value"]
+        SIZE + " (%)": percent(select(frame, "relative_frobenius")),
+        f"rotation of the top {k}\n$1 - \\phi(U, U_0)$ (%)": percent(
+            rotation.assign(value=1 - rotation["value"])
         ),
-        f"intruders\namong {k}, a matrix": select(frame, "intruders", k, INTRUDER_EPSILON),
+        INTRUDERS: select(frame, "intruders", k, INTRUDER_EPSILON),
     }
-    columns = columns_of(measures[SIZE])
+    columns = columns_of(select(frame, "relative_frobenius"))
     if not columns:
         return nothing(frame, "no drift of q_proj or v_proj")
     with styled():
-        figure, axes = grid(list(measures), columns)
+        figure, axes = grid(list(measures), columns, share_y=True)
         arms: set[str] = set()
         for (measure, column), ax in axes.items():
             family, module = columns[column]
             rows = measures[measure]
             rows = rows[(rows["family"] == family) & (rows["module"] == module)]
-            arms |= _curves(ax, rows, "fraction", start=True)
-            ax.set_ylim(bottom=0, top=None if rows["value"].max() > 0 else 1)
+            is_rotation = measure.startswith("rotation")
+            arms |= _curves(ax, rows, "fraction", start=not is_rotation)
+            if is_rotation and (measures[measure]["value"] > 0).any():
+                ax.set_yscale("log")  # Q's is often a tenth of V's
+            ax.set_xlim(-0.04, 1.06)
+        floor_at_zero(axes, [m for m in measures if not m.startswith("rotation")])
         label_edges(axes, "fraction of training")
         legend(figure, arms)
-        return told(
-            figure,
-            frame,
-            [
-                f"Mean over the layers; intruders at $\\epsilon$ = "
-                f"{INTRUDER_EPSILON}. The base is at 0.",
-                *seeds_said(frame),
-            ],
-        )
+        about = f"Mean over the layers; intruders at $\\epsilon$ = {INTRUDER_EPSILON}. Base: 0."
+        return told(figure, frame, [about, *seeds_said(frame)])
 
 
 def layers_over_training(frame: DataFrame, folder: Path) -> Figure:
@@ -77,7 +75,7 @@ def layers_over_training(frame: DataFrame, folder: Path) -> Figure:
     rows = rows[rows["arm"].isin(arms)]
     norm = LogNorm(*np.quantile(rows["value"], [0.01, 1]))
     with styled():
-        figure, axes = grid(list(columns), {arm: (arm,) for arm in arms})
+        figure, axes = grid(list(columns), {arm: (arm,) for arm in arms}, share_x=False)
         for (column, arm), ax in axes.items():
             family, module = columns[column]
             own = rows[(rows["family"] == family) & (rows["module"] == module)]
@@ -94,7 +92,7 @@ def layers_over_training(frame: DataFrame, folder: Path) -> Figure:
             ax.set_yticks([p + 0.5 for p in steps], [str(table.index[p]) for p in steps])
             ax.grid(False)
         label_edges(axes, "fraction of training", lambda column: f"{column}\nlayer")
-        figure.colorbar(image, ax=list(axes.values()), label=SIZE, shrink=0.8, pad=0.01)
+        figure.colorbar(image, ax=list(axes.values()), label=SIZE, aspect=40, pad=0.01)
         return told(figure, frame, [f"Mean over seeds.{_left_out(rows, frame)}"])
 
 
@@ -103,18 +101,16 @@ def intruders_by_threshold(frame: DataFrame, folder: Path) -> Figure:
     last = last_checkpoints(frame)
     by_epsilon = last[(last["metric"] == "intruders") & (last["k"] == INTRUDER_K)]
     by_k = last[(last["metric"] == "intruders") & (last["eps"] == INTRUDER_EPSILON)]
+    shares = percent(by_k.assign(value=by_k["value"] / by_k["k"]))
     rows = {
-        f"intruders\namong {INTRUDER_K}, a matrix": (by_epsilon, "eps"),
-        f"share of intruders\namong $k$, $\\epsilon$ = {INTRUDER_EPSILON}": (
-            by_k.assign(value=by_k["value"] / by_k["k"]),
-            "k",
-        ),
+        INTRUDERS: (by_epsilon, "eps"),
+        f"intruders among the\nfirst $k$, $\\epsilon$ = {INTRUDER_EPSILON} (%)": (shares, "k"),
     }
     columns = columns_of(by_epsilon)
     if not columns:
         return nothing(frame, "no intruder count of a last checkpoint")
     with styled():
-        figure, axes = grid(list(rows), columns, share_x=False)
+        figure, axes = grid(list(rows), columns, share_x=False, share_y=True)
         arms: set[str] = set()
         for (measure, column), ax in axes.items():
             table, x = rows[measure]
@@ -122,13 +118,15 @@ def intruders_by_threshold(frame: DataFrame, folder: Path) -> Figure:
             own = table[(table["family"] == family) & (table["module"] == module)]
             own = own[own["layer"] == OVERALL]
             arms |= _curves(ax, own, x)
-            ax.set_ylim(bottom=0, top=None if own["value"].max() > 0 else 1)
             if x == "k":
+                ks = sorted(own["k"].unique())[::2]
                 ax.set_xscale("log", base=2)
+                ax.set_xticks(ks, [f"{k:.0f}" for k in ks], minor=False)
                 ax.set_xlabel("$k$")
             else:
                 ax.axvline(INTRUDER_EPSILON, color="#bbbbbb", lw=0.7, zorder=0)
                 ax.set_xlabel("$\\epsilon$")
+        floor_at_zero(axes, list(rows))
         label_edges(axes)
         legend(figure, arms)
         about = (
@@ -227,19 +225,46 @@ def grid(
     columns: dict[str, Any],
     cell: tuple[float, float] = CELL,
     share_x: bool = True,
+    share_y: bool = False,
 ) -> tuple[Figure, dict[tuple[str, str], Axes]]:
     """A figure with a panel for every row and titled column."""
     from matplotlib.figure import Figure
 
     size = (max(cell[0] * len(columns) + 0.5, 3.6), cell[1] * len(rows) + 0.8)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(rows), len(columns), squeeze=False, sharex=share_x and "col")
+    axes = figure.subplots(
+        len(rows),
+        len(columns),
+        squeeze=False,
+        sharex="col" if share_x else "none",
+        sharey="row" if share_y else "none",
+    )
     named = {
         (row, column): axes[i, j] for i, row in enumerate(rows) for j, column in enumerate(columns)
     }
     for j, column in enumerate(columns):
         axes[0, j].set_title(column, loc="left")
     return figure, named
+
+
+def floor_at_zero(axes: dict[tuple[str, str], Axes], rows: list[str]) -> None:
+    """Let the rows begin at 0; where all is 0, keep the line off the middle."""
+    for (row, _), ax in axes.items():
+        if row in rows:
+            top = ax.get_ylim()[1]
+            is_zero = all(
+                (line.get_ydata() == 0).all()
+                for r, a in axes.items()
+                if r[0] == row
+                for line in a.lines
+                if len(line.get_ydata()) > 2
+            )
+            ax.set_ylim(-0.02 if is_zero else 0, 1 if is_zero else top)
+
+
+def percent(rows: DataFrame) -> DataFrame:
+    """The rows with value and interval in percent."""
+    return rows.assign(**{name: 100 * rows[name] for name in ("value", "low", "high", "stderr")})
 
 
 def label_edges(axes: dict[tuple[str, str], Axes], x: str = "", y: Any = str) -> None:

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--batch-scale",
         type=float,
+        default=1.0,
         metavar="X",
         help="batches X times as large as by default (below 1 where memory runs out)",
     )
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit takes at least 1")
-    if args.batch_scale is not None and not args.batch_scale > 0:
+    if not args.batch_scale > 0:
         raise UserError("--batch-scale takes a number above 0")
     settings = resolve_settings(args)
     from checkpoint_utils import load_tokenizer, prepare_base
@@ -179,8 +180,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(subjects) == 1:
         raise no_runs(settings)
     bf16 = pick_precision(args.dtype, device) == "bf16"
-    room = (args.batch_scale or 1) * (8 if device == "cuda" else 1)
-    evaluator = Evaluator(settings, load_tokenizer(base), device, bf16, room)
+    tokenizer = load_tokenizer(base)
+    evaluator = Evaluator(settings, tokenizer, device, bf16, args.batch_scale)
     results = Results(settings.output_dir / "performance_analysis" / settings.study)
     units = [
         variant

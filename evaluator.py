@@ -40,7 +40,7 @@ class Evaluator:
     def __init__(self, settings: Settings, tokenizer: Any, device: str, bf16: bool, room: float):
         """`room` multiplies the tokens that a batch may hold."""
         self.settings, self.tokenizer, self.device = settings, tokenizer, device
-        self.bf16, self.room = bf16, room
+        self.bf16, self.room = bf16, room * (8 if device == "cuda" else 1)
         self.prepared: dict[tuple[str, int], Any] = {}
 
     def task(self, name: str, prompt: int = 0) -> Any:

@@ -249,8 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     base = prepare_base(settings)
     subjects = find_subjects(args, settings, base)
     bf16 = pick_precision(args.dtype, device) == "bf16"
-    room = args.batch_scale * (8 if device == "cuda" else 1)
-    retention = Retention(settings, load_tokenizer(base), device, bf16, room)
+    retention = Retention(settings, load_tokenizer(base), device, bf16, args.batch_scale)
     results = Results(settings.output_dir / "outputs" / settings.study)
     final = args.limit or 0
     tasks = retention.expanded(args.tasks, args.num_fewshot, final, subjects[0])

@@ -128,9 +128,11 @@ class Retention:
         return records, scores
 
     def _options(self) -> dict[str, Any]:
+        from lm_eval_backend import TOKEN_BUDGETS
         from scoring import TOKEN_BUDGET
 
-        return {"token_budget": int(self.room * TOKEN_BUDGET), "bf16": self.bf16}
+        budget = TOKEN_BUDGETS.get(self.device, TOKEN_BUDGET)
+        return {"token_budget": int(self.room * budget), "bf16": self.bf16}
 
     def _benchmark(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
         benchmarks = self.benchmark(unit)

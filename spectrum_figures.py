@@ -121,14 +121,15 @@ def similarity_matrices(frame: DataFrame, folder: Path) -> Figure:
         )
         about = (
             "Leading left singular vectors of base and tuned matrix. Triangles: intruders, whose"
-            f" cosine with every base vector, also those beyond the picture, is below {INTRUDER_EPSILON}."
+            " cosine with every base vector, also those beyond the picture, is below"
+            f" {INTRUDER_EPSILON}."
             f" Last checkpoints of {', '.join(run.run for run in found)}."
         )
         return told(figure, frame, [about])
 
 
 def _similarity(ax: Axes, matrix: Any, spectra: DataFrame, module: str, layer: int) -> Any:
-    image = ax.imshow(matrix, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    image = ax.imshow(matrix, cmap="magma", vmin=0, vmax=1, aspect="auto")
     size = matrix.shape[1]
     own = spectra[(spectra["module"] == module) & (spectra["layer"] == layer)]
     own = own[own["index"] <= size]
@@ -161,10 +162,13 @@ def phi_between_runs(frame: DataFrame, folder: Path) -> Figure:
     is_leading = (rows["k"] == rows["other_k"]) & (rows["k"] == rows["k"].min())
     kinds = {"all directions": rows, f"the first {int(rows['k'].min())}": rows[is_leading]}
     runs = _ordered_runs(frame, set(rows["run"]) | set(rows["other"]))
-    side = max(2.2, 0.24 * len(runs))
+    side = max(2.2, 0.13 * len(runs))
     with styled():
         figure, axes = grid(
-            list(kinds), {letter: m for m, letter in MODULES.items()}, cell=(side, side)
+            list(kinds),
+            {letter: m for m, letter in MODULES.items()},
+            cell=(side, side),
+            share_y=True,
         )
         for (kind, letter), ax in axes.items():
             own = kinds[kind][kinds[kind]["module"].map(MODULES) == letter]
@@ -178,7 +182,8 @@ def phi_between_runs(frame: DataFrame, folder: Path) -> Figure:
         about = (
             "Above the diagonal: left singular vectors of the updates; below it: right ones. Mean"
             f" over the layers, last checkpoints. Random subspaces have {chance}. Of a dense update"
-            " as many directions are compared as the LoRA run has."
+            " as many directions are compared as the LoRA run has. LoRA runs of one seed and rank"
+            " start from the same A, so their right vectors are alike for that reason, too."
         )
         return told(figure, frame, [about])
 
@@ -192,15 +197,15 @@ def _phi_matrix(ax: Axes, rows: DataFrame, runs: dict[str, str]) -> Any:
     for row in rows.sort_values("k").itertuples():
         i, j = sorted((place[row.run], place[row.other]))
         matrix[(i, j) if row.side == "left" else (j, i)] = row.value
-    image = ax.imshow(matrix, cmap="magma", vmin=0, vmax=1)
+    image = ax.imshow(matrix, cmap="magma", vmin=0, vmax=1, aspect="auto")
     ax.set_facecolor("#eeeeee")
     if len(runs) <= FEW:
         for (i, j), value in np.ndenumerate(matrix):
             if value == value:
                 colour = "black" if value > 0.6 else "white"
                 ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, size=6)
-    ax.set_xticks(range(len(runs)), runs.values(), rotation=90, size=6)
-    ax.set_yticks(range(len(runs)), runs.values(), size=6)
+    ax.set_xticks(range(len(runs)), runs.values(), rotation=90, size=5.5)
+    ax.set_yticks(range(len(runs)), runs.values(), size=5.5)
     ax.grid(False)
     return image
 
@@ -215,7 +220,7 @@ def _ordered_runs(frame: DataFrame, names: set[str]) -> dict[str, str]:
     )
     return {
         r.run: " ".join(
-            part for part in (r.family[:3], r.arm, f"s{int(r.seed)}" if seeds else "") if part
+            part for part in (r.family, r.arm, f"s{int(r.seed)}" if seeds else "") if part
         )
         for r in rows
     }
