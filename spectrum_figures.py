@@ -135,7 +135,9 @@ def _similarity(ax: Axes, matrix: Any, spectra: DataFrame, module: str, layer: i
     own = own[own["index"] <= size]
     intruders = own[own["max_cosine"] < INTRUDER_EPSILON]["index"] - 1
     style = {"marker": "v", "linestyle": "", "color": DENSE["full"], "markersize": 3}
-    ax.plot(intruders, [-1.2 * size / 64] * len(intruders), clip_on=False, **style)
+    if len(intruders):  # an empty line that is not clipped has no place in a layout
+        ax.plot(intruders, [-1.2 * size / 64] * len(intruders), clip_on=False, **style)
+    ax.set(xlim=(-0.5, size - 0.5), ylim=(len(matrix) - 0.5, -0.5))
     ticks = [t for t in (1, 16, 32, 48, 64) if t <= size]
     ax.set_xticks([t - 1 for t in ticks], [str(t) for t in ticks])
     ax.set_yticks([t - 1 for t in ticks], [str(t) for t in ticks])
