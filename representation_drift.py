@@ -17,19 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hsic import centred_gram, cka, dealt, hsic_terms, widest
 from scoring import batches
 
 if TYPE_CHECKING:
     import torch
 
 TOKEN_BUDGET = 2_048  # padded tokens of a batch
-# Tokens of a Gram matrix; what is kept of the base grows with it. A batch's tokens are dealt out to
-# its minibatches, so that each spans as many passages as the batch does. Runs of tokens would come
-# from one passage each, whose mean the centring takes away: on WikiText runs of 256 found a sixth
-# less drift (CKA .963) than all tokens in one Gram matrix (.956), random minibatches the same.
-MINIBATCH = 64
-CHUNK = 64  # positions whose logits are held at once
-SMALLEST = 4  # tokens of a minibatch
+CHUNK = 32  # positions whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -105,88 +100,6 @@ class Reference:
     def nbytes(self) -> int:
         kept = [*self.states, *(gram for layer in self.grams for gram in layer)]
         return sum(tensor.nbytes for tensor in kept)
-
-
-# ------------------------------------------------------------------------------ linear CKA
-
-
-def centred_gram(features: torch.Tensor) -> torch.Tensor:
-    """U-centred Gram matrices of n tokens' features, (..., n, size): upper halves, (..., n(n-1)/2).
-
-    Székely and Rizzo (2014, arXiv:1310.2926): without the diagonal, and with rows and columns that
-    sum to zero. The inner product of two of them is n(n-3)/2 times the unbiased HSIC of Song et
-    al. (2012). Computed in fp64 from features less their mean, which changes no entry but spares
-    digits; kept in fp32.
-    """
-    import torch
-
-    count = features.shape[-2]
-    features = features.to(_widest(features), copy=True)
-    features -= features.mean(-2, keepdim=True)
-    gram = features @ features.mT
-    gram.diagonal(dim1=-2, dim2=-1).zero_()
-    rows = gram.sum(-1, keepdim=True) / (count - 2)
-    gram -= rows + rows.mT
-    gram += rows.sum(-2, keepdim=True) / (count - 1)
-    first, second = torch.triu_indices(count, count, 1, device=gram.device)
-    return gram[..., first, second].float()
-
-
-def hsic_terms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Unbiased HSIC of two `centred_gram`s, of the first with itself, and of the second: (..., 3).
-
-    Times the tokens, so that a minibatch that is short counts as its tokens do.
-    """
-    import torch
-
-    count = (1 + (1 + 8 * first.shape[-1]) ** 0.5) / 2
-    first, second = first.to(_widest(first)), second.to(_widest(second))
-    # the same sum thrice, so that equal representations have a CKA of exactly 1
-    products = [(a * b).sum(-1) for a, b in ((first, second), (first, first), (second, second))]
-    return torch.stack(products, dim=-1) * (2 / (count - 3))
-
-
-def _widest(tensor: torch.Tensor) -> torch.dtype:
-    """fp64, but for Apple's GPUs, which have none."""
-    import torch
-
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
-def cka(terms: np.ndarray) -> np.ndarray:
-    """Unbiased linear CKA from minibatches' `hsic_terms`, (..., minibatches, layers, 3).
-
-    Kornblith et al. (2019, arXiv:1905.00414) with the sums over minibatches of Nguyen et al. (2020,
-    arXiv:2010.15327). Independent features have 0 on average, where the biased estimate tends to 1
-    with more features than tokens; so it can be negative. Shape (..., layers); nan where features
-    do not vary, or without minibatches.
-    """
-    cross, first, second = np.moveaxis(np.asarray(terms, dtype=float).sum(axis=-3), -1, 0)
-    scale = np.sqrt(first * second)
-    return np.divide(cross, scale, out=np.full_like(cross, np.nan), where=scale > 0)
-
-
-def dealt(features: torch.Tensor) -> list[torch.Tensor]:
-    """A batch's rows, (tokens, size), dealt out to minibatches of at most MINIBATCH.
-
-    Those of one length are stacked, (minibatches, length, size); lengths differ by one at most.
-    Fewer than four rows make none: the unbiased estimate divides by n - 3.
-    """
-    import torch
-
-    if len(features) < SMALLEST:
-        return []
-    count = -(-len(features) // MINIBATCH)
-    parts = [features[at::count] for at in range(count)]
-    longer = len(features) % count
-    return [torch.stack(group) for group in (parts[:longer], parts[longer:]) if group]
-
-
-def linear_cka(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Unbiased linear CKA of two sets of features of the same tokens, (tokens, size) each."""
-    pairs = zip(dealt(first), dealt(second), strict=True)
-    terms = [hsic_terms(centred_gram(one), centred_gram(other)).cpu() for one, other in pairs]
-    return float(cka(np.concatenate([np.zeros((0, 3)), *terms])[:, None])[0])
 
 
 # ------------------------------------------------------------------------- base and checkpoints
@@ -365,7 +278,7 @@ def _divergences(
     heads = (head, output.weight if plain else output)
     shape = (min(CHUNK, len(base_states)), len(head))
     logits = torch.empty(shape, dtype=head.dtype, device=head.device)
-    wide, *log_probs = (torch.empty_like(logits, dtype=_widest(head)) for _ in range(3))
+    wide, *log_probs = (torch.empty_like(logits, dtype=widest(head)) for _ in range(3))
     kl, same = [np.zeros(0)], [np.zeros(0, dtype=bool)]
     with torch.autocast(head.device.type, enabled=False):
         for chunk in zip(base_states.split(CHUNK), tuned_states.split(CHUNK), strict=True):

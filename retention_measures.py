@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from analysis_subjects import Subject
-from config import FAMILIES, Settings, UserError
+from config import DATA_SEED, FAMILIES, Settings, UserError
 from dataset_descriptions import describe
 from evaluator import Evaluator
 from evaluator import Unit as Task
@@ -195,7 +195,9 @@ class Retention:
 
         bos = bos_ids(self.tokenizer)
         ids = (text_ids(self.tokenizer, text) for text in texts)
-        return [Passage(bos + part) for tokens in ids for part in _cut(tokens)]
+        found = [Passage(bos + part) for tokens in ids for part in _cut(tokens)]
+        # hidden states are compared within a batch: it should hold many documents, not one
+        return [found[i] for i in np.random.default_rng(DATA_SEED).permutation(len(found))]
 
     def observe(self, base: Any, families: Sequence[str | None], overwritten: bool) -> None:
         """Keep the base's side of the drift; `overwritten`: its weights will be replaced later."""

@@ -9,18 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import representation_drift
-from representation_drift import (
-    Passage,
-    centred_gram,
-    cka,
-    compare,
-    hsic_terms,
-    layer_names,
-    limited,
-    linear_cka,
-    observe,
-)
+from hsic import MINIBATCH, centred_gram, cka, hsic_terms, linear_cka
+from representation_drift import Passage, compare, layer_names, limited, observe
 
 VOCABULARY = 300
 
@@ -153,7 +143,7 @@ def dense_cka(states):
     values = []
     for layer in range(len(states[0][0])):
         x, y = (torch.cat([passage[side][layer] for passage in states]) for side in (0, 1))
-        parts = -(-len(x) // representation_drift.MINIBATCH)
+        parts = -(-len(x) // MINIBATCH)
         sums = np.zeros(3)
         for k in range(parts):
             a, b = x[k::parts], y[k::parts]
@@ -292,11 +282,16 @@ def test_passages_are_limited_by_their_tokens():
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of all tensors alive that were made inside, at the peak; the largest tensor's size."""
+    """Bytes of all tensors alive that were made inside, at the peak; the largest tensor's size.
 
-    def __init__(self):
+    Views of the model's weights are none.
+    """
+
+    def __init__(self, model):
         super().__init__()
-        self.references, self.live, self.peak, self.largest = {}, 0, 0, 0
+        # one reference that is never dropped
+        self.references = {parameter.data_ptr(): 1 for parameter in model.parameters()}
+        self.live, self.peak, self.largest = 0, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         outputs = function(*args, **(kwargs or {}))
@@ -324,7 +319,7 @@ class Allocations(TorchDispatchMode):
 
 
 def test_memory_is_that_of_the_forward_pass_and_what_is_kept_of_the_base():
-    """4,000 tokens: their logits would be 64 MB, the states of all layers 20 MB.
+    """4,000 tokens: their logits would be 64 MB, the states of all layers 37 MB.
 
     What is kept is a tenth of SmolLM2's weights at 8,000 tokens; of this small model's more.
     """
@@ -333,7 +328,7 @@ def test_memory_is_that_of_the_forward_pass_and_what_is_kept_of_the_base():
         vocab_size=4_000,
         hidden_size=256,
         intermediate_size=1_024,
-        num_hidden_layers=4,
+        num_hidden_layers=8,
         num_attention_heads=4,
         tie_word_embeddings=True,
     )
@@ -342,11 +337,11 @@ def test_memory_is_that_of_the_forward_pass_and_what_is_kept_of_the_base():
     rng = np.random.default_rng(0)
     passages = [Passage(rng.integers(4_000, size=125).tolist()) for _ in range(32)]
     batch = torch.tensor([passage.tokens for passage in passages[:16]])
-    with Allocations() as forward, torch.inference_mode():
+    with Allocations(model) as forward, torch.inference_mode():
         model(batch, use_cache=False, logits_to_keep=1)
-    with Allocations() as whole:
+    with Allocations(model) as whole:
         reference = observe(model, passages)
         compare(reference, model)
-    assert reference.nbytes < 7e6
+    assert reference.nbytes < 10e6
     assert weights + whole.peak - reference.nbytes < 1.15 * (weights + forward.peak)
     assert whole.largest <= forward.largest
