@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/python svd_analysis.py --preset demo
 
 test: install-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: install-dev
 	$(BIN)/ruff check .
