@@ -275,7 +275,7 @@ class FullCheckpoint:
             base += float(start.square().sum())
             update += float(tuned.sub_(start).square_().sum())
         if not math.isfinite(update + base):
-            raise ValueError(f"{name} holds values that are not finite")
+            raise ValueError("the tensor holds values that are not finite")
         return update, base
 
 

@@ -119,7 +119,7 @@ def intruders_by_threshold(frame: DataFrame, folder: Path) -> Figure:
             own = own[own["layer"] == OVERALL]
             arms |= _curves(ax, own, x)
             if x == "k":
-                ks = sorted(own["k"].unique())[::2]
+                ks = sorted(own["k"].unique())[::-2]
                 ax.set_xscale("log", base=2)
                 ax.set_xticks(ks, [f"{k:.0f}" for k in ks], minor=False)
                 ax.set_xlabel("$k$")
@@ -151,7 +151,7 @@ def drift_against_forgetting(frame: DataFrame, folder: Path) -> Figure:
     )
     if rows.empty:
         return nothing(frame, f"{path.name} holds no forgetting of a checkpoint measured here")
-    names = {"both": "of all Q and V", "all": "of the whole model"}
+    names = {"both": "drift of Q and V", "all": "drift of the whole model"}
     families = families_of(rows)
     with styled():
         figure, axes = grid(families, {text: (m,) for m, text in names.items()}, cell=(2.7, 2.2))
@@ -311,8 +311,9 @@ def seeds_said(frame: DataFrame) -> list[str]:
     seeds = frame[frame["method"] != "base"].groupby(["family", "arm"])["seed"].nunique()
     if seeds.max() == 1:
         return ["One seed an arm."]
-    few = " (fewer: no interval)" if seeds.min() < MIN_SEEDS else ""
-    return [f"Mean over {seeds.min()} to {seeds.max()} seeds, bars: 95 % t interval{few}."]
+    count = " to ".join(dict.fromkeys((str(seeds.min()), str(seeds.max()))))
+    few = f" from {MIN_SEEDS} seeds on" if seeds.min() < MIN_SEEDS else ""
+    return [f"Mean over {count} seeds, bars: 95 % t interval{few}."]
 
 
 def told(figure: Figure, frame: DataFrame, sentences: list[str]) -> Figure:

@@ -26,6 +26,7 @@ from spectral import (
     rank90,
     relative_frobenius,
     relative_spectral,
+    singular_values,
     stable_rank,
     svd,
     threshold_ratio,
@@ -135,7 +136,7 @@ def _update(change: torch.Tensor, kept: int) -> tuple[SVD, torch.Tensor]:
     if kept:
         whole = svd(change)
         return SVD(whole.U[:, :kept], whole.S[:kept], whole.Vh[:kept]), whole.S
-    values = torch.linalg.svdvals(change)
+    values = singular_values(change)
     m, n = change.shape
     return SVD(change.new_zeros(m, 0), values[:0], change.new_zeros(0, n)), values
 

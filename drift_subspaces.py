@@ -64,8 +64,8 @@ def records_between(runs: list[Directions]) -> list[dict[str, Any]]:
     """phi of every pair of runs over the matrices that both have, a module and a side a record.
 
     Of LoRA all directions are compared, of a dense update as many as the LoRA run has (of two dense
-    ones all that are kept); and the leading ones alone, equally many of both. `random` is what
-    random subspaces of these sizes have on average.
+    ones all that are kept): `directions` is "all"; and the leading ones alone, equally many of
+    both. `random` is what random subspaces of these sizes have on average.
     """
     values: dict[tuple, list[tuple[float, float]]] = {}
     for matrix in sorted(set().union(*(run.matrices() for run in runs))):
@@ -82,8 +82,8 @@ def records_between(runs: list[Directions]) -> list[dict[str, Any]]:
                         values.setdefault(key, []).append(found)
     by_name = {run.run: run for run in runs}
     return [
-        _record(by_name[run], by_name[other], module, side, found)
-        for (run, other, module, side, _), found in values.items()
+        _record(by_name[run], by_name[other], module, side, kind, found)
+        for (run, other, module, side, kind), found in values.items()
         if module != "both" or set(PAIR) <= _modules(by_name[run]) & _modules(by_name[other])
     ]
 
@@ -94,7 +94,7 @@ def _sizes(run: Directions, other: Directions, i: int, j: int) -> dict[str, tupl
     if run.is_dense != other.is_dense:
         whole = (min(i, j), j) if run.is_dense else (i, min(i, j))
     leading = min(i, j, LEADING)
-    return {"whole": whole, "leading": (leading, leading)}
+    return {"all": whole, "leading": (leading, leading)}
 
 
 def _modules(run: Directions) -> set[str]:
@@ -102,7 +102,7 @@ def _modules(run: Directions) -> set[str]:
 
 
 def _record(
-    run: Directions, other: Directions, module: str, side: str, found: list[tuple]
+    run: Directions, other: Directions, module: str, side: str, kind: str, found: list[tuple]
 ) -> dict[str, Any]:
     value, random, i, j = (list(column) for column in zip(*found))
     return {
@@ -113,6 +113,7 @@ def _record(
         "side": side,
         "k": max(i),
         "eps": None,
+        "directions": kind,
         "other": other.run,
         "other_step": other.step,
         "other_k": max(j),

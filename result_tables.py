@@ -30,7 +30,7 @@ SCRIPTS = {
 TEXT = ("run", "family", "method", "split", "task", "metric")
 NUMBERS = ("rank", "seed", "step", "fraction", "value")
 OPTIONAL = {
-    **dict.fromkeys(("low", "high", "stderr"), math.nan),
+    **dict.fromkeys(("low", "high", "stderr", "n"), math.nan),
     "shots": 0,
     "prompt": 0,
     "update_scale": 1.0,

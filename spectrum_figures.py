@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import INTRUDER_EPSILON
-from drift_figures import MODULES, OVERALL, families_of, grid, label_edges, told
+from config import INTRUDER_EPSILON, RANKS
+from drift_figures import MODULES, families_of, grid, label_edges, told
 from plotting import DENSE, GREY, nothing, style_of, styled
 from result_tables import LABEL, arm_order, last_checkpoints
 
@@ -100,6 +100,7 @@ def similarity_matrices(frame: DataFrame, folder: Path) -> Figure:
             [MODULES[m] for m in layers],
             {run.arm: run for run in found},
             cell=(2.1, 2.1),
+            share_x=False,
         )
         for module, layer in layers.items():
             for run, (spectra, similarities) in found.items():
@@ -135,8 +136,8 @@ def _similarity(ax: Axes, matrix: Any, spectra: DataFrame, module: str, layer: i
     own = own[own["index"] <= size]
     intruders = own[own["max_cosine"] < INTRUDER_EPSILON]["index"] - 1
     style = {"marker": "v", "linestyle": "", "color": DENSE["full"], "markersize": 3}
-    if len(intruders):  # an empty line that is not clipped has no place in a layout
-        ax.plot(intruders, [-1.2 * size / 64] * len(intruders), clip_on=False, **style)
+    for line in ax.plot(intruders, [-1.5 * size / 64] * len(intruders), clip_on=False, **style):
+        line.set_in_layout(False)  # outside the axes, where it would shrink them
     ax.set(xlim=(-0.5, size - 0.5), ylim=(len(matrix) - 0.5, -0.5))
     ticks = [t for t in (1, 16, 32, 48, 64) if t <= size]
     ax.set_xticks([t - 1 for t in ticks], [str(t) for t in ticks])
@@ -150,7 +151,7 @@ def _strangest(spectra: DataFrame, module: str) -> int | None:
     own = spectra[(spectra["module"] == module) & (spectra["index"] <= 64)].dropna(
         subset=["max_cosine"]
     )
-    return None if own.empty else int(own.loc[own["max_cosine"].idxmin(), "layer"])
+    return None if own.empty else int(own["layer"].iloc[own["max_cosine"].argmin()])
 
 
 # ------------------------------------------------------------------------------ phi of runs
@@ -161,8 +162,10 @@ def phi_between_runs(frame: DataFrame, folder: Path) -> Figure:
     rows = frame[(frame["metric"] == "update_phi") & frame["module"].isin(MODULES)]
     if rows.empty:
         return nothing(frame, "fewer than two runs with an update, so none to compare")
-    is_leading = (rows["k"] == rows["other_k"]) & (rows["k"] == rows["k"].min())
-    kinds = {"all directions": rows, f"the first {int(rows['k'].min())}": rows[is_leading]}
+    kinds = {
+        "all directions": rows[rows["directions"] == "all"],
+        f"the first {min(RANKS)}": rows[rows["directions"] == "leading"],
+    }
     runs = _ordered_runs(frame, set(rows["run"]) | set(rows["other"]))
     side = max(2.2, 0.13 * len(runs))
     with styled():
@@ -191,12 +194,12 @@ def phi_between_runs(frame: DataFrame, folder: Path) -> Figure:
 
 
 def _phi_matrix(ax: Axes, rows: DataFrame, runs: dict[str, str]) -> Any:
-    """Both sides in one square. Of a pair's two sizes (all, the first), the larger is taken."""
+    """Both sides in one square."""
     import numpy as np
 
     place = {run: i for i, run in enumerate(runs)}
     matrix = np.full((len(runs), len(runs)), np.nan)
-    for row in rows.sort_values("k").itertuples():
+    for row in rows.itertuples():
         i, j = sorted((place[row.run], place[row.other]))
         matrix[(i, j) if row.side == "left" else (j, i)] = row.value
     image = ax.imshow(matrix, cmap="magma", vmin=0, vmax=1, aspect="auto")
@@ -232,10 +235,10 @@ def _ordered_runs(frame: DataFrame, names: set[str]) -> dict[str, str]:
 
 
 def contrasted(frame: DataFrame) -> DataFrame:
-    """Last checkpoints of the weakest and strongest LoRA and full fine-tuning, of one family
-    and seed: the first family that has the most of them. Columns run, step, arm, rank."""
+    """Last checkpoints of the weakest and strongest LoRA and full fine-tuning with Q and V, of one
+    family and seed: the first family that has the most of them. Columns run, step, arm, rank."""
     last = last_checkpoints(frame)
-    last = last[(last["layer"] == OVERALL) & (last["metric"] == "relative_frobenius")]
+    last = last[(last["module"] == "both") & (last["metric"] == "relative_frobenius")]
     plain = last["arm"].map(lambda a: bool(LABEL.fullmatch(a)) and not LABEL.fullmatch(a)["extra"])
     last = last[plain] if plain.any() else last
     best: list[Any] = []

@@ -186,6 +186,8 @@ def draw(path: Path, pdf: bool) -> Path:
     from result_tables import load_records
 
     frame, folder = load_records(path), path.parent / "figures"
+    if frame.empty:  # every checkpoint was broken
+        return folder
     for figure in (*drift_figures.FIGURES, *spectrum_figures.FIGURES):
         save(figure(frame, path.parent), folder / f"{figure.__name__}.png", pdf)
     return folder

@@ -331,7 +331,7 @@ def test_records_survive_json_without_the_optional_fields(tmp_path):
     path = write_study(tmp_path, retention_study(points=1, grid=GRID[:1]), script="retention")
     document = json.loads(path.read_text())
     for row in document["records"]:
-        for name in ("chance", "at_chance", "p_value", "stderr"):
+        for name in ("chance", "at_chance", "p_value", "stderr", "n"):
             row.pop(name, None)
     path.write_text(json.dumps(document))
     for draw in FIGURES:
