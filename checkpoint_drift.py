@@ -126,7 +126,10 @@ class DriftAnalysis:
 def _weights_key(folder: Path) -> dict[str, Any]:
     """What tells a checkpoint's weights from others: the manifest's sha256, else size and time."""
     if (folder / MANIFEST).is_file():
-        files = read_json(folder / MANIFEST)["files"]
+        try:
+            files = read_json(folder / MANIFEST)["files"]
+        except UserError:  # not measured yet, then; `measure` says what is wrong
+            return {}
         return {name: r["sha256"] for name, r in files.items() if name.endswith(".safetensors")}
     found = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}

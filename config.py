@@ -286,7 +286,7 @@ def _folder(value: object, variable: str) -> Path:
 def guarded(main: Callable[..., int]) -> Callable[..., int]:
     """Turn a UserError into one line on stderr and exit code 2, and Ctrl-C into 130.
 
-    What ends well says last how long it took.
+    What takes a second or more says last how long.
     """
 
     @functools.wraps(main)
@@ -294,7 +294,8 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
         start = time.monotonic()
         try:
             code = main(argv)
-            print(f"{time.monotonic() - start:.0f} s", flush=True)
+            if time.monotonic() - start >= 1:
+                print(f"{time.monotonic() - start:.0f} s", flush=True)
             return code
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

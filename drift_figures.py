@@ -119,7 +119,8 @@ def intruders_by_threshold(frame: DataFrame, folder: Path) -> Figure:
             own = own[own["layer"] == OVERALL]
             arms |= _curves(ax, own, x)
             if x == "k":
-                ks = sorted(own["k"].unique())[::-2]
+                ks = sorted(own["k"].unique())
+                ks = ks[::-2] if len(ks) > 4 else ks  # every other where they are many
                 ax.set_xscale("log", base=2)
                 ax.set_xticks(ks, [f"{k:.0f}" for k in ks], minor=False)
                 ax.set_xlabel("$k$")

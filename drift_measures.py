@@ -258,7 +258,8 @@ def whole_model(squares: dict[str, tuple[float, float]]) -> list[dict[str, Any]]
     total = sum(update for update, _ in squares.values())
     whole = _row("relative_frobenius", relative_norm(squares.values()))
     rows = [{**whole, "module": "all", "n": len(squares)}]
-    for module, updates in groups.items():
+    moved = {module: u for module, u in groups.items() if any(u) or module == "both"}
+    for module, updates in moved.items():
         share = _row("update_share", sum(updates) / total if total else 0.0)
         rows.append({**share, "module": module, "n": len(updates)})
     return rows

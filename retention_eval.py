@@ -16,6 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,13 @@ def measure_all(retention: Retention, results: Any, base: Any, pending: list[Uni
             progress.update(len(units))
             continue
         try:
-            for unit, scaled in _at_their_scales(base, checkpoint, model, units):
-                progress.set_description(unit.name)
-                records, scores = retention.measure(scaled, unit)
-                results.write(unit.name, retention.request(unit), records, scores)
-                progress.update()
+            # closed before the next checkpoint, or the end of scaling would write into its model
+            with closing(_at_their_scales(base, checkpoint, model, units)) as planned:
+                for unit, scaled in planned:
+                    progress.set_description(unit.name)
+                    records, scores = retention.measure(scaled, unit)
+                    results.write(unit.name, retention.request(unit), records, scores)
+                    progress.update()
         except UserError as error:
             if checkpoint is None:
                 raise
@@ -262,10 +265,18 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(units)} measurements, {len(units) - len(pending)} of them are there", flush=True)
     broken = measure_all(retention, results, base, pending)
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
-    path = results.join("retention", meta, derived_records(results))
+    derived, others = derived_records(results)
+    path = results.join("retention", meta, derived)
     print(table(read_json(path)["records"]))
     figures = draw(path, settings, args.pdf)
     print(f"records: {path}\nitems: {results.folder / 'items'}\nfigures: {figures}")
+    if others:
+        print(
+            f"warning: {len(others)} measurements, such as {others[0]}, were made with another"
+            " precision, limit or data than the base's and are not compared with it; measure them"
+            " again with the same flags",
+            file=sys.stderr,
+        )
     for message in broken:
         print(f"error: {message}", file=sys.stderr)
     return 1 if broken else 0

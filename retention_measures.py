@@ -118,14 +118,11 @@ class Retention:
 
         Raises UserError for a model that gives no finite numbers.
         """
-        if unit.kind == "drift":
-            return self._drift(model, unit), []
         kinds = {"benchmark": self._benchmark, "text": self._text, "adaptation": self._adaptation}
-        records, scores = kinds[unit.kind](model, unit)
-        for s in scores:
-            if s.value != s.value:
-                raise UserError(f"{unit.name}: the model's logits are not finite")
-        return records, scores
+        try:
+            return kinds.get(unit.kind, self._drift)(model, unit)
+        except (UserError, FloatingPointError) as error:
+            raise UserError(f"{unit.name}: {error}") from None
 
     def _options(self) -> dict[str, Any]:
         from lm_eval_backend import TOKEN_BUDGETS
@@ -137,8 +134,6 @@ class Retention:
     def _benchmark(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
         benchmarks = self.benchmark(unit)
         (result,) = benchmarks.measure(model, **self._options())
-        if not np.isfinite([x for row in result.log_likelihoods for x in row]).all():
-            raise UserError(f"{unit.name}: the model's logits are not finite")
         definition = next(iter(benchmarks.tasks.values())).config
         split = definition.test_split or definition.validation_split
         common = {**unit.fields, "split": split}
@@ -213,7 +208,7 @@ class Retention:
                 name: observe(base, found, copy_head=overwritten) for name, found in wanted.items()
             }
 
-    def _drift(self, model: Any, unit: Unit) -> list[Record]:
+    def _drift(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
         import torch
 
         from metrics import Scores, mean
@@ -221,11 +216,8 @@ class Retention:
 
         records = []
         for task in ("text", *FAMILIES.get(unit.subject.family or "", ())):
-            try:
-                with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-                    found = compare(self.references[task], model)
-            except FloatingPointError as error:
-                raise UserError(f"{unit.name}: {error}") from None
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+                found = compare(self.references[task], model)
             common = {**unit.fields, "split": "test" if task == "text" else "validation"}
             common |= {"task": task}
             for metric, sums in (("kl", found.kl), ("agreement", found.agreed)):
@@ -237,7 +229,7 @@ class Retention:
                     {**common, "value": float(value), "layer": layer, "of": name}
                     for layer, (name, value) in enumerate(zip(found.layers, found.cka))
                 ]
-        return records
+        return records, []
 
 
 def _task(unit: Unit) -> Task:

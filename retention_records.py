@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,16 @@ Record = dict[str, Any]
 Key = tuple[str, int, float]  # run, step, scale of the update
 
 BASE: Key = ("base", 0, 1.0)
+
+
+class Measured(NamedTuple):
+    """A unit on disk: its name, the record of its primary metric, and what was asked."""
+
+    unit: str
+    record: Record
+    request: dict[str, Any]
+
+
 TEXT = "text_"  # before a source of held-out text
 PRIMARY = ("acc_norm", "acc", "log_likelihood")
 Z = 1.959964  # of a normal 95 % interval
@@ -93,27 +103,49 @@ def at_chance(record: Record) -> bool:
 # ------------------------------------------------------------------------ from unit to unit
 
 
-def derived_records(results: Results) -> list[Record]:
-    """Forgetting of every task, and means over the benchmarks, from the units that are there."""
-    found: dict[Key, dict[str, tuple[str, Record]]] = {}
+def derived_records(results: Results) -> tuple[list[Record], list[str]]:
+    """Forgetting of every task, and means over the benchmarks, from the units that are there.
+
+    Benchmarks with other numbers of examples are other benchmarks: they are compared apart. Also
+    the units that could not be compared with the base's, since they were measured otherwise.
+    """
+    found: dict[int, dict[Key, dict[str, Measured]]] = {}
+    plain: list[tuple[Key, Measured]] = []
     for unit, document in results.units():
         records = [r for r in document["records"] if "layer" not in r and r["metric"] != "kl"]
         metrics = [r["metric"] for r in records if r["metric"] != "agreement"]
-        if metrics:
-            record = next(r for r in records if r["metric"] == primary(metrics))
-            key = (record["run"], record["step"], record["update_scale"])
-            found.setdefault(key, {})[record["task"]] = (unit, record)
-    base = found.get(BASE, {})
-    records = []
-    for key, tasks in found.items():
-        records += _mean_retention(tasks, base) + _mean_adaptation(tasks)
-        if key != BASE:
-            records += _forgetting(results, tasks, base)
-    return records + _matched(results, found)
+        if not metrics:
+            continue
+        record = next(r for r in records if r["metric"] == primary(metrics))
+        key = (record["run"], record["step"], record["update_scale"])
+        measured = Measured(unit, record, document["request"])
+        if _is_benchmark(record):
+            own = found.setdefault(record["shots"], {})
+            own.setdefault(key, {})[record["task"]] = measured
+        else:
+            plain.append((key, measured))
+    found = found or {0: {}}
+    for own in found.values():
+        for key, measured in plain:
+            own.setdefault(key, {})[measured.record["task"]] = measured
+    records, others = [], []
+    for number, shots in enumerate(sorted(found)):
+        own = found[shots]
+        base = own.get(BASE, {})
+        for key, tasks in own.items():
+            records += _mean_retention(tasks, base)
+            records += [] if number else _mean_adaptation(tasks)
+            if key != BASE:
+                once = {t: m for t, m in tasks.items() if not number or _is_benchmark(m.record)}
+                compared, uncompared = _forgetting(results, once, base)
+                records += compared
+                others += uncompared
+        records += _matched(results, own)
+    return records, others
 
 
 def _benchmarks(tasks: Mapping[str, Any]) -> list[str]:
-    return [task for task, (_, record) in tasks.items() if _is_benchmark(record)]
+    return [task for task, measured in tasks.items() if _is_benchmark(measured.record)]
 
 
 def _is_benchmark(record: Record) -> bool:
@@ -124,7 +156,7 @@ def _mean_retention(tasks: Mapping[str, Any], base: Mapping[str, Any]) -> list[R
     names = _benchmarks(tasks)
     if not names or set(names) != set(_benchmarks(base)):
         return []
-    own = [tasks[name][1] for name in names]
+    own = [tasks[name].record for name in names]
     value = float(np.mean([r["value"] for r in own]))
     stderr = math.sqrt(sum(r["stderr"] ** 2 for r in own)) / len(own)
     return [_over(own, "retention", value, stderr)]
@@ -136,7 +168,7 @@ def _mean_adaptation(tasks: Mapping[str, Any]) -> list[Record]:
     for family in FAMILIES.values():
         if not all(task in tasks for task in family):
             continue
-        own = [tasks[task][1] for task in family]
+        own = [tasks[task].record for task in family]
         units = [100 if "bleu" in r["metric"] else 1 for r in own]
         value = float(np.mean([r["value"] / u for r, u in zip(own, units)]))
         stderr = math.sqrt(sum((r["stderr"] / u) ** 2 for r, u in zip(own, units))) / len(own)
@@ -151,19 +183,16 @@ def _matched(results: Results, found: Mapping[Key, Mapping[str, Any]]) -> list[R
     """
     ends: dict[str, dict[str, list[tuple[float, int]]]] = {}
     for (run, step, scale), tasks in found.items():
-        families = {r["family"] for _, r in tasks.values() if r["family"] in FAMILIES}
+        families = {m.record["family"] for m in tasks.values()} & set(FAMILIES)
         if scale != 1 and len(families) == 1:
             ends.setdefault(families.pop(), {}).setdefault(run, []).append((scale, step))
     records = []
     for family, runs in ends.items():
         curves = [_curve(results, found, family, run, sorted(ends)) for run, ends in runs.items()]
         for one, other in combinations([c for c in curves if c], 2):
-            try:
-                m = matched_forgetting(one, other)
-            except ValueError:  # measured on other items: what one has is another study's
-                continue
+            m = matched_forgetting(one, other)
             step = runs[one.arm][0][1]
-            common = next(iter(found[one.arm, step, 1.0].values()))[1]
+            common = next(iter(found[one.arm, step, 1.0].values())).record
             records.append(
                 {
                     **_without_figures(common),
@@ -183,7 +212,10 @@ def _curve(
     run: str,
     ends: Sequence[tuple[float, int]],
 ) -> Curve | None:
-    """The run's curve from the base through its scaled updates; None if a part is missing."""
+    """The run's curve from the base through its scaled updates.
+
+    None if a part is missing, or was not measured as the base was: on other items, say.
+    """
     step = ends[0][1]
     keys = {0.0: BASE, 1.0: (run, step, 1.0)} | {t: (run, step, t) for t, _ in ends}
     scales = sorted(keys)
@@ -191,9 +223,13 @@ def _curve(
     benchmarks = [b for b in _benchmarks(there[0]) if all(b in tasks for tasks in there)]
     if not benchmarks or not all(task in tasks for task in FAMILIES[family] for tasks in there):
         return None
+    for task in (*benchmarks, *FAMILIES[family]):
+        if any(tasks[task].request != there[0][task].request for tasks in there):
+            return None
 
     def scores(task: str) -> list[Scores]:
-        return [results.items(tasks[task][0])[tasks[task][1]["metric"]] for tasks in there]
+        own = (tasks[task] for tasks in there)
+        return [results.items(m.unit)[m.record["metric"]] for m in own]
 
     adaptation = {task: scores(task) for task in FAMILIES[family]}
     return Curve(run, scales, adaptation, {name: scores(name) for name in benchmarks})
@@ -218,16 +254,22 @@ def _over(own: Sequence[Record], metric: str, value: float, stderr: float) -> Re
 
 
 def _forgetting(
-    results: Results, tasks: Mapping[str, Any], base: Mapping[str, Any]
-) -> list[Record]:
-    """The base minus this model on the same items: every task, then the benchmarks' mean."""
-    records, compared = [], {}
-    for task, (unit, record) in tasks.items():
+    results: Results, tasks: Mapping[str, Measured], base: Mapping[str, Measured]
+) -> tuple[list[Record], list[str]]:
+    """The base minus this model on the same items: every task, then the benchmarks' mean.
+
+    Also the units that were not measured as the base's were, and are not compared.
+    """
+    records, compared, others = [], {}, []
+    for task, (unit, record, request) in tasks.items():
         if task not in base or not (_is_benchmark(record) or task.startswith(TEXT)):
+            continue
+        if not _comparable(request, base[task].request):
+            others.append(unit)
             continue
         metric = record["metric"]
         ours = results.items(unit)[metric]
-        theirs = _first(results.items(base[task][0])[metric], len(ours.statistics))
+        theirs = _first(results.items(base[task].unit)[metric], len(ours.statistics))
         found = compare_checkpoints(theirs, ours)
         flips = {}
         if ours.items is not None:
@@ -237,17 +279,36 @@ def _forgetting(
             }
         if _is_benchmark(record):
             compared[task] = found
-            flips["at_chance"] = at_chance(base[task][1])
+            flips["at_chance"] = at_chance(base[task].record)
         records.append({**_without_figures(record), "of": metric, **_figures(found), **flips})
     if set(compared) == set(_benchmarks(base)) and compared:
-        records.append(_mean_forgetting([tasks[t][1] for t in compared], list(compared.values())))
-    return records
+        own = [tasks[task].record for task in compared]
+        records.append(_mean_forgetting(own, list(compared.values())))
+    return records, others
+
+
+def _comparable(request: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether a unit was measured as the base's was, at most on its first items.
+
+    A limit takes the first items and changes the digest of the requests, so with another limit the
+    rows themselves cannot be told apart; definition, examples and precision still can.
+    """
+    limit, most = request["limit"], base["limit"]
+    if limit == most:
+        return request == base
+    return (limit < most if most else limit > 0) and _without_rows(request) == _without_rows(base)
+
+
+def _without_rows(request: Mapping[str, Any]) -> dict[str, Any]:
+    benchmarks = {
+        name: {k: v for k, v in identity.items() if k != "requests"}
+        for name, identity in request.get("benchmark", {}).items()
+    }
+    return {**request, "limit": 0, "benchmark": benchmarks}
 
 
 def _first(scores: Scores, count: int) -> Scores:
     """The first items: a limit takes the first documents, so they are those of a smaller one."""
-    if len(scores.statistics) < count:
-        raise ValueError(f"{len(scores.statistics)} items of the base for {count} of a checkpoint")
     return Scores(scores.name, scores.statistics[:count], scores.aggregate)
 
 
@@ -267,7 +328,7 @@ def _mean_forgetting(own: Sequence[Record], found: Sequence[Comparison]) -> Reco
 
     value = float(np.mean([c.difference for c in found]))
     stderr = math.sqrt(sum(c.stderr**2 for c in found)) / len(found)
-    p_value = float(2 * norm.sf(abs(value) / stderr)) if stderr else 1.0
+    p_value = float(2 * norm.sf(abs(value) / stderr)) if stderr else float(value == 0)
     return _over(own, "forgetting", value, stderr) | {
         "test": "paired, normal, benchmarks' variances added",
         "p_value": p_value,

@@ -12,6 +12,7 @@ from config import BENCHMARKS, FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from result_tables import (
     RUN_NAME,
+    arm_order,
     gaps,
     is_trained,
     last_checkpoints,
@@ -156,16 +157,38 @@ def pareto_front(gain: Sequence[float], forgetting: Sequence[float]) -> np.ndarr
 
 
 def matched(frame: DataFrame) -> DataFrame:
-    """Forgetting of one run minus that of another where both score the same; `other` is its arm.
+    """Forgetting of every arm minus that of a family's reference where both score the same.
 
-    Of several scores at which a pair was compared, the highest.
+    The reference, `other`, is full fine-tuning, else the last arm of the legend. Runs of different
+    seeds are not held against each other (those of one seed saw the same batches), but for runs
+    from outside. Of several scores at which two runs were compared, the highest counts.
     """
+    import pandas as pd
+
     rows = frame[frame["metric"] == "matched_forgetting"].dropna(subset=["value"])
     if rows.empty:
         return rows
-    rows = rows.sort_values("score").drop_duplicates(["run", "other_run"], keep="last")
-    arms = frame.drop_duplicates("run").set_index("run")["arm"]
-    return rows.assign(other=rows["other_run"].map(arms).fillna(rows["other_run"]))
+    known = frame.drop_duplicates("run").set_index("run")
+    rows = rows.assign(
+        other=rows["other_run"].map(known["arm"]).fillna(rows["other_run"]),
+        other_seed=rows["other_run"].map(known["seed"]).fillna(rows["seed"]),
+    )
+    turned = rows.rename(columns=_both_ways("run", "arm", "seed"))
+    turned = turned.assign(value=-rows["value"], low=-rows["high"], high=-rows["low"])
+    rows = pd.concat([rows, turned]).sort_values("score", kind="stable")
+    rows = rows.drop_duplicates(["family", "run", "other_run"], keep="last")
+    ours = rows[["run", "other_run"]].map(lambda run: RUN_NAME.fullmatch(run) is not None)
+    rows = rows[(rows["seed"] == rows["other_seed"]) | ~ours.all(axis=1)]
+    found = rows.groupby("family")["other"].unique()
+    references = {f: "full" if "full" in a else max(a, key=arm_order) for f, a in found.items()}
+    reference = rows["family"].map(references)
+    return rows[(rows["other"] == reference) & (rows["arm"] != reference)]
+
+
+def _both_ways(*names: str) -> dict[str, str]:
+    """A renaming that swaps run, arm and seed with those of the other side."""
+    others = {name: "other" if name == "arm" else f"other_{name}" for name in names}
+    return others | {other: name for name, other in others.items()}
 
 
 def retention_gaps(retention: DataFrame, adaptation: DataFrame | None = None) -> list[str]:

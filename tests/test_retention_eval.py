@@ -123,29 +123,77 @@ def test_a_guess_is_told_from_knowledge():
     assert at_chance(record) and not at_chance({**record, "stderr": 0.019})
 
 
-def test_forgetting_that_is_there_is_found_with_its_sign(tmp_path):
-    results = Results(tmp_path)
+def write_quiz(results, run, right, shots=0, **request):
+    """A unit of a benchmark of our own: which items a model has right."""
+    stats = np.stack([right, np.ones(len(right))], 1).astype(float)
+    record = {"run": run, "step": 0 if run == "base" else 5, "update_scale": 1.0, "task": "quiz"}
+    record |= {"metric": "acc", "value": float(right.mean()), "stderr": 0.024, "chance": 0.25}
+    record |= {"n": len(right), "split": "test", "family": "similar", "method": "full"}
+    record |= {"low": 0.0, "high": 1.0, "shots": shots}
+    asked = {"precision": "fp32", "limit": 0, "benchmark": {"quiz": {"requests": "all"}}} | request
+    unit = f"{run}-quiz-{shots}shot"
+    results.write(unit, asked, [record], [Scores("acc", stats, mean)])
+
+
+def quiz_answers():
     rng = np.random.default_rng(0)
     base = rng.random(400) < 0.6
-    tuned = base & (rng.random(400) < 0.8)
-    for run, step, right in (("base", 0, base), ("tuned", 5, tuned)):
-        stats = np.stack([right, np.ones(400)], 1).astype(float)
-        record = {"run": run, "step": step, "update_scale": 1.0, "task": "quiz", "metric": "acc"}
-        record |= {
-            "value": right.mean(),
-            "stderr": 0.024,
-            "chance": 0.25,
-            "n": 400,
-            "split": "test",
-        }
-        record |= {"family": "similar", "method": "full", "low": 0.0, "high": 1.0}
-        results.write(f"{run}-{step}-quiz", {}, [record], [Scores("acc", stats, mean)])
-    found = {r["task"]: r for r in derived_records(results) if r["metric"] == "forgetting"}
-    lost = (base & ~tuned).sum()
-    assert found["quiz"]["forgotten"] == lost and found["quiz"]["gained"] == 0
-    assert found["quiz"]["value"] == pytest.approx(lost / 400)
-    assert found["quiz"]["p_value"] < 1e-6 and found["mean"]["p_value"] < 1e-6
-    assert found["quiz"]["low"] > 0 and not found["quiz"]["at_chance"]
+    return base, base & (rng.random(400) < 0.8)
+
+
+def forgetting_in(results):
+    records, others = derived_records(results)
+    return {(r["task"], r["shots"]): r for r in records if r["metric"] == "forgetting"}, others
+
+
+def test_forgetting_that_is_there_is_found_with_its_sign(tmp_path):
+    base, tuned = quiz_answers()
+    results = Results(tmp_path)
+    write_quiz(results, "base", base)
+    write_quiz(results, "tuned", tuned)
+    found, others = forgetting_in(results)
+    lost, quiz = (base & ~tuned).sum(), found["quiz", 0]
+    assert quiz["forgotten"] == lost and quiz["gained"] == 0
+    assert quiz["value"] == pytest.approx(lost / 400)
+    assert quiz["p_value"] < 1e-6 and found["mean", 0]["p_value"] < 1e-6
+    assert quiz["low"] > 0 and not quiz["at_chance"] and not others
+
+
+def test_other_numbers_of_examples_are_compared_apart(tmp_path):
+    base, tuned = quiz_answers()
+    results = Results(tmp_path)
+    write_quiz(results, "base", base)
+    write_quiz(results, "base", np.ones(400, bool), shots=5)
+    write_quiz(results, "tuned", tuned)
+    found, _ = forgetting_in(results)
+    assert set(found) == {("quiz", 0), ("mean", 0)}
+    assert found["quiz", 0]["value"] == pytest.approx((base & ~tuned).mean())
+    write_quiz(results, "tuned", np.zeros(400, bool), shots=5)
+    found, _ = forgetting_in(results)
+    assert found["quiz", 5]["value"] == 1 and found["mean", 5]["p_value"] == 0
+    assert found["quiz", 0]["value"] == pytest.approx((base & ~tuned).mean())
+
+
+@pytest.mark.parametrize(
+    ("request_", "count", "is_compared"),
+    [
+        ({}, 400, True),
+        ({"limit": 100, "benchmark": {"quiz": {"requests": "first"}}}, 100, True),
+        ({"precision": "bf16 autocast"}, 400, False),
+        ({"benchmark": {"quiz": {"requests": "other rows"}}}, 400, False),
+        ({"limit": 100, "benchmark": {"quiz": {"definition": "other"}}}, 100, False),
+    ],
+)
+def test_only_what_was_measured_as_the_base_was_is_compared(tmp_path, request_, count, is_compared):
+    base, tuned = quiz_answers()
+    results = Results(tmp_path)
+    write_quiz(results, "base", base)
+    write_quiz(results, "tuned", tuned[:count], **request_)
+    found, others = forgetting_in(results)
+    assert (("quiz", 0) in found) == is_compared
+    assert others == ([] if is_compared else ["tuned-quiz-0shot"])
+    if is_compared:
+        assert found["quiz", 0]["value"] == pytest.approx((base & ~tuned)[:count].mean())
 
 
 def test_without_runs_the_base_is_measured(model):

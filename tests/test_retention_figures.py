@@ -19,7 +19,7 @@ from retention_figures import (
     matched_forgetting,
     retention_curves,
 )
-from retention_tables import pareto_front, plane_points, retention_gaps
+from retention_tables import matched, pareto_front, plane_points, retention_gaps
 
 RUN = "similar_lora_r8_seed42"
 T = 4.3027 / math.sqrt(3)  # half a 95 % interval over three seeds, in standard deviations
@@ -137,17 +137,48 @@ def test_cka_runs_over_the_layers_of_the_last_checkpoint(frame):
     assert np.allclose(line.get_xydata(), [(0, 1.0), (1, 0.9), (2, 0.8)])
 
 
-def test_matched_forgetting_is_held_against_the_other_arm_at_the_highest_score(frame):
-    other = {"other_run": "similar_full_seed42"}
+def pair(run, other, value, score=0.6):
+    seed = int(run[-2:])
+    method = "full" if "full" in run else "lora"
+    fields = {"other_run": other, "score": score, "seed": seed, "method": method}
+    return kept(run, "mean", "matched_forgetting", value, **fields)
+
+
+def test_matched_forgetting_is_held_against_full_at_the_highest_score(frame):
+    full = "similar_full_seed42"
     records = [
-        kept("similar_full_seed42", "mean", "forgetting", 0.1, method="full"),
-        kept(RUN, "mean", "matched_forgetting", -0.03, score=0.6, **other),
-        kept(RUN, "mean", "matched_forgetting", -0.01, score=0.5, **other),
+        kept(full, "mean", "forgetting", 0.1, method="full"),
+        pair(RUN, full, -0.03),
+        pair(RUN, full, -0.01, score=0.5),
     ]
     figure = matched_forgetting(frame(records))
     ax = panel(figure, "similar: against full")
     assert list(lines(ax, "LoRA r=8")[0].get_ydata()) == [-0.03]
+    assert np.allclose(bars(ax, "LoRA r=8"), [(-0.05, -0.005)])
     assert "One seed" in notes(figure)
+    # The other way round it is the same number.
+    turned = [records[0], kept(RUN, "mean", "forgetting", 0.1), pair(full, RUN, 0.03)]
+    (row,) = matched(frame(turned)).itertuples()
+    assert (row.run, row.arm, row.other, row.value) == (RUN, "LoRA r=8", "full", -0.03)
+    assert (row.low, row.high) == pytest.approx((-0.055, -0.01))
+
+
+def test_matched_forgetting_pairs_runs_of_one_seed(frame):
+    runs = {f"similar_{arm}_seed{s}": s for s in (42, 43, 44) for arm in ("lora_r8", "full")}
+    records = [
+        kept(run, "mean", "forgetting", 0.1, seed=s, method="full" if "full" in run else "lora")
+        for run, s in runs.items()
+    ]
+    names = sorted(runs)
+    records += [
+        pair(one, other, 0.01 * runs[one] if runs[one] == runs[other] else 9.0)
+        for i, one in enumerate(names)
+        for other in names[i + 1 :]
+    ]
+    rows = matched(frame(records))
+    # Full's runs come first in the records, so the sign turns.
+    assert sorted(rows["value"]) == pytest.approx([-0.44, -0.43, -0.42])
+    assert "Mean of 3 seeds" in notes(matched_forgetting(frame(records)))
 
 
 # ------------------------------------------------------------------------- the plane

@@ -1,150 +1,423 @@
-"""The drift script on runs of a two-layer LLaMA, against dense decompositions."""
+"""The drift script on checkpoints of a two-layer LLaMA, as a user would call it."""
 
 import json
-import math
 import shutil
+import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import assert_one_line_error, settings_for
 from safetensors.torch import load_file, save_file
 
+from checkpoint_utils import load_base, prepare_base
 from multi_task_training import main as train
+from spectral import random_similarity
 from svd_analysis import main
 
 STUDY = "drifted"
-RUN = "similar_lora_r4_limit16_fp32_checkpoints2_seed42"
-FULL = "similar_full_limit16_fp32_checkpoints2_seed42"
-K = ["--top-k", "4", "16"]
+RUN = "similar_lora_r4_steps2_limit16_fp32_checkpoints2_seed42"
+FULL = "similar_full_steps2_limit16_fp32_checkpoints2_seed42"
+ADAPTER = "adapter_model.safetensors"
+SIDES = {"left": 0, "right": 1}
 
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    return ["--model", str(tiny), "--study", STUDY]
+    return ["--model", str(tiny)]
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return prepare_base(settings_for(model=str(tiny)))
+
+
+def place(study):
+    return settings_for().output_dir / "drift_analysis_plots" / study
 
 
 @pytest.fixture(scope="module")
 def folder(model):
-    short = ["--limit", "16", "--dtype", "fp32", "--set", "checkpoints=2", *model]
-    assert train(["--similar", "--lora", "4", "--full-finetune", *short]) == 0
-    assert main([*model, *K]) == 0
-    return settings_for(study=STUDY).output_dir / "drift_analysis_plots" / STUDY
+    """A study with a LoRA and a full run, analysed."""
+    short = ["--limit", "16", "--max-steps", "2", "--dtype", "fp32", "--set", "checkpoints=2"]
+    argv = ["--similar", "--lora", "4", "--full-finetune", *short, *model, "--study", STUDY]
+    assert train(argv) == 0
+    assert main([*model, "--study", STUDY]) == 0
+    return place(STUDY)
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """Figures are drawn once, in `folder`; here they would take most of the time."""
+    monkeypatch.setattr("svd_analysis.draw", lambda path, pdf: path.parent / "figures")
+
+
+def make_adapter(base, folder, seed=0, strength=1.0, **fields):
+    """A PEFT folder with random A and B; its update by matrix, in fp64."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **fields}
+    model = get_peft_model(load_base(base), LoraConfig(init_lora_weights=False, **fields))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(strength)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    model = model.double()
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+def make_full(base, folder, noise=0.02):
+    """A checkpoint of the whole model; the updates of its tensors, in fp64."""
+    torch.manual_seed(3)
+    model = load_base(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    start = dict(load_base(base).named_parameters())
+    return {
+        name.removesuffix(".weight"): (tuned.double() - start[name].double()).detach()
+        for name, tuned in model.named_parameters()
+    }
+
+
+def analyse(model, study, *argv):
+    """Run the script; the records and all layers' rows."""
+    assert main([*model, "--study", study, *map(str, argv)]) == 0
+    return records_in(place(study)), layers_in(place(study))
+
+
+def records_in(folder):
+    return pd.DataFrame(json.loads((folder / "drift.json").read_text())["records"])
 
 
 def layers_in(folder):
-    found = pd.read_parquet(folder / "drift_layers.parquet")
-    return found.astype({"metric": str, "module": str, "run": str, "side": str})
+    return pd.read_parquet(folder / "drift_layers.parquet")
 
 
-def matrices(model, run, layer, module):
-    """Base and tuned matrix of a last checkpoint, in fp64, merged by hand."""
-    name = f"model.layers.{layer}.self_attn.{module}.weight"
-    base = load_file(f"{model[1]}/model.safetensors")[name].double()
-    checkpoint = settings_for(study=STUDY).runs_dir / run / "checkpoint-12"
-    if run == FULL:
-        return base, load_file(checkpoint / "model.safetensors")[name].double()
-    adapter = load_file(checkpoint / "adapter_model.safetensors")
-    stem = f"base_model.model.{name.removesuffix('.weight')}"
-    down, up = (adapter[f"{stem}.lora_{side}.weight"].double() for side in "AB")
-    return base, base + 2 * up @ down
+def value(frame, metric, module, **where):
+    """The one value of a record or row."""
+    rows = frame[(frame.metric == metric) & (frame.module == module)]
+    for name in ("k", "eps"):
+        wanted = where.pop(name, None)
+        rows = rows[rows[name].isna() if wanted is None else rows[name] == wanted]
+    for name, wanted in where.items():
+        rows = rows[rows[name] == wanted]
+    assert len(rows) == 1, rows
+    return rows.value.item()
 
 
-@pytest.mark.parametrize("run", [RUN, FULL])
-@pytest.mark.parametrize("module", ["q_proj", "v_proj"])
-def test_every_measure_is_that_of_dense_decompositions(folder, model, run, module):
-    found = layers_in(folder).query("run == @run and step == 12 and module == @module")
-    for layer in (0, 1):
-        base, tuned = matrices(model, run, layer, module)
-        update = torch.linalg.svdvals(tuned - base)
-        left, values, _ = torch.linalg.svd(base)
-        tuned_left = torch.linalg.svd(tuned)[0]
-        ours = found[found.layer == layer]
-        plain = ours[ours.k.isna()].set_index("metric").value
-        assert plain["relative_frobenius"] == pytest.approx(
-            float(update.norm() / values.norm()), rel=1e-5
-        )
-        assert plain["relative_spectral"] == pytest.approx(float(update[0] / values[0]), rel=1e-5)
-        shares = update / update.sum()
-        entropy = -(shares * shares.clamp_min(1e-30).log()).sum()
-        assert plain["effective_rank"] == pytest.approx(math.exp(entropy), rel=1e-3)
-        for k in (4, 10, 16):
-            of_k = ours[ours.k == k]
-            rho = of_k[of_k.metric == "rho"].value.item()
-            assert rho == pytest.approx(float(update[0] / values[k - 1]), rel=1e-5)
-            phi = of_k[(of_k.metric == "phi") & (of_k.side == "left")].value.item()
-            overlap = (left[:, :k].T @ tuned_left[:, :k]).square().sum() / k
-            assert phi == pytest.approx(float(overlap), abs=1e-6)
-            largest = (left.T @ tuned_left[:, :k]).abs().max(dim=0).values
-            for epsilon in (0.3, 0.5, 0.9):
-                counted = of_k[(of_k.metric == "intruders") & ((of_k.eps - epsilon).abs() < 1e-9)]
-                assert counted.value.item() == int((largest < epsilon).sum())
+# --------------------------------------------------------------------------- the reference
 
 
-def test_the_reference_path_finds_the_same(folder, model):
-    copy = settings_for(study="dense")
-    shutil.copytree(settings_for(study=STUDY).runs_dir, copy.runs_dir)
-    assert main([*model[:2], "--study", "dense", *K, "--dense", "--workers", "1"]) == 0
-    dense = layers_in(copy.output_dir / "drift_analysis_plots" / "dense")
-    ours = layers_in(folder)
-    keys = ["run", "step", "layer", "module", "metric", "k", "eps", "side"]
-    both = ours.merge(dense, on=keys, suffixes=("", "_dense"))
-    both = both[both.metric != "residual"]
-    assert len(both) > 500
-    assert (both.value - both.value_dense).abs().max() < 1e-6
+def reference(start, update, k, eps):
+    """The measures of a matrix from dense decompositions of the merged weight, as a textbook."""
+    U0, S0, V0h = torch.linalg.svd(start)
+    U, S, Vh = torch.linalg.svd(start + update)
+    D = torch.linalg.svdvals(update)
+    p = D[D > 1e-13] / D.sum()
+    mass = (D**2).cumsum(0) / (D**2).sum()
+    signs = torch.sign((U[:, :k] * U0[:, :k]).sum(0))
+    cosines = (U0[:, : len(S0)].T @ U[:, :k]).abs()
+    return {
+        ("relative_frobenius", ""): float(update.norm() / start.norm()),
+        ("relative_spectral", ""): float(D[0] / S0[0]),
+        ("stable_rank", ""): float((D**2).sum() / D[0] ** 2),
+        ("effective_rank", ""): float(torch.exp(-(p * p.log()).sum())),
+        ("rank90", ""): int((mass < 0.9 - 1e-12).sum()) + 1,
+        ("rho", ""): float(D[0] / S0[k - 1]),
+        ("phi", "left"): float((U0[:, :k].T @ U[:, :k]).square().sum() / k),
+        ("phi", "right"): float((V0h[:k] @ Vh[:k].T).square().sum() / k),
+        ("value_shift", ""): float((S[:k] - S0[:k]).norm() / S0[:k].norm()),
+        ("legacy_drift", "left"): float((U[:, :k] * signs - U0[:, :k]).norm() / (2 * k**0.5)),
+        ("intruders", ""): int((cosines.amax(0) < eps).sum()),
+    }
 
 
-def test_records_are_flat_and_tell_what_lies_outside_q_and_v(folder):
-    records = pd.DataFrame(json.loads((folder / "drift.json").read_text())["records"])
-    last = records[(records.step == 12) & records.metric.eq("relative_frobenius")]
-    whole = last[(last.layer == -1) & (last.module == "all")].set_index("run").value
-    assert set(whole.index) == {RUN, FULL} and (whole > 0).all()
-    shares = records[(records.metric == "update_share") & (records.step == 12)]
-    shares = shares[shares.module == "both"].set_index("run").value
-    assert shares[RUN] == pytest.approx(1) and 0 < shares[FULL] < 0.9
-    intruders = records[(records.metric == "intruders") & (records.layer == -1)]
-    assert 10 in set(intruders.k) and 0.5 in set(intruders.eps)
+def assert_equal_to_reference(layers, base, updates, run):
+    start = {n: p.detach().double() for n, p in load_base(base).named_parameters()}
+    own = layers[layers.run == run]
+    assert {f"{r.layer}.{r.module}" for r in own.itertuples()} == {
+        f"{name.split('.')[2]}.{name.split('.')[-1]}" for name in updates
+    }
+    for name, update in updates.items():
+        matrix = dict(layer=int(name.split(".")[2]), module=name.split(".")[-1])
+        for k, eps in ((4, 0.7), (8, 0.5), (10, 0.9)):
+            expected = reference(start[f"{name}.weight"], update, k, eps)
+            for (metric, side), wanted in expected.items():
+                has_k = metric in ("rho", "phi", "value_shift", "legacy_drift", "intruders")
+                keys = {"k": k} if has_k else {}
+                keys |= {"eps": eps} if metric == "intruders" else {}
+                found = value(own, metric, side=side, **matrix, **keys)
+                assert found == pytest.approx(wanted, rel=1e-8, abs=1e-9), (name, metric, k)
 
 
-def test_what_is_there_is_not_measured_again(folder, model, capsys):
-    assert main([*model, *K]) == 0
+# ------------------------------------------------------------------------------------ values
+
+
+def test_every_checkpoint_has_flat_records(folder):
+    records = records_in(folder)
+    assert set(records.run) == {RUN, FULL} and set(records.step) == {1, 2}
+    ours = records[(records.run == RUN) & (records.step == 2) & (records.layer == -1)]
+    assert set(ours["rank"]) == {4} and set(ours.method) == {"lora"} and set(ours.fraction) == {1}
+    assert set(ours.metric) >= {
+        *("relative_frobenius", "relative_spectral", "stable_rank", "effective_rank", "rank90"),
+        *("intruders", "rho", "phi", "legacy_drift", "update_share"),
+    }
+    for module in ("q_proj", "v_proj", "both"):
+        assert 0 <= value(ours, "intruders", module, k=10, eps=0.5) <= 10
+        assert 0 < value(ours, "relative_frobenius", module) < 1
+    each = records[(records.run == FULL) & (records.layer == 1) & (records.step == 1)]
+    assert set(each.module) == {"q_proj", "v_proj"}
+    assert set(each.k.dropna()) == {10} and set(each.eps.dropna()) == {0.5}
+    meta = json.loads((folder / "drift.json").read_text())["meta"]
+    assert "relative_frobenius" in meta["aggregation"] and meta["study"] == STUDY
+    assert {p.name for p in (folder / "directions").iterdir()} == {
+        f"{RUN}-2.safetensors",
+        f"{FULL}-2.safetensors",
+    }
+    assert len(list((folder / "figures").glob("*.png"))) == 7
+
+
+def test_values_are_those_of_dense_decompositions_of_the_merged_weights(base, model, tmp_path):
+    fields = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+    updates = make_adapter(base, tmp_path / "lora", use_rslora=True, **fields)
+    other = make_adapter(
+        base, tmp_path / "places", seed=4, target_modules=["o_proj", "down_proj", "up_proj"]
+    )
+    full = make_full(base, tmp_path / "full")
+    runs = [tmp_path / name for name in ("lora", "places", "full")]
+    records, layers = analyse(model, "values", "--runs", *runs)
+    assert_equal_to_reference(layers, base, updates, "lora")
+    assert_equal_to_reference(layers, base, other, "places")
+    pair = {n: u for n, u in full.items() if n.endswith(("q_proj", "v_proj"))}
+    assert_equal_to_reference(layers, base, pair, "full")
+    assert set(records[records.run == "places"].module) == {
+        *("all", "both", "o_proj", "up_proj", "down_proj")
+    }
+    own = layers[(layers.run == "lora") & (layers.module == "v_proj") & (layers.metric == "rho")]
+    mean = own[own.k == 8].value.mean()
+    assert value(records, "rho", "v_proj", run="lora", layer=-1, k=8) == pytest.approx(mean)
+
+
+def test_the_reference_path_finds_the_same(base, model, tmp_path):
+    make_adapter(base, tmp_path / "lora", seed=5)
+    make_full(base, tmp_path / "full")
+    runs = ["--runs", tmp_path / "lora", tmp_path / "full"]
+    fast = analyse(model, "fast", *runs, "--workers", 1)[1]
+    dense = analyse(model, "dense", *runs, "--dense", "--workers", 3)[1]
+    fast, dense = (t[t.metric != "residual"].reset_index(drop=True) for t in (fast, dense))
+    assert fast.drop(columns="value").equals(dense.drop(columns="value"))
+    assert np.allclose(fast.value, dense.value, rtol=1e-8, atol=1e-9)
+    vectors = [load_file(place(s) / "directions" / "lora-0.safetensors") for s in ("fast", "dense")]
+    assert vectors[0].keys() == vectors[1].keys()
+    for name, basis in vectors[0].items():
+        assert torch.allclose((basis * vectors[1][name]).sum(0).abs(), torch.ones(4), atol=1e-4)
+
+
+def test_an_unchanged_model_has_not_moved(base, model, tmp_path):
+    make_adapter(base, tmp_path / "lora", strength=0)
+    shutil.copytree(base.folder, tmp_path / "full")
+    records, layers = analyse(model, "unchanged", "--runs", tmp_path / "lora", tmp_path / "full")
+    still = layers.metric.eq("phi")
+    assert (layers[still].value == 1).all() and len(layers[still]) > 50
+    assert layers[~still].value.abs().max() < 1e-12
+    assert records[records.metric != "phi"].value.abs().max() < 1e-12
+    assert "update_phi" not in set(records.metric)  # no direction to compare
+
+
+def test_a_planted_intruder_is_found_in_its_layer(base, model, tmp_path):
+    name = "model.layers.1.self_attn.q_proj"
+    U0 = torch.linalg.svd(load_base(base).get_parameter(f"{name}.weight").detach().double()).U
+    make_adapter(base, tmp_path / "lora", strength=0)
+    key = f"base_model.model.{name}.lora_{{}}.weight".format
+    tensors = load_file(tmp_path / "lora" / ADAPTER)
+    tensors[key("B")][:, 0] = 100 * U0.sum(1).float()  # equally far from all of the base's
+    save_file(tensors, tmp_path / "lora" / ADAPTER, metadata={"format": "pt"})
+    records, layers = analyse(model, "planted", "--runs", tmp_path / "lora")
+    counts = layers[(layers.metric == "intruders") & (layers.eps == 0.5) & (layers.k == 10)]
+    assert {(r.layer, r.module): r.value for r in counts.itertuples() if r.value} == {
+        (1, "q_proj"): 1
+    }
+    assert value(records, "intruders", "q_proj", layer=-1, k=10, eps=0.5) == 0.5
+    assert value(records, "intruders", "both", layer=-1, k=10, eps=0.5) == 0.25
+    assert value(layers, "rho", "q_proj", layer=1, k=10) > 1
+
+
+def test_full_fine_tuning_is_measured_over_the_whole_model(base, model, tmp_path):
+    updates = make_full(base, tmp_path / "full")
+    records, _ = analyse(model, "whole", "--runs", tmp_path / "full")
+    squares = {name: float(update.square().sum()) for name, update in updates.items()}
+    start = sum(float(p.detach().double().square().sum()) for p in load_base(base).parameters())
+    total = sum(squares.values())
+    relative = value(records, "relative_frobenius", "all")
+    assert relative == pytest.approx((total / start) ** 0.5)
+    pair = sum(s for name, s in squares.items() if name.endswith(("q_proj", "v_proj")))
+    assert value(records, "update_share", "both") == pytest.approx(pair / total)
+    norms = sum(s for name, s in squares.items() if "norm" in name)
+    assert value(records, "update_share", "norms") == pytest.approx(norms / total)
+    shares = records[(records.metric == "update_share") & (records.module != "both")]
+    assert shares.value.sum() == pytest.approx(1) and shares.n.sum() == len(updates)
+
+
+def test_phi_between_runs_is_that_of_their_updates(base, model, tmp_path):
+    first = make_adapter(base, tmp_path / "first", seed=1)
+    second = make_adapter(base, tmp_path / "second", seed=2, r=8)
+    full = make_full(base, tmp_path / "whole")
+    runs = [tmp_path / name for name in ("first", "second", "whole")]
+    records, _ = analyse(model, "between", "--runs", *runs)
+    found = records[records.metric == "update_phi"]
+    assert len(found) == 3 * 3 * 2 * 2  # pairs, modules and both, sides, all and leading
+    for run, other, (i, j), updates in (
+        ("first", "second", (4, 8), (first, second)),
+        ("first", "whole", (4, 4), (first, full)),
+        ("second", "whole", (8, 8), (second, full)),
+    ):
+        for module, d in (("q_proj", 32), ("v_proj", 16)):
+            expected = []
+            for layer in range(2):
+                name = f"model.layers.{layer}.self_attn.{module}"
+                bases = [torch.linalg.svd(u[name]).U for u in updates]
+                overlap = bases[0][:, :i].T @ bases[1][:, :j]
+                expected.append(float(overlap.square().sum()) / min(i, j))
+            where = dict(run=run, other=other, side="left", directions="all")
+            row = dict(where, k=i, other_k=j)
+            phi = value(found, "update_phi", module, **row)
+            assert phi == pytest.approx(sum(expected) / 2, abs=1e-5)
+            keys = (found.run == run) & (found.other == other) & (found.module == module)
+            rows = found[keys & (found.side == "left") & (found.directions == "all")]
+            assert rows.random.item() == random_similarity(i, j, d)
+
+
+# ------------------------------------------------------------------------------ running again
+
+
+def test_what_is_there_is_not_measured_again_and_what_is_missing_is(folder, model, capsys):
+    files = [p for p in folder.rglob("*") if p.parent.name in ("records", "layers", "directions")]
+    files = [p for p in files if p.name != "between-runs.json"]
+    before = {p: p.stat().st_mtime_ns for p in files}
+    argv = [*model, "--study", STUDY]
+    assert main(argv) == 0
     assert "4 checkpoints, 4 of them are there" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in files}
+    (folder / "records" / f"{RUN}-1.json").unlink()
+    (folder / "directions" / f"{FULL}-2.safetensors").unlink()
+    assert main(argv) == 0
+    assert "4 checkpoints, 2 of them are there" in capsys.readouterr().out
+    changed = {p.name for p in files if p.stat().st_mtime_ns != before[p]}
+    units = (f"{RUN}-1", f"{FULL}-2")
+    assert {name.rsplit(".", 1)[0] for name in changed} == set(units)
 
 
-def test_figures_are_drawn(folder):
-    names = {p.stem for p in (folder / "figures").glob("*.png")}
-    assert {"drift_over_training", "layers_over_training", "singular_values"} <= names
-    assert {"intruders_by_threshold", "similarity_matrices", "phi_between_runs"} <= names
+def test_other_weights_and_other_questions_are_measured_anew(base, model, tmp_path, capsys):
+    make_adapter(base, tmp_path / "lora", seed=1)
+    argv = ["--runs", tmp_path / "lora"]
+    first = analyse(model, "anew", *argv)[0]
+    make_adapter(base, tmp_path / "lora", seed=2, r=8)
+    second = analyse(model, "anew", *argv)[0]
+    assert set(first["rank"]) == {4} and set(second["rank"]) == {8}
+    layers = analyse(model, "anew", *argv, "--top-k", 3, "--epsilon", 0.25)[1]
+    assert set(layers.k.dropna()) == {3, 10} and set(layers.eps.dropna()) == {0.25, 0.5}
+    place_alone = analyse(model, "anew", *argv, "--target-modules", "attention")[0]
+    assert {"q_proj", "v_proj"} <= set(place_alone.module)
+    capsys.readouterr()
+    assert main([*model, "--study", "anew", *map(str, argv), "--target-modules", "mlp"]) == 1
+    assert "has none of gate_proj" in capsys.readouterr().err
 
 
-def test_a_broken_checkpoint_is_named_and_the_others_are_done(folder, model, tmp_path, capsys):
+def test_a_foreign_folder_gives_what_our_run_gives(folder, model, tmp_path):
     run = settings_for(study=STUDY).runs_dir / RUN
-    for name in ("whole", "nan", "torn"):
-        shutil.copytree(run / "checkpoint-12", tmp_path / name)
-        (tmp_path / name / "manifest.json").unlink()
-    path = tmp_path / "nan" / "adapter_model.safetensors"
-    weights = load_file(path)
-    name = next(name for name in weights if "layers.1" in name and "v_proj.lora_B" in name)
-    weights[name][0, 0] = float("nan")
-    save_file(weights, path, metadata={"format": "pt"})
-    torn = tmp_path / "torn" / "adapter_model.safetensors"
-    torn.write_bytes(torn.read_bytes()[:-9])
-    argv = [*model[:2], "--study", "broken", *K, "--runs"]
-    assert main([*argv, *(str(tmp_path / n) for n in ("nan", "torn", "whole"))]) == 1
-    errors = capsys.readouterr().err
-    assert "nan, step" in errors and "layer 1" in errors and "v_proj" in errors
-    assert "torn" in errors and "corrupt" in errors
-    place = settings_for().output_dir / "drift_analysis_plots" / "broken"
-    assert set(layers_in(place).run) == {"whole"}
+    foreign = tmp_path / "mine"
+    shutil.copytree(run / "checkpoint-2", foreign)
+    for name in ("manifest.json", "trainer_state.json"):
+        (foreign / name).unlink()
+    found = analyse(model, "foreign", "--runs", foreign)[1]
+    ours = layers_in(folder).query("run == @RUN and step == 2").reset_index(drop=True)
+    columns = ["layer", "module", "metric", "k", "eps", "side", "value"]
+    assert found[columns].astype({"metric": str}).equals(ours[columns].astype({"metric": str}))
 
 
-def test_bad_input_is_one_line(folder, model, script, tmp_path):
-    def run(*argv):
-        return script("svd_analysis.py", *model, *argv)
+# ----------------------------------------------------------------------------------- mistakes
 
-    nothing = script("svd_analysis.py", *model[:2], "--study", "nothing")
-    assert_one_line_error(nothing, "has no run with a checkpoint", "multi_task_training.py")
-    assert_one_line_error(run("--top-k", "0"), "--top-k takes numbers from 1 on")
-    assert_one_line_error(run("--top-k", "9999"), "at most")
-    assert_one_line_error(run("--epsilon", "2"), "--epsilon")
-    assert_one_line_error(run("--workers", "0"), "--workers takes at least 1")
+
+def test_broken_checkpoints_are_named_and_the_others_are_done(base, model, tmp_path, capsys):
+    for name in ("good", "cut", "nan", "dora"):
+        make_adapter(base, tmp_path / name, seed=1)
+    cut = tmp_path / "cut" / ADAPTER
+    cut.write_bytes(cut.read_bytes()[:-9])
+    tensors = load_file(tmp_path / "nan" / ADAPTER)
+    tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"][2, 1] = float("nan")
+    save_file(tensors, tmp_path / "nan" / ADAPTER)
+    make_adapter(base, tmp_path / "dora", use_dora=True)
+    make_full(base, tmp_path / "infinite")
+    path = tmp_path / "infinite" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    runs = [str(tmp_path / name) for name in ("cut", "nan", "dora", "infinite", "good")]
+    assert main([*model, "--study", "broken", "--runs", *runs]) == 1
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 4
+    for line, parts in zip(
+        lines,
+        (
+            ("cut, step 0", ADAPTER, "is corrupt"),
+            ("nan, step 0: layer 1 v_proj: B holds values that are not finite",),
+            ("dora, step 0", "DoRA"),
+            ("infinite, step 0: model.norm.weight: the tensor holds values that are not finite",),
+        ),
+    ):
+        assert all(part in line for part in parts), line
+    assert set(records_in(place("broken")).run) == {"good"}
+
+
+def test_a_checkpoint_that_its_manifest_does_not_confirm_is_named(folder, model, capsys):
+    copy = settings_for(study="corrupt")
+    shutil.copytree(settings_for(study=STUDY).runs_dir / RUN, copy.runs_dir / RUN)
+    path = copy.runs_dir / RUN / "checkpoint-1" / ADAPTER
+    path.write_bytes(path.read_bytes()[:-8] + b"corrupt!")
+    assert main([*model, "--study", "corrupt"]) == 1
+    assert "checkpoint-1/adapter_model.safetensors is corrupt" in capsys.readouterr().err
+    assert set(records_in(place("corrupt")).step) == {2}
+    (path.parent / "manifest.json").write_text("{")
+    assert main([*model, "--study", "corrupt"]) == 1
+    assert "manifest.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_base_that_is_not_finite_is_named(base, tiny, tmp_path, capsys):
+    make_adapter(base, tmp_path / "lora")
+    broken = tmp_path / "base"
+    shutil.copytree(tiny, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    argv = ["--model", str(broken), "--study", "nan-base", "--runs", str(tmp_path / "lora")]
+    assert main(argv) == 1
+    assert "layer 0 q_proj: of the base, the matrix holds values" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(folder, model, script, capsys):
+    nothing = script("svd_analysis.py", *model, "--study", "nothing")
+    assert_one_line_error(nothing, "has no run with a checkpoint", "multi_task_training.py", STUDY)
+    for argv, message in (
+        (("--top-k", "0"), "--top-k takes numbers from 1 on"),
+        (("--top-k", "33"), "--top-k 33: the base's matrices have 32 at most"),
+        (("--epsilon", "1.5"), "--epsilon takes numbers above 0, up to 1"),
+        (("--workers", "0"), "--workers takes at least 1"),
+        (("--checkpoints", "7"), "its steps are 1, 2"),
+    ):
+        assert main([*model, "--study", STUDY, *argv]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and message in lines[0]
+
+
+def test_help_is_quick(script):
+    start = time.monotonic()
+    assert "--top-k" in script("svd_analysis.py", "--help").stdout
+    assert time.monotonic() - start < 3
