@@ -196,7 +196,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(units)} measurements, {len(units) - len(pending)} of them are there", flush=True)
     broken = _measure_all(evaluator, results, base, pending, device)
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
-    path = results.join("adaptation", meta)
+    with results.joining():
+        path = results.join("adaptation", meta)
     from checkpoint_utils import read_json
 
     print(table(read_json(path)["records"]))

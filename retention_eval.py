@@ -265,8 +265,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(units)} measurements, {len(units) - len(pending)} of them are there", flush=True)
     broken = measure_all(retention, results, base, pending)
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
-    derived, others = derived_records(results)
-    path = results.join("retention", meta, derived)
+    with results.joining():
+        derived, others = derived_records(results)
+        path = results.join("retention", meta, derived)
     print(table(read_json(path)["records"]))
     figures = draw(path, settings, args.pdf)
     print(f"records: {path}\nitems: {results.folder / 'items'}\nfigures: {figures}")

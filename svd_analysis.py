@@ -221,10 +221,11 @@ def main(argv: list[str] | None = None) -> int:
         there = len(subjects) - len(pending)
         print(f"{len(subjects)} checkpoints, {there} of them are there", flush=True)
         broken, methods = measure_all(analysis, results, pending)
-    results.write(BETWEEN, {}, records_between(last_directions(results.folder)))
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
-    path = results.join("drift", {**meta, "aggregation": AGGREGATION})
-    layers = join_layers(results.folder)
+    with results.joining():
+        results.write(BETWEEN, {}, records_between(last_directions(results.folder)))
+        path = results.join("drift", {**meta, "aggregation": AGGREGATION})
+        layers = join_layers(results.folder)
     if methods:
         print(methods_line(methods))
     print(table(read_json(path)["records"]))
