@@ -147,7 +147,7 @@ def at_chosen_rates(frame: DataFrame, choices: Iterable[Mapping[str, Any]]) -> D
     import pandas as pd
 
     rates = _chosen_rates(choices)
-    if not rates or "learning_rate" not in frame:
+    if not rates:
         return frame
     keys = pd.Series(list(zip(frame["family"], frame["arm"].map(without_rate))), frame.index)
     chosen = keys.map(rates).astype(float)
@@ -271,11 +271,10 @@ def _sentence(family: str, rows: DataFrame, within: float | None) -> str:
     first = rows.iloc[0]
     rule = "one standard error" if within is None else f"{within:g}"
     said = (
-        f"{family}: against full fine-tuning at its best-retaining rate"
-        f" {first['retaining_rate']:g} (validation score {first['retaining_score']:.3f}, within"
-        f" {rule} of its best; forgetting {first['retaining_forgetting']:.3f}, at its chosen rate"
-        f" {first['chosen_rate']:g} {first['chosen_score']:.3f} and"
-        f" {first['chosen_forgetting']:.3f})"
+        f"{family}: at its best-retaining rate {first['retaining_rate']:g} full fine-tuning scores"
+        f" {first['retaining_score']:.3f} (within {rule} of its best) and forgets"
+        f" {first['retaining_forgetting']:.3f}, at its chosen rate {first['chosen_rate']:g}"
+        f" {first['chosen_score']:.3f} and {first['chosen_forgetting']:.3f}; against the former"
     )
     texts = {
         "survives": "LoRA's advantage in forgetting survives with",
@@ -288,14 +287,14 @@ def _sentence(family: str, rows: DataFrame, within: float | None) -> str:
         own = rows[rows["verdict"] == verdict]
         if len(own):
             parts.append(f"{texts[verdict]} {', '.join(map(_difference, own.itertuples()))}")
-    return f"{said}, {'; '.join(parts)}."
+    return f"{said} {'; '.join(parts)}."
 
 
 def _difference(row: Any) -> str:
     interval = f"{row.retaining_low:.3f} to {row.retaining_high:.3f}"
     return (
-        f"{row.arm} at {row.learning_rate:g} (score {row.score:.3f}, forgets"
-        f" {row.retaining_less:.3f} less, {interval})"
+        f"{row.arm} at {row.learning_rate:g} (score {row.score:.3f}, full minus LoRA"
+        f" {row.retaining_less:.3f}, {interval})"
     )
 
 

@@ -35,6 +35,7 @@ OPTIONAL = {
     "shots": 0,
     "prompt": 0,
     "update_scale": 1.0,
+    "learning_rate": 0.0,
 }
 KINDS = ("LoRA", "full qv", "full", "base")
 LABEL = re.compile(r"(?P<kind>LoRA r=(?P<rank>\d+)|full qv|full|base)(?: \((?P<extra>.+)\))?")
@@ -118,8 +119,6 @@ def _parted_by_rate(frame: DataFrame, labels: list[str]) -> list[str]:
     A run's name holds its rate only where it is not the default, and the default depends on preset
     and model, so it may change within a study. Such runs are no seeds of each other.
     """
-    if "learning_rate" not in frame:
-        return labels
     keys = list(zip(frame["family"], labels))
     rates: dict[Any, set[float]] = {}
     for key, rate in zip(keys, frame["learning_rate"]):
