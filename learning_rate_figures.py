@@ -10,6 +10,7 @@ from drift_figures import grid, label_edges, told
 from learning_rate_tables import NO_SWEEP, arm_label, best_retaining, sweep_table, swept_arms
 from plotting import GREY, nothing, style_of, styled
 from result_tables import arm_order, is_trained, unfinished
+from training_configs import rate_name
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -57,7 +58,7 @@ def learning_rate_curves(
             _marks(ax, own, measure, best_retaining(table, family))
             if measure == "forgetting":
                 ax.axhline(0.0, color=GREY, linestyle="--", lw=1.0, zorder=1)
-            ax.set_xscale("log")
+            _rate_axis(ax, table["learning_rate"])
         label_edges(axes, "learning rate", LABELS.get)
         _legend(figure, table["arm"])
         return told(figure, adaptation, [_about(table, adaptation)])
@@ -73,6 +74,17 @@ def _with_losses(table: DataFrame, choices: Iterable[Mapping[str, Any]]) -> Data
     keys = zip(table["family"], table["arm"], table["learning_rate"])
     found = [losses.get((family, arm, f"{rate:.3g}"), math.nan) for family, arm, rate in keys]
     return table.assign(loss=found, loss_stderr=math.nan)
+
+
+def _rate_axis(ax: Axes, rates: Any) -> None:
+    """A logarithmic axis with a handful of ticks, whatever it spans."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.set_xscale("log")
+    wide = max(rates) / min(rates) > 30
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: rate_name(x).removeprefix("lr")))
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def _curves(ax: Axes, rows: DataFrame, measure: str) -> None:
@@ -116,6 +128,8 @@ def _about(table: DataFrame, adaptation: DataFrame) -> str:
             " Forgetting: base minus tuned, mean over the benchmarks. Best-retaining: of the rates"
             " whose score is within one standard error of the best, the one that forgets least."
         )
+    if table["drift"].notna().any():
+        about += " Drift: the norm of the update over that of the base's matrices."
     about += " Bars: one standard error, over items with fewer than three seeds."
     if table["loss"].notna().any():
         about += " The loss, by which rates are chosen, has no error."

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 NO_SWEEP = "no sweep of the learning rates: the defaults per arm stand"
+AT_CHOSEN = "Arms whose learning rates were swept: at the chosen rate alone."
 ARM = ["family", "arm"]
 MEASURES = ("score", "forgetting", "drift")
 SIZE, OVERALL = "relative_frobenius", -1
@@ -57,7 +58,7 @@ def sweep_table(
     columns += [name for m in MEASURES for name in (m, f"{m}_stderr")]
     table = pd.DataFrame(rows, columns=columns)
     table["chosen"] = _is_chosen(table, _chosen_rates(choices))
-    orders = {"family": [*FAMILIES].index, "arm": arm_order, "learning_rate": float}
+    orders = {"family": _family_place, "arm": arm_order, "learning_rate": float}
     table = table.sort_values(list(orders), key=lambda s: s.map(orders[s.name]))
     return table.reset_index(drop=True)
 
@@ -155,8 +156,27 @@ def at_chosen_rates(frame: DataFrame, choices: Iterable[Mapping[str, Any]]) -> D
     known = keys.isin(set(keys[at_rate])) & is_trained(frame)
     kept = frame.assign(arm=frame["arm"].where(~known, frame["arm"].map(without_rate)))
     kept = kept[~known | at_rate]
-    kept.attrs = dict(frame.attrs)
+    left = set(frame["run"]) - set(kept["run"])
+    for name in {"other", "other_run"} & {*kept}:  # what a run is held against
+        kept = kept[~kept[name].isin(left)]
+    kept.attrs = dict(frame.attrs) | ({"note": AT_CHOSEN} if left else {})
     return kept
+
+
+def rates_said(frame: DataFrame, choices: Iterable[Mapping[str, Any]]) -> str:
+    """Where the learning rates of the arms in the records come from: a sweep, or the defaults."""
+    rates = _chosen_rates(choices)
+    runs = frame[is_trained(frame)]
+    found = {*zip(runs["family"], runs["arm"].map(without_rate))}
+    arms = sorted(found, key=lambda key: (_family_place(key[0]), arm_order(key[1])))
+    chosen = [
+        f"{family} {arm} {rates[family, arm]:g}" for family, arm in arms if (family, arm) in rates
+    ]
+    if not chosen:
+        return f"{NO_SWEEP[0].upper()}{NO_SWEEP[1:]}."
+    said = f"Learning rates that a sweep chose on validation: {', '.join(chosen)}."
+    others = [" ".join(arm) for arm in arms if arm not in rates]
+    return said + (f" No sweep of {', '.join(others)}: the default stands." if others else "")
 
 
 # ------------------------------------------------------------------------------- from runs
@@ -209,6 +229,10 @@ def _mean(values: Series, errors: Series) -> tuple[float, float]:
 def _chosen_rates(choices: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
     """The chosen rate by family and the arm's label."""
     return {(c["family"], arm_label(c)): float(c["learning_rate"]) for c in choices if c["chosen"]}
+
+
+def _family_place(family: str) -> int:
+    return [*FAMILIES, family].index(family)
 
 
 def arm_label(choice: Mapping[str, Any]) -> str:

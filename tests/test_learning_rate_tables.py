@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import settings_for
 from figure_checks import assert_texts_are_apart, bars, lines, notes, panel
 from synthetic_records import rate_points, record, study, write_study
 
@@ -15,9 +16,11 @@ from learning_rate_tables import (
     advantages,
     at_chosen_rates,
     best_retaining,
+    rates_said,
     sweep_table,
     swept_arms,
 )
+from learning_rates import read_rates
 from plotting import save
 from result_tables import arm_order, gaps, load_records, score_table, summarise, without_rate
 from retention_figures import forgetting_by_rank
@@ -287,7 +290,37 @@ def test_at_chosen_rates_an_arm_stands_once_under_its_plain_label(frames):
         assert runs == {"similar_full_lr5e-4_seed42", "similar_lora_r8_seed42"}
         assert set(kept["arm"]) - {"base"} == {"full", "LoRA r=8"}
         assert (kept["method"] == "base").sum() == (frame["method"] == "base").sum()
-        assert kept.attrs == frame.attrs
+        assert kept.attrs["meta"] == frame.attrs["meta"] and "note" not in frame.attrs
+    assert "at the chosen rate alone" in notes(
+        learning_curves(at_chosen_rates(frames(*rate_points(POINTS))[0], chosen))
+    )
+
+
+def test_what_a_run_is_held_against_is_left_out_with_its_rate(frames):
+    names = ("similar_full_seed42", "similar_full_lr5e-4_seed42")
+    records = rate_points(POINTS)[0]
+    held = [{**records[-1], "metric": "matched_forgetting", "other_run": name} for name in names]
+    held += [{**records[-1], "metric": "update_phi", "other": name} for name in names]
+    (frame,) = frames(records + held)
+    kept = at_chosen_rates(frame, [choice("similar_full", 5e-4, 0.4, True)])
+    assert set(kept["other_run"].dropna()) == set(kept["other"].dropna()) == {names[1]}
+    assert len(kept[kept["rank"] == 8]) == len(frame[frame["rank"] == 8]) - 2
+
+
+def test_it_is_said_where_the_rates_come_from(frames):
+    adaptation, *_ = frames(*rate_points(POINTS))
+    assert rates_said(adaptation, []) == (
+        "No sweep of the learning rates: the defaults per arm stand."
+    )
+    full = [choice("similar_full", 5e-4, 0.4, True), choice("similar_full", 1e-3, 0.5)]
+    assert rates_said(adaptation, full) == (
+        "Learning rates that a sweep chose on validation: similar full 0.0005."
+        " No sweep of similar LoRA r=8: the default stands."
+    )
+    assert rates_said(adaptation, CHOICES) == (
+        "Learning rates that a sweep chose on validation: similar LoRA r=8 0.001,"
+        " similar full 0.001."
+    )
 
 
 def test_an_arm_without_a_measured_choice_is_left_as_it_is(frames):
@@ -365,3 +398,49 @@ def test_no_text_of_the_figure_overlaps_or_leaves_it(frames, tmp_path):
         figure = learning_rate_curves(*frames(*records), CHOICES)
         assert_texts_are_apart(figure)
         assert save(figure, tmp_path / "figure.png").stat().st_size > 4000
+
+
+# ------------------------------------------------------------------- a sweep, from run to report
+
+
+def test_every_point_of_a_sweep_is_measured_and_stands_in_the_table(tiny, capsys):
+    import eval
+    import multi_task_training
+    import retention_eval
+    import svd_analysis
+
+    where = ["--model", str(tiny), "--study", "sweep-measured"]
+    short = ["--limit", "16", "--max-steps", "4", "--dtype", "fp32"]
+    short += ["--set", "checkpoints=1", "warmup=0", "report_to=none"]
+    # the best rates of a random model in four steps lie far above the defaults
+    for arm in (["--full-finetune", "--lr-sweep", "64"], ["--lora", "4", "--lr-sweep", "4"]):
+        assert multi_task_training.main(["--similar", *arm, *where, *short]) == 0
+    few = ["--limit", "4", "--dtype", "fp32"]
+    assert eval.main([*where, *few, "--shots", "0", "--splits", "validation"]) == 0
+    assert retention_eval.main([*where, *few]) == 0
+    assert svd_analysis.main([*where, "--workers", "1"]) == 0
+
+    settings = settings_for(study="sweep-measured")
+    places = (
+        ("performance_analysis", "adaptation"),
+        ("outputs", "retention"),
+        ("drift_analysis_plots", "drift"),
+    )
+    frames = [
+        load_records(settings.output_dir / place / settings.study / f"{name}.json")
+        for place, name in places
+    ]
+    choices = read_rates(settings.runs_dir)
+    table = sweep_table(*frames, choices)
+    extra = "steps4 warmup0 limit16 fp32 checkpoints1"
+    assert set(table["arm"]) == {f"LoRA r=4 ({extra})", f"full ({extra})"}
+    key = ["method", "learning_rate"]
+    rates = {tuple(c[name] for name in key) for c in choices}
+    methods = table["arm"].str.startswith("LoRA").map({True: "lora", False: "full"})
+    assert set(zip(methods, table["learning_rate"])) == rates and len(rates) == len(table) >= 6
+    assert table[["score", "forgetting", "drift"]].notna().all(axis=None)
+    assert table["chosen"].sum() == 2
+    assert (table.groupby("arm")["drift"].diff().dropna() > 0).all()  # a higher rate moves more
+    assert advantages(table)["full"].item() == f"full ({extra})"
+    about = rates_said(frames[0], choices)
+    assert extra in about and "default" not in about
