@@ -56,6 +56,10 @@ class UserError(Exception):
     """Something the user can mend: one line that says what is wrong, where, and what to do."""
 
 
+class Diverged(UserError):
+    """A run's loss is no longer a number: its learning rate is too high."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """Budgets that differ between the demo and the study. Lengths are in tokens."""

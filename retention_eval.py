@@ -212,6 +212,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def draw(path: Path, settings: Settings, pdf: bool) -> Path:
     """Draw the figures of the joined document into `figures/` beside it; that folder."""
+    from learning_rate_tables import at_chosen_rates
+    from learning_rates import read_rates
     from plotting import save
     from result_tables import load_records
     from retention_figures import FIGURES
@@ -219,6 +221,7 @@ def draw(path: Path, settings: Settings, pdf: bool) -> Path:
     adapted = settings.output_dir / "performance_analysis" / settings.study / "adaptation.json"
     adaptation = load_records(adapted) if adapted.is_file() else None
     frame, folder = load_records(path), path.parent / "figures"
+    frame = at_chosen_rates(frame, read_rates(settings.runs_dir))
     for figure in FIGURES:
         save(figure(frame, adaptation), folder / f"{figure.__name__}.png", pdf)
     return folder

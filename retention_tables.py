@@ -225,7 +225,7 @@ def _gains(retention: DataFrame, adaptation: DataFrame | None) -> DataFrame:
 
     sources = [retention[retention["metric"] == "adaptation"]]
     if adaptation is not None:
-        sources.append(_family_means(adaptation))
+        sources.append(family_means(adaptation))
     parts = []
     for levels in sources:
         base = levels[levels["method"] == "base"].drop_duplicates("family")
@@ -238,7 +238,7 @@ def _gains(retention: DataFrame, adaptation: DataFrame | None) -> DataFrame:
     return pd.concat(parts).drop_duplicates(POINT)  # retention.json's own come first
 
 
-def _family_means(adaptation: DataFrame) -> DataFrame:
+def family_means(adaptation: DataFrame) -> DataFrame:
     """Means over the family's tasks of the primary validation metric, 0 to 1, of all that have
     every task that the base has.
     """
