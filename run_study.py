@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     print(settings.headline("as each step says"), flush=True)
     stamps.study.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(stamps.study / ".lock")
+    lock = FileLock(stamps.study / ".study.lock")  # results.py has its own, ".lock"
     try:
         with lock.acquire(timeout=0):
             check_study(args, settings, stamps)

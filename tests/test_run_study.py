@@ -21,7 +21,8 @@ DOCUMENTS = {
     "drift_analysis_plots": "drift.json",
 }
 STAGES = ["prepare", "train", "evaluate", "retention", "drift"]
-RUNS = ("similar_full_steps4_checkpoints2_seed42", "similar_lora_r4_steps4_checkpoints2_seed42")
+OTHERWISE = "steps4_fp32_checkpoints2_evalexamplespertask8_seed42"
+RUNS = (f"similar_full_{OTHERWISE}", f"similar_lora_r4_{OTHERWISE}")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,9 @@ def test_a_second_start_does_nothing(whole, workspace, short, capsys):
     assert main([*short, "--study", "whole"]) == 0
     assert "6 steps, 6 of them are done" in capsys.readouterr().out
     after = {p: p.stat().st_mtime_ns for p in workspace.glob("*/whole/**/*") if p.is_file()}
-    assert {p for p in after if after[p] != before.get(p)} <= {workspace / "outputs/whole/.lock"}
+    assert {p for p in after if after[p] != before.get(p)} <= {
+        workspace / "outputs/whole/.study.lock"
+    }
 
 
 def test_a_deleted_unit_is_measured_again_alone(whole, workspace, short, capsys):
@@ -223,7 +226,7 @@ def test_one_study_at_a_time(workspace, short, script):
 
     folder = workspace / "outputs" / "busy"
     folder.mkdir(parents=True)
-    with FileLock(folder / ".lock"):
+    with FileLock(folder / ".study.lock"):
         found = script("run_study.py", *short, "--study", "busy")
     assert_one_line_error(found, "another run_study.py", "busy")
 
