@@ -10,9 +10,11 @@ has the same seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from comparisons import LEVEL, holm
 from config import FAMILIES, TASKS
 from result_tables import RUN_NAME, arm_order, is_trained, last_checkpoints, scores
 from seed_contrasts import Part, adaptation_items, by_seed, contrast
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 ARM_FIELDS = ("method", "rank", "scaling", "target_modules", "learning_rate")
 COLUMNS = (
     *("family", "arm", "task", "metric", "split", "value", "stderr", "low", "high"),
-    *("p_value", "detectable", "seeds", "over", "test"),
+    *("p_value", "corrected", "detectable", "seeds", "over", "test"),
 )
 
 
@@ -42,19 +44,19 @@ def transfer_table(adaptation: DataFrame, results: Results | None = None) -> Dat
     seeds and more, over seeds and the items that they share (seed_intervals.py), without `results`
     over seeds alone; of one seed, the paired interval over items, which is about these two runs; of
     two seeds there is none. `over` says which. Test is read where both have it, else validation.
+    `corrected` is Holm's over the table; `detectable` holds for the first, strictest step of it.
     """
     import pandas as pd
 
     items = adaptation_items(results) if results is not None else None
-    rows = []
-    for keys, multi, single in _pairs(adaptation):
-        found = contrast([[Part(1, multi), Part(-1, single)]], items)
-        if not found.seeds:
-            continue
-        c = found.found
-        figures = (c.difference, c.stderr, c.low, c.high, c.p_value, c.detectable)
-        rows.append((*keys, *figures, len(found.seeds), found.over, c.test))
+    pairs, rows = list(_pairs(adaptation)), []
+    level = 1 - (1 - LEVEL) / max(len(pairs), 1)
+    for keys, multi, single in pairs:
+        c, seeds, over = contrast([[Part(1, multi), Part(-1, single)]], items, level)
+        figures = (c.difference, c.stderr, c.low, c.high, c.p_value, math.nan, c.detectable)
+        rows.append((*keys, *figures, len(seeds), over, c.test))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table["corrected"] = holm(table["p_value"])
     order = {"arm": arm_order, "task": TASKS.index, "family": [*FAMILIES].index}
     return table.sort_values(
         ["family", "task", "arm"], key=lambda s: s.map(order[s.name]), ignore_index=True
