@@ -101,12 +101,14 @@ def within_runs(
 ) -> DataFrame:
     """The same over checkpoints within runs, with the step partialled out.
 
-    Both measures are ranked over all checkpoints of a family's runs; then each run's mean and each
-    checkpoint's mean over the runs are taken off, and what is left is correlated: does a run that
-    is further than others at this point of training, by its own standard, forget more than others?
-    Run by run, with the step as a number, nothing could be said: a drift that rises at every
-    checkpoint is the step's own rank. Of checkpoints those count that all runs have. Whole runs are
-    resampled and permuted.
+    At every checkpoint the runs of a family are ranked among each other, which takes out whatever
+    training does to all of them; then each run's mean rank is taken off, and what is left is
+    correlated: does a run that climbs among the others in drift climb in forgetting? Run by run,
+    with the step as a number, nothing could be said: a drift that rises at every checkpoint is the
+    step's own rank. Ranks over all checkpoints would not do either: taking means off them leaves a
+    trace of the trend that both measures share. Of checkpoints those count that all runs have.
+    Whole runs are resampled and permuted; of simulated studies of 9 and 18 unrelated runs, also of
+    random walks, 4 to 9 % had p <= .05 and 93 to 98 % an interval around 0.
     """
     return _by_family(table, lambda own: _within(own, resamples, permutations, seed))
 
@@ -160,8 +162,8 @@ def _by_family(table: DataFrame, correlate: Callable[[Any], dict[str, Any]]) -> 
     for family in (f for f in FAMILIES if (table["family"] == f).any()):
         for outcome in OUTCOMES:
             for name in (p for p in PREDICTORS if p in table):
-                own = table[table["family"] == family].assign(x=table[name], y=table[outcome])
-                own = own.dropna(subset=["x", "y"])
+                own = table[table["family"] == family]
+                own = own.assign(x=own[name], y=own[outcome]).dropna(subset=["x", "y"])
                 about = {"family": family, "outcome": outcome, "predictor": name}
                 about |= {"runs": own["run"].nunique(), "arms": own["arm"].nunique()}
                 rows.append(about | correlate(own))
@@ -173,7 +175,7 @@ def _by_family(table: DataFrame, correlate: Callable[[Any], dict[str, Any]]) -> 
 
 def _across(rows: DataFrame, resamples: int, permutations: int, seed: int) -> dict[str, Any]:
     x, y = (rows[[name]].to_numpy(float) for name in ("x", "y"))  # (runs, 1)
-    return _correlation(x, y, _centred, resamples, permutations, seed)
+    return _correlation(x, y, resamples, permutations, seed)
 
 
 def _within(rows: DataFrame, resamples: int, permutations: int, seed: int) -> dict[str, Any]:
@@ -181,13 +183,12 @@ def _within(rows: DataFrame, resamples: int, permutations: int, seed: int) -> di
     x, y = (at.pivot_table(index="run", columns="at", values=v).dropna(axis=1) for v in ("x", "y"))
     if x.shape[1] < 2:
         return _nothing(f"{x.shape[1]} checkpoint(s) that all runs have, 2 are needed", 0)
-    return _correlation(x.to_numpy(), y.to_numpy(), _doubly_centred, resamples, permutations, seed)
+    return _correlation(x.to_numpy(), y.to_numpy(), resamples, permutations, seed)
 
 
 def _correlation(
     x: np.ndarray,
     y: np.ndarray,
-    residuals: Callable[[Any], Any],
     resamples: int,
     permutations: int,
     seed: int,
@@ -198,21 +199,21 @@ def _correlation(
     runs, checkpoints = x.shape
     if runs < ENOUGH:
         return _nothing(f"{runs} run(s), {ENOUGH} are needed", checkpoints)
-    ranked = [residuals(_ranks(values[None])) for values in (x, y)]
-    for name, values in zip(("the predictor", "the outcome"), ranked):
+    ranks = [_residuals(values[None]) for values in (x, y)]
+    for name, values in zip(("the predictor", "the outcome"), ranks):
         if np.allclose(values, 0):
             left = "" if checkpoints == 1 else " but for run and checkpoint"
             return _nothing(f"{name} is the same everywhere{left}", checkpoints)
-    rho = float(_cosine(*ranked)[0])
+    rho = float(_cosine(*ranks)[0])
     rng = np.random.default_rng(seed)
     drawn = rng.integers(runs, size=(resamples, runs))
-    draws = _cosine(*(residuals(_ranks(values[drawn])) for values in (x, y)))
+    draws = _cosine(*(_residuals(values[drawn]) for values in (x, y)))
     draws = draws[np.isfinite(draws)]  # a resample of one run alone has no order
     low, high = map(float, np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     p_value = math.nan
     if runs >= ENOUGH_FOR_P:
         orders = rng.permuted(np.tile(np.arange(runs), (permutations, 1)), axis=1)
-        others = _cosine(ranked[0], ranked[1][0][orders])
+        others = _cosine(ranks[0], ranks[1][0][orders])
         far = np.abs(others) >= abs(rho) - 1e-12
         p_value = float((far.sum() + 1) / (permutations + 1))
     figures = {"rho": rho, "low": low, "high": high, "p_value": p_value}
@@ -228,21 +229,14 @@ def _nothing(reason: str, checkpoints: int) -> dict[str, Any]:
     return figures | {"checkpoints": checkpoints, "reason": reason}
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Mean ranks over the runs and checkpoints of each draw, shape (draws, runs, checkpoints)."""
+def _residuals(values: np.ndarray) -> np.ndarray:
+    """Ranks among the runs at each checkpoint, less their mean; of several checkpoints, less each
+    run's own mean. Shape (draws, runs, checkpoints).
+    """
     from scipy.stats import rankdata
 
-    return rankdata(values.reshape(len(values), -1), axis=1).reshape(values.shape)
-
-
-def _centred(ranks: np.ndarray) -> np.ndarray:
-    return ranks - ranks.mean(axis=(1, 2), keepdims=True)
-
-
-def _doubly_centred(ranks: np.ndarray) -> np.ndarray:
-    """Without each run's and each checkpoint's mean."""
-    rows, columns = ranks.mean(axis=2, keepdims=True), ranks.mean(axis=1, keepdims=True)
-    return ranks - rows - columns + ranks.mean(axis=(1, 2), keepdims=True)
+    ranks = rankdata(values, axis=1)
+    return ranks - ranks.mean(axis=2 if values.shape[2] > 1 else 1, keepdims=True)
 
 
 def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -18,7 +18,8 @@ the squares (Banerjee 1960, Sankhya 22:357): as the distribution function of a c
 degree is concave, the interval holds the truth at least as often as it says, whatever the parts.
 In 4,000 simulated studies each of 3 or 5 seeds on 200 items a 95 % interval held the truth in 94.4
 to 97.5 % with the covariance, in 95.2 to 100 % with the standard errors in its place, and over
-seeds alone in 27 to 95 %, the fewest where seeds differ little (tests/test_seed_intervals.py).
+seeds alone in 27 to 95 %, the fewest where seeds differ little; a part of that is
+in tests/test_seed_intervals.py.
 """
 
 from __future__ import annotations
