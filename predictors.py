@@ -202,8 +202,10 @@ def _correlation(
     ranks = [_residuals(values[None]) for values in (x, y)]
     for name, values in zip(("the predictor", "the outcome"), ranks):
         if np.allclose(values, 0):
-            left = "" if checkpoints == 1 else " but for run and checkpoint"
-            return _nothing(f"{name} is the same everywhere{left}", checkpoints)
+            said = (
+                "is the same in all runs" if checkpoints == 1 else "never changes the runs' order"
+            )
+            return _nothing(f"{name} {said}", checkpoints)
     rho = float(_cosine(*ranks)[0])
     rng = np.random.default_rng(seed)
     drawn = rng.integers(runs, size=(resamples, runs))

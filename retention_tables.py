@@ -150,8 +150,7 @@ def gains(retention: DataFrame | None, adaptation: DataFrame | None) -> DataFram
         low = levels["low"].fillna(levels["value"] - half)
         high = levels["high"].fillna(levels["value"] + half)
         found = levels.assign(value=levels["value"] - start, low=low - start, high=high - start)
-        found = found[is_trained(found)][columns].dropna(subset=["value"])
-        parts += [found] if len(found) else []
+        parts.append(found[is_trained(found)][columns].dropna(subset=["value"]))
     return pd.concat(parts or [pd.DataFrame(columns=columns)]).drop_duplicates(POINT)
 
 

@@ -14,8 +14,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
-from drift_figures import grid, label_edges, legend
-from plotting import GREY, bars, notes, nothing, panels, style_of, styled
+from drift_figures import legend
+from plotting import GREY, bars, finish, notes, nothing, panels, style_of, styled
 from predictors import PREDICTORS, across_runs
 from result_tables import arm_order, ordered, summarise
 from retention_figures import ZERO
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-WIDE = (2.9, 2.3)  # inches of a panel
-SMALL = (1.75, 1.7)
-COSTS = {"seconds": ("minutes of training", 60), "tokens": ("million tokens", 1e6)}
+WIDE, SMALL = (3.4, 2.6), (1.9, 1.9)  # inches of a panel
+COSTS = {"seconds": "minutes of training", "tokens": "million tokens"}
+UNITS = {"seconds": 60, "tokens": 1e6}
 INTERVALS = {
     BOTH: "over seeds and items",
     SEEDS: "over seeds, on these items",
@@ -41,35 +41,28 @@ def gain_against_cost(points: DataFrame, frame: DataFrame) -> Figure:
     if points.empty:
         return nothing(frame, "no checkpoint with a validation score of a run with training.json")
     families = [family for family in FAMILIES if (points["family"] == family).any()]
-    columns = {label: (name, unit) for name, (label, unit) in COSTS.items()}
+    shown = {f"{family}: {said}": (family, c) for family in families for c, said in COSTS.items()}
+    table = summarise(_as_records(points), by=("step",))
     with styled():
-        figure, axes = grid(families, columns, cell=WIDE, share_x=False, share_y=True)
-        for (family, label), ax in axes.items():
-            name, unit = columns[label]
-            own = points[points["family"] == family]
-            _gain_curves(ax, own.assign(cost=own[name] / unit))
+        rows = [{t: "gain on validation" for t in shown if shown[t][0] == f} for f in families]
+        figure, axes = panels(rows, columns=2, size=WIDE)
+        for title, ax in axes.items():
+            family, column = shown[title]
+            costs = points.groupby(["family", "arm", "step"])[column].mean() / UNITS[column]
             ax.axhline(0.0, **ZERO)
-            ax.set_title("")
-            ax.set_xlabel(label)
-        label_edges(axes, y=lambda family: f"{family}\ngain on validation")
-        legend(figure, points["arm"])
-        seeds = points.groupby(["family", "arm"])["seed"].nunique()
+            _gain_curves(ax, table[table["task"] == family], costs[family])
+            ax.set_xlabel(title.split(": ")[1])
         about = (
             "Mean over the family's tasks of the validation score minus the base's (dashed)."
             " Minutes are of training alone, without validation."
         )
-        count = " to ".join(dict.fromkeys((str(seeds.min()), str(seeds.max()))))
-        told = "One seed an arm." if seeds.max() == 1 else f"Mean over {count} seeds."
-        notes(figure, frame, [about, f"{told} Bars as in the tables; two seeds have none."])
-        return figure
+        return finish(figure, frame, frame[:0], table, "lines", about)
 
 
-def _gain_curves(ax: Axes, points: DataFrame) -> None:
+def _gain_curves(ax: Axes, table: DataFrame, costs: Any) -> None:
     """A line an arm through its checkpoints, from nothing on, with the intervals of the gain."""
-    table = summarise(_as_records(points), by=("step",))
-    places = points.groupby(["arm", "step"])["cost"].mean()
     for arm, own in table.groupby("arm"):
-        x = [places[arm, step] for step in own["step"]]
+        x = [costs[arm, step] for step in own["step"]]
         bars(ax, x, own, arm, alpha=0.5)
         line = [(0.0, 0.0), *zip(x, own["value"])]
         ax.plot(*zip(*line), label=arm, markevery=slice(1, None), **style_of(arm))
@@ -93,32 +86,40 @@ def predictors(table: DataFrame, frame: DataFrame, outcome: str = "forgetting") 
     families = [family for family in FAMILIES if (last["family"] == family).any()]
     if not names or not families:
         return nothing(frame, f"no last checkpoint with both {outcome} and a measure of drift")
-    columns = {PREDICTORS[name]: (name,) for name in names}
     label = {"forgetting": "forgetting", "gain": "gain on validation"}[outcome]
+    shown = {f"{f}: {PREDICTORS[name]}": (f, name) for f in families for name in names}
     with styled():
-        figure, axes = grid(families, columns, cell=SMALL, share_x=False, share_y=True)
-        for (family, title), ax in axes.items():
-            (name,) = columns[title]
+        rows = [{t: f"{f}\n{label}" for t in shown if shown[t][0] == f} for f in families]
+        figure, axes = panels(rows, columns=4, size=SMALL)
+        for title, ax in axes.items():
+            family, name = shown[title]
             own = last[last["family"] == family].dropna(subset=[name])
-            for arm, points in own.groupby("arm"):
-                style = style_of(arm) | {"linestyle": "none"}
-                ax.plot(points[name], points[outcome], label=arm, **style)
-            ax.axhline(0.0, color=GREY, lw=0.6, zorder=0)
-            if len(own) and (own[name] > 0).all() and own[name].max() > 20 * own[name].min():
-                ax.set_xscale("log")
-            elif len(own):
-                ax.locator_params(axis="x", nbins=4)
-            ax.set_title(_correlation(found, family, outcome, name), loc="left", weight="normal")
-            ax.set_xlabel(title)
-        label_edges(axes, y=lambda family: f"{family}\n{label}")
-        legend(figure, last["arm"])
+            _scatter(ax, own, name, outcome)
+            correlation = _correlation(found, family, outcome, name)
+            ax.set_title(correlation, loc="left", weight="normal")
+            ax.set_xlabel(PREDICTORS[name])
         about = (
             "A point is a run at its last checkpoint. Over the panels: Spearman's rank correlation"
             " with its 95 % interval over resampled runs. Correlations of one grid's runs show what"
             " goes together, not what causes what; runs of one arm lie close together."
         )
+        legend(figure, last["arm"])
         notes(figure, frame, [about])
         return figure
+
+
+def _scatter(ax: Axes, points: DataFrame, name: str, outcome: str) -> None:
+    """A point a run; the axis of a measure that spans more than a decade is logarithmic."""
+    from matplotlib.ticker import NullFormatter
+
+    for arm, own in points.groupby("arm"):
+        ax.plot(own[name], own[outcome], label=arm, **style_of(arm) | {"linestyle": "none"})
+    ax.axhline(0.0, color=GREY, lw=0.6, zorder=0)
+    if len(points) and points[name].min() > 0 and points[name].max() > 20 * points[name].min():
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        ax.locator_params(axis="x", nbins=3)
 
 
 def _correlation(found: DataFrame, family: str, outcome: str, name: str) -> str:

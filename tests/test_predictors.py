@@ -103,8 +103,8 @@ def test_below_eight_runs_there_is_no_p_value():
     "x, y, reason",
     [
         ([1, 2, 3], [1, 2, 3], "3 run(s), 4 are needed"),
-        ([2] * 9, range(9), "the predictor is the same everywhere"),
-        (range(9), [0] * 9, "the outcome is the same everywhere"),
+        ([2] * 9, range(9), "the predictor is the same in all runs"),
+        (range(9), [0] * 9, "the outcome is the same in all runs"),
         ([math.nan] * 9, range(9), "0 run(s), 4 are needed"),
         ([1, 2, 3, 4, math.nan], range(5), "4 runs: no p-value below 8"),
     ],
@@ -192,10 +192,10 @@ def test_a_run_that_lacks_a_checkpoint_takes_it_from_all():
     assert (row.rho, row.checkpoints) == (pytest.approx(whole.rho), 4)
 
 
-def test_what_only_follows_run_and_step_says_so():
+def test_runs_that_keep_their_order_say_nothing_within():
     x = np.arange(6)[None] + 10.0 * np.arange(8)[:, None]
     row = the_row(within_runs(measured(x, np.random.default_rng(9).normal(size=(8, 6)))))
-    assert row.reason == "the predictor is the same everywhere but for run and checkpoint"
+    assert row.reason == "the predictor never changes the runs' order"
     one = the_row(within_runs(measured(range(8), range(8))))
     assert "1 checkpoint(s)" in one.reason and math.isnan(one.rho)
 
