@@ -1,12 +1,14 @@
-"""The words of the findings: one sentence for each way in which a test can come out."""
+"""What a finding is, and its words: a sentence for each way in which a test can come out."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from comparisons import LEVEL, MIN_SEEDS
+from predictors import OUTCOMES, PREDICTORS
 from seed_intervals import SEEDS
 
 CONFIRMATORY, EXPLORATORY, MISSING = "confirmatory", "exploratory", "missing"
@@ -26,6 +28,31 @@ DEMO = (
     " evidence for or against any method. They need the study (PRESET=study)."
 )
 FULL_TUNING, FULL_TESTED = "full fine-tuning", "full fine-tuning (last checkpoint, test)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a test said of a question. `kind`: confirmatory, exploratory, or missing: no test.
+
+    `effect`, with its 95 % interval, is in the metric's unit (BLEU in [0, 100]), of predictors a
+    rank correlation; `verdict` is higher, lower, "not distinguishable", or empty without a test.
+    """
+
+    kind: str
+    question: str
+    sentence: str
+    family: str = ""
+    arm: str = ""
+    about: str = ""
+    effect: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    p_value: float = math.nan
+    corrected: float = math.nan
+    detectable: float = math.nan
+    seeds: int = 0
+    over: str = ""
+    verdict: str = ""
 
 
 class Words(NamedTuple):
@@ -145,12 +172,8 @@ def few_seeds(family: str, few: Mapping[str, int], nothing: bool, other: str = F
 
 def association(across: Any, within: Any, tests: int) -> tuple[str, str]:
     """The sentence for a predictor's correlation across runs, with that within them."""
-    from predictors import OUTCOMES, PREDICTORS
-
     name, outcome = PREDICTORS[across.predictor], OUTCOMES[across.outcome]
     head = f"{across.family}: across {across.runs} runs of {across.arms} arms"
-    if math.isnan(across.rho):
-        return f"{head} nothing can be said of {name} and {outcome}: {across.reason}.", ""
     figures = correlation(across)
     if math.isnan(across.corrected):
         text, verdict = f"{name} and {outcome} have a {figures} ({across.reason})", ""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from arm_parts import (
@@ -43,11 +43,13 @@ from finding_words import (
     MISSING,
     RANK,
     TRANSFER,
+    Finding,
     Words,
     association,
     few_seeds,
     of_a_difference,
 )
+from predictors import PREDICTORS, across_runs, predictor_table, within_runs
 from retention_tables import MEAN, at_chance, matched
 from seed_contrasts import Contrast, Items, Part, contrast
 from seed_intervals import BOTH, SEEDS, compare_over_seeds
@@ -56,31 +58,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 ALPHA = 1 - LEVEL
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a test said of a question. `kind`: confirmatory, exploratory, or missing: no test.
-
-    `effect`, with its 95 % interval, is in the metric's unit (BLEU in [0, 100]), of predictors a
-    rank correlation; `verdict` is higher, lower, "not distinguishable", or empty without a test.
-    """
-
-    kind: str
-    question: str
-    sentence: str
-    family: str = ""
-    arm: str = ""
-    about: str = ""
-    effect: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    p_value: float = math.nan
-    corrected: float = math.nan
-    detectable: float = math.nan
-    seeds: int = 0
-    over: str = ""
-    verdict: str = ""
 
 
 class Draft(NamedTuple):
@@ -136,13 +113,11 @@ def as_table(found: Sequence[Finding]) -> DataFrame:
 
 def as_markdown(found: Sequence[Finding]) -> str:
     """The sentences as lists below their questions."""
-    lines, question = [], None
-    for finding in found:
-        if finding.question != question:
-            question = finding.question
-            kind = "" if finding.kind == MISSING else f" ({finding.kind})"
-            lines += ["", f"**{question}**{kind}", ""] if question else [""]
-        lines.append(f"- {finding.sentence}")
+    kinds = {f.question: f" ({f.kind})" for f in found if f.kind != MISSING}
+    lines: list[str] = []
+    for question in dict.fromkeys(finding.question for finding in found):
+        lines += ["", f"**{question}**{kinds.get(question, '')}", ""] if question else [""]
+        lines += [f"- {finding.sentence}" for finding in found if finding.question == question]
     return "\n".join(lines[1:])
 
 
@@ -285,16 +260,14 @@ def _goes_with(
     retention: DataFrame, drift: DataFrame | None, adaptation: DataFrame | None
 ) -> list[Finding]:
     """Rank correlations of forgetting and gain with what was measured of drift."""
-    from predictors import OUTCOMES, across_runs, predictor_table, within_runs
-
     table = predictor_table(retention, drift, adaptation)
     across, within = across_runs(table), within_runs(table)
     found = []
     if drift is None:
         reason = "drift of the weights is not measured (python svd_analysis.py)"
         found.append(_missing(GOES_WITH["forgetting"], reason))
-    for outcome in OUTCOMES:
-        own = across[across["outcome"] == outcome]
+    for outcome, question in GOES_WITH.items():
+        own = across[across["outcome"] == outcome].dropna(subset=["rho"])
         tests = int(own["p_value"].notna().sum())
         for row in own.itertuples():
             same = (within["family"] == row.family) & (within["predictor"] == row.predictor)
@@ -302,11 +275,25 @@ def _goes_with(
             sentence, verdict = association(row, inside, tests)
             found.append(
                 Finding(
-                    *(EXPLORATORY, GOES_WITH[outcome], sentence, row.family, "", row.predictor),
+                    *(EXPLORATORY, question, sentence, row.family, "", row.predictor),
                     *(row.rho, row.low, row.high, row.p_value, row.corrected, row.detectable),
                     **{"over": f"{row.runs} runs", "verdict": verdict},
                 )
             )
+        found += _not_correlated(across[across["outcome"] == outcome], question)
+    return found
+
+
+def _not_correlated(across: DataFrame, question: str) -> list[Finding]:
+    """A sentence for each reason why predictors of a family have no correlation."""
+    if across.empty:
+        return [_missing(question, "no last checkpoint has both forgetting and a measure of drift")]
+    found = []
+    without = across[across["rho"].isna()]
+    for (family, reason), own in without.groupby(["family", "reason"], sort=False):
+        names = ", ".join(PREDICTORS[name] for name in own["predictor"])
+        sentence = f"{family}: nothing can be said of {names}: {reason}."
+        found.append(Finding(MISSING, question, sentence, family))
     return found
 
 

@@ -182,7 +182,7 @@ def _within(rows: DataFrame, resamples: int, permutations: int, seed: int) -> di
     at = rows.assign(at=rows["fraction"].fillna(1.0).round(4))
     x, y = (at.pivot_table(index="run", columns="at", values=v).dropna(axis=1) for v in ("x", "y"))
     if x.shape[1] < 2:
-        return _nothing(f"{x.shape[1]} checkpoint(s) that all runs have, 2 are needed", 0)
+        return _nothing(f"2 checkpoints that all runs have are needed, here {x.shape[1]}", 0)
     return _correlation(x.to_numpy(), y.to_numpy(), resamples, permutations, seed)
 
 
@@ -198,7 +198,7 @@ def _correlation(
 
     runs, checkpoints = x.shape
     if runs < ENOUGH:
-        return _nothing(f"{runs} run(s), {ENOUGH} are needed", checkpoints)
+        return _nothing(f"{ENOUGH} runs are needed, here {runs}", checkpoints)
     ranks = [_residuals(values[None]) for values in (x, y)]
     for name, values in zip(("the predictor", "the outcome"), ranks):
         if np.allclose(values, 0):

@@ -310,6 +310,16 @@ def test_a_few_runs_have_a_correlation_and_no_p_value(kept_frame):
         assert f.verdict == ""
 
 
+def test_too_few_runs_are_one_sentence(kept_frame):
+    frame = with_kl(kept_frame(lambda rank: 0.05, VAGUE, seeds=(42,)), lambda lost: lost + 1)
+    frame = frame[frame["rank"].isin([0, 4])]
+    found = asked(findings(None, frame, None, None, "study"), GOES_WITH["forgetting"])[1:]
+    assert [f.kind for f in found] == ["missing"] * 2
+    assert "nothing can be said of KL on held-out text: 4 runs are needed, here 2" in (
+        found[0].sentence
+    )
+
+
 # ------------------------------------------------------------------------------ what is not there
 
 

@@ -102,10 +102,10 @@ def test_below_eight_runs_there_is_no_p_value():
 @pytest.mark.parametrize(
     "x, y, reason",
     [
-        ([1, 2, 3], [1, 2, 3], "3 run(s), 4 are needed"),
+        ([1, 2, 3], [1, 2, 3], "4 runs are needed, here 3"),
         ([2] * 9, range(9), "the predictor is the same in all runs"),
         (range(9), [0] * 9, "the outcome is the same in all runs"),
-        ([math.nan] * 9, range(9), "0 run(s), 4 are needed"),
+        ([math.nan] * 9, range(9), "4 runs are needed, here 0"),
         ([1, 2, 3, 4, math.nan], range(5), "4 runs: no p-value below 8"),
     ],
 )
@@ -197,7 +197,7 @@ def test_runs_that_keep_their_order_say_nothing_within():
     row = the_row(within_runs(measured(x, np.random.default_rng(9).normal(size=(8, 6)))))
     assert row.reason == "the predictor never changes the runs' order"
     one = the_row(within_runs(measured(range(8), range(8))))
-    assert "1 checkpoint(s)" in one.reason and math.isnan(one.rho)
+    assert "all runs have are needed, here 1" in one.reason and math.isnan(one.rho)
 
 
 # -------------------------------------------------------------------------- from the records
