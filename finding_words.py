@@ -132,7 +132,8 @@ def of_a_difference(draft: Any, corrected: float, tests: int) -> tuple[str, str]
     Distinguishable is what has a corrected p-value below 5 %.
     """
     c, words, digits = draft.result.found, draft.words, draft.words.digits
-    evidence = [f"{p_text(corrected)}{after(tests)}", f"{len(draft.result.seeds)} seeds"]
+    alone = f"{p_text(c.p_value)} alone, " if tests > 1 else ""
+    evidence = [f"{alone}{p_text(corrected)}{after(tests)}", f"{len(draft.result.seeds)} seeds"]
     if math.isfinite(c.low):
         over = "seeds, on these items" if draft.result.over == SEEDS else draft.result.over
         reach = f"{c.low:.{digits}f} to {c.high:.{digits}f}"
