@@ -56,6 +56,10 @@ class UserError(Exception):
     """Something the user can mend: one line that says what is wrong, where, and what to do."""
 
 
+class Diverged(UserError):
+    """A run's loss is no longer a number: its learning rate is too high."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """Budgets that differ between the demo and the study. Lengths are in tokens."""
@@ -66,6 +70,7 @@ class Preset:
     examples_per_task: int
     eval_examples_per_task: int
     seeds: tuple[int, ...]
+    arms: dict[str, tuple[str, ...]]  # that run_study.py trains, by family
     epochs: float
     checkpoints: int
     lora_rate_factor: float  # of LoRA's learning rate over full fine-tuning's
@@ -84,6 +89,7 @@ PRESETS = {
         examples_per_task=25_000,
         eval_examples_per_task=1_000,
         seeds=(42, 43, 44),  # three: the fewest over which a method's difference can be tested
+        arms=dict.fromkeys(FAMILIES, ("full", *(f"lora_r{rank}" for rank in RANKS))),
         epochs=1,
         checkpoints=10,
         lora_rate_factor=10,
@@ -100,6 +106,7 @@ PRESETS = {
         examples_per_task=2_000,
         eval_examples_per_task=200,
         seeds=(42,),
+        arms={"similar": ("full", "lora_r8"), "dissimilar": ("lora_r8",)},
         epochs=4,
         checkpoints=5,
         lora_rate_factor=15,  # the best factor in runs of about 100 steps

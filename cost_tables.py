@@ -18,6 +18,7 @@ from checkpoint_utils import checkpoint_step
 from config import FAMILIES
 from result_tables import arm_of, arm_order
 from retention_tables import gains
+from transfer import tasks_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -97,16 +98,19 @@ def gain_costs(
     import pandas as pd
 
     costs = cost_table(runs_dir).set_index("run")
+    arms: dict[str, str] = {}  # as the frames call them: at a chosen learning rate, plainly
+    for frame in (retention, adaptation):
+        arms |= {} if frame is None else dict(zip(frame["run"], frame["arm"]))
     rows = []
     found = gains(retention, adaptation)
     for point in found[found["update_scale"] == 1].itertuples():
-        if point.run not in costs.index or "alone" in costs.loc[point.run, "arm"]:
+        if point.run not in costs.index or tasks_of(point.run) not in FAMILIES:
             continue
         run = costs.loc[point.run]
         fraction = point.step / run["steps"]
         manifest = _read(runs_dir / point.run / f"checkpoint-{point.step}" / "manifest.json") or {}
         seconds = manifest.get("seconds", fraction * run["seconds"])
-        about = (point.run, run["family"], run["arm"], run["seed"], point.step, fraction)
+        about = (point.run, run["family"], arms[point.run], run["seed"], point.step, fraction)
         rows.append((*about, seconds, fraction * run["tokens"], point.value, point.stderr))
     return pd.DataFrame(rows, columns=list(POINTS)).sort_values(["run", "step"], ignore_index=True)
 

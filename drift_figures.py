@@ -26,6 +26,7 @@ INTRUDERS = f"intruders among the\nfirst {INTRUDER_K}, a matrix"
 SIZE = "$\\|\\Delta W\\|_F\\, /\\, \\|W_0\\|_F$"
 MOST_ARMS = 8  # columns of a figure with a panel an arm
 CELL = (1.75, 1.6)  # inches of a panel
+LEAST_FORGETTING = 0.005  # that an axis shows
 
 
 def drift_over_training(frame: DataFrame, folder: Path) -> Figure:
@@ -168,6 +169,8 @@ def drift_against_forgetting(frame: DataFrame, folder: Path) -> Figure:
                     **style | {"linestyle": "", "markersize": 6.5},
                 )
             ax.axhline(0, color="#888888", lw=0.7, zorder=0)
+            low, high = ax.get_ylim()  # else rounding errors of a zero fill the panel
+            ax.set_ylim(min(low, -LEAST_FORGETTING), max(high, LEAST_FORGETTING))
             ax.set_xscale("log")
         label_edges(axes, SIZE, lambda family: f"{family}\nforgetting")
         legend(figure, rows["arm"])

@@ -149,13 +149,16 @@ def _spread_over_prompts(records: list[dict[str, Any]], last: dict[str, int]) ->
     ]
 
 
-def draw(path: Path, pdf: bool) -> Path:
+def draw(path: Path, runs_dir: Path, pdf: bool) -> Path:
     """Draw the figures of the joined document into `figures/` beside it; that folder."""
     from adaptation_figures import FIGURES
+    from learning_rate_tables import at_chosen_rates
+    from learning_rates import read_rates
     from plotting import save
     from result_tables import load_records
 
     frame, folder = load_records(path), path.parent / "figures"
+    frame = at_chosen_rates(frame, read_rates(runs_dir))
     for figure in FIGURES:
         save(figure(frame), folder / f"{figure.__name__}.png", pdf)
     return folder
@@ -196,11 +199,12 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(units)} measurements, {len(units) - len(pending)} of them are there", flush=True)
     broken = _measure_all(evaluator, results, base, pending, device)
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
-    path = results.join("adaptation", meta)
+    with results.joining():
+        path = results.join("adaptation", meta)
     from checkpoint_utils import read_json
 
     print(table(read_json(path)["records"]))
-    figures = draw(path, args.pdf)
+    figures = draw(path, settings.runs_dir, args.pdf)
     print(f"records: {path}\nitems and samples: {results.folder}\nfigures: {figures}")
     for message in broken:
         print(f"error: {message}", file=sys.stderr)

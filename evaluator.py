@@ -151,7 +151,7 @@ class Evaluator:
         return values.argmax(axis=1).tolist()
 
     def _generate(self, model: Any, prompts: list[list[int]], description: Any) -> list[str]:
-        from scoring import GENERATION_BUDGET, generate_greedily
+        from generation import GENERATION_BUDGET, generate_greedily
 
         stop = description.stop
         decode = self.tokenizer.decode

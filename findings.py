@@ -81,9 +81,11 @@ def findings(
 ) -> list[Finding]:
     """All findings of a study, question by question; one that says why not under the demo preset.
 
-    The frames are those of load_records, `transfer` is transfer.transfer_table's; None is a stage
-    that was not run. With the items (seed_contrasts.adaptation_items, retention_items) tests and
-    intervals count seeds and items, without them seeds alone: those are about these test items.
+    The frames are those of load_records, where learning rates were swept by way of
+    learning_rate_tables.at_chosen_rates: arms go by their plain labels. `transfer` is
+    transfer.transfer_table's; None is a stage that was not run. With the items
+    (seed_contrasts.adaptation_items, retention_items) tests and intervals count seeds and items,
+    without them seeds alone: those are about these test items.
     """
     if preset == "demo":
         return [Finding(MISSING, "", DEMO)]
@@ -237,7 +239,7 @@ def _rank(
 def _transfer(transfer: DataFrame | None) -> list[Finding]:
     """Multi-task minus single-task; one seed is no method."""
     if transfer is None or transfer.empty:
-        reason = "no single-task controls (python multi_task_training.py --tasks sst2 --lora 8)"
+        reason = "no single-task controls (python run_study.py --single-task-controls)"
         return [_missing(TRANSFER, reason)]
     tested = transfer[transfer["seeds"] >= MIN_SEEDS]
     found, drafts = [], []

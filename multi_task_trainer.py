@@ -29,7 +29,7 @@ from checkpoint_utils import (
     store_frozen_linears_in_bf16,
     write_manifest,
 )
-from config import UserError
+from config import Diverged, UserError
 from metrics import accuracy
 from scoring import completion_losses, label_predictions, mean_by_row
 from training_configs import TrainingConfig
@@ -221,7 +221,7 @@ class RunCallback(TrainerCallback):
     ) -> None:
         broken = [name for name in ("loss", "eval_loss") if not math.isfinite(logs.get(name, 0.0))]
         if broken:
-            raise UserError(
+            raise Diverged(
                 f"{broken[0]} is {logs[broken[0]]} at step {state.global_step}; try a lower rate,"
                 f" --set learning_rate={args.learning_rate / 3:.1e}"
             )

@@ -4,6 +4,8 @@
     python multi_task_training.py --dissimilar --full-finetune
     python multi_task_training.py --tasks sst2 --lora 8      # a single-task control
     python multi_task_training.py                            # all of the grid that is not done
+    python multi_task_training.py --lr-sweep                 # search every arm's learning rate
+    python multi_task_training.py --swept-rates              # the grid, at the rates it chose
     accelerate launch multi_task_training.py --similar --lora 8   # several GPUs
 
 A family alone means all its arms; an arm alone means both families; several arms are a union. A run
@@ -17,6 +19,7 @@ import contextlib
 import dataclasses
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from config import (
@@ -32,6 +35,8 @@ from config import (
     resolve_settings,
 )
 from dataset_descriptions import describe
+from learning_rates import FACTORS, chosen_rate, grid
+from rate_sweep import sweep
 from training_configs import (
     SCALINGS,
     TrainingConfig,
@@ -74,6 +79,19 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="see below"
     )
+    rates = run.add_mutually_exclusive_group()
+    rates.add_argument(
+        "--lr-sweep",
+        nargs="*",
+        type=float,
+        metavar="FACTOR",
+        help="search each arm's learning rate, with one seed unless --seed names more: train at"
+        f" factors of its default ({' '.join(f'{f:g}' for f in FACTORS)} or those given), then at"
+        " half and twice the best until neither is better",
+    )
+    rates.add_argument(
+        "--swept-rates", action="store_true", help="train at the rates that --lr-sweep chose"
+    )
     run.add_argument("--dry-run", action="store_true", help="print the plan and what it needs")
     run.add_argument(
         "--overwrite", action="store_true", help="delete and train again what is there"
@@ -82,23 +100,39 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def plan(args: argparse.Namespace, settings: Settings, hidden_size: int) -> list[Run]:
-    """The runs that the flags ask for. Raises UserError for what cannot be."""
+    """The runs that the flags ask for, of a sweep its grid. Raises UserError for what cannot be."""
     values = parse_assignments(args.set)
     for flag in ("max_steps", "target_modules", "scaling", "dtype", "limit"):
         if getattr(args, flag) is not None:
             values[flag] = getattr(args, flag)
+    if "learning_rate" in values and (args.lr_sweep is not None or args.swept_rates):
+        flag = "--swept-rates" if args.swept_rates else "--lr-sweep"
+        raise UserError(f"{flag} and --set learning_rate both say the rate; leave one out")
+    seeds = args.seed or settings.preset.seeds
+    if args.lr_sweep is not None and not args.seed:
+        seeds = seeds[:1]
     runs = []
     for tasks in _task_mixes(args):
         for method, rank in _arms(args):
             own = values
             if method != "lora" and any(m == "lora" for m, _ in _arms(args)):
                 own = {k: v for k, v in values.items() if k not in LORA_FIELDS}
-            for seed in dict.fromkeys(args.seed or settings.preset.seeds):
+            for seed in dict.fromkeys(seeds):
                 default = default_config(settings, tasks, method, rank, seed, hidden_size)
                 config = dataclasses.replace(default, **own)
                 name = config.run_name(default)
-                runs.append(Run(name, config, settings.runs_dir / name))
+                run = Run(name, config, settings.runs_dir / name, default)
+                runs += [run.at_rate(rate) for rate in _rates(args, settings, run)]
     return runs
+
+
+def _rates(args: argparse.Namespace, settings: Settings, run: Run) -> list[float]:
+    """The learning rates at which the arm is asked for."""
+    if args.lr_sweep is not None:
+        return grid(run.default.learning_rate, args.lr_sweep or FACTORS)
+    if args.swept_rates:
+        return [chosen_rate(settings.runs_dir, run.arm, run.config)]
+    return [run.config.learning_rate]
 
 
 def _task_mixes(args: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -172,37 +206,36 @@ def summary(run: Run, done: dict[str, Any], settings: Settings) -> str:
     return "\n".join(lines)
 
 
-def _run_all(
-    runs: list[Run], settings: Settings, base: Any, model: Any, device: str, overwrite: bool
-) -> int:
+def _run_all(runs: list[Run], train_run: Callable[[Run], Any]) -> int:
     """Train run by run; one that fails is recorded in its error.json and the rest goes on."""
-    from run_records import release_memory
-
-    failed = []
-    for run in runs:
-        try:
-            done = train(run, settings, base, model, device, overwrite)
-            if is_main():
-                told = f"{run.name} is done: {run.folder} (--overwrite trains it again)"
-                print(summary(run, done, settings) if done else told, flush=True)
-        except Interrupted:
-            raise
-        except UserError as error:
-            write_error(run, error)
-            if len(runs) == 1:
-                raise
-            failed.append(run.name)
-            print(f"error: {run.name}: {error}", file=sys.stderr)
-        except Exception as error:
-            failed.append(run.name)
-            if not write_error(run, error):
-                traceback.print_exception(error)
-            path = run.folder / "error.json"
-            print(f"error: {run.name} failed: {error!r}; see {path}", file=sys.stderr)
-        release_memory()
+    failed = [run.name for run in runs if not _run_one(run, train_run, alone=len(runs) == 1)]
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _run_one(run: Run, train_run: Callable[[Run], Any], alone: bool = False) -> bool:
+    """Whether the run has ended; what was wrong is said, or raised if the run is alone."""
+    from run_records import release_memory
+
+    try:
+        train_run(run)
+        return True
+    except Interrupted:
+        raise
+    except UserError as error:
+        write_error(run, error)
+        if alone:
+            raise
+        print(f"error: {run.name}: {error}", file=sys.stderr)
+    except Exception as error:
+        if not write_error(run, error):
+            traceback.print_exception(error)
+        path = run.folder / "error.json"
+        print(f"error: {run.name} failed: {error!r}; see {path}", file=sys.stderr)
+    finally:
+        release_memory()
+    return False
 
 
 @guarded
@@ -221,9 +254,6 @@ def main(argv: list[str] | None = None) -> int:
     model = empty_model(model_config, settings.model)
     runs = plan(args, settings, model_config.hidden_size)
     precision = pick_precision(runs[0].config.dtype, device)
-    runs = [
-        dataclasses.replace(r, config=dataclasses.replace(r.config, dtype=precision)) for r in runs
-    ]
     for run in runs:
         expected_cost(model, run.config, precision == "bf16")  # refuses a rank above the matrix
     if is_main() and (args.dry_run or len(runs) > 1):
@@ -232,7 +262,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         base = prepare_base(settings)
-        return _run_all(runs, settings, base, model, device, args.overwrite)
+
+        def train_run(run: Run) -> None:
+            run = dataclasses.replace(run, config=dataclasses.replace(run.config, dtype=precision))
+            done = train(run, settings, base, model, device, args.overwrite)
+            if is_main():
+                told = f"{run.name} is done: {run.folder} (--overwrite trains it again)"
+                print(summary(run, done, settings) if done else told, flush=True)
+
+        if args.lr_sweep is None:
+            return _run_all(runs, train_run)
+        return sweep(runs, settings, lambda run: _run_one(run, train_run), args.overwrite)
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         return 128 + interrupted.number

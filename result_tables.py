@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES, RANKS, SPLITS, TARGET_MODULES, TASKS, UserError
 from dataset_descriptions import DESCRIPTIONS
+from training_configs import rate_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -35,9 +36,11 @@ OPTIONAL = {
     "shots": 0,
     "prompt": 0,
     "update_scale": 1.0,
+    "learning_rate": 0.0,
 }
 KINDS = ("LoRA", "full qv", "full", "base")
 LABEL = re.compile(r"(?P<kind>LoRA r=(?P<rank>\d+)|full qv|full|base)(?: \((?P<extra>.+)\))?")
+RATE = re.compile(r"(?<![^\s(])lr[\d.]+e-?\d+(?![^\s,)])")
 RUN_NAME = re.compile(r"(?P<tasks>.+?)_(?:lora_r\d+|full_qv|full)(?:_(?P<extra>.+))?_seed\d+")
 
 
@@ -70,7 +73,7 @@ def load_records(path: Path) -> DataFrame:
         frame[name] = frame[name].fillna(default) if name in frame else default
     for name in (*NUMBERS, "low", "high", "stderr"):
         frame[name] = pd.to_numeric(frame[name], errors="coerce")
-    frame["arm"] = [arm_of(record) for record in records]
+    frame["arm"] = _parted_by_rate(frame, [arm_of(record) for record in records])
     frame["preset"] = meta.get("preset")
     frame.attrs["meta"] = meta
     return frame
@@ -111,6 +114,44 @@ def arm_of(record: Mapping[str, Any]) -> str:
     return _label(kind, extras + asked)
 
 
+def _parted_by_rate(frame: DataFrame, labels: list[str]) -> list[str]:
+    """The labels; where one stands for several learning rates of a family, with the rate.
+
+    A run's name holds its rate only where it is not the default, and the default depends on preset
+    and model, so it may change within a study. Such runs are no seeds of each other.
+    """
+    keys = list(zip(frame["family"], labels))
+    rates: dict[Any, set[float]] = {}
+    for key, rate in zip(keys, frame["learning_rate"]):
+        rates.setdefault(key, set()).add(rate)
+    return [
+        _with_rate(label, rate) if rate > 0 and len(rates[key]) > 1 else label
+        for key, label, rate in zip(keys, labels, frame["learning_rate"])
+    ]
+
+
+def _with_rate(label: str, rate: float) -> str:
+    found = LABEL.fullmatch(label)
+    if found is None or RATE.search(label):
+        return label
+    return _label(found["kind"], [found["extra"]] * bool(found["extra"]) + [rate_name(rate)])
+
+
+def without_rate(label: str) -> str:
+    """The label of the arm whose learning rates are compared: "LoRA r=8" of "LoRA r=8 (lr1e-3)"."""
+    found = LABEL.fullmatch(label)
+    if found is None or not found["extra"]:
+        return label
+    extras = [" ".join(RATE.sub("", part).split()) for part in found["extra"].split(", ")]
+    return _label(found["kind"], [part for part in extras if part])
+
+
+def _rate_in(label: str) -> float:
+    """The learning rate in a label, 0 if it names none."""
+    found = RATE.search(label)
+    return float(found[0].removeprefix("lr")) if found else 0.0
+
+
 def _count(value: Any) -> int:
     """A whole number, 0 for what is missing (None, or a data frame's nan)."""
     return int(value) if value and value == value else 0
@@ -131,13 +172,13 @@ def place_of(modules: Any) -> str:
     return "+".join(sorted(names)) or "qv"
 
 
-def arm_order(arm: str) -> tuple[int, int, str]:
-    """LoRA by rank, full qv, full, base, baselines."""
+def arm_order(arm: str) -> tuple[int, int, str, float]:
+    """LoRA by rank, full qv, full, base, baselines; an arm's learning rates rising."""
     found = LABEL.fullmatch(arm)
     if found is None:
-        return len(KINDS), 0, arm
+        return len(KINDS), 0, arm, 0.0
     rank = int(found["rank"] or 0)
-    return (0 if rank else KINDS.index(found["kind"])), rank, arm
+    return (0 if rank else KINDS.index(found["kind"])), rank, without_rate(arm), _rate_in(arm)
 
 
 def ordered(tasks: Iterable[str]) -> list[str]:
@@ -248,7 +289,10 @@ def run_table(runs_dir: Path) -> DataFrame:
 
 
 def gaps(frame: DataFrame, tested: bool = True) -> list[str]:
-    """What the study's grid lacks in the records, a sentence each; `tested`: also test scores."""
+    """What the study's grid lacks in the records, a sentence each; `tested`: also test scores.
+
+    Of an arm at several learning rates the one with the most seeds counts.
+    """
     from comparisons import MIN_SEEDS
 
     said = []
@@ -259,17 +303,19 @@ def gaps(frame: DataFrame, tested: bool = True) -> list[str]:
         if ended.empty:
             said.append(f"{family}: no run that is measured at its end")
             continue
-        missing = [arm for arm in grid if arm not in set(ended["arm"])]
+        plain = ended["arm"].map(without_rate)
+        missing = [arm for arm in grid if arm not in set(plain)]
         if missing:
             said.append(f"{family}: no {', '.join(missing)}")
-        seeds = ended.groupby("arm")["seed"].nunique()
+        at_rates = ended.assign(plain=plain).groupby(["plain", "arm"])["seed"].nunique()
+        seeds = at_rates.groupby("plain").max()
         few = sorted(seeds[seeds < MIN_SEEDS].index, key=arm_order)
         if few:
             said.append(
                 f"{family}: fewer than {MIN_SEEDS} seeds, so nothing about methods can be claimed:"
                 f" {', '.join(few)}"
             )
-        untested = set(ended["arm"]) - set(ended[ended["split"] == "test"]["arm"])
+        untested = set(plain) - set(plain[ended["split"] == "test"])
         if tested and untested:
             said.append(f"{family}: no test score of {', '.join(sorted(untested, key=arm_order))}")
     left = set(runs["run"]) - set(last_checkpoints(runs)["run"])

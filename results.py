@@ -7,6 +7,7 @@ lie beside it in `items/<unit>.parquet`, for paired tests.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,6 +95,15 @@ class Results:
         for path in sorted((self.folder / "records").glob("*.json")):
             yield path.stem, _read(path)
 
+    @contextlib.contextmanager
+    def joining(self) -> Iterator[None]:
+        """Hold the others off: of scripts side by side, the last to join has all units."""
+        from filelock import FileLock
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            yield
+
     def join(self, name: str, meta: dict[str, Any], derived: Sequence[dict[str, Any]] = ()) -> Path:
         """Write all units' records into one document, `<folder>/<name>.json`; its path.
 
@@ -120,9 +130,22 @@ def _read(path: Path) -> dict[str, Any]:
     from checkpoint_utils import read_json
 
     unit = read_json(path)
-    if unit.get("record_version") != RECORD_VERSION:
+    version = unit.get("record_version") if isinstance(unit, dict) else None
+    if version != RECORD_VERSION:
         raise UserError(
-            f"{path} is of record version {unit.get('record_version')}, this suite writes"
-            f" {RECORD_VERSION}: move {path.parent.parent} away, or use the version that wrote it"
+            f"{path} is of record version {version}, this suite writes {RECORD_VERSION}: move"
+            f" {path.parent.parent} away, or use the version that wrote it"
         )
+    records = unit.get("records")
+    if "request" not in unit or not isinstance(records, list) or not all(map(_is_record, records)):
+        raise UserError(f"{path} is not as it was written; delete it, and it is measured again")
     return unit
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it says what was measured of which checkpoint, and a number that came out."""
+    return (
+        isinstance(record, dict)
+        and {"run", "step", "metric", "value"} <= record.keys()
+        and isinstance(record["value"], (int, float, type(None)))
+    )

@@ -212,6 +212,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def draw(path: Path, settings: Settings, pdf: bool) -> Path:
     """Draw the figures of the joined document into `figures/` beside it; that folder."""
+    from learning_rate_tables import at_chosen_rates
+    from learning_rates import read_rates
     from plotting import save
     from result_tables import load_records
     from retention_figures import FIGURES
@@ -219,6 +221,7 @@ def draw(path: Path, settings: Settings, pdf: bool) -> Path:
     adapted = settings.output_dir / "performance_analysis" / settings.study / "adaptation.json"
     adaptation = load_records(adapted) if adapted.is_file() else None
     frame, folder = load_records(path), path.parent / "figures"
+    frame = at_chosen_rates(frame, read_rates(settings.runs_dir))
     for figure in FIGURES:
         save(figure(frame, adaptation), folder / f"{figure.__name__}.png", pdf)
     return folder
@@ -265,8 +268,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(units)} measurements, {len(units) - len(pending)} of them are there", flush=True)
     broken = measure_all(retention, results, base, pending)
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
-    derived, others = derived_records(results)
-    path = results.join("retention", meta, derived)
+    with results.joining():
+        derived, others = derived_records(results)
+        path = results.join("retention", meta, derived)
     print(table(read_json(path)["records"]))
     figures = draw(path, settings, args.pdf)
     print(f"records: {path}\nitems: {results.folder / 'items'}\nfigures: {figures}")

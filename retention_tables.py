@@ -141,7 +141,7 @@ def gains(retention: DataFrame | None, adaptation: DataFrame | None) -> DataFram
 
     sources = [] if retention is None else [retention[retention["metric"] == "adaptation"]]
     if adaptation is not None:
-        sources.append(_family_means(adaptation))
+        sources.append(family_means(adaptation))
     columns, parts = [*POINT, *ESTIMATE, "n"], []
     for levels in sources:
         base = levels[levels["method"] == "base"].drop_duplicates("family")
@@ -241,7 +241,7 @@ def _is_control(run: str) -> bool:
     return name is not None and name["tasks"] not in FAMILIES
 
 
-def _family_means(adaptation: DataFrame) -> DataFrame:
+def family_means(adaptation: DataFrame) -> DataFrame:
     """Means over the family's tasks of the primary validation metric, 0 to 1, of all that have
     every task that the base has.
     """

@@ -1,9 +1,9 @@
 """Scores of completions under a causal language model. Knows no tasks.
 
-Log-likelihoods with shared prefixes, greedy generation in batches, and the small functions that
-training shares. Items go longest first, in batches by a budget of tokens, and results come back in
-the caller's order; in fp32 they do not depend on the batch. Logits are computed at the positions
-that are asked about, never for whole sequences.
+Log-likelihoods with shared prefixes, and the small functions that training shares. Items go longest
+first, in batches by a budget of tokens, and results come back in the caller's order; in fp32 they
+do not depend on the batch. Logits are computed at the positions that are asked about, never for
+whole sequences.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 TOKEN_BUDGET = 4_096  # padded tokens of a batch
-# Of a batch that is generated, prompts and new tokens: every step reads all weights once, so the
-# more rows the better; what bounds them is the cache (Llama-3.2-1B in bf16: half a gigabyte).
-GENERATION_BUDGET = 16_384
 # Logits held at once, 32 MB in fp32: glibc takes larger blocks anew from the system each time, and
 # the page faults cost as much as the softmax. A GPU's allocator keeps them; there 16 times as many.
 LOGIT_BUDGET = 1 << 23
@@ -329,92 +326,3 @@ def _attention_mask(model: Any, segments: torch.Tensor) -> torch.Tensor:
     dtype = torch.get_autocast_dtype(kind) if autocast else model.dtype
     mask = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
     return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-
-
-# --------------------------------------------------------------------------------- generation
-
-
-def generate_greedily(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    eos_token_ids: Sequence[int],
-    stopped: Callable[[list[int]], bool] = lambda tokens: False,
-    token_budget: int = GENERATION_BUDGET,
-    most_rows: int = 1_000,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[list[int]]:
-    """The greedy continuation of every prompt, in their order, without its EOS.
-
-    A row ends with an EOS token, when `stopped` says so of its tokens, or at `max_new_tokens`; it
-    then leaves the batch, so the others do not pay for it. Raises ValueError for an empty prompt
-    and FloatingPointError for logits that are not finite.
-    """
-    import torch
-
-    if not all(prompts):
-        raise ValueError("a prompt needs at least one token")
-    outputs: list[list[int]] = [[] for _ in prompts]
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    with torch.inference_mode():
-        for rows in batches(lengths, token_budget, [1] * len(prompts), most_rows):
-            texts = _generate_batch(
-                model, [prompts[i] for i in rows], max_new_tokens, set(eos_token_ids), stopped
-            )
-            for i, tokens in zip(rows, texts, strict=True):
-                outputs[i] = tokens
-            progress(len(rows))
-    return outputs
-
-
-def _generate_batch(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    eos: set[int],
-    stopped: Callable[[list[int]], bool],
-) -> list[list[int]]:
-    import torch
-    from transformers import DynamicCache
-
-    device, width = model.device, max(map(len, prompts))
-    input_ids = torch.zeros((len(prompts), width), dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)  # padded on the left
-        mask[row, width - len(prompt) :] = 1
-    input_ids, mask = input_ids.to(device), mask.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
-    cache = DynamicCache(config=model.config)
-    for _ in range(max_new_tokens):
-        logits = model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        if not outputs[active[0]] and not torch.isfinite(logits).all():
-            raise FloatingPointError("the model's logits are not finite")
-        tokens = logits.argmax(-1).tolist()
-        goes_on = []
-        for at, (row, token) in enumerate(zip(active, tokens, strict=True)):
-            if token in eos:
-                continue
-            outputs[row].append(token)
-            if len(outputs[row]) < max_new_tokens and not stopped(outputs[row]):
-                goes_on.append(at)
-        if not goes_on:
-            break
-        if len(goes_on) < len(active):
-            left = torch.tensor(goes_on, device=device)
-            cache.batch_select_indices(left)
-            mask, positions = mask[left], positions[left]
-            active = [active[at] for at in goes_on]
-        input_ids = torch.tensor([[outputs[row][-1]] for row in active], device=device)
-        positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones((len(active), 1))], dim=1)
-    return outputs

@@ -121,9 +121,9 @@ def similarity_matrices(frame: DataFrame, folder: Path) -> Figure:
             pad=0.01,
         )
         about = (
-            "Leading left singular vectors of base and tuned matrix. Triangles: intruders, whose"
-            " cosine with every base vector, also those beyond the picture, is below"
-            f" {INTRUDER_EPSILON}."
+            "Leading left singular vectors of base and tuned matrix. Triangles, where there are"
+            " any: intruders, whose cosine with every base vector, also those beyond the picture,"
+            f" is below {INTRUDER_EPSILON}."
             f" Last checkpoints of {', '.join(run.run for run in found)}."
         )
         return told(figure, frame, [about])

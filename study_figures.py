@@ -134,7 +134,7 @@ def _correlation(found: DataFrame, family: str, outcome: str, name: str) -> str:
 def transfer(table: DataFrame, frame: DataFrame) -> Figure:
     """Multi-task minus single-task, a panel a task, an arm a line, with its interval."""
     if table.empty:
-        missing = "no single-task control of a run (multi_task_training.py --tasks sst2 --lora 8)"
+        missing = "no single-task control of a run (run_study.py --single-task-controls)"
         return nothing(frame, missing)
     arms = sorted(set(table["arm"]), key=arm_order, reverse=True)
     names = ordered(table["task"])

@@ -178,16 +178,19 @@ def methods_line(methods: Counter) -> str:
     return f"{sum(methods.values())} decompositions: {told}"
 
 
-def draw(path: Path, pdf: bool) -> Path:
+def draw(path: Path, runs_dir: Path, pdf: bool) -> Path:
     """Draw the figures of the joined document into `figures/` beside it; that folder."""
     import drift_figures
     import spectrum_figures
+    from learning_rate_tables import at_chosen_rates
+    from learning_rates import read_rates
     from plotting import save
     from result_tables import load_records
 
     frame, folder = load_records(path), path.parent / "figures"
     if frame.empty:  # every checkpoint was broken
         return folder
+    frame = at_chosen_rates(frame, read_rates(runs_dir))
     for figure in (*drift_figures.FIGURES, *spectrum_figures.FIGURES):
         save(figure(frame, path.parent), folder / f"{figure.__name__}.png", pdf)
     return folder
@@ -221,14 +224,15 @@ def main(argv: list[str] | None = None) -> int:
         there = len(subjects) - len(pending)
         print(f"{len(subjects)} checkpoints, {there} of them are there", flush=True)
         broken, methods = measure_all(analysis, results, pending)
-    results.write(BETWEEN, {}, records_between(last_directions(results.folder)))
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
-    path = results.join("drift", {**meta, "aggregation": AGGREGATION})
-    layers = join_layers(results.folder)
+    with results.joining():
+        results.write(BETWEEN, {}, records_between(last_directions(results.folder)))
+        path = results.join("drift", {**meta, "aggregation": AGGREGATION})
+        layers = join_layers(results.folder)
     if methods:
         print(methods_line(methods))
     print(table(read_json(path)["records"]))
-    figures = draw(path, args.pdf)
+    figures = draw(path, settings.runs_dir, args.pdf)
     print(f"records: {path}\nall layers, k and epsilons: {layers}\nfigures: {figures}")
     for message in broken:
         print(f"error: {message}", file=sys.stderr)

@@ -178,13 +178,23 @@ class TrainingConfig:
                 parts.append(_name_part(f, value))
         return "_".join([*parts, f"seed{self.seed}"])
 
+    def arm_name(self, defaults: TrainingConfig) -> str:
+        """The run's name without its learning rate and seed: what a sweep chooses a rate for."""
+        at_default = dataclasses.replace(self, learning_rate=defaults.learning_rate)
+        return at_default.run_name(defaults).removesuffix(f"_seed{self.seed}")
+
+
+def rate_name(rate: float) -> str:
+    """A learning rate as names and labels write it: lr4.9e-5."""
+    mantissa, exponent = f"{rate:e}".split("e")
+    return f"lr{float(mantissa):g}e{int(exponent)}"
+
 
 def _name_part(f: dataclasses.Field, value: typing.Any) -> str:
     if isinstance(value, str):
         return value  # the names of places, scalings, schedules ... say what they are
     if f.name == "learning_rate":
-        mantissa, exponent = f"{value:e}".split("e")
-        return f"lr{float(mantissa):g}e{int(exponent)}"
+        return rate_name(value)
     return f"{f.metadata.get('short', f.name.replace('_', ''))}{value:g}"
 
 

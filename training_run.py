@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from config import DATA_SEED, Settings, UserError
+from config import DATA_SEED, Diverged, Settings, UserError
 from dataset_descriptions import describe
 from training_configs import TrainingConfig
 
@@ -35,10 +36,37 @@ class Run:
     name: str
     config: TrainingConfig
     folder: Path
+    default: TrainingConfig  # of its arm in the grid
+
+    @property
+    def arm(self) -> str:
+        """The name without learning rate and seed."""
+        return self.config.arm_name(self.default)
+
+    def at_rate(self, rate: float) -> Run:
+        """The same run at another learning rate."""
+        config = dataclasses.replace(self.config, learning_rate=rate)
+        name = config.run_name(self.default)
+        return Run(name, config, self.folder.with_name(name), self.default)
 
     @property
     def is_done(self) -> bool:
         return (self.folder / "training.json").is_file()
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether it ended since its loss was no longer a number."""
+        from checkpoint_utils import read_json
+
+        path = self.folder / "error.json"
+        return not self.is_done and path.is_file() and bool(read_json(path).get("diverged"))
+
+    def final_loss(self) -> float:
+        """Validation loss at the last checkpoint of a run that is done, the mean over the tasks."""
+        from checkpoint_utils import read_json
+
+        entries = read_json(self.folder / "training.json")["validation"]
+        return float(max(entries, key=lambda entry: entry["step"])["eval_loss"])
 
 
 def is_main() -> bool:
@@ -322,8 +350,9 @@ def write_error(run: Run, error: Exception) -> bool:
     if not (run.folder / "run.json").is_file():
         return False
     trace = "".join(traceback.format_exception(error))
+    told = {"error": str(error), "traceback": trace, "diverged": isinstance(error, Diverged)}
     try:
-        write_json(run.folder / "error.json", {"error": str(error), "traceback": trace})
+        write_json(run.folder / "error.json", told)
     except OSError:  # the disk may be what failed
         return False
     return True

@@ -7,11 +7,13 @@ SmolLM2-135M, fp32, one process, turn about (ours, plain, ours, plain ...); pred
     classification  label words' log-likelihoods under one forward pass an item, longest first;
                     against a padded pass for each label word with logits of the whole sequence,
                     in data order, in batches of 16
-    generation      batches of 16, longest first, rows that have ended (EOS or the task's stop
-                    string) leave; against model.generate on batches of 16 in data order, whose
-                    texts are cut at the stop string afterwards; at most 48 new tokens
+    generation      16 rows at a time, longest first; rows that have ended (EOS or the task's stop
+                    string) leave, and the next prompts take their place; against model.generate
+                    on batches of 16 in data order, with texts cut at the stop string afterwards
 
-The base generates, or with --checkpoint a PEFT folder over it, whose answers end where they should.
+Generation takes each task's own limit of new tokens, or --new-tokens. The base generates, or with
+--checkpoint a PEFT folder over it, whose answers end where they should: then a batch in data order
+waits for its longest answer.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import FAMILIES, Parser, UserError, add_common_arguments, guarded, resolve_settings
 
 ROWS = 16  # of a batch
-NEW_TOKENS = 48
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_common_arguments(parser)
     parser.add_argument("--pairs", type=int, default=3, help="pairs of timings (default 3)")
     parser.add_argument("--checkpoint", type=Path, help="PEFT folder over the base, for generation")
+    parser.add_argument("--new-tokens", type=int, help="at most so many, for generation")
     parser.add_argument("--quick", action="store_true", help="few rows, in about two minutes")
     parser.add_argument("--json", type=Path, help="write meta, ratios and rows to this file")
     return parser
@@ -75,7 +77,7 @@ def classify_plainly(model: Any, prompts: list[list[int]], words: list[int], pad
 
 
 def generate(model: Any, prompts: list[list[int]], new: int, stop: str, tokenizer: Any) -> list:
-    from scoring import generate_greedily
+    from generation import generate_greedily
 
     def stopped(tokens: list[int]) -> bool:
         return stop in tokenizer.decode(tokens[-8:]).lstrip()
@@ -148,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
                 words = label_token_ids(tokenizer, describe(task))
                 ways = (classify, (prompts, words)), (classify_plainly, (prompts, words, eos))
             else:
-                new = min(NEW_TOKENS, describe(task).max_new_tokens)
+                own = describe(task).max_new_tokens
+                new = min(args.new_tokens or own, own)
                 asked = (prompts, new, describe(task).stop, tokenizer)
                 ways = (generate, asked), (generate_plainly, asked)
             work.append((task, ways))
@@ -186,6 +189,14 @@ def measure(kind: str, work: list, model: Any, pairs: int) -> list[dict[str, Any
     return rows
 
 
+def describe_adapter(folder: Path) -> str:
+    """What the adapter is: its rank, and the steps it was trained for where its folder says so."""
+    from checkpoint_utils import checkpoint_step, read_json
+
+    rank, step = read_json(folder / "adapter_config.json")["r"], checkpoint_step(folder)
+    return f"LoRA r = {rank}" + (f" after {step} steps" if step > 0 else "")
+
+
 def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
     from checkpoint_utils import write_json
     from run_records import describe_environment, pick_device
@@ -208,7 +219,8 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
     if args.json:
         meta = describe_environment(pick_device(), False, "sdpa", 1)
         meta.pop("git_commit")
-        meta["shapes"] = {"batch": ROWS, "new_tokens": NEW_TOKENS}
+        meta["shapes"] = {"batch": ROWS, "new_tokens": args.new_tokens or "the tasks' own"}
+        meta["generating"] = describe_adapter(args.checkpoint) if args.checkpoint else "the base"
         write_json(args.json, {"meta": meta, "ratios": ratios, "rows": rows})
         print(f"written: {args.json}")
     return 0

@@ -11,6 +11,7 @@ import random
 
 from config import FAMILIES
 from dataset_descriptions import DESCRIPTIONS
+from training_configs import rate_name
 
 BASELINES = {
     **dict.fromkeys(("sst2", "mnli", "qqp"), ("majority class", 0.5)),
@@ -172,9 +173,43 @@ def _point(run, gain, lost, noise, common):
     return found
 
 
+def rate_points(points, family="similar", seeds=(42,), error=0.01, default=1e-3):
+    """Records of adaptation, of retention and of drift of a sweep's points.
+
+    `points` is {(method, rank): {rate: (score, forgetting)}}; every task has the score at the last
+    checkpoint (one part in a thousand more a seed), and drift is a hundred times the rate.
+    """
+    base = dict(method="base", step=0, fraction=0.0, learning_rate=0.0)
+    adaptation = [record("base", task, 0.5, **base) for task in FAMILIES[family]]
+    retention = [kept("base", "mean", "retention", 0.53, None, **base)]
+    drift = []
+    for (method, rank), rates in points.items():
+        arm = f"lora_r{rank}" if method == "lora" else method
+        for rate, (score, lost) in rates.items():
+            name = "" if rate == default else f"_{rate_name(rate)}"
+            for i, seed in enumerate(seeds):
+                run = f"{family}_{arm}{name}_seed{seed}"
+                own = dict(method=method, rank=rank, seed=seed, learning_rate=rate)
+                value = score * (1 + i / 1000)
+                for task in FAMILIES[family]:
+                    scaled = 100 * value if task == "codexglue" else value
+                    found = record(run, task, scaled, **own)
+                    found["stderr"] = error * math.sqrt(3) * (100 if task == "codexglue" else 1)
+                    adaptation.append(found)
+                half = 2 * error
+                metric = "forgetting"
+                retention.append(kept(run, "mean", metric, lost, family, half=half, **own))
+                for layer in (-1, 0):
+                    size = kept(run, "", "relative_frobenius", 100 * rate, family, **own)
+                    size |= {"module": "both", "layer": layer, "k": None, "eps": None, "side": ""}
+                    drift += [size, size | {"module": "q_proj"}, size | {"module": "v_proj"}]
+    return adaptation, retention, drift
+
+
 def write_study(folder, records, preset="demo", study="demo", script="adaptation"):
-    """The document of eval.py, or of retention_eval.py, below the folder."""
-    place = {"adaptation": "performance_analysis", "retention": "outputs"}[script]
+    """The document of eval.py, of retention_eval.py or of svd_analysis.py, below the folder."""
+    places = {"adaptation": "performance_analysis", "retention": "outputs"}
+    place = places.get(script, "drift_analysis_plots")
     path = folder / place / study / f"{script}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = {"study": study, "base_model": "made-up", "preset": preset, "created": "2026-01-01"}

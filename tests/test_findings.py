@@ -13,6 +13,7 @@ from comparisons import compare_methods
 from config import FAMILIES
 from finding_words import ADAPTS, FORGETS, GOES_WITH, MATCHED, RANK, TRANSFER
 from findings import as_markdown, as_table, findings
+from learning_rate_tables import at_chosen_rates
 from result_tables import load_records
 from seed_contrasts import Part, adaptation_items, by_seed, contrast, retention_items
 from transfer import transfer_table
@@ -174,6 +175,26 @@ def test_with_items_the_interval_counts_them_too(tmp_path):
         assert "over seeds and items" in f.sentence and "on these items" in g.sentence
 
 
+def test_a_swept_arm_is_tested_at_its_chosen_rate(tmp_path):
+    records, rates = [], {"": (1e-4, 0.9), "_lr5e-4": (5e-4, 0.5)}
+    for seed in SEEDS:
+        noise = 1e-4 * (seed - 42) ** 2
+        full = dict(method="full", rank=0, seed=seed, split="test")
+        records.append(record(f"similar_full_seed{seed}", "sst2", 0.7, **full))
+        for name, (rate, value) in rates.items():
+            own = dict(seed=seed, split="test", learning_rate=rate)
+            records.append(
+                record(f"similar_lora_r8{name}_seed{seed}", "sst2", value + noise, **own)
+            )
+    frame = load_records(write_study(tmp_path, records, "study"))
+    choice = {"family": "similar", "arm": "similar_lora_r8", "method": "lora", "rank": 8}
+    choice |= {"learning_rate": 5e-4, "chosen": True}
+    found = findings(at_chosen_rates(frame, [choice]), None, None, None, "study")
+    (tested,) = [f for f in asked(found, ADAPTS) if f.kind == "confirmatory"]
+    assert (tested.arm, tested.verdict) == ("LoRA r=8", "lower")
+    assert tested.effect == pytest.approx(-0.2, abs=1e-3)
+
+
 # ------------------------------------------------------------------------------- exploratory
 
 
@@ -331,7 +352,7 @@ def test_the_demo_has_no_findings_and_says_why(adapted, kept_frame):
 
 def test_stages_that_were_not_run_are_named():
     said = as_markdown(findings(None, None, None, None, "study"))
-    for command in ("eval.py", "retention_eval.py", "--tasks sst2 --lora 8"):
+    for command in ("eval.py", "retention_eval.py", "--single-task-controls"):
         assert command in said
     assert "(confirmatory)" not in said
 

@@ -291,6 +291,23 @@ def test_a_done_run_is_not_taken_for_one_on_other_data(finished, tiny, capsys, t
         (["--full-finetune", "--scaling", "rslora"], ["belong to LoRA"]),
         (["--lora", "4", "--max-steps", "-1"], ["max_steps is -1"]),
         (["--lora", "4", "--seed", "-1"], ["seed is -1"]),
+        (["--lora", "4", "--lr-sweep", "1", "0"], ["--lr-sweep 0", "above 0"]),
+        (["--lora", "4", "--lr-sweep", "-2"], ["--lr-sweep -2", "above 0"]),
+        (["--lora", "4", "--lr-sweep", "nan"], ["--lr-sweep nan", "above 0"]),
+        (["--lora", "4", "--lr-sweep", "two"], ["invalid float value: 'two'"]),
+        (
+            ["--lora", "4", "--lr-sweep", "--set", "learning_rate=1e-3"],
+            ["--lr-sweep and --set learning_rate", "leave one out"],
+        ),
+        (
+            ["--lora", "4", "--swept-rates", "--set", "learning_rate=1e-3"],
+            ["--swept-rates and --set learning_rate"],
+        ),
+        (["--lora", "4", "--swept-rates", "--lr-sweep"], ["not allowed with argument"]),
+        (
+            ["--similar", "--lora", "4", "--swept-rates"],
+            ["no learning rate was chosen for similar_lora_r4", "--lr-sweep --study refused"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tiny, capsys, argv, parts):
@@ -310,6 +327,126 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tiny, capsys):
     argv += ["logging_steps=1", "--limit", "16", "--dtype", "fp32", "--study", "nan"]
     assert main([*argv, "--model", str(tiny)]) == 2
     assert "try a lower rate" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- the sweep of the rates
+
+# Four steps of a random model: the best rate is far above the default, so 32 times it is near.
+FEW = ["--tasks", "sst2", "--limit", "16", "--max-steps", "4", "--dtype", "fp32"]
+FEW += ["--set", "checkpoints=1", "warmup=0", "report_to=none"]
+ARM = "sst2_full_steps4_warmup0_limit16_fp32_checkpoints1"
+
+
+def rates_of(study):
+    return json.loads((runs_dir(study) / "learning_rates.json").read_text())["records"]
+
+
+def stamps(study):
+    """When each run ended, or failed."""
+    names = ("training.json", "error.json")
+    files = [p for name in names for p in runs_dir(study).glob(f"*/{name}")]
+    return {p: p.stat().st_mtime_ns for p in files}
+
+
+@pytest.fixture(scope="module")
+def swept(tiny):
+    """A sweep of full fine-tuning that began with one rate; the flags of its study."""
+    argv = [*FEW, "--model", str(tiny), "--study", "swept"]
+    assert main([*argv, "--full-finetune", "--lr-sweep", "32"]) == 0
+    return argv
+
+
+def test_a_plan_of_a_sweep_is_its_grid_with_one_seed():
+    names = planned("--similar", "--lora", "8", "--full-finetune", "--lr-sweep")
+    # the demo's defaults at SmolLM2's width: 1.3e-4 and 2e-3
+    assert names == [
+        *("similar_full_lr6.5e-5_seed42", "similar_full_seed42", "similar_full_lr2.6e-4_seed42"),
+        *("similar_lora_r8_lr1e-3_seed42", "similar_lora_r8_seed42"),
+        "similar_lora_r8_lr4e-3_seed42",
+    ]
+    several = planned("--similar", "--full-finetune", "--seed", "1", "2", "--lr-sweep", "1", "4")
+    assert [name.split("full_")[1] for name in several] == [
+        *("seed1", "lr5.2e-4_seed1", "seed2", "lr5.2e-4_seed2")
+    ]
+
+
+def test_a_sweep_of_one_rate_is_widened_until_its_best_lies_inside(swept):
+    records = rates_of("swept")
+    losses = {r["learning_rate"]: r["loss"] for r in records}
+    (chosen,) = [r for r in records if r["chosen"]]
+    assert {r["arm"] for r in records} == {ARM} and chosen["factor"] > 16
+    assert chosen["loss"] == min(losses.values())
+    for factor in (0.5, 2):
+        (neighbour,) = [
+            v
+            for r, v in losses.items()
+            if r == pytest.approx(factor * chosen["learning_rate"], rel=0.01)
+        ]
+        assert neighbour > chosen["loss"]
+
+
+def test_the_points_of_a_sweep_are_runs_whose_final_losses_it_compares(swept):
+    by_rate = {}
+    for path in runs_dir("swept").glob("*/training.json"):
+        config = json.loads((path.parent / "run.json").read_text())["config"]
+        if config["seed"] == 42:
+            last = json.loads(path.read_text())["validation"][-1]
+            assert last["step"] == 4
+            by_rate[config["learning_rate"]] = last["eval_loss"]
+    assert by_rate == {r["learning_rate"]: r["loss"] for r in rates_of("swept")}
+    assert len(by_rate) >= 3
+
+
+def test_a_sweep_that_is_done_trains_nothing(swept, capsys):
+    before, records = stamps("swept"), rates_of("swept")
+    assert main([*swept, "--full-finetune", "--lr-sweep", "32"]) == 0
+    assert stamps("swept") == before and rates_of("swept") == records
+    out = capsys.readouterr().out
+    assert out.count("is done") == len(records)
+    assert out.count("  chosen") == 1
+
+
+def test_swept_rates_are_the_chosen_ones_for_other_seeds_too(swept):
+    (chosen,) = [r["learning_rate"] for r in rates_of("swept") if r["chosen"]]
+    before = stamps("swept")
+    assert main([*swept, "--full-finetune", "--swept-rates", "--seed", "42", "43"]) == 0
+    (new,) = stamps("swept").keys() - before.keys()
+    assert json.loads((new.parent / "run.json").read_text())["config"]["learning_rate"] == chosen
+    assert new.parent.name.endswith("_seed43") and "_lr" in new.parent.name
+
+
+def test_without_the_flag_the_default_rate_stands(swept, capsys):
+    assert main([*swept, "--full-finetune", "--dry-run", "--seed", "42", "44"]) == 0
+    out = capsys.readouterr().out
+    assert f"{ARM}_seed44" in out and "_lr" not in out
+
+
+def test_a_rate_that_diverges_is_worse_than_all_and_is_not_trained_again(tiny, capsys):
+    argv = [*FEW, "max_grad_norm=0", "--full-finetune", "--model", str(tiny), "--study", "diverged"]
+    argv += ["--lr-sweep", "64", "1e30"]
+    assert main(argv) == 0
+    records = rates_of("diverged")
+    assert [r["loss"] for r in records][-1] is None and records[-1]["factor"] == 1e30
+    assert [r for r in records if r["chosen"]]
+    (error,) = runs_dir("diverged").glob("*/error.json")
+    assert json.loads(error.read_text())["diverged"] is True
+    before = stamps("diverged")
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert stamps("diverged") == before
+    assert f"{error.parent.name} diverged" in capsys.readouterr().out
+
+
+def test_a_point_that_fails_otherwise_leaves_the_arm_without_a_choice(tiny, capsys):
+    argv = [*FEW, "--model", str(tiny), "--study", "held", "--lr-sweep", "32", "64"]
+    name = ARM.replace("full_", "full_lr4.16e-2_", 1)
+    folder = runs_dir("held")
+    folder.mkdir(parents=True)
+    with FileLock(folder / f".{name}_seed42.lock"):
+        assert main([*argv, "--full-finetune", "--full-qv"]) == 1
+    error = capsys.readouterr().err
+    assert f"error: {ARM}: no learning rate can be chosen, since {name}_seed42" in error
+    assert {r["method"] for r in rates_of("held")} == {"full_qv"}
 
 
 # -------------------------------------------------------------------- the real model, real rows

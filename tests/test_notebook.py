@@ -6,8 +6,11 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from synthetic_drift import write_drift
 from synthetic_records import GRID, retention_study, study, write_study
 
+import drift_figures
+import spectrum_figures
 from retention_figures import FIGURES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,10 +94,22 @@ def test_report_of_retention_alone(report, tmp_path):
     assert len(pictures) == len(FIGURES)
 
 
+def test_report_of_drift_alone(report, tmp_path):
+    write_drift(tmp_path, [("lora", 8), ("lora", 64), ("full", 0)], families=("similar",), points=2)
+    text, pictures = report()
+    names = {f.__name__ for f in (*drift_figures.FIGURES, *spectrum_figures.FIGURES)}
+    assert len(pictures) == len(names)
+    made = {p.name for p in (tmp_path / "drift_analysis_plots/demo/figures").iterdir()}
+    assert made == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    assert "similar: no LoRA r=4, LoRA r=16" in text
+    assert "python retention_eval.py --study demo" in text
+
+
 def test_report_of_a_study_without_results_names_the_command(report, tmp_path):
     write_study(tmp_path, study(grid=GRID[:1], families=("similar",)), study="mine")
     text, pictures = report(study="other")
-    adaptation, retention = text.splitlines()
+    adaptation, retention, drift = text.splitlines()
     assert "python eval.py --study other" in adaptation and "mine" in adaptation
     assert "python retention_eval.py --study other" in retention
+    assert "python svd_analysis.py --study other" in drift
     assert not pictures

@@ -14,7 +14,6 @@ from scoring import (
     Item,
     batches,
     completion_losses,
-    generate_greedily,
     label_predictions,
     log_likelihoods,
     mean_by_row,
@@ -94,8 +93,6 @@ def test_an_empty_context_or_continuation_is_refused(model):
     for item in (Item([], [[1]]), Item([1], []), Item([1], [[]])):
         with pytest.raises(ValueError, match="at least one token"):
             log_likelihoods(model, [item])
-    with pytest.raises(ValueError, match="at least one token"):
-        generate_greedily(model, [[]], 4, [2])
 
 
 def test_texts_that_begin_alike_share_a_row():
@@ -155,52 +152,6 @@ def test_batches_are_longest_first_and_within_budget():
         assert sum(weights[i] for i in batch) <= 9
 
 
-def plain_generation(model, prompt, max_new_tokens, eos):
-    ids = torch.tensor([prompt])
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=eos,
-        pad_token_id=eos,
-    )[0, len(prompt) :].tolist()
-    return output[:-1] if output and output[-1] == eos else output
-
-
-def assert_same_text(model, prompt, ours, theirs):
-    """Equal, or apart from the first step on at which two tokens tie; whether they were equal."""
-    if ours == theirs:
-        return True
-    at = next(
-        (i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs))
-    )
-    with torch.no_grad():
-        top = model(torch.tensor([[*prompt, *ours[:at]]])).logits[0, -1].topk(2).values
-    assert top[0] - top[1] < 1e-3
-    return False
-
-
-def test_generation_equals_model_generate_one_at_a_time(model):
-    prompts = [list(item.context) for item in random_items(17, seed=3)]
-    # the random model's own favourite tokens as EOS, so that rows end at different steps
-    first = generate_greedily(model, prompts, 12, [])
-    eos = max({t for o in first for t in o}, key=lambda t: sum(t in o for o in first))
-    ours = generate_greedily(model, prompts, 12, [eos], token_budget=400)
-    assert len({len(output) for output in ours}) > 1
-    for prompt, output in zip(prompts, ours, strict=True):
-        assert_same_text(model, prompt, output, plain_generation(model, prompt, 12, eos))
-    alone = [generate_greedily(model, [prompt], 12, [eos])[0] for prompt in prompts]
-    assert sum(a == b for a, b in zip(alone, ours, strict=True)) >= 16
-
-
-def test_a_row_ends_where_its_stop_says(model):
-    prompts = [list(item.context) for item in random_items(5)]
-    free = generate_greedily(model, prompts, 8, [])
-    stopped = generate_greedily(model, prompts, 8, [], stopped=lambda tokens: len(tokens) == 3)
-    assert stopped == [tokens[:3] for tokens in free]
-
-
 def test_hellaswag_items_are_scored_as_one_by_one(smollm2_model, tokenizer, real_data):
     from pathlib import Path
 
@@ -231,21 +182,3 @@ def test_classification_is_the_argmax_that_training_sees(smollm2_model, tokenize
     assert mean_by_row(losses, row, len(rows)).isfinite().all()
     first = torch.searchsorted(row, torch.arange(len(rows)))
     assert ours == label_predictions(logits[first], ids).tolist()
-
-
-@pytest.mark.parametrize("task", FAMILIES["dissimilar"])
-def test_32_real_rows_are_generated_as_model_generate_does(
-    smollm2_model, tokenizer, real_data, task
-):
-    from pathlib import Path
-
-    rows = read_jsonl(Path(real_data) / task / "test.jsonl", limit=32)
-    encoded = [encode(tokenizer, describe(task), row, 384) for row in rows]
-    prompts = [e["input_ids"][: e["prompt_length"]] for e in encoded]
-    eos = tokenizer.eos_token_id
-    ours = generate_greedily(smollm2_model, prompts, 24, [eos])
-    same = [
-        assert_same_text(smollm2_model, p, o, plain_generation(smollm2_model, p, 24, eos))
-        for p, o in zip(prompts, ours, strict=True)
-    ]
-    assert sum(same) >= 31

@@ -224,7 +224,9 @@ def test_without_data_a_figure_says_what_is_missing(empty, tmp_path):
         study_figures.predictors(predictor_table(frame), frame),
         study_figures.transfer(transfer_table(frame), frame),
     ]
-    for figure, missing in zip(figures, ("training.json", "measure of drift", "--tasks sst2")):
+    for figure, missing in zip(
+        figures, ("training.json", "measure of drift", "--single-task-controls")
+    ):
         (text,) = figure.axes[0].texts
         assert "Nothing to draw" in text.get_text() and missing in text.get_text()
 

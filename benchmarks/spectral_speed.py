@@ -1,0 +1,375 @@
+"""Drift: leading singular triplets of W0 + dW against a dense SVD, and against PEFT's detector.
+
+    python benchmarks/spectral_speed.py --json FILE
+
+Matrices of Llama-3.2-1B's shapes (q_proj 2048 x 2048, v_proj 512 x 2048) with random singular
+vectors and SmolLM2's singular values (the mean over its layers, resampled), and SmolLM2's own.
+Updates are Gaussian: factors A and B of LoRA, or dense; ||dW|| / ||W0|| in Frobenius norm is 1e-2
+or 1e-1, and a ratio is that of the slower. Both sides take turns. Ours starts from A and B (or from
+the tuned weight) and the base's decomposition; torch.linalg.svd starts from the merged matrix in
+fp64, PEFT's detector from a model in fp32. Last, what a whole study costs: two workers of one
+thread each analyse checkpoints of all ranks.
+
+    k10_r8 ...    k triplets at LoRA rank r, q_proj
+    dense_k10 ... k triplets of a fully fine-tuned q_proj
+    peft_k10      intruders at rank 8, k = 10, against reduce_intruder_dimension
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from config import Parser, UserError, add_common_arguments, guarded, resolve_settings
+
+SHAPES = {"q_proj": (2048, 2048), "v_proj": (512, 2048)}
+RANKS, KS, SIZES = (4, 8, 16, 32, 64), (10, 64, 256), (1e-2, 1e-1)
+# rank (0: dense) and k of the ratios, on q_proj
+NAMED = {
+    "k10_r8": (8, 10),
+    "k64_r8": (8, 64),
+    "k64_r64": (64, 64),
+    "k256_r8": (8, 256),
+    "dense_k10": (0, 10),
+    "dense_k64": (0, 64),
+}
+REAL_LAYERS = (0, 15, 29)
+CHECKPOINTS, LAYERS, WORKERS = 120, 16, 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_common_arguments(parser)
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of timings (default 3)")
+    parser.add_argument(
+        "--quick", action="store_true", help="only what the ratios need, in about two minutes"
+    )
+    parser.add_argument("--json", type=Path, help="write meta, ratios and rows to this file")
+    return parser
+
+
+# ---------------------------------------------------------------------------------- matrices
+
+
+def real_weights(folder: Path) -> dict[tuple[int, str], Any]:
+    """SmolLM2's q_proj and v_proj of every layer."""
+    from safetensors import safe_open
+
+    weights = {}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            parts = name.split(".")
+            if parts[-2] in SHAPES:
+                weights[int(parts[2]), parts[-2]] = file.get_tensor(name)
+    return weights
+
+
+def mean_spectrum(weights: dict, module: str, count: int) -> Any:
+    """Singular values over the Frobenius norm, mean over the layers, at `count` points."""
+    import numpy as np
+    import torch
+
+    spectra = []
+    for (_, name), weight in weights.items():
+        if name == module:
+            values = torch.linalg.svdvals(weight.double())
+            spectra.append((values / values.norm()).numpy())
+    mean = np.mean(spectra, axis=0)
+    points, known = (np.arange(count) + 0.5) / count, (np.arange(len(mean)) + 0.5) / len(mean)
+    values = torch.from_numpy(np.interp(points, known, mean))
+    return values / values.norm()
+
+
+def base_of(values: Any, shape: tuple[int, int]) -> Any:
+    """A base with these singular values and random vectors."""
+    import torch
+
+    from spectral import SVD
+
+    m, n = shape
+    left, right = (
+        torch.linalg.qr(torch.randn(size, len(values), dtype=torch.double))[0] for size in (m, n)
+    )
+    return SVD(left, values, right.T.contiguous())
+
+
+def update_of(shape: tuple[int, int], rank: int, norm: float) -> tuple[Any, ...]:
+    """A, B and B A, or for rank 0 a dense update alone, with that Frobenius norm."""
+    import torch
+
+    m, n = shape
+    if not rank:
+        update = torch.randn(m, n, dtype=torch.double)
+        return (update * (norm / update.norm()),)
+    A = torch.randn(rank, n, dtype=torch.double)
+    B = torch.randn(m, rank, dtype=torch.double)
+    B *= norm / (B @ A).norm()
+    return A, B, B @ A
+
+
+# ----------------------------------------------------------------------------------- timings
+
+
+def timed(function: Callable, *arguments: Any, **options: Any) -> tuple[Any, float, int]:
+    """What it returns, its seconds, and the bytes by which memory grew at its peak."""
+    from run_records import peak_memory, reset_peak_memory
+
+    reset_peak_memory("cpu")
+    before = peak_memory("cpu")
+    start = time.perf_counter()
+    found = function(*arguments, **options)
+    return found, time.perf_counter() - start, peak_memory("cpu") - before
+
+
+def against_dense(
+    name: str, base: Any, ranks: tuple, ks: tuple, pairs: int, sizes: tuple = SIZES
+) -> list[dict[str, Any]]:
+    """Rows of one matrix: every rank (0: dense), k, size and pair."""
+    import torch
+    from tqdm import tqdm
+
+    weight = base.U * base.S @ base.Vh
+    cases = [(r, k, s) for r in ranks for k in ks for s in sizes if k <= len(base.S)]
+    rows = []
+    for rank, k, size in tqdm(cases, desc=name):
+        update = update_of(base.shape, rank, size * float(base.S.norm()))
+        merged = weight + update[-1]
+        for pair in range(pairs):
+            ours = timed(triplets, base, update, merged, k)
+            dense = timed(torch.linalg.svd, merged, full_matrices=False)
+            errors = errors_of(ours[0], dense[0], base, k)
+            rows.append(
+                {"matrix": name, "shape": list(base.shape), "rank": rank, "k": k, "size": size}
+                | {"pair": pair, "method": ours[0].method, **errors}
+                | {"ours_seconds": ours[1], "dense_seconds": dense[1]}
+                | {"ours_bytes": ours[2], "dense_bytes": dense[2]}
+            )
+    return rows
+
+
+def triplets(base: Any, update: tuple, merged: Any, k: int) -> Any:
+    from spectral_solver import top_triplets_dense, top_triplets_lora
+
+    if len(update) == 1:
+        return top_triplets_dense(base, merged, k)
+    return top_triplets_lora(base, update[0], update[1], 1.0, k)
+
+
+def errors_of(found: Any, dense: tuple, base: Any, k: int) -> dict[str, float]:
+    """Largest relative error of a value and error of a largest cosine. Raises where above 1e-6."""
+    from spectral import max_cosines
+
+    values = dense[1][:k]
+    value_error = float(((found.values - values) / values).abs().max())
+    cosines = max_cosines(base.U.T @ dense[0][:, :k])
+    cosine_error = float((max_cosines(found.cosines) - cosines).abs().max())
+    if value_error > 1e-9 or cosine_error > 1e-6:
+        raise UserError(f"wrong by {value_error:.1e} (values), {cosine_error:.1e} (cosines)")
+    return {"value_error": value_error, "cosine_error": cosine_error}
+
+
+def count_intruders(base: Any, A: Any, B: Any, k: int) -> int:
+    from spectral import intruders, max_cosines
+    from spectral_solver import top_triplets_lora
+
+    return intruders(max_cosines(top_triplets_lora(base, A, B, 1.0, k).cosines), k)
+
+
+def against_peft(base: Any, pairs: int, rank: int = 8, k: int = 10) -> list[dict[str, Any]]:
+    """PEFT's detector on a model of one linear layer; the counts must agree."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    rows = []
+    for size in SIZES:
+        model = torch.nn.Sequential(torch.nn.Linear(*reversed(base.shape), bias=False))
+        model[0].weight.data = (base.U * base.S @ base.Vh).float()
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
+        peft_model = get_peft_model(model, config)
+        layer = peft_model.base_model.model[0]
+        A, B, _ = (part.float() for part in update_of(base.shape, rank, size * base.S.norm()))
+        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = A, B
+        for pair in range(pairs):
+            said: list[str] = []
+            ours = timed(count_intruders, base, A, B, k)
+            theirs = timed(reduce_intruder_dimension, peft_model, top_k=k, logging_sink=said.append)
+            peft_model.delete_adapter("intruder_reduced")
+            counted = 0 if "No intruders" in said[0] else int(said[0].rsplit(" ", 1)[1])
+            if counted != ours[0]:
+                raise UserError(f"PEFT counts {counted} intruders, we {ours[0]}")
+            rows.append(
+                {"matrix": "q_proj", "rank": rank, "k": k, "size": size, "pair": pair}
+                | {"intruders": counted, "ours_seconds": ours[1], "peft_seconds": theirs[1]}
+                | {"ours_bytes": ours[2], "peft_bytes": theirs[2]}
+            )
+    return rows
+
+
+# ------------------------------------------------------------------------------ a whole study
+
+
+def study_worker(values: dict[str, Any], k: int, rounds: int) -> dict[str, Any]:
+    """Mean seconds that all measures of a checkpoint's q_proj and v_proj take on one thread."""
+    import torch
+
+    from run_records import peak_memory
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    seconds = {}
+    for module, shape in SHAPES.items():
+        base = base_of(values[module], shape)
+        updates = [update_of(shape, rank, size) for rank in RANKS for size in SIZES]
+        analyse(base, *updates[0][:2], k)
+        start = time.perf_counter()
+        for _ in range(rounds):
+            for A, B, _ in updates:
+                analyse(base, A, B, k)
+        seconds[module] = (time.perf_counter() - start) / rounds / len(updates)
+    return {"k": k, "seconds": seconds, "peak_bytes": peak_memory("cpu")}
+
+
+def analyse(base: Any, A: Any, B: Any, k: int) -> None:
+    import torch
+
+    import spectral
+    from spectral_solver import top_triplets_lora
+
+    found, update = top_triplets_lora(base, A, B, 1.0, k), spectral.lora_update_svd(A, B, 1.0)
+    for measure in (spectral.stable_rank, spectral.effective_rank, spectral.rank90):
+        measure(update.S)
+    ks = [each for each in (4, 8, 16, 32, 64, 128, 256) if each <= k]
+    grid = [step / 20 for step in range(1, 20)]
+    spectral.intruder_counts(spectral.max_cosines(found.cosines), ks, grid)
+    first = torch.eye(len(base.S), k, dtype=base.S.dtype)
+    for cosines in (found.cosines, found.right_cosines):
+        spectral.subspace_similarities(cosines, first)
+        spectral.principal_angles(cosines, first)
+    spectral.legacy_drift(found.cosines, first)
+    spectral.value_shift(found.values, base.S)
+
+
+def study_cost(values: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+    """What CHECKPOINTS of 2 x LAYERS matrices take: workers measured side by side, projected."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    rows = []
+    for k in (64, 256):
+        with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
+            started = [pool.submit(study_worker, values, k, rounds) for _ in range(WORKERS)]
+            workers = [future.result() for future in started]
+        seconds = sum(statistics.fmean(w["seconds"][m] for w in workers) for m in SHAPES)
+        rows.append(
+            {"study": f"{CHECKPOINTS} checkpoints of {2 * LAYERS} matrices", "k": k}
+            | {"seconds_per_pair_of_matrices": seconds, "workers": WORKERS}
+            | {"projected_seconds": CHECKPOINTS * LAYERS * seconds / WORKERS}
+            | {"peak_bytes": sum(w["peak_bytes"] for w in workers)}
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------------ report
+
+
+def ratios_of(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Per pair, the peer's seconds over ours, for the update on which that is less."""
+    found: dict[str, list[float]] = {}
+    for name, (rank, k) in {**NAMED, "peft_k10": (8, 10)}.items():
+        peer = "peft_seconds" if name.startswith("peft") else "dense_seconds"
+        sides: dict[int, list[float]] = {}
+        for row in rows:
+            case = (row.get("matrix"), row.get("rank"), row.get("k"))
+            if case == ("q_proj", rank, k) and peer in row:
+                sides.setdefault(row["pair"], []).append(row[peer] / row["ours_seconds"])
+        found[name] = [round(min(both), 2) for _, both in sorted(sides.items())]
+    return found
+
+
+def print_table(rows: list[dict[str, Any]], ratios: dict[str, list[float]]) -> None:
+    print(
+        f"{'matrix':<16}{'update':>8}{'size':>7}{'k':>5}{'ours s':>9}{'dense s':>9}{'ratio':>8}"
+        f"{'ours MB':>9}{'dense MB':>9}{'values':>9}{'cosines':>9}  method"
+    )
+    compared = [row for row in rows if "dense_seconds" in row]
+    keys = ("matrix", "rank", "size", "k")
+    for case in dict.fromkeys(tuple(row[key] for key in keys) for row in compared):
+        own = [row for row in compared if tuple(row[key] for key in keys) == case]
+        middle = {key: statistics.median(row[key] for row in own) for key in own[0] if "_" in key}
+        ours, dense = middle["ours_seconds"], middle["dense_seconds"]
+        update = f"r = {case[1]}" if case[1] else "dense"
+        print(
+            f"{case[0]:<16}{update:>8}{case[2]:>7.0e}{case[3]:>5}{ours:>9.4f}{dense:>9.3f}"
+            f"{dense / ours:>8.1f}{middle['ours_bytes'] / 1e6:>9.0f}"
+            f"{middle['dense_bytes'] / 1e6:>9.0f}{max(r['value_error'] for r in own):>9.0e}"
+            f"{max(r['cosine_error'] for r in own):>9.0e}  {own[0]['method']}"
+        )
+    for row in rows:
+        if "peft_seconds" in row:
+            print(
+                f"PEFT's detector, size {row['size']:.0e}: {row['intruders']} intruders,"
+                f" ours {row['ours_seconds']:.4f} s, PEFT {row['peft_seconds']:.2f} s"
+            )
+        if "study" in row:
+            print(
+                f"{row['study']}, k = {row['k']}: {row['projected_seconds'] / 60:.1f} minutes with"
+                f" {WORKERS} workers after the base's SVD, {row['peak_bytes'] / 1e9:.2f} GB"
+            )
+    for name, values in ratios.items():
+        listed = ", ".join(f"{v:.1f}" for v in values)
+        print(f"{name:<10} median {statistics.median(values):.1f}   ({listed})")
+
+
+@guarded
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.pairs < 3:
+        raise UserError("--pairs takes at least 3: a median of fewer says nothing")
+    args.preset, args.study = args.preset or "demo", args.study or "benchmark"
+    settings = resolve_settings(args)
+    import torch
+
+    from checkpoint_utils import prepare_base, write_json
+    from run_records import describe_environment
+    from spectral import svd
+
+    torch.manual_seed(0)
+    weights = real_weights(prepare_base(settings).folder)
+    values = {m: mean_spectrum(weights, m, min(shape)) for m, shape in SHAPES.items()}
+    bases = {m: base_of(values[m], shape) for m, shape in SHAPES.items()}
+    against_dense("warm-up", base_of(values["v_proj"][:100], (100, 100)), (1, 0), (4,), 1)
+    rows = []
+    if args.quick:
+        for rank, k in NAMED.values():
+            rows += against_dense("q_proj", bases["q_proj"], (rank,), (k,), args.pairs)
+    else:
+        for module, base in bases.items():
+            rows += against_dense(module, base, (*RANKS, 0), KS, args.pairs)
+        for (layer, module), weight in weights.items():
+            if layer in REAL_LAYERS:
+                name = f"SmolLM2 {layer} {module[0]}"
+                rows += against_dense(name, svd(weight), (4, 8, 64, 0), KS, args.pairs)
+    rows += against_peft(bases["q_proj"], args.pairs)
+    del bases
+    rows += study_cost(values, 1 if args.quick else 3)
+    ratios = ratios_of(rows)
+    print_table(rows, ratios)
+    if args.json:
+        meta = describe_environment("cpu", False, "none", 1)
+        meta |= {"precision": "fp64", "shapes": SHAPES}
+        meta.pop("git_commit")
+        write_json(args.json, {"meta": meta, "ratios": ratios, "rows": rows})
+        print(f"written: {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

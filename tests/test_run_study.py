@@ -1,0 +1,232 @@
+"""The study as one command: resumed, failing, side by side, and refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import DEMO, ROOT, assert_one_line_error
+
+from checkpoint_utils import read_json
+from run_study import build_parser, duration, main
+from study_plan import Stamps, plan_runs, plan_steps
+
+DOCUMENTS = {
+    "performance_analysis": "adaptation.json",
+    "outputs": "retention.json",
+    "drift_analysis_plots": "drift.json",
+}
+STAGES = ["prepare", "train", "evaluate", "retention", "drift"]
+RUNS = ("similar_full_steps4_checkpoints2_seed42", "similar_lora_r4_steps4_checkpoints2_seed42")
+
+
+@pytest.fixture(scope="module")
+def short(tiny):
+    """A study of two runs of a two-layer LLaMA, four steps each; all stages but the report."""
+    return [
+        *("--model", str(tiny), "--families", "similar", "--ranks", "4", "--max-steps", "4"),
+        *("--dtype", "fp32", "--items", "4", "--only", *STAGES),
+        *("--set", "checkpoints=2", "eval_examples_per_task=8", "report_to=none"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(workspace, short):
+    """The study, uninterrupted."""
+    assert main([*short, "--study", "whole"]) == 0
+    return values(workspace, "whole")
+
+
+def values(output, study):
+    """Every number of the three documents, by what it is of."""
+    found = {}
+    for place, name in DOCUMENTS.items():
+        for r in read_json(output / place / study / name)["records"]:
+            key = {
+                k: v for k, v in r.items() if k not in ("value", "stderr", "low", "high", "study")
+            }
+            key = {k: v for k, v in key.items() if not isinstance(v, float) or k == "eps"}
+            found.setdefault((name, json.dumps(key, sort_keys=True)), []).append(r["value"])
+    return found
+
+
+def begin(arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run_study.py"), *arguments],
+        cwd=ROOT,
+        env={**DEMO, **os.environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def test_a_study_is_trained_and_measured(whole, workspace):
+    assert len(whole) > 100
+    for run in RUNS:
+        assert (workspace / "models" / "whole" / run / "training.json").is_file()
+        assert any(f'"run": "{run}"' in key for _, key in whole)
+
+
+def test_a_second_start_does_nothing(whole, workspace, short, capsys):
+    before = {p: p.stat().st_mtime_ns for p in workspace.glob("*/whole/**/*") if p.is_file()}
+    assert main([*short, "--study", "whole"]) == 0
+    assert "6 steps, 6 of them are done" in capsys.readouterr().out
+    after = {p: p.stat().st_mtime_ns for p in workspace.glob("*/whole/**/*") if p.is_file()}
+    assert {p for p in after if after[p] != before.get(p)} <= {workspace / "outputs/whole/.lock"}
+
+
+def test_a_deleted_unit_is_measured_again_alone(whole, workspace, short, capsys):
+    records = workspace / "performance_analysis" / "whole" / "records"
+    unit = next(records.glob(f"{RUNS[0]}-4-sst2-validation*.json"))
+    unit.unlink()
+    assert main([*short, "--study", "whole"]) == 0
+    assert "6 steps, 5 of them are done" in capsys.readouterr().out
+    assert unit.is_file() and values(workspace, "whole") == whole
+
+
+def test_a_study_killed_at_random_moments_ends_with_the_same_records(whole, workspace, short):
+    random_moments = random.Random(0)
+    for _ in range(4):
+        study = begin([*short, "--study", "killed"], start_new_session=True)
+        time.sleep(random_moments.uniform(2, 14))
+        study.send_signal(signal.SIGKILL)
+        study.communicate()
+    assert main([*short, "--study", "killed"]) == 0
+    assert values(workspace, "killed") == whole
+
+
+def test_two_workers_measure_the_same(whole, workspace, short):
+    # the cores are divided, where there is more than one
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    assert main([*short, "--study", "shared", "--workers", "2"]) == 0
+    found = values(workspace, "shared")
+    assert found.keys() == whole.keys()
+    for key, expected in whole.items():
+        assert found[key] == pytest.approx(expected, rel=1e-3, abs=1e-4), key
+
+
+def test_a_failing_step_is_named_and_the_rest_goes_on(whole, workspace, short, capfd):
+    arguments = [*short, "--study", "failing"]
+    assert main([*arguments, "--only", "prepare", "train"]) == 0
+    weights = workspace / "models" / "failing" / RUNS[1] / "checkpoint-2/adapter_model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-10])
+    assert main(arguments) == 1
+    told = capfd.readouterr().err
+    assert "error: evaluate-similar: " in told and "checkpoint-2" in told
+    assert "3 of 6 steps failed" in told and "logs/failing/steps/evaluate-similar.log" in told
+    error = workspace / "outputs/failing/steps/evaluate-similar-error.json"
+    assert "checkpoint-2" in read_json(error)["error"]
+    measured = {json.loads(key)["run"] for _, key in values(workspace, "failing")}
+    assert set(RUNS) <= measured  # the other checkpoints
+    weights.write_bytes(good)
+    assert main(arguments) == 0
+    assert not error.exists() and values(workspace, "failing") == whole
+
+
+def test_ctrl_c_ends_well_and_the_same_command_goes_on(whole, workspace, short):
+    arguments = [*short, "--study", "stopped"]
+    study = begin(arguments)
+    log = workspace / "logs" / "stopped" / "steps" / f"train-{RUNS[0]}.log"
+    deadline = time.monotonic() + 120
+    while not log.is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    study.send_signal(signal.SIGINT)
+    told, _ = study.communicate(timeout=120)
+    assert study.returncode == 130, told
+    assert "run the same command to go on" in told
+    assert main(arguments) == 0
+    assert values(workspace, "stopped") == whole
+
+
+def test_checkpoints_are_deleted_once_they_are_measured(whole, workspace, short):
+    at = short.index("--only")
+    kept = short[:at] + short[at + 1 + len(STAGES) :]
+    arguments = [*kept, "--study", "deleted", "--measure-then-delete"]
+    assert main(arguments) in (0, 1)  # gradients and the report are tested elsewhere
+    for run in RUNS:
+        folder = workspace / "models" / "deleted" / run
+        assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert values(workspace, "deleted") == whole
+
+
+def test_the_dry_run_says_what_is_left(whole, short, capsys):
+    assert main([*short, "--study", "whole", "--seeds", "42", "43", "44", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in told.splitlines() if line.startswith("  ")}
+    assert lines[f"train-{RUNS[0]}"].split()[1] == "done"
+    other = lines[f"train-{RUNS[0].replace('42', '43')}"]
+    assert other.split()[1] == "left" and "4 steps" in other and "disk" in other
+    assert "min of cpu time" in told
+    assert "two methods, with 3 seeds: by" in told and "hellaswag" in told
+
+
+def test_the_dry_run_of_a_new_study_trains_a_probe(workspace, short, capsys):
+    assert main([*short, "--study", "unmade", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("measuring 4 steps of") == 2 and "failed" not in told
+    assert "without evaluate, retention, drift" in told
+    assert not (workspace / "models" / "unmade").exists()
+
+
+def test_the_grid_of_the_flags(short):
+    args = build_parser().parse_args(
+        [*short, "--study", "grid", "--ranks", "4", "8", "--full-qv", "--single-task-controls"]
+    )
+    from config import resolve_settings
+
+    settings = resolve_settings(args)
+    runs = plan_runs(args, settings, 32)
+    assert len(runs) == 4 * 4 and len({run.name for run in runs}) == 16
+    assert sum(run.name.startswith("sst2_") for run in runs) == 4
+    steps = plan_steps(args, settings, runs)
+    assert [s.stage for s in steps[:2]] == ["prepare", "train"]
+    assert len({step.name for step in steps}) == len(steps)
+    places = {step.name: i for i, step in enumerate(steps)}
+    assert all(places[n] < places[s.name] for s in steps for n in s.needs if n in places)
+    assert not any(Stamps(settings).is_done(step) for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--only", "evaluation"], ("--only", "evaluate")),
+        (["--families", "other"], ("--families", "similar")),
+        (["--ranks", "0"], ("rank", "at least 1")),
+        (["--ranks", "4096"], ("4096", "allowed")),
+        (["--workers", "0"], ("--workers", "at least 1")),
+        (["--items", "0"], ("--items", "at least 1")),
+        (["--measure-then-delete", "--only", "train"], ("--only",)),
+        (["--set", "rank=3"], ("--set rank=3", "fields")),
+    ],
+)
+def test_wrong_arguments_are_one_line(script, arguments, parts):
+    assert_one_line_error(script("run_study.py", "--study", "wrong", *arguments), *parts)
+
+
+def test_another_configuration_is_refused(whole, short, script):
+    other = ["8" if part == "4" else part for part in short]
+    found = script("run_study.py", *other, "--study", "whole")
+    assert_one_line_error(found, "max_steps is 8 and was 4", "--study NAME")
+
+
+def test_one_study_at_a_time(workspace, short, script):
+    from filelock import FileLock
+
+    folder = workspace / "outputs" / "busy"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        found = script("run_study.py", *short, "--study", "busy")
+    assert_one_line_error(found, "another run_study.py", "busy")
+
+
+def test_durations_read_like_clocks():
+    assert [duration(s) for s in (0.4, 61, 3725)] == ["0:00", "1:01", "1:02:05"]
