@@ -119,8 +119,7 @@ def _scatter(ax: Axes, points: DataFrame, name: str, outcome: str) -> None:
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(NullFormatter())
     else:
-        ax.locator_params(axis="x", nbins=3)
-        ax.ticklabel_format(axis="x", scilimits=(-2, 3))
+        ax.locator_params(axis="x", nbins=2)
     if ax.get_ylim()[1] - ax.get_ylim()[0] < 1e-6:  # nothing forgotten, but for rounding
         ax.set_ylim(-0.01, 0.01)
 
@@ -129,7 +128,7 @@ def _correlation(found: DataFrame, family: str, outcome: str, name: str) -> str:
     rows = found[(found["family"] == family) & (found["outcome"] == outcome)]
     row = rows[rows["predictor"] == name].iloc[0]
     if math.isnan(row["rho"]):
-        return f"no correlation ({row['runs']} runs)"
+        return "no correlation"
     interval = f" ({row['low']:.2f}, {row['high']:.2f})" if math.isfinite(row["low"]) else ""
     return f"{row['rho']:.2f}{interval}"
 

@@ -164,7 +164,7 @@ def test_a_predictor_that_does_not_vary_has_no_correlation(empty):
     table = predictor_rows(families=("similar",)).assign(rho=1.0, intruders=np.nan)
     figure = study_figures.predictors(table, empty())
     assert len(figure.axes) == 2  # intruders were not measured
-    assert figure.axes[1].get_title(loc="left") == "no correlation (9 runs)"
+    assert figure.axes[1].get_title(loc="left") == "no correlation"
 
 
 # ---------------------------------------------------------------------------------- transfer
