@@ -109,17 +109,23 @@ def predictors(table: DataFrame, frame: DataFrame, outcome: str = "forgetting") 
 
 
 def _scatter(ax: Axes, points: DataFrame, name: str, outcome: str) -> None:
-    """A point a run; the axis of a measure that spans more than a decade is logarithmic."""
+    """A point a run; the axis of a measure that spans more than a decade is logarithmic.
+
+    A linear one is marked at its ends alone: in a small panel more labels would run together.
+    """
     from matplotlib.ticker import NullFormatter
 
     for arm, own in points.groupby("arm"):
         ax.plot(own[name], own[outcome], label=arm, **style_of(arm) | {"linestyle": "none"})
     ax.axhline(0.0, color=GREY, lw=0.6, zorder=0)
-    if len(points) and points[name].min() > 0 and points[name].max() > 20 * points[name].min():
+    if points.empty:
+        return
+    if points[name].min() > 0 and points[name].max() > 20 * points[name].min():
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(NullFormatter())
     else:
-        ax.locator_params(axis="x", nbins=2)
+        ends = {f"{value:.2g}": value for value in (points[name].min(), points[name].max())}
+        ax.set_xticks(list(ends.values()), list(ends))
     if ax.get_ylim()[1] - ax.get_ylim()[0] < 1e-6:  # nothing forgotten, but for rounding
         ax.set_ylim(-0.01, 0.01)
 
