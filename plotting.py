@@ -315,12 +315,12 @@ def _interval_notes(table: DataFrame, small: str) -> list[str]:
     trained = table[table["arm"] != "base"]
     from comparisons import MIN_SEEDS
 
-    arms = {n: palette(group["arm"]) for n, group in trained.groupby("seeds")}
+    arms = {key: palette(group["arm"]) for key, group in trained.groupby(["seeds", "over"])}
     said = []
-    for seeds, names in sorted(arms.items(), reverse=True):
+    for (seeds, over), names in sorted(arms.items(), reverse=True):
         who = f" ({', '.join(names)})" if len(arms) > 1 else ""
         if seeds >= MIN_SEEDS:
-            said.append(f"Mean of {seeds} seeds{who}, bars: 95 % t interval over seeds{small}.")
+            said.append(f"Mean of {seeds} seeds{who}, bars: 95 % interval over {over}{small}.")
         elif seeds > 1:
             said.append(f"Mean of {seeds} seeds{who}: too few for an interval{small}.")
         else:

@@ -4,7 +4,8 @@
     print(score_table(records))
 
 Every mean and interval comes from `summarise`: with one seed the interval is over items, as in the
-record; with three seeds and more it is Student's t over seeds; two seeds have a mean alone.
+record; with three seeds and more it counts seeds and items (seed_intervals.py); two seeds have a
+mean alone.
 """
 
 from __future__ import annotations
@@ -214,27 +215,32 @@ def unfinished(frame: DataFrame, so: str = "Left out") -> str:
 def summarise(frame: DataFrame, by: tuple[str, ...] = ()) -> DataFrame:
     """Mean, standard error, interval and number of seeds for each task, arm and `by`.
 
-    Columns value, stderr, low, high (nan where there is none) and seeds, in the order of legends.
+    Columns value, stderr, low, high (nan where there is none), seeds and `over`, what the interval
+    counts, in the order of legends. A record holds its seed's error over items, not what all seeds
+    share of it: so the interval over seeds and items errs to the wide side (seed_intervals.py).
     """
-    import numpy as np
     import pandas as pd
-    from scipy.stats import t
 
     from comparisons import MIN_SEEDS
+    from seed_intervals import BOTH, ITEMS, NOTHING, SEEDS, estimate_over_seeds
 
     keys, rows = ["task", "arm", *by], []
     for key, group in frame.groupby(keys):
         values = group["value"].to_numpy()
         seeds, mean = len(values), values.mean()
         stderr = low = high = math.nan
+        over = NOTHING
         if seeds == 1:
             stderr, low, high = group[["stderr", "low", "high"]].iloc[0]
+            over = ITEMS
         elif seeds >= MIN_SEEDS:
-            stderr = values.std(ddof=1) / np.sqrt(seeds)
-            half = t.ppf(0.975, seeds - 1) * stderr
-            low, high = mean - half, mean + half
-        rows.append((*key, mean, stderr, low, high, seeds))
-    table = pd.DataFrame(rows, columns=[*keys, "value", "stderr", "low", "high", "seeds"])
+            item_variance = (group["stderr"] ** 2).mean()  # nan if no record has one
+            over = BOTH if item_variance > 0 else SEEDS
+            found = estimate_over_seeds(values, item_variance if over == BOTH else 0.0)
+            stderr, low, high = found.stderr, found.low, found.high
+        rows.append((*key, mean, stderr, low, high, seeds, over))
+    columns = [*keys, "value", "stderr", "low", "high", "seeds", "over"]
+    table = pd.DataFrame(rows, columns=columns)
     return table.sort_values(keys, key=lambda s: s.map(arm_order) if s.name == "arm" else s)
 
 
@@ -242,7 +248,7 @@ def score_table(frame: DataFrame) -> DataFrame:
     """Arms by tasks: value ± standard error at the last checkpoint, on test if it was read.
 
     A cell of the validation split is marked "val"; the error is over items for one seed (the mean
-    over three and more carries its error over seeds and their number).
+    over three and more carries its error over seeds and items, and the seeds' number).
     """
     import pandas as pd
 

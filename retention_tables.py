@@ -120,7 +120,7 @@ def plane_points(retention: DataFrame, adaptation: DataFrame | None = None) -> D
     """
     forgetting = retention[(retention["metric"] == "forgetting") & (retention["task"] == MEAN)]
     forgetting = forgetting[is_trained(forgetting)].dropna(subset=["value"])
-    gain = _gains(retention, adaptation)
+    gain = gains(retention, adaptation)
     names = {name: f"gain_{name}" for name in (*ESTIMATE, "n")} | {"value": "gain"}
     points = forgetting.drop(columns="family").merge(
         gain.rename(columns=names), on=[n for n in POINT if n != "family"]
@@ -130,6 +130,28 @@ def plane_points(retention: DataFrame, adaptation: DataFrame | None = None) -> D
     points = points[points["family"].isin(FAMILIES) & ~(control & whole)]
     at = points["fraction"].round(4).fillna(1.0)
     return points.assign(task=points["family"], fraction=at)
+
+
+def gains(retention: DataFrame | None, adaptation: DataFrame | None) -> DataFrame:
+    """Validation score minus the base's, by run, family, step and scale of the update.
+
+    From either stage's records, retention's first.
+    """
+    import pandas as pd
+
+    sources = [] if retention is None else [retention[retention["metric"] == "adaptation"]]
+    if adaptation is not None:
+        sources.append(family_means(adaptation))
+    columns, parts = [*POINT, *ESTIMATE, "n"], []
+    for levels in sources:
+        base = levels[levels["method"] == "base"].drop_duplicates("family")
+        start = levels["family"].map(dict(zip(base["family"], base["value"]))).astype(float)
+        half = NORMAL * levels["stderr"]
+        low = levels["low"].fillna(levels["value"] - half)
+        high = levels["high"].fillna(levels["value"] + half)
+        found = levels.assign(value=levels["value"] - start, low=low - start, high=high - start)
+        parts.append(found[is_trained(found)][columns].dropna(subset=["value"]))
+    return pd.concat(parts or [pd.DataFrame(columns=columns)]).drop_duplicates(POINT)
 
 
 def plane_table(points: DataFrame) -> DataFrame:
@@ -217,25 +239,6 @@ def _is_text(rows: DataFrame) -> Any:
 def _is_control(run: str) -> bool:
     name = RUN_NAME.fullmatch(run)
     return name is not None and name["tasks"] not in FAMILIES
-
-
-def _gains(retention: DataFrame, adaptation: DataFrame | None) -> DataFrame:
-    """Validation score minus the base's, by run, family, step and scale of the update."""
-    import pandas as pd
-
-    sources = [retention[retention["metric"] == "adaptation"]]
-    if adaptation is not None:
-        sources.append(family_means(adaptation))
-    parts = []
-    for levels in sources:
-        base = levels[levels["method"] == "base"].drop_duplicates("family")
-        start = levels["family"].map(dict(zip(base["family"], base["value"]))).astype(float)
-        half = NORMAL * levels["stderr"]
-        low = levels["low"].fillna(levels["value"] - half)
-        high = levels["high"].fillna(levels["value"] + half)
-        gains = levels.assign(value=levels["value"] - start, low=low - start, high=high - start)
-        parts.append(gains[is_trained(gains)][[*POINT, *ESTIMATE, "n"]].dropna(subset=["value"]))
-    return pd.concat(parts).drop_duplicates(POINT)  # retention.json's own come first
 
 
 def family_means(adaptation: DataFrame) -> DataFrame:

@@ -188,16 +188,16 @@ def test_curves_show_the_records_of_a_single_seed(frame):
     assert "over items, not over seeds" in notes(figure)
 
 
-def test_three_seeds_show_their_mean_and_the_interval_over_seeds(frame):
+def test_three_seeds_show_their_mean_and_the_interval_over_seeds_and_items(frame):
     values = {42: 0.80, 43: 0.84, 44: 0.88}
     records = [BASE]
     for seed, value in values.items():
         records += curve(f"similar_lora_r8_seed{seed}", [0.7, value], seed=seed)
-    # By hand: mean .84, standard deviation .04, t(.975, 2) = 4.3027.
-    half = 4.3027 * 0.04 / math.sqrt(3)
+    # By hand: mean .84, standard deviation .04, t(.975, 2) = 4.3027; over items .012 each.
+    half = math.hypot(4.3027 * 0.04 / math.sqrt(3), 1.96 * 0.012)
     figure = learning_curves(frame(records))
     assert np.allclose(lines(panel(figure, "sst2"), "LoRA r=8")[0].get_ydata(), [0.6, 0.7, 0.84])
-    assert "Mean of 3 seeds" in notes(figure) and "over items" not in notes(figure)
+    assert "Mean of 3 seeds, bars: 95 % interval over seeds and items" in notes(figure)
     ax = panel(last_by_rank(frame(records)), "sst2")
     assert np.allclose(lines(ax, "LoRA r=8")[0].get_ydata(), [0.84])
     assert np.allclose(bars(ax, "LoRA r=8"), [(0.84 - half, 0.84 + half)], atol=1e-5)
@@ -326,5 +326,15 @@ def test_summary_of_three_seeds_by_hand(frame):
         for r in curve(f"similar_lora_r8_seed{seed}", [value], seed=seed)
     ]
     (row,) = summarise(frame(records)).itertuples()
-    assert (row.value, row.seeds) == (pytest.approx(0.84), 3)
-    assert row.stderr == pytest.approx(0.04 / math.sqrt(3))
+    assert (row.value, row.seeds, row.over) == (pytest.approx(0.84), 3, "seeds and items")
+    assert row.stderr == pytest.approx(math.hypot(0.04 / math.sqrt(3), 0.012))
+
+
+def test_a_figure_without_an_error_over_items_has_an_interval_over_seeds(frame):
+    records = [
+        record(f"similar_lora_r8_seed{seed}", "sst2", value, seed=seed, stderr=None)
+        for seed, value in ((42, 0.80), (43, 0.84), (44, 0.88))
+    ]
+    (row,) = summarise(frame(records)).itertuples()
+    assert (row.stderr, row.over) == (pytest.approx(0.04 / math.sqrt(3)), "seeds")
+    assert row.high == pytest.approx(0.84 + 4.3027 * 0.04 / math.sqrt(3), abs=1e-5)

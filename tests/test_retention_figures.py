@@ -212,7 +212,7 @@ def test_scaled_updates_lead_from_the_base_through_the_last_checkpoint(frame, wi
     assert "scaled by 0.5, 1.25" in notes(figure)
 
 
-def test_three_seeds_are_means_with_intervals_over_seeds_on_both_axes(frame):
+def test_three_seeds_are_means_with_intervals_over_seeds_and_items_on_both_axes(frame):
     records = []
     for seed, gain, lost in ((42, 0.18, 0.02), (43, 0.20, 0.05), (44, 0.22, 0.08)):
         run = f"similar_lora_r8_seed{seed}"
@@ -221,9 +221,11 @@ def test_three_seeds_are_means_with_intervals_over_seeds_on_both_axes(frame):
     ax = panel(figure, "similar")
     expected = [(0, 0), (0.1, 0.01), (0.2, 0.05)]
     assert np.allclose(lines(ax, "LoRA r=8")[0].get_xydata(), expected)
-    assert np.allclose(bars(ax, "LoRA r=8"), [(0.05 - T * 0.03, 0.05 + T * 0.03)], atol=1e-5)
-    across = bars(ax, "LoRA r=8", vertical=False)
-    assert np.allclose(across, [(0.2 - T * 0.02, 0.2 + T * 0.02)], atol=1e-5)
+    # over items the errors are half of `half`: .01 of forgetting, .005 of the score
+    half = math.hypot(T * 0.03, 1.96 * 0.01)
+    assert np.allclose(bars(ax, "LoRA r=8"), [(0.05 - half, 0.05 + half)], atol=1e-5)
+    across, half = bars(ax, "LoRA r=8", vertical=False), math.hypot(T * 0.02, 1.96 * 0.005)
+    assert np.allclose(across, [(0.2 - half, 0.2 + half)], atol=1e-5)
     assert "Mean of 3 seeds" in notes(figure)
 
 
