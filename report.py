@@ -76,7 +76,11 @@ def execute(settings: Settings) -> Any:
     # the kernel looks up everything else as a script does
     os.environ |= {"OUTPUT_DIR": str(settings.output_dir), "PRESET": settings.preset.name}
     client = NotebookClient(
-        notebook, timeout=None, kernel_name=KERNEL, resources={"metadata": {"path": str(ROOT)}}
+        notebook,
+        timeout=None,
+        kernel_name=KERNEL,
+        extra_arguments=["--IPKernelApp.log_level=40"],
+        resources={"metadata": {"path": str(ROOT)}},
     )
     try:
         client.execute()

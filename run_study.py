@@ -273,9 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     runs = plan_runs(args, settings, read_model_config(settings).hidden_size)
     steps = plan_steps(args, settings, runs)
     if args.dry_run:
-        from study_estimates import print_plan
-
         from run_records import pick_device
+        from study_estimates import print_plan
 
         print(settings.headline(pick_device()), flush=True)
         print_plan(args, settings, stamps, runs, steps)

@@ -123,9 +123,9 @@ def test_a_failing_step_is_named_and_the_rest_goes_on(whole, workspace, short, c
     weights.write_bytes(good[:-10])
     assert main(arguments) == 1
     told = capfd.readouterr().err
-    assert "error: evaluate-similar: " in told and "checkpoint-2" in told
-    assert "3 of 6 steps failed" in told and "logs/failing/steps/evaluate-similar.log" in told
-    error = workspace / "outputs/failing/steps/evaluate-similar-error.json"
+    assert "error: evaluate: " in told and "checkpoint-2" in told
+    assert "2 of 6 steps failed" in told and "logs/failing/steps/evaluate.log" in told
+    error = workspace / "outputs/failing/steps/evaluate-error.json"
     assert "checkpoint-2" in read_json(error)["error"]
     measured = {json.loads(key)["run"] for _, key in values(workspace, "failing")}
     assert set(RUNS) <= measured  # the other checkpoints
