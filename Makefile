@@ -10,12 +10,7 @@ LLAMA_TOKENIZER := llama-models==0.3.0
 .PHONY: demo test lint install install-dev
 
 demo: install
-	$(BIN)/python multi_task_training.py --preset demo --similar --lora 8 --full-finetune
-	$(BIN)/python multi_task_training.py --preset demo --dissimilar --lora 8
-	$(BIN)/python eval.py --preset demo --runs similar_lora_r8_seed42 similar_full_seed42
-	$(BIN)/python eval.py --preset demo --runs dissimilar_lora_r8_seed42 --checkpoints last --limit 16
-	$(BIN)/python retention_eval.py --preset demo --checkpoints last
-	$(BIN)/python svd_analysis.py --preset demo
+	$(BIN)/python run_study.py --preset demo
 
 test: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

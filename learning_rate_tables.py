@@ -42,8 +42,9 @@ def sweep_table(
     `score` is the mean of the family's primary validation metrics in [0, 1], `forgetting` the
     benchmarks' mean of base minus tuned, `drift` the update's norm over that of Q and V (of all
     targets where they were not both trained); nan where it was not measured. The error is over
-    items for one seed, their mean for two, over seeds for three and more. `choices` are the records
-    of learning_rates.json; the chosen rate of an arm that is not among them has the highest score.
+    items for one seed, their mean for two, over seeds and items for three and more. `choices` are
+    the records of learning_rates.json; the chosen rate of an arm that is not among them has the
+    highest score.
     """
     import pandas as pd
 
@@ -218,11 +219,18 @@ def _drift(drift: DataFrame | None) -> DataFrame | None:
 
 
 def _mean(values: Series, errors: Series) -> tuple[float, float]:
+    """Mean over seeds, and the error of which NORMAL times is the reach of its interval.
+
+    Over seeds and items from three seeds on, else over items.
+    """
     from comparisons import MIN_SEEDS
+    from seed_intervals import reach
 
     known = values.dropna()
     if len(known) >= MIN_SEEDS:
-        return known.mean(), known.std(ddof=1) / math.sqrt(len(known))
+        items = (errors[known.index] ** 2).mean()
+        half = reach(known.var(ddof=1) / len(known), len(known), 0 if math.isnan(items) else items)
+        return known.mean(), half / NORMAL
     return (known.mean(), errors[known.index].mean()) if len(known) else (math.nan, math.nan)
 
 

@@ -33,10 +33,11 @@ from config import (
     guarded,
     resolve_settings,
 )
-from study_plan import ANALYSES, STAGES, Stamps, Step, plan_runs, plan_steps
+from study_plan import ANALYSES, DOCUMENTS, STAGES, Stamps, Step, plan_runs, plan_steps
 from training_configs import settable_help
 from training_run import Run
 
+PLANE = "learning_forgetting_plane.png"
 POLL = 0.05  # seconds between two looks at the processes
 # What makes a study the same one; the grid itself may grow.
 KEPT = ("preset", "model", "data", "max_steps", "set", "dtype", "items", "measure_then_delete")
@@ -248,6 +249,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--measure-then-delete measures in every stage; leave --only out")
 
 
+def check_runs(runs: Sequence[Run], settings: Settings) -> None:
+    """Raise UserError for a rank above the base's matrices, before anything is begun."""
+    from checkpoint_utils import empty_model, read_model_config
+    from training_costs import trainable_shapes
+
+    model = empty_model(read_model_config(settings), settings.model)
+    for run in runs:
+        trainable_shapes(model, run.config)
+
+
 def delete_measured(run: Run, steps: Sequence[Step], stamps: Stamps) -> None:
     """Remove all checkpoints of a run but the last, if all that measures them has ended well."""
     from checkpoint_utils import checkpoints
@@ -258,6 +269,18 @@ def delete_measured(run: Run, steps: Sequence[Step], stamps: Stamps) -> None:
     for checkpoint in checkpoints(run.folder)[:-1]:
         (checkpoint / "manifest.json").unlink()  # first, so that what is left is not whole
         shutil.rmtree(checkpoint)
+
+
+def print_tables(stamps: Stamps) -> None:
+    """The scores and what was kept, at the last checkpoints."""
+    import eval
+    import retention_eval
+    from checkpoint_utils import read_json
+
+    for stage, script in (("evaluate", eval), ("retention", retention_eval)):
+        path = stamps.places[stage] / f"{DOCUMENTS[stage]}.json"
+        if path.is_file():
+            print(f"\n{DOCUMENTS[stage]}\n{script.table(read_json(path)['records'])}")
 
 
 @guarded
@@ -279,6 +302,8 @@ def main(argv: list[str] | None = None) -> int:
         print(settings.headline(pick_device()), flush=True)
         print_plan(args, settings, stamps, runs, steps)
         return 0
+    if not all(stamps.is_done(step) for step in steps if step.stage == "train"):
+        check_runs(runs, settings)
     print(settings.headline("as each step says"), flush=True)
     stamps.study.mkdir(parents=True, exist_ok=True)
     lock = FileLock(stamps.study / ".study.lock")  # results.py has its own, ".lock"
@@ -309,14 +334,16 @@ def conduct(
                 delete_measured(run, steps, stamps)
 
     conductor.carry_out(steps, done, after)
-    report = stamps.study / "report.html"
     if conductor.signals:
         print("interrupted; run the same command to go on", file=sys.stderr)
         return 128 + conductor.signals[0]
+    print_tables(stamps)
     for name, message in conductor.failed.items():
         print(f"error: {name}: {message} (log: {conductor.logs / f'{name}.log'})", file=sys.stderr)
-    if report.is_file():
-        print(f"report: {report}")
+    plane, report = stamps.study / "figures" / PLANE, stamps.study / "report.html"
+    for name, path in (("the learning-forgetting plane", plane), ("report", report)):
+        if path.is_file():
+            print(f"{name}: {path}")
     if conductor.failed:
         count = len(conductor.failed)
         print(f"{count} of {len(steps)} steps failed; mend them and run it again", file=sys.stderr)
