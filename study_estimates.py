@@ -8,15 +8,19 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from config import BENCHMARKS, ROOT, Settings
 from dataset_descriptions import describe
-from study_plan import ANALYSES, Stamps, Step, common_flags, flags_of
+from study_plan import ANALYSES, STAGES, Stamps, Step, common_flags, flags_of
 from training_run import Run
 
-PROBE_STEPS = 4
+PROBE_STEPS, PROBE_ITEMS = 4, (4, 16)
+PROBED = ("evaluate", "retention")
+MID_TRAINING = 1_000  # items of a checkpoint in mid-training
 GB = 1e9
 BENCHMARK_ITEMS = {"hellaswag": 10_042, "arc_challenge": 1_172, "winogrande": 1_267}
 
@@ -28,6 +32,15 @@ def arm_of(run: Run) -> Arm:
 
 
 # -------------------------------------------------------------------------------- seconds
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds a training step; and of each analysis seconds to begin, and an item."""
+
+    step: float
+    start: dict[str, float]
+    item: dict[str, float]
 
 
 def measured_rates(runs: Sequence[Run]) -> dict[Arm, float]:
@@ -47,38 +60,92 @@ def rate_of(run: Run, rates: dict[Arm, float]) -> float | None:
     return near[min(near, key=lambda other: abs(other - rank))] if near else None
 
 
-def probe(run: Run, args: argparse.Namespace, settings: Settings) -> float | None:
-    """Seconds a step of a few steps, trained in a folder that is deleted; None if they failed."""
+def probe(
+    run: Run, args: argparse.Namespace, settings: Settings, stages: Sequence[str]
+) -> Rates | None:
+    """What a few steps of the run take, and each analysis of it on a few items; None if it failed.
+
+    In a folder that is deleted. An analysis is asked for two numbers of items: the difference is
+    what items take, the rest what it takes to begin.
+    """
     with tempfile.TemporaryDirectory() as name:
         for place in (settings.bases_dir, settings.tokenizers_dir):
             place.mkdir(parents=True, exist_ok=True)
             link = Path(name) / place.relative_to(settings.output_dir)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(place.resolve(), target_is_directory=True)
-        asked = [*flags_of(run, args), *common_flags(settings), "--max-steps", str(PROBE_STEPS)]
+        common = common_flags(settings)
+        asked = [*flags_of(run, args), *common, "--max-steps", str(PROBE_STEPS)]
         asked += ["--set", "checkpoints=1", "eval_examples_per_task=1", "report_to=none"]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "multi_task_training.py"), *asked],
-            env={**os.environ, "OUTPUT_DIR": name},
-            capture_output=True,
-            text=True,
-        )
-        found = list(Path(name).glob("models/*/*/training.json"))
-        if done.returncode or not found:
-            print(f"the probe of {run.name} failed: {done.stderr.strip().splitlines()[-1:]}")
+        if _seconds(name, "multi_task_training", asked) is None:
             return None
-        record = json.loads(found[0].read_text(encoding="utf-8"))
-    return record["seconds"] / record["steps"]
+        (training,) = Path(name).glob("models/*/*/training.json")
+        record = json.loads(training.read_text(encoding="utf-8"))
+        start, item = {}, {}
+        for stage in stages:
+            once = ["--splits", "validation", "--shots", "0"] if stage == "evaluate" else []
+            once += [*common, "--checkpoints", "last", "--dtype", args.dtype, "--overwrite"]
+            few, more = (
+                _seconds(name, STAGES[stage], [*once, "--limit", str(n)]) for n in PROBE_ITEMS
+            )
+            if few is None or more is None:
+                return None
+            # of two models (the base, and the checkpoint), each on all tasks
+            tasks = len(run.config.tasks) if stage == "evaluate" else len(BENCHMARK_ITEMS)
+            asked_for = 2 * tasks * (PROBE_ITEMS[1] - PROBE_ITEMS[0])
+            start[stage], item[stage] = few, max(0.0, more - few) / asked_for
+    return Rates(record["seconds"] / record["steps"], start, item)
 
 
-def analysis_seconds(step: Step, stamps: Stamps, stage_steps: Sequence[Step]) -> float | None:
-    """Of runs that are not measured, at the rate of the stage's steps that have ended."""
+def _seconds(folder: str, script: str, flags: Sequence[str]) -> float | None:
+    """What the script takes, with its results in the folder; None, after saying so, if it fails."""
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), *flags],
+        env={**os.environ, "OUTPUT_DIR": folder},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        print(f"{script}.py failed on a few items: {done.stderr.strip().splitlines()[-1:]}")
+        return None
+    return time.monotonic() - begun
+
+
+def analysis_seconds(
+    step: Step, settings: Settings, stamps: Stamps, steps: Sequence[Step], probed: dict[str, Rates]
+) -> float | None:
+    """Of a step that measures: at the rate of its stage's ended steps, else the probe's."""
     rates = []
-    for other in stage_steps:
-        stamp = stamps.read(other)
+    for other in steps:
+        stamp = stamps.read(other) if other.stage == step.stage else None
         if stamp and stamp["new"]:
             rates.append(stamp["seconds"] / len(stamp["request"]["runs"]))
-    return max(rates) * len(step.runs) if rates else None
+    if rates:
+        return max(rates) * len(step.runs)
+    families = {run.config.family for run in step.runs}
+    if not families <= probed.keys() or any(step.stage not in probed[f].item for f in families):
+        return None
+    start = max(probed[family].start[step.stage] for family in families)
+    own = (probed[r.config.family].item[step.stage] * items(step, r, settings) for r in step.runs)
+    return start + sum(own)
+
+
+def items(step: Step, run: Run, settings: Settings) -> int:
+    """How many items the step asks the run's checkpoints, scaled updates among them."""
+    flags = dict(zip(step.flags, step.flags[1:]))
+    most, last = int(flags.get("--limit", 0)), flags.get("--checkpoints") == "last"
+    mid = 0 if last else run.config.checkpoints - 1
+    if step.stage == "evaluate":
+        sizes = [
+            (split_items(t, s, settings)) for t in run.config.tasks for s in ("validation", "test")
+        ]
+        halfway = [split_items(task, "validation", settings) for task in run.config.tasks]
+    else:
+        sizes = halfway = [benchmark_items(name, settings) for name in BENCHMARK_ITEMS]
+        sizes = sizes * (1 + 4 * ("--scale-update" in step.flags))
+    in_full = sum(min(n, most or n) for n in sizes)
+    return in_full + mid * sum(min(n, most or MID_TRAINING) for n in halfway)
 
 
 # ------------------------------------------------------------------------------ the plan
@@ -101,12 +168,15 @@ def print_plan(
     model = empty_model(read_model_config(settings), settings.model)
     left = [step for step in steps if not stamps.is_done(step)]
     rates = measured_rates(runs)
+    probed: dict[str, Rates] = {}
     for run in (step.runs[0] for step in left if step.stage == "train"):
         if rate_of(run, rates) is None:
             print(f"measuring {PROBE_STEPS} steps of {run.name} ...", flush=True)
-            found = probe(run, args, settings)
+            stages = () if run.config.family in probed else PROBED
+            found = probe(run, args, settings, stages)
             if found is not None:
-                rates[arm_of(run)] = found
+                rates[arm_of(run)] = found.step
+                probed.setdefault(run.config.family, found)
     width = max(len(step.name) for step in steps)
     print(f"{len(steps)} steps, {len(steps) - len(left)} of them are done")
     total, unknown, disk, memory = 0.0, [], 0, 0
@@ -126,7 +196,7 @@ def print_plan(
             disk += kept if step in left else 0
             memory = max(memory, cost.memory)
         elif step.stage in ANALYSES:
-            seconds = analysis_seconds(step, stamps, [s for s in steps if s.stage == step.stage])
+            seconds = analysis_seconds(step, settings, stamps, steps, probed)
             told = f"{len(step.runs)} runs"
         if step in left:
             total += seconds or 0.0
@@ -164,7 +234,7 @@ def detectable(args: argparse.Namespace, settings: Settings, runs: Sequence[Run]
     from comparisons import MIN_SEEDS, detectable_over_items, detectable_over_seeds
 
     tasks = list(dict.fromkeys(task for run in runs for task in run.config.tasks))
-    counts = {task: test_items(task, settings) for task in tasks}
+    counts = {task: split_items(task, "test", settings) for task in tasks}
     counts |= {name: benchmark_items(name, settings) for name in BENCHMARK_ITEMS}
     parts = []
     for name, count in counts.items():
@@ -184,15 +254,17 @@ def detectable(args: argparse.Namespace, settings: Settings, runs: Sequence[Run]
     return lines
 
 
-def test_items(task: str, settings: Settings) -> int:
-    """Rows of the test split: of a folder its lines, else the official number."""
-    from data_sources import source_folder
+def split_items(task: str, split: str, settings: Settings) -> int:
+    """Rows of a task's split: of a folder its lines, else the official number, or the cap."""
+    from data_sources import VALIDATION_ROWS, source_folder
 
     source = source_folder(settings)
-    if source is None:
-        own = describe(task)
-        return own.rows["test" if own.hub_splits["test"] == "test" else "validation"]
-    return _lines(source / task / "test.jsonl")
+    if source is not None:
+        return _lines(source / task / f"{split}.jsonl")
+    own = describe(task)
+    if split not in own.hub_splits:  # validation, carved from train
+        return VALIDATION_ROWS
+    return own.rows["test" if own.hub_splits[split] == "test" else "validation"]
 
 
 def benchmark_items(name: str, settings: Settings) -> int:

@@ -42,10 +42,12 @@ def whole(workspace, short):
     return values(workspace, "whole")
 
 
-def values(output, study):
-    """Every number of the three documents, by what it is of."""
+def values(output, study, places=tuple(DOCUMENTS)):
+    """Every number of the documents, by what it is of."""
     found = {}
     for place, name in DOCUMENTS.items():
+        if place not in places:
+            continue
         for r in read_json(output / place / study / name)["records"]:
             key = {
                 k: v for k, v in r.items() if k not in ("value", "stderr", "low", "high", "study")
@@ -53,6 +55,17 @@ def values(output, study):
             key = {k: v for k, v in key.items() if not isinstance(v, float) or k == "eps"}
             found.setdefault((name, json.dumps(key, sort_keys=True)), []).append(r["value"])
     return found
+
+
+@pytest.fixture(scope="module")
+def adapted(workspace, whole):
+    return values(workspace, "whole", ["performance_analysis"])
+
+
+@pytest.fixture(scope="module")
+def shorter(short):
+    """The same without retention and drift."""
+    return short[: short.index("--only")] + ["--only", *STAGES[:3]] + short[short.index("--set") :]
 
 
 def begin(arguments, **options):
@@ -104,38 +117,40 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_records(whole, work
     assert values(workspace, "killed") == whole
 
 
-def test_two_workers_measure_the_same(whole, workspace, short):
+def test_two_workers_measure_the_same(adapted, workspace, shorter):
     # the cores are divided, where there is more than one
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core")
-    assert main([*short, "--study", "shared", "--workers", "2"]) == 0
-    found = values(workspace, "shared")
-    assert found.keys() == whole.keys()
-    for key, expected in whole.items():
+    assert main([*shorter, "--study", "shared", "--workers", "2"]) == 0
+    found = values(workspace, "shared", ["performance_analysis"])
+    assert found.keys() == adapted.keys()
+    for key, expected in adapted.items():
         assert found[key] == pytest.approx(expected, rel=1e-3, abs=1e-4), key
 
 
-def test_a_failing_step_is_named_and_the_rest_goes_on(whole, workspace, short, capfd):
-    arguments = [*short, "--study", "failing"]
+def test_a_failing_step_is_named_and_the_rest_goes_on(adapted, workspace, shorter, capfd):
+    arguments = [*shorter, "--study", "failing"]
     assert main([*arguments, "--only", "prepare", "train"]) == 0
     weights = workspace / "models" / "failing" / RUNS[1] / "checkpoint-2/adapter_model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-10])
-    assert main(arguments) == 1
+    everything = [*arguments, "--only", "prepare", "train", "evaluate", "drift"]
+    assert main(everything) == 1
     told = capfd.readouterr().err
-    assert "error: evaluate: " in told and "checkpoint-2" in told
-    assert "2 of 6 steps failed" in told and "logs/failing/steps/evaluate.log" in told
+    assert "error: evaluate: " in told and "error: drift: " in told and "checkpoint-2" in told
+    assert "2 of 5 steps failed" in told and "logs/failing/steps/evaluate.log" in told
     error = workspace / "outputs/failing/steps/evaluate-error.json"
     assert "checkpoint-2" in read_json(error)["error"]
-    measured = {json.loads(key)["run"] for _, key in values(workspace, "failing")}
-    assert set(RUNS) <= measured  # the other checkpoints
+    found = values(workspace, "failing", ["performance_analysis", "drift_analysis_plots"])
+    assert set(RUNS) <= {json.loads(key)["run"] for _, key in found}  # the other checkpoints
     weights.write_bytes(good)
     assert main(arguments) == 0
-    assert not error.exists() and values(workspace, "failing") == whole
+    assert not error.exists()
+    assert values(workspace, "failing", ["performance_analysis"]) == adapted
 
 
-def test_ctrl_c_ends_well_and_the_same_command_goes_on(whole, workspace, short):
-    arguments = [*short, "--study", "stopped"]
+def test_ctrl_c_ends_well_and_the_same_command_goes_on(adapted, workspace, shorter):
+    arguments = [*shorter, "--study", "stopped"]
     study = begin(arguments)
     log = workspace / "logs" / "stopped" / "steps" / f"train-{RUNS[0]}.log"
     deadline = time.monotonic() + 120
@@ -147,18 +162,22 @@ def test_ctrl_c_ends_well_and_the_same_command_goes_on(whole, workspace, short):
     assert study.returncode == 130, told
     assert "run the same command to go on" in told
     assert main(arguments) == 0
-    assert values(workspace, "stopped") == whole
+    assert values(workspace, "stopped", ["performance_analysis"]) == adapted
 
 
-def test_checkpoints_are_deleted_once_they_are_measured(whole, workspace, short):
+def test_checkpoints_are_deleted_once_they_are_measured(whole, workspace, short, capfd):
     at = short.index("--only")
     kept = short[:at] + short[at + 1 + len(STAGES) :]
     arguments = [*kept, "--study", "deleted", "--measure-then-delete"]
-    assert main(arguments) in (0, 1)  # gradients and the report are tested elsewhere
+    assert main(arguments) == 0
     for run in RUNS:
         folder = workspace / "models" / "deleted" / run
         assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     assert values(workspace, "deleted") == whole
+    report = workspace / "outputs" / "deleted" / "report.html"
+    assert f"report: {report}" in capfd.readouterr().out and report.is_file()
+    assert main(arguments) == 0
+    assert "12 steps, 12 of them are done" in capfd.readouterr().out
 
 
 def test_the_dry_run_says_what_is_left(whole, short, capsys):
@@ -168,7 +187,7 @@ def test_the_dry_run_says_what_is_left(whole, short, capsys):
     assert lines[f"train-{RUNS[0]}"].split()[1] == "done"
     other = lines[f"train-{RUNS[0].replace('42', '43')}"]
     assert other.split()[1] == "left" and "4 steps" in other and "disk" in other
-    assert "min of cpu time" in told
+    assert "min of cpu time" in told and "?" not in lines["evaluate"]
     assert "two methods, with 3 seeds: by" in told and "hellaswag" in told
 
 
@@ -176,7 +195,9 @@ def test_the_dry_run_of_a_new_study_trains_a_probe(workspace, short, capsys):
     assert main([*short, "--study", "unmade", "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert told.count("measuring 4 steps of") == 2 and "failed" not in told
-    assert "without evaluate, retention, drift" in told
+    assert "without drift (known" in told
+    lines = {line.split()[0]: line.split() for line in told.splitlines() if line.startswith("  ")}
+    assert float(lines["evaluate"][2]) > 0 and float(lines["retention"][2]) > 0
     assert not (workspace / "models" / "unmade").exists()
 
 
