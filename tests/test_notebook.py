@@ -9,9 +9,11 @@ from nbclient import NotebookClient
 from synthetic_drift import write_drift
 from synthetic_records import GRID, retention_study, study, write_study
 
+import adaptation_figures
 import drift_figures
+import retention_figures
 import spectrum_figures
-from retention_figures import FIGURES
+from finding_words import DEMO
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "plot_results.ipynb"
@@ -34,7 +36,9 @@ def report(tmp_path, monkeypatch):
         notebook.cells[1].source = notebook.cells[1].source.replace("demo", study)
         NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
         outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
-        text = "".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in outputs)
+        shown = [o.get("data", {}) for o in outputs]
+        text = "".join(o.get("text", "") for o in outputs)
+        text += "".join(d.get("text/markdown", d.get("text/plain", "")) for d in shown)
         pictures = [o for o in outputs if "image/png" in o.get("data", {})]
         return text, pictures
 
@@ -52,7 +56,19 @@ def test_notebook_is_valid_and_without_outputs():
             assert cell.execution_count is None
 
 
-def test_report_draws_the_figures_and_says_what_is_missing(report, tmp_path):
+def figures_in(folder):
+    """Names of the report's figures, each as PNG and PDF."""
+    made = {p.name for p in (folder / "outputs/demo/figures").iterdir()}
+    names = {name.rpartition(".")[0] for name in made}
+    assert made == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    return names
+
+
+def names_of(*modules):
+    return {figure.__name__ for module in modules for figure in module.FIGURES}
+
+
+def test_report_draws_adaptation_and_says_what_is_missing(report, tmp_path):
     grid = [arm for arm in GRID if arm != ("lora", 16)]
     write_study(tmp_path, study(grid=grid, families=("similar",)))
     folder = tmp_path / "models" / "demo" / "similar_full_seed42"
@@ -62,54 +78,47 @@ def test_report_draws_the_figures_and_says_what_is_missing(report, tmp_path):
         ' "environment": {"device_name": "an abacus", "versions": {"torch": "9.9"}}}'
     )
     text, pictures = report()
-    assert len(pictures) == 3
+    assert names_of(adaptation_figures) < figures_in(tmp_path)
+    assert not figures_in(tmp_path) & names_of(retention_figures, drift_figures)
+    assert len(pictures) == len(figures_in(tmp_path))
     assert "LoRA r=64" in text and "majority class" in text and "base (4-shot)" in text
     assert "an abacus" in text
     assert "similar: no LoRA r=16" in text
     assert "dissimilar: no run that is measured at its end" in text
-    made = {p.name for p in (tmp_path / "performance_analysis/demo/figures").iterdir()}
-    names = ("learning_curves", "last_by_rank", "validation_against_test")
-    assert made == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
-    assert "python retention_eval.py --study demo" in text
+    for script in ("retention_eval", "svd_analysis", "gradient_conflict"):
+        assert f"python {script}.py --study demo" in text
+    tables = {p.name for p in (tmp_path / "outputs/demo/tables").iterdir()}
+    assert {"runs.csv", "scores.csv", "transfer.csv", "costs.csv", "findings.csv"} <= tables
 
 
-def test_report_draws_retention_beside_adaptation(report, tmp_path):
-    grid = [("lora", 8), ("full", 0)]
+def test_report_of_a_whole_study(report, tmp_path):
+    grid = [("lora", 8), ("lora", 64), ("full", 0)]
     write_study(tmp_path, study(grid=grid, points=2, families=("similar",)))
     records = retention_study(grid=grid, points=2, families=("similar",))
     write_study(tmp_path, records, script="retention")
+    write_drift(tmp_path, grid, families=("similar",), points=2)
     text, pictures = report()
-    names = [figure.__name__ for figure in FIGURES]
-    assert len(pictures) == 3 + len(names)
-    made = {p.name for p in (tmp_path / "outputs/demo/figures").iterdir()}
-    assert made == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    drawn = names_of(adaptation_figures, retention_figures, drift_figures, spectrum_figures)
+    drawn |= {"transfer", "gain_against_cost", "predictors_of_forgetting", "predictors_of_gain"}
+    assert figures_in(tmp_path) == drawn and len(pictures) == len(drawn)
     assert "the base is at chance, nothing can be forgotten: arc_challenge" in text
+    assert DEMO in text
+    across = (tmp_path / "outputs/demo/tables/across_runs.csv").read_text()
+    assert "forgetting" in across
 
 
-def test_report_of_retention_alone(report, tmp_path):
-    records = retention_study(grid=GRID[:1], points=1, families=("similar",))
-    write_study(tmp_path, records, script="retention")
-    text, pictures = report()
-    assert "python eval.py --study demo" in text
-    assert len(pictures) == len(FIGURES)
+def test_findings_are_made_of_a_study_on_its_own_preset(report, tmp_path):
+    grid = [("lora", 8), ("full", 0)]
+    records = study(grid=grid, points=1, families=("similar",), seeds=(42,))
+    write_study(tmp_path, records, preset="study")
+    text, _ = report()
+    assert DEMO not in text and "share 1 seed" in text
+    assert len((tmp_path / "outputs/demo/tables/findings.csv").read_text().splitlines()) > 1
 
 
-def test_report_of_drift_alone(report, tmp_path):
-    write_drift(tmp_path, [("lora", 8), ("lora", 64), ("full", 0)], families=("similar",), points=2)
-    text, pictures = report()
-    names = {f.__name__ for f in (*drift_figures.FIGURES, *spectrum_figures.FIGURES)}
-    assert len(pictures) == len(names)
-    made = {p.name for p in (tmp_path / "drift_analysis_plots/demo/figures").iterdir()}
-    assert made == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
-    assert "similar: no LoRA r=4, LoRA r=16" in text
-    assert "python retention_eval.py --study demo" in text
-
-
-def test_report_of_a_study_without_results_names_the_command(report, tmp_path):
+def test_report_of_a_study_without_results_names_the_commands(report, tmp_path):
     write_study(tmp_path, study(grid=GRID[:1], families=("similar",)), study="mine")
     text, pictures = report(study="other")
-    adaptation, retention, drift = text.splitlines()
-    assert "python eval.py --study other" in adaptation and "mine" in adaptation
-    assert "python retention_eval.py --study other" in retention
-    assert "python svd_analysis.py --study other" in drift
+    for script in ("eval", "retention_eval", "svd_analysis", "gradient_conflict"):
+        assert f"python {script}.py --study other" in text
     assert not pictures

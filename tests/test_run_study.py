@@ -65,7 +65,8 @@ def adapted(workspace, whole):
 @pytest.fixture(scope="module")
 def shorter(short):
     """The same without retention and drift."""
-    return short[: short.index("--only")] + ["--only", *STAGES[:3]] + short[short.index("--set") :]
+    only, rest = short.index("--only"), short.index("--set")
+    return [*short[:only], "--only", *STAGES[:3], *short[rest:]]
 
 
 def begin(arguments, **options):
