@@ -98,8 +98,6 @@ def gradient_products(
     The loss is training's: the mean over the rows of each row's mean token loss. No parameter
     requires a gradient afterwards. Raises UserError if a gradient is not finite.
     """
-    import torch
-
     _, parameters = measured_parameters(model)
     places = tuple(sorted({place_of(name) for name in parameters}))
     slots = {name: places.index(place_of(name)) for name in parameters}
