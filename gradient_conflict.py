@@ -283,6 +283,8 @@ def main(argv: list[str] | None = None) -> int:
         for unit, request in requests.items()
         if args.overwrite or not results.is_done(unit.name, request)
     }
+    for name in dict.fromkeys(task for unit in pending for task in unit.tasks):
+        batches.rows(name)  # a task that is too small is said before a model is loaded
     print(f"{len(units)} measurements, {len(units) - len(pending)} of them are there", flush=True)
     broken = measure_all(batches, results, base, pending, device)
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}

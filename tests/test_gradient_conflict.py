@@ -125,8 +125,9 @@ def labelled(seed, flipped=False, batches=4, size=8):
 
 def test_a_task_with_flipped_labels_pulls_the_other_way(tiny):
     model = load(tiny)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for rows in labelled(0, batches=20):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    # until the two answers have all probability: before, both tasks pull towards them
+    for rows in labelled(0, batches=60):
         batch = COLLATE(rows)
         loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
         loss.backward()
