@@ -28,6 +28,7 @@ SCRIPTS = {
     "adaptation.json": "eval.py",
     "retention.json": "retention_eval.py",
     "drift.json": "svd_analysis.py",
+    "gradients.json": "gradient_conflict.py",
 }
 TEXT = ("run", "family", "method", "split", "task", "metric")
 NUMBERS = ("rank", "seed", "step", "fraction", "value")

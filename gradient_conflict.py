@@ -1,0 +1,302 @@
+"""Gradient conflict: how far the tasks' gradients pull apart, at the base and at checkpoints.
+
+    python gradient_conflict.py                                  # all runs of the study
+    python gradient_conflict.py --runs similar_lora_r8_seed42 --checkpoints last --batches 64
+
+On the same micro-batches for every checkpoint it takes the gradient of each task's loss: of LoRA on
+the adapter's parameters, else on the weights of q_proj and v_proj. Pairwise cosine, share of
+conflicts and magnitude similarity, by layer and overall. What is there is not measured again.
+Results go to performance_analysis/<study>/gradients/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis_subjects import Subject, add_analysis_arguments, find_subjects
+from config import (
+    DATA_SEED,
+    FAMILIES,
+    Parser,
+    Settings,
+    UserError,
+    add_common_arguments,
+    guarded,
+    resolve_settings,
+)
+from task_gradients import BOTH, MEAN, OVERALL
+
+BATCHES = 32  # the fewest that the study reports
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(description="Measure how far the tasks' gradients pull apart.")
+    add_common_arguments(parser)
+    group = add_analysis_arguments(parser)
+    group.add_argument(
+        "--batches", type=int, default=BATCHES, help=f"micro-batches a task (default {BATCHES})"
+    )
+    group.add_argument(
+        "--batch-size", type=int, default=8, help="rows of each task in a batch (default 8)"
+    )
+    group.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    return parser
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """One measurement: a subject on the tasks of one family that it was trained on, or all."""
+
+    subject: Subject
+    family: str
+    tasks: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the base, and of what is of no family, with the family that is measured."""
+        own = f"{self.subject.run}-{self.subject.step}"
+        return own if self.subject.family else f"{own}-{self.family}"
+
+
+# ----------------------------------------------------------------------------- what to measure
+
+
+def plan_units(subjects: Sequence[Subject]) -> tuple[list[Unit], list[str]]:
+    """Every measurement that is asked for, the base's first; runs without a pair of tasks."""
+    trained = {s.family for s in subjects if s.checkpoint is not None}
+    everything = not trained or None in trained
+    units, alone = [], []
+    for subject in subjects:
+        if subject.family:
+            tasks = _trained_tasks(subject)
+            if len(tasks) > 1:
+                units.append(Unit(subject, subject.family, tasks))
+            else:
+                alone.append(subject.run)
+            continue
+        foreign = subject.checkpoint is not None
+        families = [f for f in FAMILIES if everything or foreign or f in trained]
+        units += [Unit(subject, family, FAMILIES[family]) for family in families]
+    return units, list(dict.fromkeys(alone))
+
+
+def _trained_tasks(subject: Subject) -> tuple[str, ...]:
+    """The tasks in the record of the checkpoint's run."""
+    from checkpoint_utils import read_json
+
+    folder = subject.checkpoint.folder
+    path = next(p / "run.json" for p in (folder.parent, folder) if (p / "run.json").is_file())
+    return tuple(read_json(path)["config"]["tasks"])
+
+
+class MatchedBatches:
+    """Each task's micro-batches: the same rows for every run and checkpoint."""
+
+    def __init__(self, settings: Settings, tokenizer: Any, count: int, size: int) -> None:
+        self.settings, self.tokenizer, self.count, self.size = settings, tokenizer, count, size
+        self.prepared: dict[str, Any] = {}
+        self.drawn: dict[str, list[list[dict[str, Any]]]] = {}
+
+    def task(self, name: str) -> Any:
+        """The prepared task."""
+        from data_preprocessing import prepare
+        from dataset_descriptions import describe
+
+        if name not in self.prepared:
+            length = self.settings.preset.max_length[describe(name).family]
+            count = self.settings.examples_per_task
+            self.prepared |= prepare(self.settings, self.tokenizer, [name], length, count)
+        return self.prepared[name]
+
+    def rows(self, name: str) -> list[list[dict[str, Any]]]:
+        """The task's batches of rows of the train split. Raises UserError if it is too small."""
+        from task_gradients import micro_batches
+
+        if name not in self.drawn:
+            rows = self.task(name).split("train").select_columns(["input_ids", "prompt_length"])
+            try:
+                drawn = micro_batches(len(rows), self.count, self.size, DATA_SEED)
+            except ValueError as error:
+                raise UserError(f"{name}, train: {error}; lower --batch-size") from None
+            self.drawn[name] = [rows.select(batch).to_list() for batch in drawn]
+        return self.drawn[name]
+
+    def request(self, unit: Unit) -> dict[str, Any]:
+        """What makes the rows of a measurement the same ones."""
+        data = {name: self.task(name).fingerprint for name in unit.tasks}
+        return {"data": data, "batches": self.count, "batch_size": self.size}
+
+
+# ---------------------------------------------------------------------------------- measuring
+
+
+def measure_all(
+    batches: MatchedBatches, results: Any, base: Any, pending: dict[Unit, Any], device: str
+) -> list[str]:
+    """Measure checkpoint by checkpoint; what was wrong with those that could not be.
+
+    `pending` maps a unit to its request.
+    """
+    from tqdm import tqdm
+
+    from checkpoint_models import checkpoint_models
+
+    if not pending:
+        return []
+    by_checkpoint: dict[Any, list[Unit]] = {}
+    for unit in pending:
+        by_checkpoint.setdefault(unit.subject.checkpoint, []).append(unit)
+    broken = []
+    wanted = [checkpoint for checkpoint in by_checkpoint if checkpoint is not None]
+    with tqdm(total=len(pending) * batches.count, unit="batch") as progress:
+        for checkpoint, model in checkpoint_models(base, wanted, device):
+            if isinstance(model, UserError):
+                broken.append(str(model))
+                continue
+            for unit in by_checkpoint.get(checkpoint, []):
+                progress.set_description(unit.name)
+                try:
+                    records = measure(batches, model, unit, pending[unit], progress.update)
+                except UserError as error:
+                    if checkpoint is None:
+                        raise
+                    broken.append(f"{unit.name}: {error}")
+                    continue
+                results.write(unit.name, pending[unit], records)
+    return broken
+
+
+def measure(
+    batches: MatchedBatches, model: Any, unit: Unit, request: dict[str, Any], progress: Any
+) -> list[dict[str, Any]]:
+    """The unit's flat records."""
+    from batching import CompletionCollator
+    from task_gradients import conflict_records, gradient_products, measured_parameters
+
+    rows = {name: batches.rows(name) for name in unit.tasks}
+    collate = CompletionCollator(batches.tokenizer.pad_token_id)
+    bf16 = request["precision"] == "bf16 autocast"
+    of, _ = measured_parameters(model)
+    products = gradient_products(model, rows, collate, bf16, progress)
+    own = {"run": unit.subject.run, "family": unit.family, "step": unit.subject.step}
+    common = {**unit.subject.fields, **own, "split": "train", "of": of}
+    common["batch_size"] = batches.size
+    return [{**common, **record} for record in conflict_records(products)]
+
+
+# ------------------------------------------------------------------------------------- report
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Runs against pairs of tasks at the last checkpoint, over all layers; a part a family."""
+    last: dict[str, int] = {}
+    for r in records:
+        last[r["run"]] = max(last.get(r["run"], 0), r["step"])
+    found: dict[str, dict[tuple[str, str, str], dict[str, Any]]] = {}
+    for r in records:
+        if (r["layer"], r["module"], r["step"]) == (OVERALL, BOTH, last[r["run"]]):
+            pair = "within" if r["task"] == r["other"] != MEAN else f"{r['task']} {r['other']}"
+            pair = MEAN if r["task"] == MEAN else pair
+            key = (r["run"], pair, r["metric"])
+            found.setdefault(r["family"], {}).setdefault(key, []).append(r)
+    lines = []
+    for family in (f for f in FAMILIES if f in found):
+        cells = found[family]
+        runs = dict.fromkeys(run for run, _, _ in cells)
+        pairs = dict.fromkeys(pair for _, pair, _ in cells)
+        pairs = sorted(pairs, key=[*pairs].index if MEAN not in pairs else _column_order)
+        width = max(map(len, [*runs, family]))
+        lines.append(f"{family:<{width}}" + "".join(f"  {pair:>24}" for pair in pairs))
+        for run in runs:
+            texts = [_cell(cells, run, pair) for pair in pairs]
+            lines.append(f"{run:<{width}}" + "".join(f"  {text:>24}" for text in texts))
+    lines.append(
+        "cosine +- standard error over batches (share of batches in conflict); within: of a task"
+        " with itself, on halves of its batches, mean over the tasks: a reference for noise"
+    )
+    return "\n".join(lines)
+
+
+def _column_order(pair: str) -> tuple[bool, bool, str]:
+    return pair == "within", pair == MEAN, pair
+
+
+def _cell(cells: dict[tuple[str, str, str], list[dict[str, Any]]], run: str, pair: str) -> str:
+    metric = "within_cosine" if pair == "within" else "gradient_cosine"
+    cosines = [r for r in cells.get((run, pair, metric), []) if r["value"] is not None]
+    if not cosines:
+        return "-"
+    if pair == "within":
+        return f"{sum(r['value'] for r in cosines) / len(cosines):+.3f}"
+    error = "" if cosines[0]["stderr"] is None else f" +- {cosines[0]['stderr']:.3f}"
+    share = cells[run, pair, "gradient_conflict"][0]["value"]
+    return f"{cosines[0]['value']:+.3f}{error} ({share:4.0%})"
+
+
+def draw(path: Path, runs_dir: Path, pdf: bool) -> Path:
+    """Draw the figures of the joined document into `figures/` beside it; that folder."""
+    from gradient_figures import FIGURES
+    from learning_rate_tables import at_chosen_rates
+    from learning_rates import read_rates
+    from plotting import save
+    from result_tables import load_records
+
+    frame, folder = load_records(path), path.parent / "figures"
+    frame = at_chosen_rates(frame, read_rates(runs_dir))
+    for figure in FIGURES:
+        save(figure(frame), folder / f"{figure.__name__}.png", pdf)
+    return folder
+
+
+@guarded
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.batches < 2:
+        raise UserError("--batches takes at least 2: an interval needs two")
+    if args.batch_size < 2:
+        raise UserError("--batch-size takes at least 2: halves of a batch tell noise from conflict")
+    settings = resolve_settings(args)
+    from checkpoint_utils import load_tokenizer, prepare_base, read_json
+    from results import Results
+    from run_records import pick_device, pick_precision
+
+    device = pick_device()
+    print(settings.headline(device), flush=True)
+    base = prepare_base(settings)
+    units, alone = plan_units(find_subjects(args, settings, base))
+    if alone:
+        print(f"left out, of a single task, which has no other to conflict: {', '.join(alone)}")
+    if args.batches < BATCHES:
+        print(f"{args.batches} batches: a try; the study's floor is {BATCHES}")
+    batches = MatchedBatches(settings, load_tokenizer(base), args.batches, args.batch_size)
+    bf16 = pick_precision(args.dtype, device) == "bf16"
+    precision = {"precision": "bf16 autocast" if bf16 else "fp32"}
+    results = Results(settings.output_dir / "performance_analysis" / settings.study / "gradients")
+    requests = {unit: batches.request(unit) | precision for unit in units}
+    pending = {
+        unit: request
+        for unit, request in requests.items()
+        if args.overwrite or not results.is_done(unit.name, request)
+    }
+    for name in dict.fromkeys(task for unit in pending for task in unit.tasks):
+        batches.rows(name)  # a task that is too small is said before a model is loaded
+    print(f"{len(units)} measurements, {len(units) - len(pending)} of them are there", flush=True)
+    broken = measure_all(batches, results, base, pending, device)
+    meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
+    with results.joining():
+        path = results.join("gradients", meta)
+    print(table(read_json(path)["records"]))
+    figures = draw(path, settings.runs_dir, args.pdf)
+    print(f"records: {path}\nfigures: {figures}")
+    for message in broken:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
