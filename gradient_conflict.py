@@ -157,6 +157,7 @@ def measure_all(
         for checkpoint, model in checkpoint_models(base, wanted, device):
             if isinstance(model, UserError):
                 broken.append(str(model))
+                progress.update(len(by_checkpoint[checkpoint]) * batches.count)
                 continue
             for unit in by_checkpoint.get(checkpoint, []):
                 progress.set_description(unit.name)
@@ -179,6 +180,8 @@ def measure(
     from task_gradients import conflict_records, gradient_products, measured_parameters
 
     rows = {name: batches.rows(name) for name in unit.tasks}
+    fewest = min(map(len, rows.values()))  # of the family's smallest task
+    rows = {name: own[:fewest] for name, own in rows.items()}
     collate = CompletionCollator(batches.tokenizer.pad_token_id)
     bf16 = request["precision"] == "bf16 autocast"
     of, _ = measured_parameters(model)
@@ -209,7 +212,7 @@ def table(records: list[dict[str, Any]]) -> str:
         cells = found[family]
         runs = dict.fromkeys(run for run, _, _ in cells)
         pairs = dict.fromkeys(pair for _, pair, _ in cells)
-        pairs = sorted(pairs, key=[*pairs].index if MEAN not in pairs else _column_order)
+        pairs = sorted(pairs, key=_column_order)
         width = max(map(len, [*runs, family]))
         lines.append(f"{family:<{width}}" + "".join(f"  {pair:>24}" for pair in pairs))
         for run in runs:
@@ -284,7 +287,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.overwrite or not results.is_done(unit.name, request)
     }
     for name in dict.fromkeys(task for unit in pending for task in unit.tasks):
-        batches.rows(name)  # a task that is too small is said before a model is loaded
+        found = len(batches.rows(name))  # a task that is too small is said before a model is loaded
+        if found < args.batches:
+            print(f"{name}: its rows make {found} batches (none is used twice)")
     print(f"{len(units)} measurements, {len(units) - len(pending)} of them are there", flush=True)
     broken = measure_all(batches, results, base, pending, device)
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}

@@ -52,7 +52,7 @@ def cosine_between_tasks(frame: DataFrame) -> Figure:
             " a task with itself, on two halves of its batches, so how much of its gradient is not"
             f" noise. {SPACES}"
         )
-        return told(figure, frame, [about, *_seeds(rows), unfinished(frame).strip()])
+        return told(figure, frame, [about, *seeds_said(rows), unfinished(frame).strip()])
 
 
 def conflict_over_training(frame: DataFrame) -> Figure:
@@ -69,6 +69,7 @@ def conflict_over_training(frame: DataFrame) -> Figure:
         for (measure, family), ax in axes.items():
             own = rows[(rows["family"] == family) & (rows["metric"].map(MEASURES) == measure)]
             arms |= _lines(ax, own, "fraction")
+            _limit_share(ax, measure)
             ax.set_xlim(-0.04, 1.06)
         label_edges(axes, "fraction of training")
         legend(figure, arms)
@@ -90,6 +91,7 @@ def conflict_by_layer(frame: DataFrame) -> Figure:
         for (measure, family), ax in axes.items():
             own = rows[(rows["family"] == family) & (rows["metric"].map(MEASURES) == measure)]
             arms |= _lines(ax, own, "layer")
+            _limit_share(ax, measure)
             ax.xaxis.get_major_locator().set_params(integer=True)
         label_edges(axes, "layer")
         legend(figure, arms)
@@ -184,6 +186,12 @@ def _lines(ax: Axes, rows: DataFrame, x: str) -> set[str]:
         bars(ax, places, points, arm, alpha=0.6)
         ax.plot(places, points["value"], label=arm, **style)
     return set(table["arm"])
+
+
+def _limit_share(ax: Axes, measure: str) -> None:
+    """A share's axis begins at 0 and shows at least a tenth: none at all is a flat line."""
+    if measure == MEASURES["gradient_conflict"]:
+        ax.set_ylim(-0.02, max(0.1, ax.get_ylim()[1]))
 
 
 def _no_run(ax: Axes) -> None:

@@ -47,18 +47,15 @@ class Products:
 
 
 def micro_batches(rows: int, batches: int, size: int, seed: int) -> np.ndarray:
-    """Which rows each batch holds, shape (batches, size); none twice in a batch.
+    """Which rows each batch holds, shape (batches, size); no row twice.
 
-    Drawn without replacement while there are enough; then the rows are shuffled anew, the batches
-    are no longer independent, and intervals over them too narrow. Raises ValueError if the rows do
-    not fill one batch.
+    Fewer batches where the rows are fewer: batches that shared rows would not be independent, and
+    intervals over them too narrow. Raises ValueError if the rows do not fill two.
     """
-    each = rows // size
-    if not each:
-        raise ValueError(f"{rows} rows do not fill a batch of {size}")
-    random = np.random.default_rng(seed)
-    passes = [random.permutation(rows)[: each * size] for _ in range(math.ceil(batches / each))]
-    return np.concatenate(passes).reshape(-1, size)[:batches]
+    count = min(batches, rows // size)
+    if count < 2:
+        raise ValueError(f"{rows} rows do not fill two batches of {size}")
+    return np.random.default_rng(seed).permutation(rows)[: count * size].reshape(count, size)
 
 
 def measured_parameters(model: Any) -> tuple[str, dict[str, torch.nn.Parameter]]:
@@ -292,15 +289,14 @@ def _pair_values(between: np.ndarray, i: int, j: int) -> dict[str, np.ndarray]:
 
 
 def _groups(places: Sequence[Place]) -> Iterator[tuple[int, str, list[int]]]:
-    """Layer, module and the places summed: every layer's modules, each and together; then all."""
+    """Layer, module and the places summed: every layer, every module over all layers, then all."""
     layers = sorted({layer for layer, _ in places} - {OVERALL})
     modules = sorted({module for _, module in places})
-    for layer in (*layers, OVERALL):
-        for module in (*modules, BOTH):
-            chosen = [
-                index
-                for index, (own, name) in enumerate(places)
-                if layer in (own, OVERALL) and module in (name, BOTH)
-            ]
-            if chosen:
-                yield layer, module, chosen
+    wanted = [(layer, BOTH) for layer in layers] + [(OVERALL, name) for name in (*modules, BOTH)]
+    for layer, module in wanted:
+        chosen = [
+            index
+            for index, (own, name) in enumerate(places)
+            if layer in (own, OVERALL) and module in (name, BOTH)
+        ]
+        yield layer, module, chosen

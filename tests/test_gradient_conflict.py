@@ -180,13 +180,13 @@ def test_a_gradient_of_zero_has_no_cosine():
     assert (found["value"], found["n"]) == (1, 1) and np.isnan(found["stderr"])
 
 
-def test_rows_are_not_drawn_twice_while_there_are_enough():
+def test_no_row_is_drawn_twice():
     drawn = micro_batches(20, 5, 4, seed=0)
     assert sorted(drawn.ravel()) == list(range(20))
-    again = micro_batches(10, 5, 4, seed=0)
-    assert again.shape == (5, 4) and all(len(set(batch)) == 4 for batch in again)
-    with pytest.raises(ValueError, match="3 rows do not fill a batch of 4"):
-        micro_batches(3, 5, 4, seed=0)
+    fewer = micro_batches(10, 5, 4, seed=0)
+    assert fewer.shape == (2, 4) and len(set(fewer.ravel())) == 8
+    with pytest.raises(ValueError, match="7 rows do not fill two batches of 4"):
+        micro_batches(7, 5, 4, seed=0)
 
 
 @pytest.fixture(scope="module")
