@@ -33,9 +33,10 @@ ANALYSES = ("evaluate", "retention", "drift", "gradients")
 # fills every figure. By preset, stage and family (None: both).
 FLAGS = {
     ("study", "retention", None): ("--scale-update",),
-    ("demo", "evaluate", "dissimilar"): ("--checkpoints", "last", "--limit", "16"),
+    ("demo", "evaluate", "dissimilar"): ("--checkpoints", "last", "--limit", "8"),
     ("demo", "retention", None): ("--checkpoints", "last"),
     ("demo", "gradients", None): ("--checkpoints", "last"),
+    ("demo", "gradients", "dissimilar"): ("--checkpoints", "last", "--batches", "4"),
 }
 
 
