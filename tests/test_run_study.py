@@ -12,8 +12,9 @@ import pytest
 from conftest import DEMO, ROOT, assert_one_line_error
 
 from checkpoint_utils import read_json
-from run_study import build_parser, duration, main
+from run_study import build_parser, main
 from study_plan import Stamps, plan_runs, plan_steps
+from study_processes import duration
 
 DOCUMENTS = {
     "performance_analysis": "adaptation.json",
