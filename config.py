@@ -7,6 +7,7 @@ A value is looked up in this order: command-line flag, environment variable, `.e
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import os
 import re
@@ -50,6 +51,9 @@ DATA_SEED = 42
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 RESERVED_STUDIES = ("base", "sample")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -306,6 +310,12 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
             return code
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            what = f"{error.strerror}{f': {error.filename}' * bool(error.filename)}"
+            print(f"error: {what}; free some room and run the same command", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted; run the same command to go on", file=sys.stderr)

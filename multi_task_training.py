@@ -166,12 +166,12 @@ def print_plan(runs: list[Run], settings: Settings, model: Any, bf16: bool) -> N
             state = f"at step {checkpoint_step(saved[-1])}"
         cost = expected_cost(model, run.config, bf16)
         total += 0 if run.is_done else cost.disk
-        steps = run.config.max_steps or f"about {_expected_steps(run.config, settings)}"
+        steps = run.config.max_steps or f"about {expected_steps(run.config, settings)}"
         print(f"  {run.name:<{width}}  {state:<12}  {steps} steps, {cost}")
     print(f"disk for what is not done: {total / GB:.1f} GB")
 
 
-def _expected_steps(config: TrainingConfig, settings: Settings) -> int:
+def expected_steps(config: TrainingConfig, settings: Settings) -> int:
     """Steps from the number of rows before any is read: lines of a folder, official sizes."""
     from batching import steps_for
     from data_sources import source_folder

@@ -25,8 +25,10 @@ from config import (
     guarded,
     resolve_settings,
 )
-from study_plan import ANALYSES, DOCUMENTS, STAGES, Stamps, Step, plan_runs, plan_steps
+from learning_rates import FACTORS
+from study_plan import plan_runs, plan_steps
 from study_processes import Conductor
+from study_steps import ANALYSES, DOCUMENTS, STAGES, Stamps, Step
 from training_configs import settable_help
 from training_run import Run
 
@@ -50,6 +52,15 @@ def build_parser() -> argparse.ArgumentParser:
     grid.add_argument("--seeds", nargs="+", type=int, metavar="S")
     grid.add_argument(
         "--single-task-controls", action="store_true", help="every arm on each task alone, too"
+    )
+    grid.add_argument(
+        "--lr-sweep",
+        nargs="*",
+        type=float,
+        metavar="FACTOR",
+        help="search every arm's learning rate with the first seed (at factors of its default,"
+        f" {' '.join(f'{f:g}' for f in FACTORS)} or those given, and further where needed), train"
+        " the other seeds at the one that it chose, and measure them all",
     )
     run = parser.add_argument_group("the runs and what is measured of them")
     run.add_argument("--max-steps", type=int, help="optimizer steps in place of epochs")
@@ -104,6 +115,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} takes at least 1")
+    if args.lr_sweep is not None and any(v.startswith("learning_rate=") for v in args.set):
+        raise UserError("--lr-sweep and --set learning_rate both say the rate; leave one out")
     if args.measure_then_delete and args.only:
         raise UserError("--measure-then-delete measures in every stage; leave --only out")
 
@@ -161,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         print(settings.headline(pick_device()), flush=True)
         print_plan(args, settings, stamps, runs, steps)
         return 0
-    if not all(stamps.is_done(step) for step in steps if step.stage == "train"):
+    if not all(stamps.is_done(step) for step in steps if step.stage in ("sweep", "train")):
         check_runs(runs, settings)
     print(settings.headline("as each step says"), flush=True)
     stamps.study.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,23 @@ from pathlib import Path
 
 from config import BENCHMARKS, ROOT, Settings
 from dataset_descriptions import describe
-from study_plan import ANALYSES, STAGES, Stamps, Step, common_flags, flags_of
+from gradient_conflict import BATCHES
+from study_plan import common_flags, flags_of
+from study_steps import ANALYSES, STAGES, Stamps, Step
 from training_run import Run
 
-PROBE_STEPS, PROBE_ITEMS = 4, (4, 16)
-PROBED = ("evaluate", "retention")
+PROBE_STEPS = 4
+# Every analysis is asked for few and for more: the difference is what an item takes (an item of a
+# task or benchmark, a batch), the rest what it takes to begin. Of drift an item is a checkpoint:
+# the first time the base is decomposed, too.
+PROBES = {
+    "evaluate": ("--limit", 4, 16),
+    "retention": ("--limit", 4, 16),
+    "gradients": ("--batches", 2, 6),
+}
 MID_TRAINING = 1_000  # items of a checkpoint in mid-training
 GB = 1e9
+TRAINING = ("sweep", "train")
 BENCHMARK_ITEMS = {"hellaswag": 10_042, "arc_challenge": 1_172, "winogrande": 1_267}
 
 Arm = tuple[str, str, int]  # family, method, rank
@@ -63,10 +73,9 @@ def rate_of(run: Run, rates: dict[Arm, float]) -> float | None:
 def probe(
     run: Run, args: argparse.Namespace, settings: Settings, stages: Sequence[str]
 ) -> Rates | None:
-    """What a few steps of the run take, and each analysis of it on a few items; None if it failed.
+    """What a few steps of the run take, and each analysis of it; None if it failed.
 
-    In a folder that is deleted. An analysis is asked for two numbers of items: the difference is
-    what items take, the rest what it takes to begin.
+    In a folder that is deleted.
     """
     with tempfile.TemporaryDirectory() as name:
         for place in (settings.bases_dir, settings.tokenizers_dir):
@@ -83,16 +92,22 @@ def probe(
         record = json.loads(training.read_text(encoding="utf-8"))
         start, item = {}, {}
         for stage in stages:
-            once = ["--splits", "validation", "--shots", "0"] if stage == "evaluate" else []
-            once += [*common, "--checkpoints", "last", "--dtype", args.dtype, "--overwrite"]
+            once = [*common, "--checkpoints", "last", "--overwrite"]
+            once += ["--dtype", args.dtype] if stage in PROBES else []
+            once += ["--splits", "validation", "--shots", "0"] if stage == "evaluate" else []
+            flag, *counts = PROBES.get(stage, ("", 0, 0))
             few, more = (
-                _seconds(name, STAGES[stage], [*once, "--limit", str(n)]) for n in PROBE_ITEMS
+                _seconds(name, STAGES[stage], [*once, *([flag, str(n)] if flag else [])])
+                for n in counts
             )
             if few is None or more is None:
                 return None
-            # of two models (the base, and the checkpoint), each on all tasks
-            tasks = len(run.config.tasks) if stage == "evaluate" else len(BENCHMARK_ITEMS)
-            asked_for = 2 * tasks * (PROBE_ITEMS[1] - PROBE_ITEMS[0])
+            if stage == "drift":
+                start[stage], item[stage] = max(0.0, few - more), more
+                continue
+            # of two models, the base and the checkpoint
+            tasks = {"evaluate": len(run.config.tasks), "retention": len(BENCHMARK_ITEMS)}
+            asked_for = 2 * tasks.get(stage, 1) * (counts[1] - counts[0])
             start[stage], item[stage] = few, max(0.0, more - few) / asked_for
     return Rates(record["seconds"] / record["steps"], start, item)
 
@@ -132,13 +147,18 @@ def analysis_seconds(
 
 
 def items(step: Step, run: Run, settings: Settings) -> int:
-    """How many items the step asks the run's checkpoints, scaled updates among them."""
+    """How many items the step asks the run's checkpoints: see PROBES."""
     flags = dict(zip(step.flags, step.flags[1:]))
-    most, last = int(flags.get("--limit", 0)), flags.get("--checkpoints") == "last"
+    last = flags.get("--checkpoints") == "last"
     mid = 0 if last else run.config.checkpoints - 1
+    if step.stage == "drift":
+        return mid + 1
+    if step.stage == "gradients":
+        return (mid + 1) * int(flags.get("--batches", BATCHES))
+    most = int(flags.get("--limit", 0))
     if step.stage == "evaluate":
         sizes = [
-            (split_items(t, s, settings)) for t in run.config.tasks for s in ("validation", "test")
+            split_items(t, s, settings) for t in run.config.tasks for s in ("validation", "test")
         ]
         halfway = [split_items(task, "validation", settings) for task in run.config.tasks]
     else:
@@ -151,6 +171,20 @@ def items(step: Step, run: Run, settings: Settings) -> int:
 # ------------------------------------------------------------------------------ the plan
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a step takes: seconds (None if nothing like it was measured), bytes, and words.
+
+    `passing` is what it writes to disk and is deleted once it is measured.
+    """
+
+    seconds: float | None = None
+    disk: int = 0
+    passing: int = 0
+    memory: int = 0
+    words: str = ""
+
+
 def print_plan(
     args: argparse.Namespace,
     settings: Settings,
@@ -159,60 +193,85 @@ def print_plan(
     steps: Sequence[Step],
 ) -> None:
     """A line a step: its state, and what is left of it; then the sums, and what can be shown."""
+    from run_records import pick_device
+
+    left = [step for step in steps if not stamps.is_done(step)]
+    rates = measured_rates([run for step in steps for run in step.runs])
+    probed = probe_unmeasured(args, settings, left, rates)
+    width = max(len(step.name) for step in steps)
+    print(f"{len(steps)} steps, {len(steps) - len(left)} of them are done")
+    needs = {}
+    for step in steps:
+        if step.stage in TRAINING:
+            need = training_need(args, settings, step, rates)
+        elif step.stage in ANALYSES:
+            seconds = analysis_seconds(step, settings, stamps, steps, probed)
+            need = Need(seconds, words=f"{len(step.runs)} runs")
+        else:
+            need = Need()
+        state, time = "done", ""
+        if step in left:
+            needs[step] = need
+            state = "failed" if stamps.error_file(step).is_file() else "left"
+            time = "?" if need.seconds is None else hours(need.seconds)
+        print(f"  {step.name:<{width}}  {state:<7} {time:>9}  {need.words}")
+    total = sum(need.seconds or 0.0 for need in needs.values())
+    line = f"left: {hours(total)} of {'GPU' if pick_device() == 'cuda' else pick_device()} time"
+    quick = ("prepare", "report")
+    unknown = {s.stage: 0 for s, n in needs.items() if n.seconds is None and s.stage not in quick}
+    if unknown:
+        line += f", without {', '.join(unknown)} (known once one run is measured)"
+    workers = f", about {hours(total / args.workers)} with {args.workers} workers"
+    print(line + (workers if args.workers > 1 else ""))
+    disk = sum(need.disk for need in needs.values())
+    disk += args.workers * max([0, *(need.passing for need in needs.values())])
+    memory = max([0, *(need.memory for need in needs.values())])
+    print(
+        f"disk for what is left: {disk / GB:.1f} GB; memory: up to {memory / GB:.1f} GB a process"
+    )
+    print("\n".join(detectable(args, settings, runs)))
+
+
+def probe_unmeasured(
+    args: argparse.Namespace, settings: Settings, left: Sequence[Step], rates: dict[Arm, float]
+) -> dict[str, Rates]:
+    """Probe the arms that no rate is known of and add theirs; what a family's analyses take."""
+    probed: dict[str, Rates] = {}
+    for run in (step.runs[0] for step in left if step.stage in TRAINING and step.runs):
+        if rate_of(run, rates) is None:
+            print(f"measuring {PROBE_STEPS} steps of {run.name} ...", flush=True)
+            stages = () if run.config.family in probed else ANALYSES
+            found = probe(run, args, settings, stages)
+            if found is not None:
+                rates[arm_of(run)] = found.step
+                probed.setdefault(run.config.family, found)
+    return probed
+
+
+def training_need(
+    args: argparse.Namespace, settings: Settings, step: Step, rates: dict[Arm, float]
+) -> Need:
+    """Of a step that trains: one run, or those of a sweep that are not done."""
     from checkpoint_utils import empty_model, read_model_config
-    from multi_task_training import _expected_steps
+    from multi_task_training import expected_steps
     from run_records import pick_device, pick_precision
     from training_costs import expected_cost
 
     bf16 = pick_precision(args.dtype, pick_device()) == "bf16"
     model = empty_model(read_model_config(settings), settings.model)
-    left = [step for step in steps if not stamps.is_done(step)]
-    rates = measured_rates(runs)
-    probed: dict[str, Rates] = {}
-    for run in (step.runs[0] for step in left if step.stage == "train"):
-        if rate_of(run, rates) is None:
-            print(f"measuring {PROBE_STEPS} steps of {run.name} ...", flush=True)
-            stages = () if run.config.family in probed else PROBED
-            found = probe(run, args, settings, stages)
-            if found is not None:
-                rates[arm_of(run)] = found.step
-                probed.setdefault(run.config.family, found)
-    width = max(len(step.name) for step in steps)
-    print(f"{len(steps)} steps, {len(steps) - len(left)} of them are done")
-    total, unknown, disk, memory = 0.0, [], 0, 0
-    for step in steps:
-        state = (
-            "done" if step not in left else "failed" if stamps.error_file(step).is_file() else ""
-        )
-        seconds, told = None, ""
-        if step.stage == "train":
-            run = step.runs[0]
-            cost = expected_cost(model, run.config, bf16)
-            count = run.config.max_steps or _expected_steps(run.config, settings)
-            rate = rate_of(run, rates)
-            seconds = None if rate is None else rate * count
-            kept = cost.disk // run.config.checkpoints if args.measure_then_delete else cost.disk
-            told = f"{count} steps, disk {kept / GB:.2f} GB, memory {cost.memory / GB:.1f} GB"
-            disk += kept if step in left else 0
-            memory = max(memory, cost.memory)
-        elif step.stage in ANALYSES:
-            seconds = analysis_seconds(step, settings, stamps, steps, probed)
-            told = f"{len(step.runs)} runs"
-        if step in left:
-            total += seconds or 0.0
-            if seconds is None and step.stage not in ("prepare", "report"):
-                unknown.append(step.stage)
-        time = "" if state == "done" else "?" if seconds is None else hours(seconds)
-        print(f"  {step.name:<{width}}  {state or 'left':<7} {time:>9}  {told}")
-    line = f"left: {hours(total)} of {'GPU' if pick_device() == 'cuda' else pick_device()} time"
-    if unknown:
-        line += f", without {', '.join(dict.fromkeys(unknown))} (known once one run is measured)"
-    workers = f", about {hours(total / args.workers)} with {args.workers} workers"
-    print(line + (workers if args.workers > 1 else ""))
-    print(
-        f"disk for what is left: {disk / GB:.1f} GB; memory: up to {memory / GB:.1f} GB a process"
-    )
-    print("\n".join(detectable(args, settings, runs)))
+    seconds, disk, kept, memory, words = 0.0, 0, 0, 0, ""
+    for run in [run for run in step.runs if not run.is_done] or step.runs:
+        cost = expected_cost(model, run.config, bf16)
+        count = run.config.max_steps or expected_steps(run.config, settings)
+        rate = rate_of(run, rates)
+        seconds = None if rate is None or seconds is None else seconds + rate * count
+        disk += cost.disk
+        kept += cost.disk // run.config.checkpoints if args.measure_then_delete else cost.disk
+        memory = max(memory, cost.memory)
+        words = f"{count} steps"
+    words += f" at {len(step.runs)} learning rates, or more" if step.stage == "sweep" else ""
+    words += f", disk {kept / GB:.2f} GB, memory {memory / GB:.1f} GB"
+    return Need(seconds, kept, disk - kept, memory, words)
 
 
 def hours(seconds: float) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config import ROOT, Settings, UserError
-from study_plan import Stamps, Step
+from study_steps import Stamps, Step
 
 POLL = 0.05  # seconds between two looks at the processes
 

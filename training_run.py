@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from config import DATA_SEED, Diverged, Settings, UserError
+from config import DATA_SEED, DISK_FULL, Diverged, Settings, UserError
 from dataset_descriptions import describe
 from training_configs import TrainingConfig
 
@@ -122,7 +121,7 @@ def train(
     except Timeout:
         raise UserError(f"{run.name} is being trained by another process") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FULL:
             raise
         raise _disk_full(run, error) from None
     except Exception as error:

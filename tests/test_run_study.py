@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from conftest import DEMO, ROOT, assert_one_line_error
 
 from checkpoint_utils import read_json
 from run_study import build_parser, main
-from study_plan import Stamps, plan_runs, plan_steps
+from study_plan import plan_runs, plan_steps
 from study_processes import duration
+from study_steps import Stamps
 
 DOCUMENTS = {
     "performance_analysis": "adaptation.json",
@@ -151,6 +153,21 @@ def test_a_failing_step_is_named_and_the_rest_goes_on(adapted, workspace, shorte
     assert values(workspace, "failing", ["performance_analysis"]) == adapted
 
 
+def test_a_full_disk_fails_what_needs_it_and_the_next_start_completes(adapted, workspace, shorter):
+    arguments = [*shorter, "--study", "narrow"]
+    # a process's limit on a file is a full disk to it; an adapter is smaller, a whole model larger
+    limit = (2_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    study = begin(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    told, _ = study.communicate(timeout=300)
+    assert study.returncode == 1, told
+    assert f"error: train-{RUNS[0]}: " in told and "the disk is full" in told
+    assert "1 of 4 steps failed" in told and "Traceback" not in told
+    found = values(workspace, "narrow", ["performance_analysis"])
+    assert RUNS[1] in {json.loads(key)["run"] for _, key in found}
+    assert main(arguments) == 0
+    assert values(workspace, "narrow", ["performance_analysis"]) == adapted
+
+
 def test_ctrl_c_ends_well_and_the_same_command_goes_on(adapted, workspace, shorter):
     arguments = [*shorter, "--study", "stopped"]
     study = begin(arguments)
@@ -180,6 +197,28 @@ def test_checkpoints_are_deleted_once_they_are_measured(whole, workspace, short,
     assert f"report: {report}" in capfd.readouterr().out and report.is_file()
     assert main(arguments) == 0
     assert "12 steps, 12 of them are done" in capfd.readouterr().out
+
+
+def test_a_sweep_is_searched_trained_and_measured(workspace, shorter, capsys):
+    only = shorter.index("--only")
+    asked = ["--only", "prepare", "sweep", "train", "drift", *shorter[shorter.index("--set") :]]
+    arguments = [*shorter[:only], *asked, "--study", "swept", "--seeds", "42", "43"]
+    arguments += ["--lr-sweep", "1", "100", "10000"]
+    main(arguments)
+    rates = read_json(workspace / "models/swept/learning_rates.json")["records"]
+    runs = {path.parent.name for path in workspace.glob("models/swept/*/training.json")}
+    drift = read_json(workspace / "drift_analysis_plots/swept/drift.json")["records"]
+    assert {r["run"] for r in drift} - {"base"} >= runs
+    for arm in {r["arm"] for r in rates}:
+        own = [r for r in rates if r["arm"] == arm]
+        chosen = [r["learning_rate"] for r in own if r["chosen"]]
+        first = {r["learning_rate"] for r in drift if r["run"].startswith(arm) and r["seed"] == 42}
+        second = [r for r in drift if r["run"].startswith(arm) and r["seed"] == 43]
+        assert first == {r["learning_rate"] for r in own if r["loss"] is not None}
+        assert {r["learning_rate"] for r in second} == set(chosen)
+    capsys.readouterr()
+    main(arguments)
+    print(capsys.readouterr().out)
 
 
 def test_the_dry_run_says_what_is_left(whole, short, capsys):
