@@ -237,10 +237,11 @@ def probe_unmeasured(
 ) -> dict[str, Rates]:
     """Probe the arms that no rate is known of and add theirs; what a family's analyses take."""
     probed: dict[str, Rates] = {}
+    analyses = list(dict.fromkeys(step.stage for step in left if step.stage in ANALYSES))
     for run in (step.runs[0] for step in left if step.stage in TRAINING and step.runs):
         if rate_of(run, rates) is None:
             print(f"measuring {PROBE_STEPS} steps of {run.name} ...", flush=True)
-            stages = () if run.config.family in probed else ANALYSES
+            stages = () if run.config.family in probed else analyses
             found = probe(run, args, settings, stages)
             if found is not None:
                 rates[arm_of(run)] = found.step

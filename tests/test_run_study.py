@@ -13,7 +13,10 @@ import pytest
 from conftest import DEMO, ROOT, assert_one_line_error
 
 from checkpoint_utils import read_json
+from config import resolve_settings
+from learning_rates import Search, records_of, write_rates
 from run_study import build_parser, main
+from study_estimates import training_need
 from study_plan import plan_runs, plan_steps
 from study_processes import duration
 from study_steps import Stamps
@@ -236,18 +239,42 @@ def test_the_dry_run_of_a_new_study_trains_a_probe(workspace, short, capsys):
     assert main([*short, "--study", "unmade", "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert told.count("measuring 4 steps of") == 2 and "failed" not in told
-    assert "without drift (known" in told
+    assert "without" not in told
     lines = {line.split()[0]: line.split() for line in told.splitlines() if line.startswith("  ")}
-    assert float(lines["evaluate"][2]) > 0 and float(lines["retention"][2]) > 0
+    assert all(float(lines[stage][2]) > 0 for stage in ("evaluate", "retention", "drift"))
     assert not (workspace / "models" / "unmade").exists()
+
+
+def test_a_sweep_is_planned_at_the_rates_that_are_known(workspace, short):
+    arguments = [*short[: short.index("--only")], "--study", "planned", "--seeds", "42", "43"]
+    args = build_parser().parse_args([*arguments, "--lr-sweep", "1", "2"])
+    settings = resolve_settings(args)
+    runs = plan_runs(args, settings, 32)
+    steps = {step.name: step for step in plan_steps(args, settings, runs)}
+    searches = [step for step in steps.values() if step.stage == "sweep"]
+    assert len(searches) == 2 and all(len(step.runs) == 2 for step in searches)
+    assert training_need(args, settings, searches[0], {}).words.startswith(
+        "4 steps at 2 learning rates, or more"
+    )
+    (later,) = (s for s in steps.values() if s.stage == "train" and "lora" in s.name)
+    assert "--swept-rates" in later.flags and searches[1].name in later.needs
+    default = later.runs[0].config.learning_rate
+    tried = {rate: [1.0 + abs(rate - 2 * default)] for rate in (default, 2 * default, 4 * default)}
+    search = Search(tried, 2 * default)
+    arm = later.runs[0].arm
+    write_rates(settings.runs_dir, arm, records_of(arm, later.runs[0].config, default, search))
+    assert [run.config.learning_rate for run in later.runs] == [2 * default]
+    assert {run.config.learning_rate for run in searches[1].runs} == set(tried)
+    measured = [
+        (r.config.seed, r.config.learning_rate) for r in steps["drift"].runs if r.arm == arm
+    ]
+    assert sorted(measured) == [(42, rate) for rate in sorted(tried)] + [(43, 2 * default)]
 
 
 def test_the_grid_of_the_flags(short):
     args = build_parser().parse_args(
         [*short, "--study", "grid", "--ranks", "4", "8", "--full-qv", "--single-task-controls"]
     )
-    from config import resolve_settings
-
     settings = resolve_settings(args)
     runs = plan_runs(args, settings, 32)
     assert len(runs) == 4 * 4 and len({run.name for run in runs}) == 16
