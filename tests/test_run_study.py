@@ -207,21 +207,21 @@ def test_a_sweep_is_searched_trained_and_measured(workspace, shorter, capsys):
     asked = ["--only", "prepare", "sweep", "train", "drift", *shorter[shorter.index("--set") :]]
     arguments = [*shorter[:only], *asked, "--study", "swept", "--seeds", "42", "43"]
     arguments += ["--lr-sweep", "1", "100", "10000"]
-    main(arguments)
+    assert main(arguments) == 0
     rates = read_json(workspace / "models/swept/learning_rates.json")["records"]
     runs = {path.parent.name for path in workspace.glob("models/swept/*/training.json")}
     drift = read_json(workspace / "drift_analysis_plots/swept/drift.json")["records"]
     assert {r["run"] for r in drift} - {"base"} >= runs
-    for arm in {r["arm"] for r in rates}:
-        own = [r for r in rates if r["arm"] == arm]
-        chosen = [r["learning_rate"] for r in own if r["chosen"]]
-        first = {r["learning_rate"] for r in drift if r["run"].startswith(arm) and r["seed"] == 42}
-        second = [r for r in drift if r["run"].startswith(arm) and r["seed"] == 43]
+    for method in ("full", "lora"):
+        own = [r for r in rates if r["method"] == method]
+        measured = [r for r in drift if r["method"] == method]
+        first = {r["learning_rate"] for r in measured if r["seed"] == 42}
         assert first == {r["learning_rate"] for r in own if r["loss"] is not None}
-        assert {r["learning_rate"] for r in second} == set(chosen)
+        second = {r["learning_rate"] for r in measured if r["seed"] == 43}
+        assert second == {r["learning_rate"] for r in own if r["chosen"]} and len(second) == 1
     capsys.readouterr()
-    main(arguments)
-    print(capsys.readouterr().out)
+    assert main(arguments) == 0
+    assert "6 steps, 6 of them are done" in capsys.readouterr().out
 
 
 def test_the_dry_run_says_what_is_left(whole, short, capsys):
