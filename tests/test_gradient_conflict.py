@@ -1,5 +1,7 @@
 """The tasks' gradients, against autograd and by hand, and the script on a two-layer LLaMA."""
 
+import weakref
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -98,6 +100,22 @@ def test_products_are_those_of_gradients_taken_one_row_at_a_time(tiny, adapted):
             assert products.halves[batch, 0, :, place] == pytest.approx(
                 np.array(expected), rel=1e-5, abs=1e-5 * scale
             )
+
+
+def test_no_more_than_one_gradient_a_task_is_in_memory(tiny):
+    model = load(tiny)
+    _, parameters = measured_parameters(model)
+    gradients, alive = [], []
+
+    def note(parameter):
+        gradients.append(weakref.ref(parameter.grad))
+        alive.append(sum(found() is not None for found in gradients))
+
+    for parameter in parameters.values():
+        parameter.register_post_accumulate_grad_hook(note)
+    gradient_products(model, {name: made_up(i) for i, name in enumerate("abc")}, COLLATE)
+    assert len(gradients) == 3 * 3 * 2 * len(parameters)  # batches, tasks, halves
+    assert max(alive) == 3 * len(parameters) + 1  # the one beside them is a parameter's
 
 
 def test_tasks_with_the_same_rows_have_cosine_one_and_no_conflict(tiny):
