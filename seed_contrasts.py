@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from comparisons import LEVEL, MIN_SEEDS, POWER, Comparison, compare_checkpoints, leave_one_out
+from config import UserError
 from seed_intervals import BOTH, ITEMS, NOTHING, SEEDS, compare_over_seeds, shared_variance
 
 if TYPE_CHECKING:
@@ -70,11 +71,20 @@ def _reader(results: Results, unit_of: Callable[[Any], str]) -> Items:
     def read(row: Any) -> Scores | None:
         unit = unit_of(row)
         if unit not in kept:
-            there = (results.folder / "items" / f"{unit}.parquet").is_file()
-            kept[unit] = results.items(unit) if there else {}
+            kept[unit] = _items_of(results, unit)
         return kept[unit].get(row.metric)
 
     return read
+
+
+def _items_of(results: Results, unit: str) -> dict[str, Scores]:
+    path = results.folder / "items" / f"{unit}.parquet"
+    try:
+        return results.items(unit) if path.is_file() else {}
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are such
+        said = str(error).splitlines()[0]
+        again = f"delete {results.unit_file(unit)}, and it is measured again"
+        raise UserError(f"{path} cannot be read ({said}); {again}") from None
 
 
 def contrast(
