@@ -1,5 +1,7 @@
 """The tasks' gradients, against autograd and by hand, and the script on a two-layer LLaMA."""
 
+import json
+import math
 import weakref
 
 import numpy as np
@@ -7,11 +9,15 @@ import pandas as pd
 import pytest
 import torch
 from conftest import assert_one_line_error, settings_for
+from figure_checks import notes
+from synthetic_records import record
 
 from batching import CompletionCollator
 from checkpoint_utils import read_json
 from gradient_conflict import main
+from gradient_figures import FIGURES
 from multi_task_training import main as train
+from result_tables import load_records
 from task_gradients import (
     Products,
     conflict_records,
@@ -205,6 +211,34 @@ def test_no_row_is_drawn_twice():
     assert fewer.shape == (2, 4) and len(set(fewer.ravel())) == 8
     with pytest.raises(ValueError, match="7 rows do not fill two batches of 4"):
         micro_batches(7, 5, 4, seed=0)
+
+
+@pytest.mark.parametrize(
+    "seeds, bars, means",
+    [
+        ((42,), "Bars: 95 % interval over batches.", "One seed an arm."),
+        ((42, 43), "", "Mean over 2 seeds."),
+        ((42, 43, 44), "Bars: 95 % interval over seeds and batches.", "Mean over 3 seeds."),
+    ],
+)
+def test_figures_say_what_is_averaged_and_what_bars_are_over(tmp_path, seeds, bars, means):
+    random = np.random.default_rng(0)
+    records = []
+    for seed in seeds:
+        own = record(f"similar_lora_r8_seed{seed}", "sst2", 0.0, seed=seed) | {"split": "train"}
+        gradients = random.normal(0.3, 1, (8, 2, 40))
+        between = np.einsum("bip,bjp->bij", gradients, gradients)[..., None]
+        products = Products(("sst2", "mnli"), ((0, "q_proj"),), between, np.ones((8, 2, 3, 1)))
+        records += [own | found for found in conflict_records(products)]
+    for r in records:
+        r |= {k: None for k, v in r.items() if isinstance(v, float) and math.isnan(v)}
+    path = tmp_path / "gradients.json"
+    path.write_text(json.dumps({"meta": {"preset": "study"}, "records": records}))
+    for figure in FIGURES:
+        said = notes(figure(load_records(path)))
+        has_bars = figure.__name__ in ("conflict_over_training", "conflict_by_layer")
+        assert means in said
+        assert bars in said if has_bars and bars else "Bars" not in said
 
 
 @pytest.fixture(scope="module")
