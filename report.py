@@ -49,7 +49,7 @@ pre {{ white-space: pre-wrap; font-size: .8rem; background: #f6f6f6; padding: .6
 .jp-OutputArea-output, .output_area {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }}
 td, th {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #eee; }}
-nav ol {{ columns: 18rem; font-size: .9rem; }}
+nav ol {{ columns: 18rem; column-gap: 3rem; font-size: .9rem; }}
 @media (max-width: 40rem) {{
   img {{ max-width: none; width: 42rem; }}  /* its text stays legible: the figure scrolls */
 }}

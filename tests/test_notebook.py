@@ -122,10 +122,9 @@ def test_report_of_a_study_that_was_only_trained_shows_its_runs_and_costs(report
     write_run(tmp_path / "models" / "demo", "similar_lora_r8_seed42", config)
     text, pictures = report()
     assert not pictures
-    before, _, after = text.rpartition(DEMO)
     for script in ("eval", "retention_eval", "svd_analysis", "gradient_conflict"):
-        assert f"python {script}.py --study demo" in before
-        assert f"python {script}.py --study demo" in after  # where it says what is missing
+        # at the top, and where it says what is missing
+        assert text.count(f"python {script}.py --study demo") >= 2
     tables = tmp_path / "outputs" / "demo" / "tables"
     assert {p.name for p in tables.iterdir()} == {"runs.csv", "costs.csv", "findings.csv"}
     assert "5e-05" in (tables / "runs.csv").read_text()
