@@ -3,6 +3,7 @@
 import json
 import math
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,11 @@ from conftest import assert_one_line_error, settings_for
 from figure_checks import notes
 from synthetic_records import record
 
+from analysis_subjects import Subject
 from batching import CompletionCollator
+from checkpoint_models import Checkpoint
 from checkpoint_utils import read_json
-from gradient_conflict import main
+from gradient_conflict import MatchedBatches, Unit, main
 from gradient_figures import FIGURES
 from multi_task_training import main as train
 from result_tables import load_records
@@ -291,6 +294,18 @@ def test_what_is_there_is_not_measured_again(folder, model, capsys):
     assert "of a single task" in out and "sst2_lora" in out and "the study's floor is 32" in out
     changed = [p for p, stamp in files.items() if p.stat().st_mtime_ns != stamp]
     assert changed == [lost] and lost.read_text() == text
+
+
+def test_a_run_that_was_trained_again_is_measured_again(tmp_path):
+    subject = Subject("run", 6, Checkpoint("run", 6, tmp_path), {}, "similar", True, True)
+    batches = MatchedBatches(None, None, 3, 4)
+    batches.prepared = {task: SimpleNamespace(fingerprint=task) for task in ("sst2", "mnli")}
+    requests = []
+    for digest in ("a", "b", "b"):
+        files = {"model.safetensors": {"sha256": digest}, "optimizer.pt": {"sha256": "c"}}
+        (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+        requests.append(batches.request(Unit(subject, "similar", ("sst2", "mnli"))))
+    assert requests[0] != requests[1] == requests[2]
 
 
 def test_without_runs_the_base_is_measured_on_both_families(model):
