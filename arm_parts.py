@@ -67,14 +67,16 @@ def forgetting_parts(
 ) -> list[list[Part]]:
     """Parts whose contrast is that of the mean forgetting.
 
-    With items they are the benchmarks' own scores: the base's are the same for all arms, and
-    cancel where the weights sum to zero.
+    With items they are the benchmarks' own scores, of the runs that were compared with the base:
+    the base's are the same for all arms, and cancel where the weights sum to zero. They would not
+    if some runs were measured on fewer items; then the parts are the mean forgetting itself.
     """
-    if items is None:
-        rows = mean_forgetting(retention, family)
-        return [[Part(w, rows_of(rows, arm)) for arm, w in weights.items()]]
+    lost = mean_forgetting(retention, family)
     rows = last_checkpoints(retained(retention))
+    rows = rows[rows["run"].isin(lost["run"]) & rows["arm"].isin(weights)]
     rows = rows[(rows["family"] == family) & rows["metric"].isin(["acc", "acc_norm"])]
     rows = rows[rows["shots"] == rows["shots"].min()]
     benchmarks = [rows[rows["task"] == task] for task in sorted(set(rows["task"]))]
+    if items is None or any(own["n"].nunique() > 1 for own in benchmarks):
+        return [[Part(w, rows_of(lost, arm)) for arm, w in weights.items()]]
     return [[Part(-w, rows_of(own, arm)) for arm, w in weights.items()] for own in benchmarks]

@@ -76,7 +76,7 @@ class DriftAnalysis:
         """What makes a measurement the same one."""
         return {
             "base": self.base.digest,
-            "weights": _weights_key(subject.checkpoint.folder),
+            "weights": weights_key(subject.checkpoint.folder),
             "top_k": self.asked.ks,
             "epsilon": self.asked.epsilons,
             "target_modules": self.place,
@@ -123,7 +123,7 @@ class DriftAnalysis:
         return dict(zip(items, self.spread(named, items)))
 
 
-def _weights_key(folder: Path) -> dict[str, Any]:
+def weights_key(folder: Path) -> dict[str, Any]:
     """What tells a checkpoint's weights from others: the manifest's sha256, else size and time."""
     if (folder / MANIFEST).is_file():
         try:

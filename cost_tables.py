@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint_utils import checkpoint_step
-from config import FAMILIES
+from config import FAMILIES, UserError
 from result_tables import arm_of, arm_order
 from retention_tables import gains
 from transfer import tasks_of
@@ -33,7 +33,8 @@ WEIGHTS = ".safetensors"
 
 
 def cost_table(runs_dir: Path) -> DataFrame:
-    """A row for each run that is done; empty if there is none.
+    """A row for each run that is done; empty if there is none. Raises UserError, naming the file,
+    for a record that no run writes; one that is not whole is passed over.
 
     `seconds` are of training without validation, `tokens` all that were trained on (prompts and
     completions, without padding), `peak_memory_bytes` allocated on the GPU, or resident.
@@ -46,7 +47,8 @@ def cost_table(runs_dir: Path) -> DataFrame:
         record, training = _read(folder / "run.json"), _read(folder / "training.json")
         if not record or not training:
             continue
-        config = record["config"]
+        config = _config(folder / "run.json", record)
+        _check_figures(folder / "training.json", training)
         row = {name: training.get(name) for name in ("steps", *FIGURES)}
         row |= {"run": folder.name, "family": config["family"], "seed": config["seed"]}
         row["arm"] = arm_of({**config, "run": folder.name})
@@ -65,16 +67,16 @@ def arm_costs(costs: DataFrame) -> DataFrame:
     import pandas as pd
 
     shown = {
-        "minutes": costs["seconds"] / 60,
-        "examples/s": costs["examples_per_second"],
-        "million tokens": costs["tokens"] / 1e6,
-        "peak memory (GB)": costs["peak_memory_bytes"] / 1e9,
-        "trained parameters (million)": costs["trainable_parameters"] / 1e6,
-        "trained share (%)": 100 * costs["trainable_share"],
-        "checkpoint (MB)": costs["checkpoint_bytes"] / 1e6,
-        "run on disk (GB)": costs["disk_bytes"] / 1e9,
+        "minutes": ("seconds", 1 / 60),
+        "examples/s": ("examples_per_second", 1),
+        "million tokens": ("tokens", 1e-6),
+        "peak memory (GB)": ("peak_memory_bytes", 1e-9),
+        "trained parameters (million)": ("trainable_parameters", 1e-6),
+        "trained share (%)": ("trainable_share", 100),
+        "checkpoint (MB)": ("checkpoint_bytes", 1e-6),
+        "run on disk (GB)": ("disk_bytes", 1e-9),
     }
-    numbers = {name: pd.to_numeric(values, errors="coerce") for name, values in shown.items()}
+    numbers = {name: unit * pd.to_numeric(costs[key]) for name, (key, unit) in shown.items()}
     keys = ["family", "arm", "device"]
     table = costs[keys].fillna("unknown").assign(**numbers)
     grouped = table.groupby(keys)
@@ -101,6 +103,7 @@ def gain_costs(
     arms: dict[str, str] = {}  # as the frames call them: at a chosen learning rate, plainly
     for frame in (retention, adaptation):
         arms |= {} if frame is None else dict(zip(frame["run"], frame["arm"]))
+    costs = costs.assign(**{n: pd.to_numeric(costs[n]) for n in ("steps", *FIGURES)})
     rows = []
     found = gains(retention, adaptation)
     for point in found[found["update_scale"] == 1].itertuples():
@@ -124,10 +127,28 @@ def _read(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
+def _config(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    config = record.get("config")
+    names = {"family", "method", "rank", "seed"}
+    if isinstance(config, dict) and names <= config.keys() and config["family"] in [*FAMILIES]:
+        return config
+    raise UserError(f"{path} holds no configuration of a run; was it edited? put it back")
+
+
+def _check_figures(path: Path, training: dict[str, Any]) -> None:
+    for name in ("steps", *FIGURES, "base_parameters"):
+        value = training.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{path}: {name} is {value!r}, no number; was it edited? put it back")
+
+
 def _weights(folder: Path) -> int | None:
-    """Bytes of the weights of the last whole checkpoint, from its manifest."""
+    """Bytes of the weights of the last checkpoint, from its manifest; None if it does not say."""
     manifests = {checkpoint_step(p.parent): p for p in folder.glob("checkpoint-*/manifest.json")}
     if not manifests:
         return None
     files = (_read(manifests[max(manifests)]) or {}).get("files", {})
-    return sum(entry["size"] for name, entry in files.items() if name.endswith(WEIGHTS)) or None
+    try:
+        return sum(entry["size"] for name, entry in files.items() if name.endswith(WEIGHTS)) or None
+    except (AttributeError, KeyError, TypeError):  # nobody's manifest: the checkpoint is not whole
+        return None

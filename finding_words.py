@@ -171,6 +171,14 @@ def few_seeds(family: str, few: Mapping[str, int], nothing: bool, other: str = F
     return f"{family}: {claim}: {said}, and at least {MIN_SEEDS} are needed."
 
 
+def other_items(draft: Any) -> str:
+    """Why seeds enough could not be tested."""
+    return (
+        f"{draft.family}: {draft.arm}, {draft.about}: not tested: its runs, or those that they are"
+        " held against, were measured on different numbers of items (another --limit)."
+    )
+
+
 def association(across: Any, within: Any, tests: int) -> tuple[str, str]:
     """The sentence for a predictor's correlation across runs, with that within them."""
     name, outcome = PREDICTORS[across.predictor], OUTCOMES[across.outcome]

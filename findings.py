@@ -48,6 +48,7 @@ from finding_words import (
     association,
     few_seeds,
     of_a_difference,
+    other_items,
 )
 from predictors import PREDICTORS, across_runs, predictor_table, within_runs
 from retention_tables import MEAN, at_chance, matched
@@ -255,7 +256,7 @@ def _transfer(transfer: DataFrame | None) -> list[Finding]:
         few = own.groupby("arm")["seeds"].max().to_dict()
         sentence = few_seeds(family, few, nothing=tested.empty, other="the single-task control")
         found.append(Finding(MISSING, TRANSFER, sentence, family, seeds=max(few.values())))
-    return _corrected(EXPLORATORY, TRANSFER, drafts, len(tested)) + found
+    return _corrected(EXPLORATORY, TRANSFER, drafts, len(transfer)) + found
 
 
 def _goes_with(
@@ -316,6 +317,10 @@ def _corrected(
     found = []
     for draft, p in zip(drafts, corrected):
         c = draft.result.found
+        if math.isnan(c.p_value):
+            sentence = other_items(draft)
+            found.append(Finding(MISSING, question, sentence, draft.family, draft.arm, draft.about))
+            continue
         sentence, verdict = of_a_difference(draft, float(p), tests)
         found.append(
             Finding(

@@ -127,9 +127,14 @@ class MatchedBatches:
         return self.drawn[name]
 
     def request(self, unit: Unit) -> dict[str, Any]:
-        """What makes the rows of a measurement the same ones."""
+        """What makes the rows and weights of a measurement the same ones."""
+        from checkpoint_drift import weights_key
+
         data = {name: self.task(name).fingerprint for name in unit.tasks}
-        return {"data": data, "batches": self.count, "batch_size": self.size}
+        checkpoint = unit.subject.checkpoint
+        weights = {} if checkpoint is None else weights_key(checkpoint.folder)
+        own = {"batches": self.count, "batch_size": self.size}
+        return {"data": data, "weights": weights, **own}
 
 
 # ---------------------------------------------------------------------------------- measuring

@@ -5,10 +5,10 @@ A figure is a function of the records (result_tables.load_records of gradients.j
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from drift_figures import chosen_arms, families_of, grid, label_edges, legend, seeds_said, told
+from comparisons import MIN_SEEDS
+from drift_figures import chosen_arms, families_of, grid, label_edges, legend, told
 from plotting import GREY, bars, nothing, spread, style_of, styled
 from result_tables import is_trained, last_checkpoints, ordered, summarise, unfinished
 from task_gradients import BOTH, MEAN, OVERALL
@@ -52,7 +52,7 @@ def cosine_between_tasks(frame: DataFrame) -> Figure:
             " a task with itself, on two halves of its batches, so how much of its gradient is not"
             f" noise. {SPACES}"
         )
-        return told(figure, frame, [about, *seeds_said(rows), unfinished(frame).strip()])
+        return told(figure, frame, [about, *_means(rows), unfinished(frame).strip()])
 
 
 def conflict_over_training(frame: DataFrame) -> Figure:
@@ -130,7 +130,7 @@ def layers_over_training(frame: DataFrame) -> Figure:
         label_edges(axes, "fraction of training", lambda family: f"{family}\nlayer")
         figure.colorbar(image, ax=list(axes.values()), label="cosine", aspect=40, pad=0.01)
         about = "Mean over the pairs of tasks; below 0 (red) they conflict."
-        return told(figure, frame, [about, SPACES, *_seeds(rows)])
+        return told(figure, frame, [about, SPACES, *_means(rows)])
 
 
 # ---------------------------------------------------------------------------------- helpers
@@ -200,14 +200,30 @@ def _no_run(ax: Axes) -> None:
     ax.grid(False)
 
 
-def _seeds(rows: DataFrame) -> Iterable[str]:
-    """What a point is the mean of; of one seed the bars are over batches."""
-    trained = rows[is_trained(rows)]
-    if trained.empty:
-        return ["Bars: 95 % interval over batches."]
-    said = seeds_said(trained)
-    one = trained.groupby(["family", "arm"])["seed"].nunique().min() == 1
-    return [*said, "Bars of one seed: 95 % interval over batches."] if one else said
+def _seed_counts(rows: DataFrame) -> list[int]:
+    """The fewest and the most seeds of an arm; none without runs."""
+    seeds = rows[is_trained(rows)].groupby(["family", "arm"])["seed"].nunique()
+    return sorted({int(seeds.min()), int(seeds.max())}) if len(seeds) else []
+
+
+def _means(rows: DataFrame) -> list[str]:
+    """What a cell of a heat map is the mean of."""
+    counts = _seed_counts(rows)
+    if not counts:
+        return []
+    if counts == [1]:
+        return ["One seed an arm."]
+    return [f"Mean over {' to '.join(map(str, counts))} seeds."]
+
+
+def _seeds(rows: DataFrame) -> list[str]:
+    """The same of a point, and what its bars are over (plotting.bars draws none of two seeds)."""
+    counts = _seed_counts(rows)
+    over = ["batches"] if not counts or counts[0] == 1 else []
+    over += ["seeds and batches"] if counts and counts[-1] >= MIN_SEEDS else []
+    who = " (of one seed over batches alone)" if len(over) > 1 else ""
+    bars = [f"Bars: 95 % interval over {over[-1]}{who}."] if over else []
+    return [*_means(rows), *bars]
 
 
 FIGURES = (

@@ -44,7 +44,7 @@ def sweep_table(
     targets where they were not both trained); nan where it was not measured. The error is over
     items for one seed, their mean for two, over seeds and items for three and more. `choices` are
     the records of learning_rates.json; the chosen rate of an arm that is not among them has the
-    highest score.
+    highest score, and an arm for which the sweep chose none has none.
     """
     import pandas as pd
 
@@ -58,7 +58,9 @@ def sweep_table(
     columns = [*ARM, "learning_rate", "seeds"]
     columns += [name for m in MEASURES for name in (m, f"{m}_stderr")]
     table = pd.DataFrame(rows, columns=columns)
-    table["chosen"] = _is_chosen(table, _chosen_rates(choices))
+    choices = list(choices)
+    none = dict.fromkeys(_refused(choices), math.nan)
+    table["chosen"] = _is_chosen(table, none | _chosen_rates(choices))
     orders = {"family": _family_place, "arm": arm_order, "learning_rate": float}
     table = table.sort_values(list(orders), key=lambda s: s.map(orders[s.name]))
     return table.reset_index(drop=True)
@@ -166,18 +168,22 @@ def at_chosen_rates(frame: DataFrame, choices: Iterable[Mapping[str, Any]]) -> D
 
 def rates_said(frame: DataFrame, choices: Iterable[Mapping[str, Any]]) -> str:
     """Where the learning rates of the arms in the records come from: a sweep, or the defaults."""
-    rates = _chosen_rates(choices)
+    choices = list(choices)
+    rates, refused = _chosen_rates(choices), _refused(choices)
     runs = frame[is_trained(frame)]
     found = {*zip(runs["family"], runs["arm"].map(without_rate))}
     arms = sorted(found, key=lambda key: (_family_place(key[0]), arm_order(key[1])))
     chosen = [
         f"{family} {arm} {rates[family, arm]:g}" for family, arm in arms if (family, arm) in rates
     ]
-    if not chosen:
+    without = [arm for arm in arms if arm in refused]
+    if not chosen and not without:
         return f"{NO_SWEEP[0].upper()}{NO_SWEEP[1:]}."
-    said = f"Learning rates that a sweep chose on validation: {', '.join(chosen)}."
-    others = [" ".join(arm) for arm in arms if arm not in rates]
-    return said + (f" No sweep of {', '.join(others)}: the default stands." if others else "")
+    said = [f"Learning rates that a sweep chose on validation: {', '.join(chosen)}."] * bool(chosen)
+    said += [f"A sweep chose none for {' '.join(arm)}: {refused[arm]}." for arm in without]
+    others = [" ".join(arm) for arm in arms if arm not in rates and arm not in refused]
+    said += [f"No sweep of {', '.join(others)}: the default stands."] if others else []
+    return " ".join(said)
 
 
 # ------------------------------------------------------------------------------- from runs
@@ -237,6 +243,11 @@ def _mean(values: Series, errors: Series) -> tuple[float, float]:
 def _chosen_rates(choices: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
     """The chosen rate by family and the arm's label."""
     return {(c["family"], arm_label(c)): float(c["learning_rate"]) for c in choices if c["chosen"]}
+
+
+def _refused(choices: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """Why an arm that was searched has no rate, by family and label."""
+    return {(c["family"], arm_label(c)): c["problem"] for c in choices if c.get("problem")}
 
 
 def _family_place(family: str) -> int:
@@ -334,6 +345,9 @@ def _why_not(own: DataFrame) -> str:
     full = [arm for _, arm in swept_arms(own) if _is_full(arm)]
     if not full:
         return "no sweep of full fine-tuning, so the default of that arm stands"
-    if own["forgetting"].isna().all():
+    known = own.dropna(subset=["forgetting"])
+    if len(known) and not known[known["arm"].isin(full)]["chosen"].any():
+        return "the sweep of full fine-tuning chose no learning rate"
+    if known.empty:
         return "forgetting was not measured at the points of the sweep (retention_eval.py)"
     return "no LoRA arm beside the sweep of full fine-tuning whose forgetting was measured"

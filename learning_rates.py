@@ -31,6 +31,12 @@ FILE = "learning_rates.json"
 # and how numbers are computed.
 FREE = ("learning_rate", "seed", "dtype")
 
+# What figures and runs take from a record of a sweep.
+FIELDS = {
+    **dict.fromkeys(("arm", "family", "method", "problem"), str),
+    **{"rank": int, "learning_rate": float, "loss": (int, float, type(None)), "chosen": bool},
+}
+
 Losses = dict[float, list[float]]  # of each rate: a validation loss a seed, inf if it diverged
 
 
@@ -151,7 +157,7 @@ def read_rates(runs_dir: Path) -> list[dict[str, Any]]:
     document = read_json(path)
     try:
         records = [dict(record) for record in document["records"]]
-        if all({"arm", "learning_rate", "loss", "chosen", "problem"} <= {*r} for r in records):
+        if all(isinstance(r[name], kind) for r in records for name, kind in FIELDS.items()):
             return records
     except (KeyError, TypeError, ValueError):
         pass

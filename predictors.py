@@ -81,9 +81,9 @@ def across_runs(
 
     The interval is the percentile bootstrap's over runs (of 300 simulated sets of 8 and of 18 runs
     it held the truth in 95 to 99 %), the p-value that of permuted runs (from eight runs on),
-    `corrected` by Holm over an outcome's; `detectable` is the correlation that the first, strictest
-    step finds with 80 % power (Fieller, Hartley and Pearson 1957). `reason` says why figures are
-    nan.
+    `corrected` by Holm over an outcome's tests; `detectable` is the correlation that the first,
+    strictest step finds with 80 % power (Fieller, Hartley and Pearson 1957). `reason` says why
+    figures are nan.
     """
     from scipy.stats import norm
 
@@ -169,8 +169,15 @@ def _by_family(table: DataFrame, correlate: Callable[[Any], dict[str, Any]]) -> 
                 rows.append(about | correlate(own))
     found = pd.DataFrame(rows, columns=list(RESULT))
     found["detectable"] = math.nan
-    found["corrected"] = found.groupby("outcome")["p_value"].transform(holm)
+    found["corrected"] = found.groupby("outcome")["p_value"].transform(_holm)
     return found
+
+
+def _holm(p_values: Series) -> Series:
+    """Corrected over the tests that could be made: what was not measured was not asked."""
+    corrected = p_values.copy()
+    corrected[p_values.notna()] = holm(p_values.dropna())
+    return corrected
 
 
 def _across(rows: DataFrame, resamples: int, permutations: int, seed: int) -> dict[str, Any]:

@@ -42,14 +42,22 @@ h2 {{ margin-top: 2.5rem; border-bottom: 1px solid #ddd; }}
 a {{ color: #1a5fb4; }}
 .anchor-link, .jp-InputPrompt, .jp-OutputPrompt, .prompt {{ display: none; }}
 img {{ max-width: 100%; height: auto; }}
+body {{ counter-reset: figure; }}
+.caption {{ font-size: .9rem; color: #444; margin: .2rem 0 1.5rem; counter-increment: figure; }}
+.caption::before {{ content: "Figure " counter(figure) ". "; font-weight: bold; }}
 pre {{ white-space: pre-wrap; font-size: .8rem; background: #f6f6f6; padding: .6rem; }}
 .jp-OutputArea-output, .output_area {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }}
 td, th {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #eee; }}
-nav ol {{ columns: 18rem; font-size: .9rem; }}
+nav ol {{ columns: 18rem; column-gap: 3rem; font-size: .9rem; }}
+@media (max-width: 40rem) {{
+  img {{ max-width: none; width: 42rem; }}  /* its text stays legible: the figure scrolls */
+}}
 @media print {{
   body {{ max-width: none; font-size: 10pt; }}
+  .jp-OutputArea-output, .output_area {{ overflow: visible; }}
   h2 {{ break-after: avoid; }}
+  .caption {{ break-before: avoid; }}
   img, tr {{ break-inside: avoid; }}
   pre, table {{ font-size: 7pt; }}
 }}
@@ -66,10 +74,16 @@ nav ol {{ columns: 18rem; font-size: .9rem; }}
 def execute(settings: Settings) -> Any:
     """The notebook with its outputs. Raises UserError where a cell or the kernel fails."""
     import nbformat
-    from jupyter_client.kernelspec import NoSuchKernel
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
+    try:  # the client itself would end in a second error, when the process does
+        KernelSpecManager().get_kernel_spec(KERNEL)
+    except NoSuchKernel:
+        raise UserError(
+            f"there is no Jupyter kernel {KERNEL!r} for {NOTEBOOK.name}; pip install ipykernel"
+        ) from None
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     first.source = f"STUDY = {settings.study!r}"
@@ -84,14 +98,20 @@ def execute(settings: Settings) -> Any:
     )
     try:
         client.execute()
-    except NoSuchKernel:
-        raise UserError(
-            f"there is no Jupyter kernel {KERNEL!r} for {NOTEBOOK.name}; pip install ipykernel"
-        ) from None
     except CellExecutionError as error:
-        raise UserError(f"{NOTEBOOK.name}: {error.ename}: {error.evalue}") from None
+        said = (str(error.evalue).strip().splitlines() or [""])[0]
+        if error.ename == UserError.__name__:
+            raise UserError(said) from None
+        raise UserError(f"{NOTEBOOK.name}: {error.ename}: {said}") from None
     except DeadKernelError:
         raise UserError(f"{NOTEBOOK.name}: its kernel died, perhaps for lack of memory") from None
+    except (OSError, RuntimeError) as error:
+        client.km = client.create_kernel_manager()  # without one its cleaning up at exit fails
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the Jupyter kernel {KERNEL!r} does not start ({said}); see jupyter kernelspec list,"
+            " or pip install --force-reinstall ipykernel"
+        ) from None
     return notebook
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import html
+import math
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import UserError, resolve_settings
+from checkpoint_utils import read_json
+from config import PRESETS, UserError, resolve_settings
 from learning_rate_tables import at_chosen_rates
 from learning_rates import read_rates
-from result_tables import load_records
+from result_tables import NUMBERS, OPTIONAL, TEXT, load_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +27,11 @@ PLACES = {
     "drift": ("drift_analysis_plots", "", "svd_analysis.py"),
     "gradients": ("performance_analysis", "gradients", "gradient_conflict.py"),
 }
+METHODS = ("base", "baseline", "lora", "full", "full_qv")
+META = ("study", "base_model", "preset")
+NUMERIC = {*NUMBERS, *OPTIONAL, "layer", "k", "eps"}
+WORDS = {*TEXT, "target_modules", "scaling", "module", "side"}
+NEVER_NULL = {"run", "method", "metric", "rank", "seed", "step"}
 
 
 class Report:
@@ -54,16 +63,23 @@ class Report:
     def _load(self, name: str) -> DataFrame | None:
         path = self.folder(name) / f"{name}.json"
         if not path.is_file():
-            print(f"missing: {name} (python {PLACES[name][2]} --study {self.study})")
+            print(f"missing: {name} ({self._command(name)})")
             return None
-        try:
-            frame = load_records(path)
-        except UserError as error:
-            print(error)
-            return None
+        check(path, self._command(name))
+        frame = load_records(path)
         meta = frame.attrs["meta"]
         print(f"{name}: study {meta['study']}, base {meta['base_model']}, preset {meta['preset']}")
         return frame if len(frame) else None
+
+    def _command(self, name: str) -> str:
+        return f"python {PLACES[name][2]} --study {self.study}"
+
+    def has(self, name: str) -> bool:
+        """Whether there are records of the stage; if not it is said, with the command."""
+        is_there = self.all_rates[name] is not None
+        if not is_there:
+            print(f"missing: {name} ({self._command(name)})")
+        return is_there
 
     @property
     def any(self) -> DataFrame | None:
@@ -78,7 +94,7 @@ class Report:
 
     def draw(self, figure: Callable[..., Figure], first: Any, *more: Any, name: str = "") -> None:
         """Draw, save and display a figure of the records; what is missing is said instead."""
-        from IPython.display import Image, display
+        from IPython.display import HTML, Image, display
 
         from plotting import save
 
@@ -88,6 +104,7 @@ class Report:
         path = self.place / "figures" / f"{name or figure.__name__}.png"
         told = (figure.__doc__ or name).strip().splitlines()[0]
         display(Image(save(figure(first, *more), path, pdf=True), width=860, alt=told))
+        display(HTML(f'<p class="caption">{html.escape(told)}</p>'))
 
     def save_table(self, name: str, frame: DataFrame, index: bool = False) -> None:
         path = self.place / "tables" / f"{name}.csv"
@@ -102,4 +119,55 @@ class Report:
         if frame.empty:
             print(f"{name}: nothing to show")
         else:
-            display(frame if index else frame.style.hide(axis="index").format(precision=4))
+            styled = frame.style.format(_cell, na_rep="", escape="html")
+            display(styled if index else styled.hide(axis="index"))
+
+
+def check(path: Path, command: str) -> None:
+    """Raise UserError, naming the file, if a results document holds what no script writes.
+
+    A file that was edited by hand would else be drawn with gaps, or end in a foreign error.
+    `command` writes the document anew.
+    """
+    document = read_json(path)
+    meta, records = map(document.get, ("meta", "records")) if _is_object(document) else (None, None)
+    mend = f"edited by hand? {command} writes it anew"
+    if not isinstance(records, list) or not _is_object(meta):
+        raise UserError(f"{path} has no meta and records; {mend}")
+    wrong = [name for name in META if not isinstance(meta.get(name), str)]
+    if wrong or meta["preset"] not in PRESETS:
+        name = (wrong or ["preset"])[0]
+        raise UserError(f"{path}: {name} is {reprlib.repr(meta.get(name))}; {mend}")
+    for number, record in enumerate(records):
+        if not _is_object(record):
+            raise UserError(f"{path}: record {number} is {reprlib.repr(record)}; {mend}")
+        for name, value in record.items():
+            expected = _expected(name, value)
+            if expected:
+                said = f"{name} of record {number} is {reprlib.repr(value)}, no {expected}"
+                raise UserError(f"{path}: {said}; {mend}")
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _expected(name: str, value: Any) -> str:
+    """What a field of a record ought to be, if it is not."""
+    if value is None:
+        return "value" if name in NEVER_NULL else ""
+    if name == "method":
+        return "" if value in METHODS else "method"
+    if name in WORDS:
+        return "" if isinstance(value, str) else "text"
+    if name in NUMERIC:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return "" if is_number and math.isfinite(value) else "finite number"
+    return ""
+
+
+def _cell(value: Any) -> str:
+    """A table's number with four figures, however small: learning rates and p-values are."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

@@ -275,7 +275,7 @@ def run_table(runs_dir: Path) -> DataFrame:
     for path in sorted(runs_dir.glob("*/run.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            config, environment = record["config"], record["environment"]
+            config, environment = dict(record["config"]), dict(record["environment"])
         except (OSError, ValueError, KeyError, TypeError):
             rows[path.parent.name] = {"note": "run.json is unreadable"}
             continue

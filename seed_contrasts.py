@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from comparisons import LEVEL, MIN_SEEDS, Comparison, compare_checkpoints, leave_one_out
+from comparisons import LEVEL, MIN_SEEDS, POWER, Comparison, compare_checkpoints, leave_one_out
+from config import UserError
 from seed_intervals import BOTH, ITEMS, NOTHING, SEEDS, compare_over_seeds, shared_variance
 
 if TYPE_CHECKING:
@@ -69,11 +71,20 @@ def _reader(results: Results, unit_of: Callable[[Any], str]) -> Items:
     def read(row: Any) -> Scores | None:
         unit = unit_of(row)
         if unit not in kept:
-            there = (results.folder / "items" / f"{unit}.parquet").is_file()
-            kept[unit] = results.items(unit) if there else {}
+            kept[unit] = _items_of(results, unit)
         return kept[unit].get(row.metric)
 
     return read
+
+
+def _items_of(results: Results, unit: str) -> dict[str, Scores]:
+    path = results.folder / "items" / f"{unit}.parquet"
+    try:
+        return results.items(unit) if path.is_file() else {}
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are such
+        said = str(error).splitlines()[0]
+        again = f"delete {results.unit_file(unit)}, and it is measured again"
+        raise UserError(f"{path} cannot be read ({said}); {again}") from None
 
 
 def contrast(
@@ -81,10 +92,10 @@ def contrast(
 ) -> Contrast:
     """The mean over tasks of each task's weighted sum, with the test that its seeds allow.
 
-    Three seeds and more: over seeds, and over items where all parts have theirs of the same number.
-    One seed: over items, about these runs alone. Two seeds, or one without items: the figure, all
-    else nan. `level` is that at which the detectable difference is reckoned. BLEU counts in
-    hundredths where several tasks are averaged.
+    Three seeds and more: over seeds, and over items where all parts have theirs. One seed: over
+    items, about these runs alone. Two seeds, one without items, or parts of a task that were
+    measured on other numbers of items: the figure, all else nan. `level` is that at which the
+    detectable difference is reckoned. BLEU counts in hundredths where several tasks are averaged.
     """
     seeds = tuple(sorted(set.intersection(*(set(p.rows) for parts in tasks for p in parts))))
     differences = np.array(
@@ -94,13 +105,16 @@ def contrast(
         ]
     )
     found = {s: [_scores(parts, s, items) for parts in tasks] for s in seeds}
-    paired = bool(seeds) and all(_same_items(column) for column in zip(*found.values()))
-    if len(seeds) >= MIN_SEEDS:
+    columns = list(zip(*found.values()))
+    same = all(len(_item_counts(column)) < 2 for column in columns)
+    paired = bool(seeds) and same and all(None not in column for column in columns)
+    if len(seeds) >= MIN_SEEDS and same:
         variance = _shared(tasks, found) if paired else 0.0
         compared = compare_over_seeds(differences, variance, level)
         return Contrast(compared, seeds, BOTH if variance else SEEDS)
     if len(seeds) == 1 and paired:
-        return Contrast(_over_items(tasks, found[seeds[0]], differences[0]), seeds, ITEMS)
+        compared = _over_items(tasks, found[seeds[0]], differences[0], level)
+        return Contrast(compared, seeds, ITEMS)
     nan, value = math.nan, float(differences.mean()) if len(seeds) else math.nan
     return Contrast(Comparison("", value, nan, nan, nan, nan, nan, len(seeds)), seeds, NOTHING)
 
@@ -116,11 +130,9 @@ def _scores(parts: Sequence[Part], seed: int, items: Items | None) -> list[Score
     return None if any(scores is None for scores in found) else found
 
 
-def _same_items(column: Sequence[list[Scores] | None]) -> bool:
-    """Whether a task's scores of all seeds are there, and of equally many items."""
-    there = [own for own in column if own is not None]
-    counts = {len(scores.statistics) for own in there for scores in own}
-    return len(there) == len(column) and len(counts) == 1
+def _item_counts(column: Sequence[list[Scores] | None]) -> set[int]:
+    """Of how many items a task's scores are, those of all seeds that are there."""
+    return {len(scores.statistics) for own in column if own is not None for scores in own}
 
 
 def _influence(
@@ -139,16 +151,24 @@ def _shared(tasks: Sequence[Sequence[Part]], found: Mapping[int, list[list[Score
 
 
 def _over_items(
-    tasks: Sequence[Sequence[Part]], found: Sequence[Sequence[Scores]], value: float
+    tasks: Sequence[Sequence[Part]],
+    found: Sequence[Sequence[Scores]],
+    value: float,
+    level: float,
 ) -> Comparison:
     """One seed: the paired test of two checkpoints, else a normal interval over items."""
-    weights = [part.weight for part in tasks[0]]
-    if len(tasks) == 1 and weights == [1, -1]:
-        return compare_checkpoints(*found[0])
     from scipy.stats import norm
 
-    from comparisons import detectable_over_items
-
+    weights = [part.weight for part in tasks[0]]
+    errors = float(norm.isf((1 - level) / 2) + norm.ppf(POWER))
+    if len(tasks) == 1 and weights == [1, -1]:
+        compared = compare_checkpoints(*found[0])
+        least = compared.detectable
+        if level > LEVEL:  # McNemar's p-value of k items that all fall to one side is 2 / 2^k
+            fewest = (math.floor(math.log2(2 / (1 - level))) + 1) / compared.n
+            own = errors * compared.stderr
+            least = max(own, fewest) if compared.test == "exact McNemar" else own or math.nan
+        return replace(compared, detectable=least)
     variances = [
         shared_variance(_influence(tasks, parts, scores)[None])
         for parts, scores in zip(tasks, found)
@@ -162,6 +182,6 @@ def _over_items(
         low=value - half,
         high=value + half,
         p_value=float(2 * norm.sf(abs(value) / stderr)) if stderr else float(value == 0),
-        detectable=detectable_over_items(stderr) or math.nan,
+        detectable=errors * stderr or math.nan,
         n=1,
     )

@@ -76,9 +76,9 @@ def _as_records(points: DataFrame) -> DataFrame:
 
 
 def predictors(table: DataFrame, frame: DataFrame, outcome: str = "forgetting") -> Figure:
-    """Forgetting over each predictor at the last checkpoints, a point a run; a row a family.
+    """What was forgotten, or gained, over each measure at the last checkpoints, a point a run.
 
-    `outcome` may also be gain. The rank correlation stands over the panel.
+    A row a family; `outcome` is forgetting or gain. The rank correlation stands over the panel.
     """
     last = table[table["is_last"]].dropna(subset=[outcome])
     found = across_runs(table)

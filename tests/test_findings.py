@@ -175,6 +175,19 @@ def test_with_items_the_interval_counts_them_too(tmp_path):
         assert "over seeds and items" in f.sentence and "on these items" in g.sentence
 
 
+def test_runs_that_were_measured_on_other_items_are_not_tested(tmp_path):
+    runs = []
+    for arm, items in (("lora_r8", 100), ("full", 200)):
+        for seed in SEEDS:
+            fields = arm_fields(arm, seed) | {"task": "sst2"}
+            runs.append((fields, Bench(items=items).answers(0.5)))
+    path, results = write_scored(tmp_path, runs)
+    found = findings(load_records(path), None, None, None, "study", adaptation_items(results))
+    (f, *_) = asked(found, ADAPTS)
+    assert (f.kind, f.verdict, f.about) == ("missing", "", "sst2")
+    assert "LoRA r=8, sst2: not tested" in f.sentence and "numbers of items" in f.sentence
+
+
 def test_a_swept_arm_is_tested_at_its_chosen_rate(tmp_path):
     records, rates = [], {"": (1e-4, 0.9), "_lr5e-4": (5e-4, 0.5)}
     for seed in SEEDS:
@@ -271,6 +284,9 @@ def test_transfer_is_told_in_either_direction(tmp_path, together, word):
     one = transfer_table(load_records(path).query("seed == 42"), results)
     (f,) = asked(findings(None, None, None, one, "study"), TRANSFER)
     assert "the single-task control share 1 seed, and at least 3 are needed" in f.sentence
+    mixed = pd.concat([table, one.assign(task="mnli")], ignore_index=True)
+    (f, rest) = asked(findings(None, None, None, mixed, "study"), TRANSFER)
+    assert "after Holm over 2 tests" in f.sentence and rest.kind == "missing"
 
 
 def test_forgetting_with_items_is_the_difference_of_the_benchmarks_scores(tmp_path):
@@ -290,6 +306,35 @@ def test_forgetting_with_items_is_the_difference_of_the_benchmarks_scores(tmp_pa
     means = rows.groupby("arm")["value"].mean()
     assert found.found.difference == pytest.approx(means["full"] - means["LoRA r=8"])
     assert found.over == "seeds and items"
+
+
+def test_forgetting_of_runs_on_fewer_items_is_that_against_the_base(tmp_path):
+    """Their scores are not on the same items, the differences from the base are."""
+    records, noise = [], np.random.default_rng(3)
+    for arm, n, score, lost in (("lora_r8", 50, 0.3, 0.02), ("full", 200, 0.5, 0.05)):
+        for seed in SEEDS:
+            method, rank = ARMS[arm]
+            own = dict(method=method, rank=rank, seed=seed, n=n)
+            run, off = f"similar_{arm}_seed{seed}", noise.normal(0, SURE)
+            records.append(kept(run, "hellaswag", "acc_norm", score + off, **own))
+            records += [
+                kept(run, task, "forgetting", lost + off, **own) for task in ("hellaswag", "mean")
+            ]
+    retention = load_records(write_study(tmp_path, records, "study", script="retention"))
+    for items in (None, lambda row: None):
+        found = findings(None, retention, None, None, "study", None, items)
+        (f, *_) = asked(found, FORGETS)
+        assert f.effect == pytest.approx(-0.03, abs=0.002) and f.arm == "LoRA r=8"
+
+
+def test_a_run_that_was_not_compared_with_the_base_is_not_held_against_one_that_was(kept_frame):
+    rows = kept_frame(lambda rank: 0.05)
+    scores = rows.assign(task="hellaswag", metric="acc_norm")
+    lost = rows[~((rows["rank"] == 8) & (rows["seed"] == 42))]
+    frame = pd.concat([lost, scores], ignore_index=True)
+    found = findings(None, frame, None, None, "study", None, lambda row: None)
+    few = [f.sentence for f in asked(found, FORGETS) if f.kind == "missing"]
+    assert len(few) == 2 and all("LoRA r=8 and full" in s and "2 seeds" in s for s in few)
 
 
 def with_kl(retention, value):

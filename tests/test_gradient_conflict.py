@@ -1,15 +1,26 @@
 """The tasks' gradients, against autograd and by hand, and the script on a two-layer LLaMA."""
 
+import json
+import math
+import weakref
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import assert_one_line_error, settings_for
+from figure_checks import notes
+from synthetic_records import record
 
+from analysis_subjects import Subject
 from batching import CompletionCollator
+from checkpoint_models import Checkpoint
 from checkpoint_utils import read_json
-from gradient_conflict import main
+from gradient_conflict import MatchedBatches, Unit, main
+from gradient_figures import FIGURES
 from multi_task_training import main as train
+from result_tables import load_records
 from task_gradients import (
     Products,
     conflict_records,
@@ -98,6 +109,22 @@ def test_products_are_those_of_gradients_taken_one_row_at_a_time(tiny, adapted):
             assert products.halves[batch, 0, :, place] == pytest.approx(
                 np.array(expected), rel=1e-5, abs=1e-5 * scale
             )
+
+
+def test_no_more_than_one_gradient_a_task_is_in_memory(tiny):
+    model = load(tiny)
+    _, parameters = measured_parameters(model)
+    gradients, alive = [], []
+
+    def note(parameter):
+        gradients.append(weakref.ref(parameter.grad))
+        alive.append(sum(found() is not None for found in gradients))
+
+    for parameter in parameters.values():
+        parameter.register_post_accumulate_grad_hook(note)
+    gradient_products(model, {name: made_up(i) for i, name in enumerate("abc")}, COLLATE)
+    assert len(gradients) == 3 * 3 * 2 * len(parameters)  # batches, tasks, halves
+    assert max(alive) == 3 * len(parameters) + 1  # the one beside them is a parameter's
 
 
 def test_tasks_with_the_same_rows_have_cosine_one_and_no_conflict(tiny):
@@ -189,6 +216,34 @@ def test_no_row_is_drawn_twice():
         micro_batches(7, 5, 4, seed=0)
 
 
+@pytest.mark.parametrize(
+    "seeds, bars, means",
+    [
+        ((42,), "Bars: 95 % interval over batches.", "One seed an arm."),
+        ((42, 43), "", "Mean over 2 seeds."),
+        ((42, 43, 44), "Bars: 95 % interval over seeds and batches.", "Mean over 3 seeds."),
+    ],
+)
+def test_figures_say_what_is_averaged_and_what_bars_are_over(tmp_path, seeds, bars, means):
+    random = np.random.default_rng(0)
+    records = []
+    for seed in seeds:
+        own = record(f"similar_lora_r8_seed{seed}", "sst2", 0.0, seed=seed) | {"split": "train"}
+        gradients = random.normal(0.3, 1, (8, 2, 40))
+        between = np.einsum("bip,bjp->bij", gradients, gradients)[..., None]
+        products = Products(("sst2", "mnli"), ((0, "q_proj"),), between, np.ones((8, 2, 3, 1)))
+        records += [own | found for found in conflict_records(products)]
+    for r in records:
+        r |= {k: None for k, v in r.items() if isinstance(v, float) and math.isnan(v)}
+    path = tmp_path / "gradients.json"
+    path.write_text(json.dumps({"meta": {"preset": "study"}, "records": records}))
+    for figure in FIGURES:
+        said = notes(figure(load_records(path)))
+        has_bars = figure.__name__ in ("conflict_over_training", "conflict_by_layer")
+        assert means in said
+        assert bars in said if has_bars and bars else "Bars" not in said
+
+
 @pytest.fixture(scope="module")
 def model(tiny):
     return ["--model", str(tiny), "--study", STUDY]
@@ -239,6 +294,18 @@ def test_what_is_there_is_not_measured_again(folder, model, capsys):
     assert "of a single task" in out and "sst2_lora" in out and "the study's floor is 32" in out
     changed = [p for p, stamp in files.items() if p.stat().st_mtime_ns != stamp]
     assert changed == [lost] and lost.read_text() == text
+
+
+def test_a_run_that_was_trained_again_is_measured_again(tmp_path):
+    subject = Subject("run", 6, Checkpoint("run", 6, tmp_path), {}, "similar", True, True)
+    batches = MatchedBatches(None, None, 3, 4)
+    batches.prepared = {task: SimpleNamespace(fingerprint=task) for task in ("sst2", "mnli")}
+    requests = []
+    for digest in ("a", "b", "b"):
+        files = {"model.safetensors": {"sha256": digest}, "optimizer.pt": {"sha256": "c"}}
+        (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+        requests.append(batches.request(Unit(subject, "similar", ("sst2", "mnli"))))
+    assert requests[0] != requests[1] == requests[2]
 
 
 def test_without_runs_the_base_is_measured_on_both_families(model):

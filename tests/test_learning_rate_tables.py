@@ -325,6 +325,25 @@ def test_it_is_said_where_the_rates_come_from(frames):
     )
 
 
+def test_a_sweep_that_chose_no_rate_is_not_said_to_be_none(frames):
+    adaptation, retention, _ = frames(*rate_points(POINTS))
+    refused = [c | {"chosen": False, "problem": "it is lowest at the edge"} for c in CHOICES[:4]]
+    assert rates_said(adaptation, [*refused, *CHOICES[4:]]) == (
+        "Learning rates that a sweep chose on validation: similar LoRA r=8 0.001."
+        " A sweep chose none for similar full: it is lowest at the edge."
+    )
+    assert rates_said(adaptation, refused) == (
+        "A sweep chose none for similar full: it is lowest at the edge."
+        " No sweep of similar LoRA r=8: the default stands."
+    )
+    table = sweep_table(adaptation, retention, choices=[*refused, *CHOICES[4:]])
+    assert set(table[table["chosen"]]["arm"]) == {"LoRA r=8"}
+    assert advantages(table).empty
+    assert advantage_said(table) == (
+        "similar: the sweep of full fine-tuning chose no learning rate."
+    )
+
+
 def test_an_arm_without_a_measured_choice_is_left_as_it_is(frames):
     adaptation, *_ = frames(*rate_points(POINTS))
     for choices in (

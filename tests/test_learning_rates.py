@@ -214,8 +214,23 @@ def test_a_choice_under_other_settings_is_not_used(tmp_path):
     assert "examples_per_task" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"records": [1]}', '{"records": [{"arm": 1}]}'])
+def edited(**changes):
+    """A record of a sweep that was edited by hand."""
+    record = {"arm": "similar_full", "family": "similar", "method": "full", "rank": 0}
+    record |= {"learning_rate": 1e-3, "loss": 1.5, "chosen": True, "problem": ""}
+    return json.dumps({"records": [record | changes]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"records": [1]}', '{"records": [{"arm": 1}]}'),
+        *(edited(learning_rate="1e-3"), edited(loss="low"), edited(chosen=1), edited(family=None)),
+    ],
+)
 def test_a_foreign_file_is_one_line(tmp_path, text):
+    (tmp_path / FILE).write_text(edited())
+    assert len(read_rates(tmp_path)) == 1
     (tmp_path / FILE).write_text(text)
     with pytest.raises(UserError, match=FILE) as error:
         read_rates(tmp_path)

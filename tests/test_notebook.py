@@ -7,6 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from synthetic_drift import write_drift
+from synthetic_effects import write_run
 from synthetic_records import GRID, retention_study, study, write_study
 
 import adaptation_figures
@@ -114,6 +115,20 @@ def test_findings_are_made_of_a_study_on_its_own_preset(report, tmp_path):
     text, _ = report()
     assert DEMO not in text and "share 1 seed" in text
     assert len((tmp_path / "outputs/demo/tables/findings.csv").read_text().splitlines()) > 1
+
+
+def test_report_of_a_study_that_was_only_trained_shows_its_runs_and_costs(report, tmp_path):
+    config = {"family": "similar", "method": "lora", "rank": 8, "seed": 42, "learning_rate": 5e-5}
+    write_run(tmp_path / "models" / "demo", "similar_lora_r8_seed42", config)
+    text, pictures = report()
+    assert not pictures
+    for script in ("eval", "retention_eval", "svd_analysis", "gradient_conflict"):
+        # at the top, and where it says what is missing
+        assert text.count(f"python {script}.py --study demo") >= 2
+    tables = tmp_path / "outputs" / "demo" / "tables"
+    assert {p.name for p in tables.iterdir()} == {"runs.csv", "costs.csv", "findings.csv"}
+    assert "5e-05" in (tables / "runs.csv").read_text()
+    assert "an abacus" in (tables / "costs.csv").read_text()
 
 
 def test_report_of_a_study_without_results_names_the_commands(report, tmp_path):

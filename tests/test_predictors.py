@@ -295,3 +295,10 @@ def test_sizes_of_two_kinds_are_not_compared(frames):
     both = drift[(drift["module"] == "both") & (drift["metric"] == "relative_frobenius")]
     sizes = table[table["run"] == RUN]["size"]
     assert list(sizes) == pytest.approx(list(both["value"]))
+
+
+def test_what_could_not_be_tested_is_no_test_of_the_correction():
+    x, y = np.random.default_rng(5).normal(size=(2, 12))
+    found = across_runs(measured(x, y).assign(rho=1.0, intruders=np.nan))
+    (row,) = found[(found["outcome"] == "forgetting") & found["p_value"].notna()].itertuples()
+    assert row.corrected == row.p_value  # one test of three predictors

@@ -1,15 +1,21 @@
 """The report: one page that needs nothing else, in a real browser."""
 
+import json
+import math
 import re
 import shutil
 import subprocess
+from unittest.mock import Mock
 
+import pandas as pd
 import pytest
 from conftest import assert_one_line_error
 from synthetic_drift import write_drift
 from synthetic_records import retention_study, study, write_study
 
 import report
+from config import UserError
+from report_parts import Report
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -55,6 +61,8 @@ def test_every_figure_says_what_it_is(page):
     alternatives = [re.search(r'alt="([^"]*)"', image) for image in images]
     assert all(found and len(found[1]) > 10 for found in alternatives)
     assert not any("No description" in found[1] for found in alternatives)
+    captions = re.findall(r'<p class="caption">(.*?)</p>', text)
+    assert captions == [found[1] for found in alternatives]
 
 
 def test_a_browser_shows_every_figure_without_an_error(page, tmp_path):
@@ -89,10 +97,69 @@ def test_a_study_without_results_still_has_a_report(tmp_path, monkeypatch, capsy
     assert "python eval.py --study empty" in text and "<img " not in text
 
 
-def test_a_missing_kernel_is_one_line(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "KERNEL", "no-such-kernel")
-    assert report.main(["--preset", "demo", "--study", "kernelless"]) == 2
-    assert "pip install ipykernel" in capsys.readouterr().err
+BROKEN_KERNEL = (
+    "import report, sys; report.KERNEL = sys.argv[1]; sys.exit(report.main(sys.argv[2:]))"
+)
+
+
+@pytest.mark.parametrize("kernel, said", [("no-such", "no Jupyter kernel"), ("dead", "not start")])
+def test_a_kernel_that_is_missing_or_broken_is_one_line(script, tmp_path, kernel, said):
+    folder = tmp_path / "kernels" / "dead"
+    folder.mkdir(parents=True)
+    spec = {"argv": ["false", "{connection_file}"], "display_name": "dead", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    command = ("-c", BROKEN_KERNEL, kernel, "--preset", "demo", "--study", "kernelless")
+    process = script(*command, JUPYTER_PATH=str(tmp_path))
+    assert_one_line_error(process, said, "ipykernel")
+
+
+def test_a_results_file_that_was_edited_is_one_line_that_names_it(script, tmp_path):
+    path = write_study(tmp_path, study(grid=[("lora", 8)], points=1, families=("similar",)))
+    document = json.loads(path.read_text())
+    document["records"][5]["value"] = "NaN"
+    path.write_text(json.dumps(document))
+    process = script("report.py", "--study", "demo", OUTPUT_DIR=str(tmp_path))
+    assert_one_line_error(process, str(path), "value of record 5 is 'NaN'", "eval.py --study demo")
+
+
+@pytest.mark.parametrize(
+    "edit, said",
+    [
+        (lambda d: d["records"][1].update(value=math.nan), "value of record 1 is nan"),
+        (lambda d: d["records"][1].update(stderr="0.1"), "stderr of record 1 is '0.1'"),
+        (lambda d: d["records"][1].update(rank=None), "rank of record 1 is None"),
+        (lambda d: d["records"][1].update(seed=True), "seed of record 1 is True"),
+        (lambda d: d["records"][1].update(run=7), "run of record 1 is 7"),
+        (lambda d: d["records"][1].update(method="Lora"), "method of record 1 is 'Lora'"),
+        (lambda d: d["records"][1].pop("value"), "record 1 lacks value"),
+        (lambda d: d["records"].append([1]), "is [1]"),
+        (lambda d: d.update(records={}), "no meta and records"),
+        (lambda d: d["meta"].pop("preset"), "preset is None"),
+        (lambda d: d["meta"].update(preset="stduy"), "preset is 'stduy'"),
+    ],
+)
+def test_nonsense_in_a_results_file_is_told_from_what_scripts_write(
+    tmp_path, monkeypatch, edit, said
+):
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    path = write_study(tmp_path, study(grid=[("lora", 8)], points=1, families=("similar",)))
+    assert Report("demo").adaptation is not None
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError) as error:
+        Report("demo")
+    assert str(path) in str(error.value) and said in str(error.value)
+
+
+def test_small_and_large_numbers_of_a_table_keep_their_figures(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr("IPython.display.display", shown := Mock())
+    rows = pd.DataFrame({"rate": [4.9e-5] * 100, "n": 7, "x": [math.nan, 123456.0] * 50})
+    Report("demo").table("rates", rows)
+    text = shown.call_args.args[0].to_html()
+    assert text.count(">4.9e-05<") == 100 and text.count(">123,456<") == 50 and "nan" not in text
+    assert len((tmp_path / "outputs/demo/tables/rates.csv").read_text().splitlines()) == 101
 
 
 def test_wrong_arguments_are_one_line(script):

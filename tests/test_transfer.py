@@ -160,3 +160,25 @@ def test_a_baseline_or_a_prompt_of_another_wording_is_no_run(tmp_path):
     records += [record("similar_lora_r8_seed42", "sst2", 0.9, prompt=1)]
     records += [record("sst2_lora_r8_seed42", "sst2", 0.8)]
     assert transfer_table(load_records(write_study(tmp_path, records))).empty
+
+
+def test_of_one_seed_the_detectable_difference_is_that_of_the_strictest_step(table):
+    bench = Bench()
+    one = pair(bench, 42, 1.0, 0.7)
+    (alone,) = table(one).itertuples()
+    assert alone.detectable == pytest.approx(
+        compare_checkpoints(*(mean_scores("accuracy", items) for _, items in one)).detectable
+    )
+    both = table([*one, *pair(bench, 42, 0.7, 0.7, task="mnli")]).set_index("task")
+    # z(.9875) + z(.8) = 2.2414 + .8416 errors, of one test 2.8016
+    assert both.loc["sst2", "detectable"] == pytest.approx(alone.detectable * 3.0830 / 2.8016, 1e-4)
+
+
+def test_three_seeds_on_other_items_have_a_mean_and_no_interval(table):
+    few, many = Bench(items=100), Bench(items=200)
+    runs = []
+    for seed in (42, 43, 44):
+        runs += [pair(many, seed, 1.0, 0.7)[0], pair(few, seed, 1.0, 0.7)[1]]
+    (row,) = table(runs).itertuples()
+    assert (row.seeds, row.over) == (3, "") and not math.isnan(row.value)
+    assert math.isnan(row.low) and math.isnan(row.p_value)
