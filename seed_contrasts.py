@@ -70,7 +70,7 @@ def _reader(results: Results, unit_of: Callable[[Any], str]) -> Items:
         unit = unit_of(row)
         if unit not in kept:
             there = (results.folder / "items" / f"{unit}.parquet").is_file()
-            kept[unit] = results.items(unit) if there else {}
+            kept[unit] = results.items(unit, by_group=True) if there else {}
         return kept[unit].get(row.metric)
 
     return read
