@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_models import Checkpoint, checkpoints_in
-from checkpoint_utils import Base, read_json
+from checkpoint_utils import Base, checkpoint_step, read_json
 from config import Settings, UserError
 from hub_access import fetch_checkpoints, is_hub_id
 
@@ -51,11 +51,12 @@ def add_analysis_arguments(parser: argparse.ArgumentParser) -> Any:
 def find_subjects(args: argparse.Namespace, settings: Settings, base: Base) -> list[Subject]:
     """The base, then the checkpoints that `--runs` and `--checkpoints` ask for.
 
-    Raises UserError for a run that is not there, is of another base or lacks the checkpoint. A
-    study without runs gives the base alone; `no_runs` says how to make one.
+    Raises UserError for a run that is not there, is of another base, lacks the checkpoint or has
+    the name of another. A study without runs gives the base alone; `no_runs` says how to make one.
     """
     fields = {"base_model": base.name, "study": settings.study}
     subjects = [Subject("base", 0, None, {**fields, **no_arm("base")}, None, True, True)]
+    homes = {"base": base.folder}
     for name, folder in _run_folders(args, settings):
         arm, family, steps = _arm(folder, base)
         found = checkpoints_in(folder, name)
@@ -64,11 +65,26 @@ def find_subjects(args: argparse.Namespace, settings: Settings, base: Base) -> l
         if not kept:
             listed = ", ".join(str(c.step) for c in found)
             raise UserError(f"{folder} has no such checkpoint; its steps are {listed}")
+        _check_name(homes, kept[0], settings)
+        steps = steps or found[-1].step  # of what was not made here, the last checkpoint's
         for c in kept:
             own = {**fields, **arm, "fraction": c.step / steps if steps else 1.0}
             last = c.step == found[-1].step
             subjects.append(Subject(c.run, c.step, c, own, family, last, c.step == chosen))
     return subjects
+
+
+def _check_name(homes: dict[str, Path], checkpoint: Checkpoint, settings: Settings) -> None:
+    """Note where the run lies. Raises UserError if another goes by its name: so do its records."""
+    folder = checkpoint.folder
+    home = (folder.parent if checkpoint_step(folder) >= 0 else folder).resolve()
+    own = settings.runs_dir / checkpoint.run
+    other = homes.setdefault(checkpoint.run, own.resolve() if own.is_dir() else home)
+    if other != home:
+        raise UserError(
+            f"{home} and {other} are both called {checkpoint.run!r}, and so would be their records:"
+            " rename one, or give another --study"
+        )
 
 
 def no_runs(settings: Settings) -> UserError:
@@ -114,19 +130,33 @@ def _arm(folder: Path, base: Base) -> tuple[dict[str, Any], str | None, int]:
         adapters = [*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")]
         if not adapters:
             return no_arm("full"), None, 0
-        adapter = read_json(adapters[0])
-        arm = {**no_arm("lora"), "rank": adapter["r"], "alpha": adapter["lora_alpha"]}
-        modules = adapter.get("target_modules")
-        names = [modules] if isinstance(modules, str) else sorted(modules or ())
-        return {**arm, "target_modules": ",".join(names)}, None, 0
+        return _adapter_arm(sorted(adapters)), None, 0
     record = read_json(record_file)
-    if record["base"]["digest"] != base.digest:
+    try:
+        trained_on, config = record["base"], record["config"]
+        arm, family, steps = {n: config[n] for n in ARM}, config["family"], record["steps"]
+        digest, name = trained_on["digest"], trained_on["name"]
+    except (KeyError, TypeError):
+        raise UserError(f"{record_file} is no record of a run of this suite; delete it") from None
+    if digest != base.digest:
         raise UserError(
-            f"{folder.name} was trained on {record['base']['name']}, not on {base.name}: give that"
-            " base with --model"
+            f"{folder.name} was trained on {name}, not on {base.name}: give that base with --model"
         )
-    config = record["config"]
-    return {name: config[name] for name in ARM}, config["family"], record["steps"]
+    return arm, family, steps
+
+
+def _adapter_arm(configs: list[Path]) -> dict[str, Any]:
+    """The arm of an adapter from elsewhere; a broken one, or not of LoRA, is named when loaded."""
+    for path in configs:
+        try:
+            adapter = read_json(path)
+            found = {"rank": adapter["r"], "alpha": adapter["lora_alpha"]}
+            modules = adapter.get("target_modules")
+        except (UserError, KeyError, TypeError):
+            continue
+        names = [modules] if isinstance(modules, str) else sorted(modules or ())
+        return {**no_arm("lora"), **found, "target_modules": ",".join(names)}
+    return no_arm("lora")
 
 
 def _chosen_step(folder: Path) -> int:

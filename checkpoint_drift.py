@@ -21,9 +21,9 @@ import pandas as pd
 import torch
 
 from analysis_subjects import Subject
-from checkpoint_models import check_whole
+from checkpoint_models import check_whole, weights_key
 from checkpoint_tensors import Matrix, Weights, model_tensors, read_checkpoint
-from checkpoint_utils import MANIFEST, Base, read_json
+from checkpoint_utils import Base
 from config import INTRUDER_EPSILON, INTRUDER_K, RANKS, TARGET_MODULES, UserError
 from drift_measures import Asked, BaseSpectra, MatrixDrift, aggregate, measure, whole_model
 from results import Results
@@ -121,18 +121,6 @@ class DriftAnalysis:
                 raise UserError(f"{label(item)}: {error}") from None
 
         return dict(zip(items, self.spread(named, items)))
-
-
-def weights_key(folder: Path) -> dict[str, Any]:
-    """What tells a checkpoint's weights from others: the manifest's sha256, else size and time."""
-    if (folder / MANIFEST).is_file():
-        try:
-            files = read_json(folder / MANIFEST)["files"]
-        except UserError:  # not measured yet, then; `measure` says what is wrong
-            return {}
-        return {name: r["sha256"] for name, r in files.items() if name.endswith(".safetensors")}
-    found = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
 # ------------------------------------------------------------------------------ what is kept

@@ -19,6 +19,7 @@ from checkpoint_utils import (
     checkpoint_step,
     checkpoints,
     load_base,
+    read_json,
     store_frozen_linears_in_bf16,
 )
 from config import UserError
@@ -173,6 +174,18 @@ def check_whole(checkpoint: Checkpoint, suffix: str = "") -> None:
             raise UserError(problem)
 
 
+def weights_key(folder: Path) -> dict[str, Any]:
+    """What tells a checkpoint's weights from others: the manifest's sha256, else size and time."""
+    if (folder / MANIFEST).is_file():
+        try:
+            files = read_json(folder / MANIFEST)["files"]
+        except UserError:  # not measured, then; `check_whole` says what is wrong
+            return {}
+        return {name: r["sha256"] for name, r in files.items() if name.endswith(".safetensors")}
+    found = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
 def _swap_adapter(model: Any, checkpoint: Checkpoint, name: str) -> Any:
     """Load the adapter, make it active, and only then drop the one before it.
 
@@ -202,14 +215,17 @@ def _swap_adapter(model: Any, checkpoint: Checkpoint, name: str) -> Any:
         )
         if found != expected:
             raise UserError(_unlike(folder, expected - found, found - expected))
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, UserError) as error:
+    except (
+        *(SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError),
+        *(AttributeError, UserError),
+    ) as error:
         if before and name in model.peft_config:
             model.delete_adapter(name)
         elif not before and hasattr(model, "peft_config"):
             model.unload()
         if isinstance(error, UserError):
             raise
-        message = str(error).splitlines()[0]
+        message = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} is corrupt or does not fit the base: {message}") from None
     model.set_adapter(name, inference_mode=True)
     for old in before:

@@ -7,6 +7,7 @@ of test items do not make up for a single seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 LEVEL, POWER = 0.95, 0.8
 MIN_SEEDS = 3
+MIN_GROUPS = 30
 RESAMPLES = 2_000
 # A p-value has to survive Holm's correction: with 10,000 it can be as small as 1e-4.
 PAIRED_RESAMPLES = 10_000
@@ -59,7 +61,7 @@ def grouped(scores: Scores, groups: Sequence) -> Scores:
 
     Questions about one paragraph, or hypotheses of one premise, are not independent; resampled
     singly their interval is too narrow (Miller 2024, arXiv:2411.00640). `groups` holds one key an
-    item. With fewer than about 30 groups the interval is too narrow again.
+    item. With fewer than about MIN_GROUPS the interval is too narrow again.
     """
     keys, index = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.zeros((len(keys), scores.statistics.shape[1]))
@@ -111,16 +113,19 @@ def bca_interval(
     95.6 % (SQuAD F1), 95.3 % (corpus BLEU), 95.5 % (accuracy .95, where the basic interval has
     90.7 % and the normal one 91.9 %), 97.1 % (exact match .02).
     `draws`, shape (resamples,), are the figure over resampled items, `jackknife`, shape (items,),
-    without each item. Draws that are nan (a resample without an answerable question) are left out.
+    without each item. Draws that are nan (a resample without an answerable question) are left out;
+    without any other the interval is nan.
     """
     from scipy.stats import norm
 
     draws, jackknife = draws[np.isfinite(draws)], jackknife[np.isfinite(jackknife)]
+    if not len(draws):
+        return math.nan, math.nan
     # An accuracy takes few values: ties count by half, or the correction would be one-sided.
     ties = np.isclose(draws, value, rtol=1e-9, atol=1e-12)
     below = (draws[~ties] < value).sum() + ties.sum() / 2
     bias = norm.ppf(np.clip(below / len(draws), 0.5 / len(draws), 1 - 0.5 / len(draws)))
-    influence = jackknife.mean() - jackknife
+    influence = jackknife.mean() - jackknife if len(jackknife) else jackknife
     spread = (influence**2).sum() ** 1.5
     acceleration = (influence**3).sum() / (6 * spread) if spread > 0 else 0.0
     z = bias + norm.ppf([(1 - level) / 2, (1 + level) / 2])
@@ -134,8 +139,11 @@ def estimate(
     """A metric's figure, standard error and interval over items.
 
     Where a mean is 0 or 1, resampling knows no other value: the interval is then the exact
-    binomial one (Clopper and Pearson 1934) over the rows, and the standard error 0.
+    binomial one (Clopper and Pearson 1934) over the rows, and the standard error 0. A metric for
+    which no item counts (F1 of the answerable questions where there are none) is nan throughout.
     """
+    if not scores.count:
+        return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
     draws = resampled([scores], resamples, seed)[0]
     low, high = bca_interval(draws, scores.value, leave_one_out(scores), level)
     if low == high and low in (0, 1) and scores.aggregate.__name__ == "mean":
@@ -174,11 +182,13 @@ def compare_checkpoints(
     are right or wrong; else the share of resamples whose difference is as far from the observed
     one, to either side, as that is from zero (Noreen 1989; Riezler and Maxwell 2005), the observed
     one counted among them. sacreBLEU's `bs` counts one side and gives about half of it. Raises
-    ValueError if metric or items differ.
+    ValueError if metric or items differ, or no item counts.
     """
     if first.name != second.name or first.statistics.shape != second.statistics.shape:
         sides = (f"{s.name} over {len(s.statistics)} items" for s in (first, second))
         raise ValueError(f"not the same metric and items: {', '.join(sides)}")
+    if not first.count or not second.count:
+        raise ValueError(f"{first.name}: no item counts")
     draws = np.subtract(*resampled([first, second], resamples, seed))
     difference = first.value - second.value
     jackknife = leave_one_out(first) - leave_one_out(second)

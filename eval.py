@@ -103,6 +103,32 @@ def extra_tests(unit: Unit, splits: tuple[str, ...]) -> list[Unit]:
 # ------------------------------------------------------------------------------------- report
 
 
+def request_of(evaluator: Evaluator, base: Any, unit: Unit) -> dict[str, Any]:
+    """What makes a measurement the same one: also the weights, as a run's name can come back."""
+    from checkpoint_models import weights_key
+
+    checkpoint = unit.subject.checkpoint
+    weights = weights_key(checkpoint.folder) if checkpoint else {}
+    return {**evaluator.request(unit), "base": base.digest, "weights": weights}
+
+
+def measured_otherwise(results: Any) -> list[str]:
+    """Units that were not measured as the base's: over another base, on other items."""
+    units = dict(results.units())
+    found = []
+    for name, document in units.items():
+        for record in document["records"][:1]:
+            base = f"base-0-{record['task']}-{record['split']}"
+            base += f"-prompt{record['prompt']}" if record["prompt"] else ""
+            ours, theirs = (units.get(n, {}).get("request", {}) for n in (name, base))
+            # mid-training validation is on fewer items by design
+            fields = ["base", "data", "precision", "generation"]
+            fields += ["limit"] * record["split"].startswith("test")
+            if theirs and any(ours.get(f) != theirs.get(f) for f in fields):
+                found.append(name)
+    return found
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """Runs against tasks: the primary metric at the last checkpoint, test where it was read."""
     last: dict[str, int] = {}
@@ -118,19 +144,25 @@ def table(records: list[dict[str, Any]]) -> str:
             cells[row, r["task"]] = r
     rows = list(dict.fromkeys(row for row, _ in cells))
     tasks = [t for tasks in FAMILIES.values() for t in tasks if any(t == k[1] for k in cells)]
-    best = {t: max(c["value"] for (_, task), c in cells.items() if task == t) for t in tasks}
+    best: dict[tuple[str, bool], float] = {}  # of scores on one split: v is not held against test
+    for (_, task), c in cells.items():
+        key = (task, c["split"] == "validation")
+        best[key] = max(best.get(key, c["value"]), c["value"])
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"  {t + ' ' + describe(t).metrics[0]:>24}" for t in tasks)]
     for row in rows:
         texts = []
         for task in tasks:
             c = cells.get((row, task))
-            mark = "*" if c and c["value"] == best[task] else " "
-            split = " v" if c and c["split"] == "validation" else "  "
+            validated = bool(c) and c["split"] == "validation"
+            mark = "*" if c and c["value"] == best[task, validated] else " "
+            split = " v" if validated else "  "
             texts.append(f"{c['value']:.3f} +- {c['stderr']:.3f}{mark}{split}" if c else "-   ")
         lines.append(f"{row:<{width}}" + "".join(f"  {text:>24}" for text in texts))
     lines += _spread_over_prompts(records, last)
-    lines.append("value +- standard error over items; * the highest; v: validation, else test")
+    lines.append(
+        "value +- standard error over items; v: validation, else test; * the highest of its split"
+    )
     return "\n".join(lines)
 
 
@@ -186,15 +218,16 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(base)
     evaluator = Evaluator(settings, tokenizer, device, bf16, args.batch_scale)
     results = Results(settings.output_dir / "performance_analysis" / settings.study)
-    units = [
-        variant
+    results.check("adaptation")
+    units = {
+        variant.name: variant
         for unit in plan_units(args, subjects)
         for variant in (unit, *extra_tests(unit, evaluator.task(unit.task).splits))
-    ]
+    }
     pending = [
         unit
-        for unit in units
-        if args.overwrite or not results.is_done(unit.name, evaluator.request(unit))
+        for name, unit in units.items()
+        if args.overwrite or not results.is_done(name, request_of(evaluator, base, unit))
     ]
     print(f"{len(units)} measurements, {len(units) - len(pending)} of them are there", flush=True)
     broken = _measure_all(evaluator, results, base, pending, device)
@@ -206,6 +239,13 @@ def main(argv: list[str] | None = None) -> int:
     print(table(read_json(path)["records"]))
     figures = draw(path, settings.runs_dir, args.pdf)
     print(f"records: {path}\nitems and samples: {results.folder}\nfigures: {figures}")
+    if others := measured_otherwise(results):
+        print(
+            f"warning: {len(others)} measurements, such as {others[0]}, were made over another base"
+            " or with another precision, limit or data than the base's: measure them again with the"
+            " same flags",
+            file=sys.stderr,
+        )
     for message in broken:
         print(f"error: {message}", file=sys.stderr)
     return 1 if broken else 0
@@ -242,12 +282,14 @@ def _measure_all(
                 progress.update()
                 continue
             _write_samples(results.folder / "samples" / f"{unit.name}.jsonl", shown)
-            records = records_of(unit, scores, shares)
+            groups = evaluator.groups(unit)
+            records = records_of(unit, scores, shares, groups)
             if checkpoint is None and not unit.shots and not unit.prompt:
                 name, scored = evaluator.baseline(unit)
                 arm = {**no_arm("baseline"), "run": name}
-                records += [{**r, **arm} for r in records_of(unit, scored, {})]
-            results.write(unit.name, evaluator.request(unit), records, scores)
+                records += [{**r, **arm} for r in records_of(unit, scored, {}, groups)]
+            request = request_of(evaluator, base, unit)
+            results.write(unit.name, request, records, scores, groups)
             progress.update()
         if isinstance(model, UserError):
             broken.append(str(model))

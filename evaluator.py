@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 
 from analysis_subjects import Subject
+from comparisons import MIN_GROUPS, estimate, grouped
 from config import DATA_SEED, Settings, UserError
+from data_splits import group_by_key
 from dataset_descriptions import describe
 
 SHOWN = 8  # items of each unit that are kept as text
 SHOT_SEPARATOR = "\n\n"
+# Tasks whose items hang together, many to a passage. A passage that was cut counts as another.
+PASSAGES = {"squad_v2": "context"}
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,28 @@ class Evaluator:
 
     def request(self, unit: Unit) -> dict[str, Any]:
         """What makes a measurement the same one."""
+        description = describe(unit.task)
         return {
             "data": self.task(unit.task, unit.prompt).fingerprint,
             "limit": unit.limit,
             "shots": unit.shots,
             "precision": "bf16 autocast" if self.bf16 else "fp32",
+            "generation": [description.max_new_tokens, description.stop],
         }
+
+    def groups(self, unit: Unit) -> np.ndarray | None:
+        """The number of the passage that an item shares with others, shape (items,).
+
+        Items are resampled by it. None where they share none, or where passages are too few.
+        """
+        if unit.task not in PASSAGES:
+            return None
+        description = describe(unit.task)
+        templates = (description.template, *description.paraphrases)
+        tail = templates[unit.prompt].split("{" + PASSAGES[unit.task] + "}")[1]
+        prompts = self.rows(unit)["prompt"][:]
+        passages = group_by_key(p.rsplit("\n", tail.count("\n"))[0] for p in prompts)
+        return passages if passages.max() + 1 >= MIN_GROUPS else None
 
     def measure(self, model: Any, unit: Unit) -> tuple[list[Any], dict[str, float], list[dict]]:
         """Scores, other figures (class shares), and some items as text."""
@@ -84,6 +104,13 @@ class Evaluator:
         rows = self.rows(unit)
         prompts = self._prompts(rows, unit)
         description = describe(unit.task)
+        longest = max(map(len, prompts)) + description.max_new_tokens
+        window = getattr(model.config, "max_position_embeddings", longest)
+        if longest > window:
+            raise UserError(
+                f"{unit.name}: prompt and answer take {longest:,} tokens, the model reads"
+                f" {window:,}: lower --shots"
+            )
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             if description.is_classification:
                 predictions = self._classify(model, prompts, description)
@@ -132,6 +159,8 @@ class Evaluator:
         if not unit.shots:
             return prompts
         train = self.task(unit.task).split("train")
+        if unit.shots > len(train):
+            raise UserError(f"{unit.task} has {len(train)} train rows: lower --shots {unit.shots}")
         chosen = np.random.default_rng(DATA_SEED).permutation(len(train))[: unit.shots]
         examples = [train[int(i)]["prompt"] + train[int(i)]["completion"] for i in chosen]
         text = "".join(example + SHOT_SEPARATOR for example in examples)
@@ -169,10 +198,10 @@ class Evaluator:
         return [decode(tokens).lstrip().partition(stop)[0].strip() for tokens in found]
 
 
-def records_of(unit: Unit, scores: list[Any], shares: dict[str, float]) -> list[dict[str, Any]]:
-    """The unit's flat records."""
-    from comparisons import estimate
-
+def records_of(
+    unit: Unit, scores: list[Any], shares: dict[str, float], groups: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """The unit's flat records; errors and intervals are over `groups` of items where there are."""
     family = describe(unit.task).family
     common = {
         **unit.subject.fields,
@@ -186,7 +215,7 @@ def records_of(unit: Unit, scores: list[Any], shares: dict[str, float]) -> list[
     }
     records = []
     for s in scores:
-        e = estimate(s)
+        e = estimate(s if groups is None else grouped(s, groups))
         figures = {"value": e.value, "stderr": e.stderr, "low": e.low, "high": e.high, "n": e.n}
         records.append({**common, "metric": s.name, **figures})
     count = scores[0].count

@@ -128,7 +128,7 @@ class MatchedBatches:
 
     def request(self, unit: Unit) -> dict[str, Any]:
         """What makes the rows and weights of a measurement the same ones."""
-        from checkpoint_drift import weights_key
+        from checkpoint_models import weights_key
 
         data = {name: self.task(name).fingerprint for name in unit.tasks}
         checkpoint = unit.subject.checkpoint

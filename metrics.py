@@ -162,7 +162,7 @@ def answer_scores(predictions: Sequence[str], references: Sequence[Sequence[str]
     answers = [normalize_answer(text) for text in predictions]
     answers = ["" if text in ABSTENTIONS else text for text in answers]
     golds = [[g for g in map(normalize_answer, texts) if g] or [""] for texts in references]
-    has_answer = np.array([gold != [""] for gold in golds], dtype=bool)
+    has_answer = np.array([any(texts) for texts in references], dtype=bool)
     values = {
         "f1": [max(_overlap_f1(text, g) for g in gold) for text, gold in zip(answers, golds)],
         "exact_match": [text in gold for text, gold in zip(answers, golds)],

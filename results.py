@@ -46,21 +46,29 @@ class Results:
         request: dict[str, Any],
         records: list[dict[str, Any]],
         scores: Sequence[Scores] = (),
+        groups: np.ndarray | None = None,
     ) -> None:
-        """Write a unit, its items first, so that a record without items cannot be."""
+        """Write a unit, its items first, so that a record without items cannot be.
+
+        `groups`, shape (items,), has one number for items that hang together. Raises UserError
+        rather than write over what another version of the suite wrote.
+        """
         from checkpoint_utils import write_json
 
+        if self.unit_file(unit).is_file():
+            _read(self.unit_file(unit))
         if scores:
-            self._write_items(unit, scores)
+            self._write_items(unit, scores, groups)
         records = [_strict(record) for record in records]
         document = {"record_version": RECORD_VERSION, "request": request, "records": records}
         write_json(self.unit_file(unit), document)
 
-    def _write_items(self, unit: str, scores: Sequence[Scores]) -> None:
+    def _write_items(self, unit: str, scores: Sequence[Scores], groups: np.ndarray | None) -> None:
         import os
 
         import pandas as pd
 
+        together = {} if groups is None else {"group": groups}
         tables = [
             pd.DataFrame(
                 {
@@ -68,6 +76,7 @@ class Results:
                     "aggregate": s.aggregate.__name__,
                     "item": np.arange(len(s.statistics)),
                     "statistics": list(s.statistics),
+                    **together,
                 }
             )
             for s in scores
@@ -78,22 +87,35 @@ class Results:
         pd.concat(tables, ignore_index=True).to_parquet(partial)
         os.replace(partial, path)
 
-    def items(self, unit: str) -> dict[str, Scores]:
-        """The unit's per-item statistics by metric."""
+    def items(self, unit: str, by_group: bool = False) -> dict[str, Scores]:
+        """The unit's per-item statistics by metric.
+
+        With `by_group` those of items that hang together are one, as they are to be resampled.
+        """
         import pandas as pd
 
+        from comparisons import grouped
         from metrics import AGGREGATES, Scores
 
         table = pd.read_parquet(self.folder / "items" / f"{unit}.parquet")
-        return {
-            name: Scores(name, np.stack(part["statistics"]), AGGREGATES[part["aggregate"].iloc[0]])
-            for name, part in table.groupby("metric", sort=False)
-        }
+        found = {}
+        for name, part in table.groupby("metric", sort=False):
+            aggregate = AGGREGATES[part["aggregate"].iloc[0]]
+            scores = Scores(name, np.stack(part["statistics"]), aggregate)
+            together = by_group and "group" in part
+            found[name] = grouped(scores, part["group"]) if together else scores
+        return found
 
     def units(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every unit's name and document, by name."""
         for path in sorted((self.folder / "records").glob("*.json")):
             yield path.stem, _read(path)
+
+    def check(self, name: str) -> None:
+        """Raise UserError if a unit or the document is of another version: before any measuring."""
+        _check_version(self.folder / f"{name}.json")
+        for _ in self.units():
+            pass
 
     @contextlib.contextmanager
     def joining(self) -> Iterator[None]:
@@ -107,13 +129,15 @@ class Results:
     def join(self, name: str, meta: dict[str, Any], derived: Sequence[dict[str, Any]] = ()) -> Path:
         """Write all units' records into one document, `<folder>/<name>.json`; its path.
 
-        `derived` are records that compare units, and come after theirs.
+        `derived` are records that compare units, and come after theirs. Raises UserError rather
+        than write over a document of another version.
         """
         from checkpoint_utils import write_json
 
+        path = self.folder / f"{name}.json"
+        _check_version(path)
         records = [record for _, unit in self.units() for record in unit["records"]]
         records += [_strict(record) for record in derived]
-        path = self.folder / f"{name}.json"
         meta = {**meta, "record_version": RECORD_VERSION}
         write_json(path, {"meta": meta, "records": records})
         return path
@@ -132,14 +156,29 @@ def _read(path: Path) -> dict[str, Any]:
     unit = read_json(path)
     version = unit.get("record_version") if isinstance(unit, dict) else None
     if version != RECORD_VERSION:
-        raise UserError(
-            f"{path} is of record version {version}, this suite writes {RECORD_VERSION}: move"
-            f" {path.parent.parent} away, or use the version that wrote it"
-        )
+        raise _other_version(path, version, path.parent.parent)
     records = unit.get("records")
     if "request" not in unit or not isinstance(records, list) or not all(map(_is_record, records)):
         raise UserError(f"{path} is not as it was written; delete it, and it is measured again")
     return unit
+
+
+def _check_version(document: Path) -> None:
+    """Raise UserError for a joined document of another version; one that is broken is no loss."""
+    try:
+        meta = json.loads(document.read_text(encoding="utf-8"))["meta"]
+        version = meta.get("record_version")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if version != RECORD_VERSION:
+        raise _other_version(document, version, document.parent)
+
+
+def _other_version(path: Path, version: Any, folder: Path) -> UserError:
+    return UserError(
+        f"{path} is of record version {version}, this suite writes {RECORD_VERSION}: move"
+        f" {folder} away, or use the version that wrote it"
+    )
 
 
 def _is_record(record: Any) -> bool:

@@ -80,7 +80,7 @@ def _reader(results: Results, unit_of: Callable[[Any], str]) -> Items:
 def _items_of(results: Results, unit: str) -> dict[str, Scores]:
     path = results.folder / "items" / f"{unit}.parquet"
     try:
-        return results.items(unit) if path.is_file() else {}
+        return results.items(unit, by_group=True) if path.is_file() else {}
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are such
         said = str(error).splitlines()[0]
         again = f"delete {results.unit_file(unit)}, and it is measured again"

@@ -182,6 +182,20 @@ def test_a_resample_without_an_answerable_question_is_left_out():
     assert found.stderr > 0
 
 
+def test_a_metric_for_which_no_item_counts_is_nan_and_no_error():
+    scores = mean_scores("f1_has_answer", [1, 1], np.zeros(2))  # two unanswerable questions
+    found = estimate(scores)
+    assert found.n == 0
+    assert all(map(math.isnan, (found.value, found.stderr, found.low, found.high)))
+    with pytest.raises(ValueError, match="no item counts"):
+        compare_checkpoints(scores, scores)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_item_has_a_figure_without_a_warning():
+    assert estimate(mean_scores("f1", [0.5])).value == 0.5
+
+
 def test_resampling_groups_widens_the_error_of_items_that_hang_together():
     once = accuracy_sample(np.random.default_rng(1))
     hits = np.tile(once.items, 4)  # every item four times

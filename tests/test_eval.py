@@ -192,6 +192,111 @@ def test_a_foreign_adapter_is_taken(folder, model, tmp_path):
     assert found.value.item() == ours.value.item() and found["rank"].item() == 4
 
 
+def test_other_weights_under_the_same_name_are_measured_again(folder, model, tmp_path, capsys):
+    foreign = tmp_path / "mine"
+    shutil.copytree(settings_for(study=STUDY).runs_dir / RUN / "checkpoint-12", foreign)
+    (foreign / "manifest.json").unlink()
+    argv = ["--study", "again", "--runs", str(foreign), "--tasks", "sst2", "--shots", "0"]
+    argv += ["--splits", "test", "--limit", "4", "--dtype", "fp32"]
+
+    def there(*more):
+        assert main([*argv, *more]) == 0
+        return capsys.readouterr().out.partition(" of them are there")[0].rpartition("\n")[2]
+
+    assert there(*model[:2]) == "2 measurements, 0"
+    assert there(*model[:2]) == "2 measurements, 2"
+    weights = load_file(foreign / "adapter_model.safetensors")
+    scaled = {name: 3 * weight for name, weight in weights.items()}
+    save_file(scaled, foreign / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert there(*model[:2]) == "2 measurements, 1"
+    other = tmp_path / "other"
+    shutil.copytree(model[1], other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert there("--model", str(other)) == "2 measurements, 0"
+
+
+def test_checkpoints_from_elsewhere_are_fractions_of_their_last(folder, model, tmp_path, capsys):
+    run = settings_for(study=STUDY).runs_dir / RUN
+    foreign = tmp_path / "mine"
+    for step in (6, 12):
+        shutil.copytree(run / f"checkpoint-{step}", foreign / f"checkpoint-{step}")
+    broken = foreign / "checkpoint-3"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    shutil.copy(run / "checkpoint-6" / "adapter_model.safetensors", broken)
+    argv = [*model[:2], "--study", "elsewhere", "--runs", str(foreign), "--tasks", "sst2"]
+    assert main([*argv, "--shots", "0", "--limit", "4", "--splits", "validation"]) == 1
+    assert "checkpoint-3 is" in capsys.readouterr().err
+    place = settings_for().output_dir / "performance_analysis" / "elsewhere"
+    found = records_in(place).query("run == 'mine' and metric == 'accuracy'")
+    assert dict(zip(found.step, found.fraction)) == {6: 0.5, 12: 1.0}
+
+
+def test_two_runs_of_one_name_are_refused(folder, model, tmp_path, capsys):
+    run = settings_for(study=STUDY).runs_dir / RUN
+    for name in ("one/mine", "two/mine", f"three/{RUN}", "four/base"):
+        shutil.copytree(run / "checkpoint-12", tmp_path / name)
+    for names in (("one/mine", "two/mine"), (f"three/{RUN}",), ("four/base",)):
+        assert main([*model, "--runs", *(str(tmp_path / name) for name in names)]) == 2
+        error = capsys.readouterr().err
+        assert "are both called" in error and len(error.splitlines()) == 1
+
+
+def test_one_item_of_a_task_is_enough_to_evaluate(folder, model):
+    argv = [*model[:2], "--study", "few", "--runs", str(settings_for(study=STUDY).runs_dir / RUN)]
+    argv += ["--checkpoints", "last", "--tasks", "squad_v2", "--splits", "test", "--shots", "0"]
+    assert main([*argv, "--limit", "1"]) == 0
+    place = settings_for().output_dir / "performance_analysis" / "few"
+    found = records_in(place).query("run == 'base'").set_index("metric").value
+    # the question is answerable or not: of the other kind there is none
+    assert found[["f1_has_answer", "f1_no_answer"]].isna().sum() == 1
+
+
+def test_questions_about_a_passage_are_resampled_together(tiny, tmp_path):
+    from analysis_subjects import Subject
+    from checkpoint_utils import load_tokenizer
+    from evaluator import Evaluator, Unit, records_of
+    from metrics import score
+
+    for split, count in (("train", 2), ("validation", 2), ("test", 40)):
+        rows = [squad_row(split, i // 2, i) for i in range(2 * count)]
+        path = tmp_path / "squad_v2" / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = settings_for(study="passages", data=str(tmp_path))
+    tokenizer = load_tokenizer(prepare_base(settings_for(model=str(tiny))))
+    evaluator = Evaluator(settings, tokenizer, "cpu", False, 1.0)
+    base = Subject("base", 0, None, {}, None, True, True)
+    for prompt in range(4):
+        groups = evaluator.groups(Unit(base, "test", "squad_v2", 0, 0, prompt))
+        assert groups.tolist() == [i // 2 for i in range(80)]
+    assert evaluator.groups(Unit(base, "validation", "squad_v2", 0, 0, 0)) is None  # too few
+    unit = Unit(base, "test", "squad_v2", 0, 0, 0)
+    # both questions about a passage are right, or none: half as many items as it seems
+    right = np.repeat(np.arange(40) % 2, 2)
+    scores = score("squad_v2", ["x" if hit else "y" for hit in right], [["x"]] * 80)
+    (alone, *_), (together, *_) = records_of(unit, scores, {}), records_of(unit, scores, {}, groups)
+    assert (together["value"], together["n"]) == (alone["value"], alone["n"]) == (0.5, 80)
+    assert together["stderr"] == pytest.approx(2**0.5 * alone["stderr"], rel=0.1)
+
+
+def squad_row(split, passage, number):
+    """A question that the passage answers."""
+    context = f"{split} passage {passage} says that the answer is {passage}."
+    answers = {"text": [str(passage)], "answer_start": [context.rindex(str(passage))]}
+    own = {"id": f"{split}{number}", "title": f"{split} {passage}", "context": context}
+    return {**own, "question": f"What is the answer, number {number}?", "answers": answers}
+
+
+def test_more_examples_than_there_are_or_fit_are_refused(folder, model, capsys):
+    argv = [*model, "--runs", RUN, "--checkpoints", "last", "--splits", "validation"]
+    for task, shots in (("sst2", 500), ("cnn_dailymail", 20)):
+        assert main([*argv, "--tasks", task, "--limit", "2", "--shots", str(shots)]) == 2
+        assert "lower --shots" in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line(folder, model, script, tmp_path):
     def run(*argv):
         return script("eval.py", *model, *argv)
@@ -232,7 +337,8 @@ def test_results_of_another_version_are_left_alone(folder, model, capsys):
     text = path.read_text()
     path.write_text(text.replace('"record_version": 1', '"record_version": 0'))
     old = path.read_text()
-    assert main([*model, "--dtype", "fp32", "--shots", "2"]) == 2
-    assert "record version 0" in capsys.readouterr().err
-    assert path.read_text() == old
+    for more in ([], ["--overwrite"]):
+        assert main([*model, "--dtype", "fp32", "--shots", "2", *more]) == 2
+        assert "record version 0" in capsys.readouterr().err
+        assert path.read_text() == old
     path.write_text(text)

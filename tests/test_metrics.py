@@ -116,6 +116,13 @@ def test_answerable_and_unanswerable_items_are_counted_apart():
     assert scores["f1_no_answer"].count == 1
 
 
+def test_a_question_is_answerable_by_its_answers_as_they_are_written():
+    # the official script counts it as answerable, though "The" is nothing after normalisation
+    scores = {s.name: s for s in answer_scores(["", "x"], [["The"], ["The", "an x"]])}
+    assert scores["f1_has_answer"].items.tolist() == [1, 1]
+    assert scores["f1_no_answer"].count == 0
+
+
 def test_squad_scores_on_real_rows_are_those_of_torchmetrics(real_data):
     squad = pytest.importorskip("torchmetrics.functional.text").squad
     rows = rows_of(real_data, "squad_v2", 400)
