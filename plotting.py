@@ -133,10 +133,11 @@ def save(figure: Figure, path: Path, pdf: bool = False) -> Path:
 
 
 def styled() -> Any:
-    """A context in which figures are made and saved."""
+    """A context in which figures are made and saved: seaborn's "ticks", and our sizes."""
     import matplotlib
+    import seaborn
 
-    return matplotlib.rc_context(STYLE)
+    return matplotlib.rc_context(seaborn.axes_style("ticks") | STYLE)
 
 
 def panels(
