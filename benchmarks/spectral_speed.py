@@ -185,7 +185,7 @@ def count_intruders(base: Any, A: Any, B: Any, k: int) -> int:
 
 
 def detect_with_peft(model: Any, k: int, tell: Callable[[str], None]) -> None:
-    """Where it finds none, that is all it does; else it also mends the adapter, which takes more."""
+    """Where it finds none, that is all it does; else it also mends the adapter."""
     from peft.tuners.lora.intruders import reduce_intruder_dimension
 
     reduce_intruder_dimension(model, top_k=k, logging_sink=tell)
