@@ -115,7 +115,8 @@ def _arm(folder: Path, base: Base) -> tuple[dict[str, Any], str | None, int]:
         if not adapters:
             return no_arm("full"), None, 0
         adapter = read_json(adapters[0])
-        arm = {**no_arm("lora"), "rank": adapter["r"], "alpha": adapter["lora_alpha"]}
+        sizes = {"rank": adapter.get("r") or 0, "alpha": adapter.get("lora_alpha") or 0}
+        arm = {**no_arm("lora"), **sizes}  # another kind of adapter has no such thing
         modules = adapter.get("target_modules")
         names = [modules] if isinstance(modules, str) else sorted(modules or ())
         return {**arm, "target_modules": ",".join(names)}, None, 0

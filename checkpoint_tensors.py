@@ -214,8 +214,9 @@ def _lora_config(folder: Path) -> Any:
             f"{folder} cannot be analysed: it starts from {start}, which changes the base; save it"
             " as plain LoRA (path_initial_model_for_weight_conversion)"
         )
-    if raw.get("r", 1) < 1:
-        raise UserError(f"{folder} has rank {raw['r']}")
+    rank = raw.get("r", 1)
+    if not isinstance(rank, int) or rank < 1:
+        raise UserError(f"{folder} has rank {rank}")
     from peft import LoraConfig
 
     try:

@@ -110,7 +110,7 @@ def measure(
 ) -> MatrixDrift:
     """One matrix of a checkpoint. Raises ValueError for values that are not finite."""
     base = spectra.of(matrix)
-    k = max(k for k in asked.ks if k <= len(base.S))
+    k = max((k for k in asked.ks if k <= len(base.S)), default=len(base.S))
     if checkpoint.is_low_rank and not asked.dense:
         A, B, scale = checkpoint.factors(matrix)
         update = lora_update_svd(A, B, scale)

@@ -212,7 +212,10 @@ def test_the_reference_path_finds_the_same(base, model, tmp_path):
     runs = ["--runs", tmp_path / "lora", tmp_path / "full"]
     fast = analyse(model, "fast", *runs, "--workers", 1)[1]
     dense = analyse(model, "dense", *runs, "--dense", "--workers", 3)[1]
-    fast, dense = (t[t.metric != "residual"].reset_index(drop=True) for t in (fast, dense))
+    fast, dense = (
+        t[t.metric != "residual"].drop(columns="decomposition").reset_index(drop=True)
+        for t in (fast, dense)
+    )
     assert fast.drop(columns="value").equals(dense.drop(columns="value"))
     assert np.allclose(fast.value, dense.value, rtol=1e-8, atol=1e-9)
     vectors = [load_file(place(s) / "directions" / "lora-0.safetensors") for s in ("fast", "dense")]
@@ -248,6 +251,27 @@ def test_a_planted_intruder_is_found_in_its_layer(base, model, tmp_path):
     assert value(records, "intruders", "q_proj", layer=-1, k=10, eps=0.5) == 0.5
     assert value(records, "intruders", "both", layer=-1, k=10, eps=0.5) == 0.25
     assert value(layers, "rho", "q_proj", layer=1, k=10) > 1
+
+
+def test_a_planted_rotation_is_found_in_its_layer(base, model, tmp_path):
+    """The second left singular vector turns by .3 towards the 13th: k - sin^2(.3) of k stay."""
+    name, angle = "model.layers.1.self_attn.v_proj.weight", 0.3
+    shutil.copytree(base.folder, tmp_path / "full")
+    tensors = load_file(tmp_path / "full" / "model.safetensors")
+    U, S, Vh = torch.linalg.svd(tensors[name].double(), full_matrices=False)
+    turn = torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    U[:, [1, 12]] = U[:, [1, 12]] @ turn
+    tensors[name] = (U * S @ Vh).float()
+    save_file(tensors, tmp_path / "full" / "model.safetensors", metadata={"format": "pt"})
+    _, layers = analyse(model, "rotated", "--runs", tmp_path / "full")
+    phi = layers[layers.metric == "phi"]
+    turned = (phi.layer == 1) & (phi.module == "v_proj")
+    assert (phi[~turned].value == 1).all()
+    for k in (4, 8, 10):
+        for side, lost in (("left", np.sin(angle) ** 2), ("right", 0)):
+            found = value(layers, "phi", "v_proj", layer=1, k=k, side=side)
+            assert found == pytest.approx(1 - lost / k, abs=1e-6)
+    assert value(layers, "value_shift", "v_proj", layer=1, k=10) < 1e-6
 
 
 def test_full_fine_tuning_is_measured_over_the_whole_model(base, model, tmp_path):
@@ -400,6 +424,28 @@ def test_a_base_that_is_not_finite_is_named(base, tiny, tmp_path, capsys):
     argv = ["--model", str(broken), "--study", "nan-base", "--runs", str(tmp_path / "lora")]
     assert main(argv) == 1
     assert "layer 0 q_proj: of the base, the matrix holds values" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_base_or_kind_is_told(base, model, tmp_path, capsys):
+    def change_config(name, **fields):
+        path = tmp_path / name / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    for name in ("own", "foreign", "other"):
+        make_adapter(base, tmp_path / name)
+    change_config("foreign", base_model_name_or_path="someone/another-model")
+    change_config("other", peft_type="IA3", r=None, lora_alpha=None)
+    runs = [str(tmp_path / name) for name in ("own", "foreign", "other")]
+    assert main([*model, "--study", "kinds", "--runs", *runs]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert warnings == [
+        f"warning: foreign names someone/another-model as its base and is measured against"
+        f" {base.name}"
+    ]
+    (error,) = (line for line in lines if line.startswith("error: "))
+    assert "other, step 0" in error and "an adapter of type IA3, not LORA" in error
+    assert set(records_in(place("kinds")).run) == {"own", "foreign"}
 
 
 def test_bad_input_is_one_line(folder, model, script, capsys):
