@@ -158,7 +158,7 @@ def other_bases(subjects: list[Subject], base: Base) -> list[str]:
     return [
         f"warning: {run} names {name} as its base and is measured against {base.name}"
         for run, name in named.items()
-        if _end_of(name) != _end_of(base.name)
+        if _end_of(name) not in (_end_of(base.name), _end_of(base.folder.name))
     ]
 
 

@@ -88,6 +88,8 @@ def test_signs_of_the_cached_vectors_change_nothing(folder, tmp_path, run, is_de
     assert first["q_proj"].method == ("dense" if is_dense else "iterative")
     for module, found in first.items():
         again = second[module]
+        (residual,) = (row["value"] for row in found.rows if row["metric"] == "residual")
+        assert 0 < residual < (1e-13 if found.method == "dense" else 1e-6)
         assert again.method == found.method
         assert len(found.rows) == len(again.rows) > 20
         for row, other in zip(found.rows, again.rows):

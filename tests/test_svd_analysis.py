@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ STUDY = "drifted"
 RUN = "similar_lora_r4_steps2_limit16_fp32_checkpoints2_seed42"
 FULL = "similar_full_steps2_limit16_fp32_checkpoints2_seed42"
 ADAPTER = "adapter_model.safetensors"
-SIDES = {"left": 0, "right": 1}
+SIDES = {"left": lambda U, S, Vh: U, "right": lambda U, S, Vh: Vh.T}
 
 
 @pytest.fixture(scope="module")
@@ -298,25 +299,25 @@ def test_phi_between_runs_is_that_of_their_updates(base, model, tmp_path):
     records, _ = analyse(model, "between", "--runs", *runs)
     found = records[records.metric == "update_phi"]
     assert len(found) == 3 * 3 * 2 * 2  # pairs, modules and both, sides, all and leading
-    for run, other, (i, j), updates in (
+    for run, other, sizes, updates in (
         ("first", "second", (4, 8), (first, second)),
         ("first", "whole", (4, 4), (first, full)),
         ("second", "whole", (8, 8), (second, full)),
     ):
-        for module, d in (("q_proj", 32), ("v_proj", 16)):
+        for module, side, kind in product(("q_proj", "v_proj"), SIDES, ("all", "leading")):
+            i, j = sizes if kind == "all" else (4, 4)
             expected = []
             for layer in range(2):
                 name = f"model.layers.{layer}.self_attn.{module}"
-                bases = [torch.linalg.svd(u[name]).U for u in updates]
+                bases = [SIDES[side](*torch.linalg.svd(u[name])) for u in updates]
                 overlap = bases[0][:, :i].T @ bases[1][:, :j]
                 expected.append(float(overlap.square().sum()) / min(i, j))
-            where = dict(run=run, other=other, side="left", directions="all")
-            row = dict(where, k=i, other_k=j)
+            row = dict(run=run, other=other, side=side, directions=kind, k=i, other_k=j)
             phi = value(found, "update_phi", module, **row)
             assert phi == pytest.approx(sum(expected) / 2, abs=1e-5)
             keys = (found.run == run) & (found.other == other) & (found.module == module)
-            rows = found[keys & (found.side == "left") & (found.directions == "all")]
-            assert rows.random.item() == random_similarity(i, j, d)
+            rows = found[keys & (found.side == side) & (found.directions == kind)]
+            assert rows.random.item() == random_similarity(i, j, len(bases[0]))
 
 
 # ------------------------------------------------------------------------------ running again
