@@ -364,8 +364,10 @@ def test_a_foreign_folder_gives_what_our_run_gives(folder, model, tmp_path):
         (foreign / name).unlink()
     found = analyse(model, "foreign", "--runs", foreign)[1]
     ours = layers_in(folder).query("run == @RUN and step == 2").reset_index(drop=True)
-    columns = ["layer", "module", "metric", "k", "eps", "side", "value"]
+    columns = ["layer", "module", "metric", "k", "eps", "side"]
     assert found[columns].astype({"metric": str}).equals(ours[columns].astype({"metric": str}))
+    # a decomposition that was read lies elsewhere in memory than a new one: rounding differs
+    assert np.allclose(found.value, ours.value, rtol=1e-12, atol=1e-13)
 
 
 # ----------------------------------------------------------------------------------- mistakes
