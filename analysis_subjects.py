@@ -150,7 +150,7 @@ def _adapter_arm(configs: list[Path]) -> dict[str, Any]:
     for path in configs:
         try:
             adapter = read_json(path)
-            found = {"rank": adapter["r"], "alpha": adapter["lora_alpha"]}
+            found = {"rank": adapter["r"] or 0, "alpha": adapter["lora_alpha"] or 0}
             modules = adapter.get("target_modules")
         except (UserError, KeyError, TypeError):
             continue

@@ -164,9 +164,10 @@ def _tables(folder: Path, subject: Subject) -> list[Path]:
 
 
 def _layer_table(drift: Drift) -> pd.DataFrame:
-    """Every row of every matrix: layer, module, metric, k, eps, side, value."""
+    """Every row of every matrix: layer, module, decomposition (see Triplets.method), metric, k,
+    eps, side, value."""
     rows = [
-        {"layer": matrix.layer, "module": matrix.module, **row}
+        {"layer": matrix.layer, "module": matrix.module, "decomposition": found.method, **row}
         for matrix, found in drift.matrices.items()
         for row in found.rows
     ]
@@ -221,6 +222,7 @@ def records_of(subject: Subject, drift: Drift) -> list[dict[str, Any]]:
     records = [{**common, "layer": -1, **row} for row in rows]
     for matrix, found in drift.matrices.items():
         own = {**common, "layer": matrix.layer, "module": matrix.module, "n": 1}
+        own["decomposition"] = found.method
         records += [
             {**own, **row}
             for row in found.rows
@@ -244,7 +246,7 @@ def join_layers(folder: Path) -> Path:
     path = folder / "drift_layers.parquet"
     if parts:
         table = pd.concat(parts, ignore_index=True)
-        for name in ("run", "module", "metric", "side"):
+        for name in ("run", "module", "decomposition", "metric", "side"):
             table[name] = table[name].astype("category")
         _write_whole(path, table.to_parquet)
     return path

@@ -79,7 +79,7 @@ class Weights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._paths: dict[str, Path] = {}
         for path in sorted(folder.glob(pattern)):
-            with _opened(path) as file:
+            with opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
                     self._paths[name] = path
@@ -88,7 +88,7 @@ class Weights:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as it is stored."""
-        with _opened(self._paths[name]) as file:
+        with opened(self._paths[name]) as file:
             return file.get_tensor(name)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
@@ -97,7 +97,7 @@ class Weights:
         step = max(1, BLOCK // max(1, math.prod(others)))
         for start in range(0, rows, step):
             # mapped anew each time, or all that was read would stay in memory
-            with _opened(self._paths[name]) as file:
+            with opened(self._paths[name]) as file:
                 yield file.get_slice(name)[start : start + step]
 
     def square(self, name: str) -> float:
@@ -111,7 +111,8 @@ class Weights:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """The safetensors file. Raises UserError for one that is cut off or no safetensors."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -214,8 +215,9 @@ def _lora_config(folder: Path) -> Any:
             f"{folder} cannot be analysed: it starts from {start}, which changes the base; save it"
             " as plain LoRA (path_initial_model_for_weight_conversion)"
         )
-    if raw.get("r", 1) < 1:
-        raise UserError(f"{folder} has rank {raw['r']}")
+    rank = raw.get("r", 1)
+    if not isinstance(rank, int) or rank < 1:
+        raise UserError(f"{folder} has rank {rank}")
     from peft import LoraConfig
 
     try:

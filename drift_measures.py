@@ -110,7 +110,7 @@ def measure(
 ) -> MatrixDrift:
     """One matrix of a checkpoint. Raises ValueError for values that are not finite."""
     base = spectra.of(matrix)
-    k = max(k for k in asked.ks if k <= len(base.S))
+    k = max((k for k in asked.ks if k <= len(base.S)), default=len(base.S))
     if checkpoint.is_low_rank and not asked.dense:
         A, B, scale = checkpoint.factors(matrix)
         update = lora_update_svd(A, B, scale)
@@ -142,7 +142,10 @@ def _update(change: torch.Tensor, kept: int) -> tuple[SVD, torch.Tensor]:
 
 
 def dense_triplets(base: SVD, weight: torch.Tensor, k: int) -> Triplets:
-    """The k leading triplets of W by a dense decomposition: the reference of `--dense`."""
+    """The k leading triplets of W by a dense decomposition: the reference of `--dense`.
+
+    Their residual is measured; the vectors' distance from the true ones is not bounded.
+    """
     tuned = svd(weight)
     left, right = tuned.U[:, :k], tuned.Vh[:k].T
     cosines, right_cosines = base.U.T @ left, base.Vh @ right
@@ -150,7 +153,11 @@ def dense_triplets(base: SVD, weight: torch.Tensor, k: int) -> Triplets:
         vectors - basis @ inside if len(vectors) > len(inside) else inside[:0]
         for vectors, basis, inside in ((left, base.U, cosines), (right, base.Vh.T, right_cosines))
     ]
-    return Triplets(tuned.S[:k], cosines, right_cosines, *outside, 0.0, 0.0, "dense")
+    values = tuned.S[:k]
+    parts = weight @ right - left * values, weight.T @ left - right * values
+    largest = float(torch.cat(parts).norm(dim=0).max())
+    residual = largest / float(values[0]) if largest else 0.0
+    return Triplets(values, cosines, right_cosines, *outside, residual, math.inf, "dense")
 
 
 def _drift(

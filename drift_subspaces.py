@@ -11,8 +11,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint_tensors import Matrix, Weights, matrix_of
-from config import RANKS, UserError
+from checkpoint_tensors import Matrix, Weights, matrix_of, opened
+from config import RANKS
 from drift_measures import PAIR
 from spectral import random_similarity, subspace_similarities
 
@@ -27,13 +27,14 @@ class Directions:
     """The singular vectors of a checkpoint's update, (d, r) a side of each matrix."""
 
     def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
-
+        """Raises UserError for a file that is corrupt; deleted, it is made again."""
         self.run, _, step = path.stem.rpartition("-")
         self.step = int(step)
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             self.fields = json.loads((file.metadata() or {})["fields"])
-        self.weights = Weights(path.parent, path.name)
+            self.is_empty = not file.keys()  # an update of zero has no direction
+        if not self.is_empty:
+            self.weights = Weights(path.parent, path.name)
 
     def of(self, matrix: Matrix, side: str) -> Tensor | None:
         name = f"{matrix.name}.{side}"
@@ -48,16 +49,13 @@ class Directions:
 
 
 def last_directions(folder: Path) -> list[Directions]:
-    """Of every run in `directions/` its last step; files without a direction are left out."""
+    """Of every run in `directions/` its last step; runs without a direction are left out."""
     newest: dict[str, Directions] = {}
     for path in sorted((folder / "directions").glob("*.safetensors")):
-        try:
-            found = Directions(path)
-        except UserError:  # an update of zero has no direction
-            continue
+        found = Directions(path)
         if found.run not in newest or found.step > newest[found.run].step:
             newest[found.run] = found
-    return list(newest.values())
+    return [found for found in newest.values() if not found.is_empty]
 
 
 def records_between(runs: list[Directions]) -> list[dict[str, Any]]:

@@ -113,8 +113,9 @@ def cached_svd(weight: torch.Tensor, folder: Path) -> SVD:
     if cached is not None:
         return SVD(*(tensor.to(weight.device) for tensor in cached))
     found = svd(weight)
-    tensors = {"U": found.U, "S": found.S, "Vh": found.Vh}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    # laid out as it will be read: in another order products round differently
+    found = SVD(found.U.contiguous(), found.S, found.Vh.contiguous())
+    tensors = {"U": found.U.cpu(), "S": found.S.cpu(), "Vh": found.Vh.cpu()}
     content = _digest(list(tensors.values()))
     metadata = {"format": CACHE_FORMAT, "weight": key, "content": content}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -103,8 +103,9 @@ def top_triplets_dense(base: SVD, weight: torch.Tensor, k: int) -> Triplets:
     """The k leading singular triplets of a tuned weight of the base's shape, m x n.
 
     Raises ValueError for NaN or infinity, another shape, and a k that is not in 1 ... min(m, n).
-    That nothing was overlooked is checked by random probes, not proved: a missed direction would
-    have to be almost orthogonal to all of them.
+    That nothing was overlooked is checked by random probes, not proved: a direction of the update
+    that touches none of the leading ones and makes a singular value a few per cent above the
+    others outside the search space may be missed.
     """
     if tuple(weight.shape) != base.shape:
         raise ValueError(f"a weight of {tuple(weight.shape)} on {_size(base)}")
@@ -248,7 +249,7 @@ def _iterate(matrix: LowRank | Dense, k: int, width: int) -> tuple[_Ritz, float]
             errors = _errors(ritz, k, ceiling)
         worst = float(errors.max())
         doubtful = _doubtful(ritz, k, ceiling)
-        if worst <= TOLERANCE and not _missed(matrix, ritz, k, doubtful):
+        if worst <= TOLERANCE and not _missed(matrix, ritz, k, doubtful, ceiling):
             return ritz, worst
         slow += worst > previous / 2
         previous = worst
@@ -263,11 +264,14 @@ def _doubtful(ritz: _Ritz, k: int, ceiling: float) -> torch.Tensor:
     return k + (values + gain > ritz.values[k - 1] * (1 + SAME)).nonzero()[:, 0]
 
 
-def _missed(matrix: LowRank | Dense, ritz: _Ritz, k: int, doubtful: torch.Tensor) -> bool:
+def _missed(
+    matrix: LowRank | Dense, ritz: _Ritz, k: int, doubtful: torch.Tensor, ceiling: float
+) -> bool:
     """Whether M may have a singular value above the k-th Ritz value that is not among the k."""
     last, following = float(ritz.values[k - 1]), float(ritz.values[k])
     if last <= 0 or (count := matrix.count_above((last + following) / 2)) is None:
-        return last <= 0 or len(doubtful) > 0
+        # without residuals the vectors are right, and yet one outside may be the larger
+        return last <= ceiling or len(doubtful) > 0
     # the next one may have been taken for too small, or be as large as the k-th
     level = last * (1 + SAME)
     return count != k and matrix.count_above(level) > int((ritz.values[:k] > level).sum())

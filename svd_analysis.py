@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,31 @@ def measure_all(
     return broken, methods
 
 
+def other_bases(subjects: list[Subject], base: Base) -> list[str]:
+    """A warning for each foreign adapter that names another base: shapes alone may fit.
+
+    Only the names' ends are compared, since a base may be a folder, a Hub repository or a copy.
+    """
+    from checkpoint_utils import read_json
+
+    named: dict[str, str] = {}
+    for subject in subjects:
+        folder = subject.checkpoint.folder
+        if subject.checkpoint.is_adapter and not (folder.parent / "run.json").is_file():
+            with suppress(UserError):  # a broken one is named where it is measured
+                found = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+                named[subject.run] = str(found or base.name)
+    return [
+        f"warning: {run} names {name} as its base and is measured against {base.name}"
+        for run, name in named.items()
+        if _end_of(name) not in (_end_of(base.name), _end_of(base.folder.name))
+    ]
+
+
+def _end_of(name: str) -> str:
+    return name.replace("--", "/").rstrip("/").rpartition("/")[2].lower()
+
+
 # ------------------------------------------------------------------------------------- report
 
 
@@ -212,6 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     subjects = [s for s in find_subjects(args, settings, base) if s.checkpoint]
     if not subjects:
         raise no_runs(settings)
+    for warning in other_bases(subjects, base):
+        print(warning, file=sys.stderr)
     place = settings.output_dir / FOLDER
     results = Results(place / settings.study)
     with threads(args.workers or default_workers()) as spread:

@@ -8,8 +8,8 @@ Updates are Gaussian: factors A and B of LoRA, or dense; ||dW|| / ||W0|| in Frob
 or 1e-1, and a ratio is that of the slower. Both sides take turns. Ours starts from A and B (or from
 the tuned weight) and the base's decomposition; torch.linalg.svd starts from the merged matrix in
 fp64, and its time holds the products that give the cosines with the base's vectors, too; PEFT's
-detector starts from a model in fp32. Last, what a whole study costs: two workers of one thread each
-analyse checkpoints of all ranks.
+detector starts from a model in fp32. Beyond k = 256 it is looked at whether the choice of method
+ever is slower than a dense decomposition. Last, what a whole study costs (drift_study.py).
 
     k10_r8 ...    k triplets at LoRA rank r, q_proj
     dense_k10 ... k triplets of a fully fine-tuned q_proj
@@ -28,10 +28,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import Parser, UserError, add_common_arguments, guarded, resolve_settings
+from drift_study import LAYERS, RANKS, SHAPES, SIZES, base_of, study_cost, update_of
 
-SHAPES = {"q_proj": (2048, 2048), "v_proj": (512, 2048)}
-RANKS, KS, SIZES = (4, 8, 16, 32, 64), (10, 64, 256), (1e-2, 1e-1)
+from config import (
+    INTRUDER_EPSILON,
+    Parser,
+    UserError,
+    add_common_arguments,
+    guarded,
+    resolve_settings,
+)
+
+KS, LARGE_KS = (10, 64, 256), (512, 1024)
 # rank (0: dense) and k of the ratios, on q_proj
 NAMED = {
     "k10_r8": (8, 10),
@@ -42,7 +50,6 @@ NAMED = {
     "dense_k64": (0, 64),
 }
 REAL_LAYERS = (0, 15, 29)
-CHECKPOINTS, LAYERS, WORKERS = 120, 16, 2
 SHORT = 0.3
 
 
@@ -87,33 +94,6 @@ def mean_spectrum(weights: dict, module: str, count: int) -> Any:
     points, known = (np.arange(count) + 0.5) / count, (np.arange(len(mean)) + 0.5) / len(mean)
     values = torch.from_numpy(np.interp(points, known, mean))
     return values / values.norm()
-
-
-def base_of(values: Any, shape: tuple[int, int]) -> Any:
-    """A base with these singular values and random vectors."""
-    import torch
-
-    from spectral import SVD
-
-    m, n = shape
-    left, right = (
-        torch.linalg.qr(torch.randn(size, len(values), dtype=torch.double))[0] for size in (m, n)
-    )
-    return SVD(left, values, right.T.contiguous())
-
-
-def update_of(shape: tuple[int, int], rank: int, norm: float) -> tuple[Any, ...]:
-    """A, B and B A, or for rank 0 a dense update alone, with that Frobenius norm."""
-    import torch
-
-    m, n = shape
-    if not rank:
-        update = torch.randn(m, n, dtype=torch.double)
-        return (update * (norm / update.norm()),)
-    A = torch.randn(rank, n, dtype=torch.double)
-    B = torch.randn(m, rank, dtype=torch.double)
-    B *= norm / (B @ A).norm()
-    return A, B, B @ A
 
 
 # ----------------------------------------------------------------------------------- timings
@@ -179,7 +159,10 @@ def decompose_densely(base: Any, merged: Any, k: int) -> tuple[Any, Any, Any]:
 
 
 def errors_of(found: Any, dense: tuple, k: int) -> dict[str, float]:
-    """Largest relative error of a value and error of a largest cosine. Raises where above 1e-6."""
+    """Largest relative error of a value and error of a largest cosine.
+
+    Raises UserError where they are above 1e-9 and 1e-6, or the intruders are not the same.
+    """
     from spectral import max_cosines
 
     values = dense[0]
@@ -188,6 +171,9 @@ def errors_of(found: Any, dense: tuple, k: int) -> dict[str, float]:
     cosine_error = max(float((max_cosines(a) - max_cosines(b)).abs().max()) for a, b in pairs)
     if value_error > 1e-9 or cosine_error > 1e-6:
         raise UserError(f"wrong by {value_error:.1e} (values), {cosine_error:.1e} (cosines)")
+    are_intruders = [max_cosines(part) < INTRUDER_EPSILON for part in pairs[0]]
+    if (are_intruders[0] != are_intruders[1]).any():
+        raise UserError("other intruders than those of the dense decomposition")
     return {"value_error": value_error, "cosine_error": cosine_error}
 
 
@@ -198,11 +184,18 @@ def count_intruders(base: Any, A: Any, B: Any, k: int) -> int:
     return intruders(max_cosines(top_triplets_lora(base, A, B, 1.0, k).cosines), k)
 
 
+def detect_with_peft(model: Any, k: int, tell: Callable[[str], None]) -> None:
+    """Where it finds none, that is all it does; else it also mends the adapter."""
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    reduce_intruder_dimension(model, top_k=k, logging_sink=tell)
+    model.delete_adapter("intruder_reduced")
+
+
 def against_peft(base: Any, pairs: int, rank: int = 8, k: int = 10) -> list[dict[str, Any]]:
     """PEFT's detector on a model of one linear layer; the counts must agree."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora.intruders import reduce_intruder_dimension
 
     rows = []
     for size in SIZES:
@@ -216,8 +209,7 @@ def against_peft(base: Any, pairs: int, rank: int = 8, k: int = 10) -> list[dict
         for pair in range(pairs):
             said: list[str] = []
             ours = timed(count_intruders, base, A, B, k)
-            theirs = timed(reduce_intruder_dimension, peft_model, top_k=k, logging_sink=said.append)
-            peft_model.delete_adapter("intruder_reduced")
+            theirs = timed(detect_with_peft, peft_model, k, said.append)
             counted = 0 if "No intruders" in said[0] else int(said[0].rsplit(" ", 1)[1])
             if counted != ours[0]:
                 raise UserError(f"PEFT counts {counted} intruders, we {ours[0]}")
@@ -226,70 +218,6 @@ def against_peft(base: Any, pairs: int, rank: int = 8, k: int = 10) -> list[dict
                 | {"intruders": counted, "ours_seconds": ours[1], "peft_seconds": theirs[1]}
                 | {"ours_bytes": ours[2], "peft_bytes": theirs[2]}
             )
-    return rows
-
-
-# ------------------------------------------------------------------------------ a whole study
-
-
-def study_worker(values: dict[str, Any], k: int, rounds: int) -> dict[str, Any]:
-    """Mean seconds that all measures of a checkpoint's q_proj and v_proj take on one thread."""
-    import torch
-
-    from run_records import peak_memory
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    seconds = {}
-    for module, shape in SHAPES.items():
-        base = base_of(values[module], shape)
-        updates = [update_of(shape, rank, size) for rank in RANKS for size in SIZES]
-        analyse(base, *updates[0][:2], k)
-        start = time.perf_counter()
-        for _ in range(rounds):
-            for A, B, _ in updates:
-                analyse(base, A, B, k)
-        seconds[module] = (time.perf_counter() - start) / rounds / len(updates)
-    return {"k": k, "seconds": seconds, "peak_bytes": peak_memory("cpu")}
-
-
-def analyse(base: Any, A: Any, B: Any, k: int) -> None:
-    import torch
-
-    import spectral
-    from spectral_solver import top_triplets_lora
-
-    found, update = top_triplets_lora(base, A, B, 1.0, k), spectral.lora_update_svd(A, B, 1.0)
-    for measure in (spectral.stable_rank, spectral.effective_rank, spectral.rank90):
-        measure(update.S)
-    ks = [each for each in (4, 8, 16, 32, 64, 128, 256) if each <= k]
-    grid = [step / 20 for step in range(1, 20)]
-    spectral.intruder_counts(spectral.max_cosines(found.cosines), ks, grid)
-    first = torch.eye(len(base.S), k, dtype=base.S.dtype)
-    for cosines in (found.cosines, found.right_cosines):
-        spectral.subspace_similarities(cosines, first)
-        spectral.principal_angles(cosines, first)
-    spectral.legacy_drift(found.cosines, first)
-    spectral.value_shift(found.values, base.S)
-
-
-def study_cost(values: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """What CHECKPOINTS of 2 x LAYERS matrices take: workers measured side by side, projected."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    rows = []
-    for k in (64, 256):
-        with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
-            started = [pool.submit(study_worker, values, k, rounds) for _ in range(WORKERS)]
-            workers = [future.result() for future in started]
-        seconds = sum(statistics.fmean(w["seconds"][m] for w in workers) for m in SHAPES)
-        rows.append(
-            {"study": f"{CHECKPOINTS} checkpoints of {2 * LAYERS} matrices", "k": k}
-            | {"seconds_per_pair_of_matrices": seconds, "workers": WORKERS}
-            | {"projected_seconds": CHECKPOINTS * LAYERS * seconds / WORKERS}
-            | {"peak_bytes": sum(w["peak_bytes"] for w in workers)}
-        )
     return rows
 
 
@@ -336,8 +264,10 @@ def print_table(rows: list[dict[str, Any]], ratios: dict[str, list[float]]) -> N
             )
         if "study" in row:
             print(
-                f"{row['study']}, k = {row['k']}: {row['projected_seconds'] / 60:.1f} minutes with"
-                f" {WORKERS} workers after the base's SVD, {row['peak_bytes'] / 1e9:.2f} GB"
+                f"{row['study']}, k = {row['k']}, {row['workers']} workers, after the base's SVD:"
+                f" LoRA {row['projected_lora_seconds'] / 60:.1f} minutes"
+                f" ({row['lora_peak_bytes'] / 1e9:.2f} GB), all"
+                f" {row['projected_seconds'] / 60:.1f} ({row['peak_bytes'] / 1e9:.2f} GB)"
             )
     for name, values in ratios.items():
         listed = ", ".join(f"{v:.1f}" for v in values)
@@ -369,13 +299,13 @@ def main(argv: list[str] | None = None) -> int:
     else:
         for module, base in bases.items():
             rows += against_dense(module, base, (*RANKS, 0), KS, args.pairs)
+            rows += against_dense(module, base, (8, 64, 0), LARGE_KS, args.pairs)
         for (layer, module), weight in weights.items():
             if layer in REAL_LAYERS:
                 name = f"SmolLM2 {layer} {module[0]}"
-                rows += against_dense(name, svd(weight), (4, 8, 64, 0), KS, args.pairs)
+                rows += against_dense(name, svd(weight), (*RANKS, 0), KS, args.pairs)
     rows += against_peft(bases["q_proj"], args.pairs)
-    del bases
-    rows += study_cost(values, 1 if args.quick else 3)
+    rows += study_cost(bases, 1, (64,)) if args.quick else study_cost(bases, LAYERS, (64, 256))
     ratios = ratios_of(rows)
     print_table(rows, ratios)
     if args.json:

@@ -217,6 +217,18 @@ def test_a_triplet_that_converges_late_is_not_overlooked():
         assert (found.values - expected).abs().max() < 1e-12
 
 
+def test_a_value_just_above_a_plateau_is_not_overlooked():
+    """e_200 overtakes the plateau by .2 %, and what the search starts from has no residual."""
+    plateau = 0.3 + 3e-4 * torch.linspace(1, 0, 398, dtype=torch.double)
+    base = with_values(torch.cat([torch.ones(2).double(), plateau]), (400, 400))
+    A, B = base.Vh[200:201], 1e-3 * base.U[:, 200:201]
+    merged = matrix_of(base) + B @ A
+    expected = torch.linalg.svdvals(merged)[:4]
+    assert expected[2] > plateau[0] + 5e-4
+    for found in (top_triplets_lora(base, A, B, 1.0, 4), top_triplets_dense(base, merged, 4)):
+        assert (found.values - expected).abs().max() < 1e-12
+
+
 def test_many_strong_directions_of_a_dense_update_are_found():
     base = with_values(power_law(600), (600, 600))
     update = orthonormal(600, 40, 3) * torch.linspace(3, 0.1, 40) @ orthonormal(600, 40, 4).T
