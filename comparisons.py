@@ -120,7 +120,7 @@ def bca_interval(
     ties = np.isclose(draws, value, rtol=1e-9, atol=1e-12)
     below = (draws[~ties] < value).sum() + ties.sum() / 2
     bias = norm.ppf(np.clip(below / len(draws), 0.5 / len(draws), 1 - 0.5 / len(draws)))
-    influence = jackknife.mean() - jackknife
+    influence = jackknife.mean() - jackknife if len(jackknife) else np.zeros(1)
     spread = (influence**2).sum() ** 1.5
     acceleration = (influence**3).sum() / (6 * spread) if spread > 0 else 0.0
     z = bias + norm.ppf([(1 - level) / 2, (1 + level) / 2])
@@ -134,8 +134,12 @@ def estimate(
     """A metric's figure, standard error and interval over items.
 
     Where a mean is 0 or 1, resampling knows no other value: the interval is then the exact
-    binomial one (Clopper and Pearson 1934) over the rows, and the standard error 0.
+    binomial one (Clopper and Pearson 1934) over the rows, and the standard error 0. A single item
+    that is not right or wrong has neither: they are nan.
     """
+    if len(scores.statistics) == 1 and not _is_binary(scores):
+        nan = float("nan")
+        return Estimate(scores.value, nan, nan, nan, scores.count)
     draws = resampled([scores], resamples, seed)[0]
     low, high = bca_interval(draws, scores.value, leave_one_out(scores), level)
     if low == high and low in (0, 1) and scores.aggregate.__name__ == "mean":
@@ -173,8 +177,8 @@ def compare_checkpoints(
     The interval is the BCa interval of the paired bootstrap. The p-value is McNemar's where items
     are right or wrong; else the share of resamples whose difference is as far from the observed
     one, to either side, as that is from zero (Noreen 1989; Riezler and Maxwell 2005), the observed
-    one counted among them. sacreBLEU's `bs` counts one side and gives about half of it. Raises
-    ValueError if metric or items differ.
+    one counted among them. sacreBLEU's `bs` counts one side and gives about half of it. Of a single
+    item error and interval are nan. Raises ValueError if metric or items differ.
     """
     if first.name != second.name or first.statistics.shape != second.statistics.shape:
         sides = (f"{s.name} over {len(s.statistics)} items" for s in (first, second))
@@ -184,6 +188,8 @@ def compare_checkpoints(
     jackknife = leave_one_out(first) - leave_one_out(second)
     low, high = bca_interval(draws, difference, jackknife)
     stderr = float(np.nanstd(draws, ddof=1))
+    if len(first.statistics) == 1:
+        stderr = low = high = float("nan")
     detectable = detectable_over_items(stderr)
     if _is_binary(first) and _is_binary(second):
         test, p_value = "exact McNemar", mcnemar(first.items, second.items)

@@ -241,6 +241,7 @@ class Benchmarks:
             "version": task.VERSION,
             "definition": hashlib.sha256(definition.encode()).hexdigest()[:16],
             "requests": hashlib.sha256(texts.encode()).hexdigest()[:16],
+            "items": len({i.doc_id for i in task.instances}),
             "num_fewshot": task.get_config("num_fewshot"),
             "shots_from": local.shots_from if local else None,
         }
@@ -251,9 +252,10 @@ class Benchmarks:
         return sum(len({i.doc_id for i in task.instances}) for task in self.tasks.values())
 
     def measure(self, model: Any, **options: Any) -> list[BenchmarkResult]:
-        """Every benchmark's result, in the order of the names; a tag's tasks one after another.
+        """Every benchmark's result, in the order of the names.
 
-        `options` are those of `shared_prefix_lm`.
+        A group that lm-eval makes a mean of is one benchmark, its tasks' items in the order of
+        `tasks`; of another group or a tag every task is. `options` are those of `shared_prefix_lm`.
         """
         from lm_eval.evaluator import evaluate
 
@@ -263,8 +265,9 @@ class Benchmarks:
         groups = self.loaded.get("groups", {})
         wanted = []
         for name in self.names:
-            if name in report.get("groups", {}):
-                wanted.append((name, [t.task_name for t in groups[name].get_all_tasks()]))
+            if name in groups and groups[name].has_aggregation:
+                members = {task.task_name for task in groups[name].get_all_tasks()}
+                wanted.append((name, [task for task in self.tasks if task in members]))
             elif name in self.tasks:
                 wanted.append((name, [name]))
         covered = {task for _, tasks in wanted for task in tasks}

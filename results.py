@@ -79,12 +79,15 @@ class Results:
         os.replace(partial, path)
 
     def items(self, unit: str) -> dict[str, Scores]:
-        """The unit's per-item statistics by metric."""
+        """The unit's per-item statistics by metric; none where all its figures are a corpus's."""
         import pandas as pd
 
         from metrics import AGGREGATES, Scores
 
-        table = pd.read_parquet(self.folder / "items" / f"{unit}.parquet")
+        path = self.folder / "items" / f"{unit}.parquet"
+        if not path.is_file():
+            return {}
+        table = pd.read_parquet(path)
         return {
             name: Scores(name, np.stack(part["statistics"]), AGGREGATES[part["aggregate"].iloc[0]])
             for name, part in table.groupby("metric", sort=False)
