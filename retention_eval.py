@@ -165,8 +165,12 @@ def _at_their_scales(
 # ------------------------------------------------------------------------------------- report
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Runs against tasks at the last checkpoint: score and forgetting, with standard errors."""
+def table(records: list[dict[str, Any]], shots: int) -> str:
+    """Runs against tasks at the last checkpoint: score and forgetting, with standard errors.
+
+    Benchmarks are those with so many examples before a question.
+    """
+    records = [r for r in records if r["shots"] == shots or r["task"].startswith(TEXT)]
     last: dict[str, int] = {}
     for r in records:
         last[r["run"]] = max(last.get(r["run"], 0), r["step"])
@@ -190,7 +194,7 @@ def table(records: list[dict[str, Any]]) -> str:
         for task in tasks:
             score, loss = scores.get((run, task)), losses.get((run, task))
             text = f"{score['value']:.3f}" if score else "-"
-            if loss:
+            if loss and loss["stderr"] is not None:
                 mark = "*" if loss["p_value"] < 0.05 else " "
                 text += f" ({-loss['value']:+.3f} +- {loss['stderr']:.3f}{mark})"
             texts.append(text)
@@ -199,7 +203,10 @@ def table(records: list[dict[str, Any]]) -> str:
     if flat:
         lines.append(f"the base guesses (within two standard errors): {', '.join(flat)}; it has")
         lines[-1] += " nothing there that could be forgotten"
-    cut = {r["task"]: r["truncated"] for r in records if r.get("truncated")}
+    cut: dict[str, int] = {}
+    for r in records:
+        if r.get("truncated"):
+            cut[r["task"]] = max(cut.get(r["task"], 0), r["truncated"])
     if cut:
         counts = ", ".join(f"{n} of {task}" for task, n in sorted(cut.items()))
         lines.append(f"contexts longer than the model's window, cut from the left: {counts}")
@@ -271,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     with results.joining():
         derived, others = derived_records(results)
         path = results.join("retention", meta, derived)
-    print(table(read_json(path)["records"]))
+    print(table(read_json(path)["records"], args.num_fewshot))
     figures = draw(path, settings, args.pdf)
     print(f"records: {path}\nitems: {results.folder / 'items'}\nfigures: {figures}")
     if others:
