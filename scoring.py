@@ -253,6 +253,7 @@ def _score_batch(model: Any, head: Any, items: Sequence[Item], branches: bool) -
         # max, of ties the first as argmax's, takes half of argmax's time on a CPU
         greedy[here] = (table.max(-1).indices[at] == token).cpu()
         start += len(logits)
+        del logits, table  # before the next chunk is made, or three would be there at once
     sums = torch.zeros(owner, dtype=torch.float64).index_add(0, owners, log_probs).tolist()
     misses = torch.zeros(owner).index_add(0, owners, (~greedy).float()).tolist()
     found = iter(Score(total, missed == 0) for total, missed in zip(sums, misses, strict=True))
