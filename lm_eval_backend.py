@@ -205,6 +205,7 @@ class Benchmarks:
         self.tokenizer, self.limit = tokenizer, limit or None
         self.encoded: dict[Any, Any] = {}  # tokens by context, and by context and continuation
         self.lengths: dict[str, int] = {}  # tokens of a perplexity task's document
+        self.other_shots: dict[str, tuple[int, int]] = {}  # the definition's, and those shown
         with quiet_lm_eval(), tempfile.TemporaryDirectory() as folder:
             loader = TaskLoader(settings, names, num_fewshot, Path(folder))
             self.names, self.loaded = loader.names, loader.load()
@@ -217,7 +218,10 @@ class Benchmarks:
     def _build_requests(self, name: str, task: Any, num_fewshot: int) -> None:
         """As lm-eval's `simple_evaluate` prepares a task, but once for all models."""
         shots = 0 if task.OUTPUT_TYPE == "loglikelihood_rolling" else num_fewshot
-        if task.get_config("num_fewshot") != 0:
+        own = task.get_config("num_fewshot")
+        if own not in (None, num_fewshot):
+            self.other_shots[name] = own, shots if own else 0
+        if own != 0:
             task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(SHOT_SEED)
         try:

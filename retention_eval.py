@@ -79,7 +79,7 @@ def plan_units(
     """Every measurement that is asked for, the base's first."""
     units = []
     scales = scales_of(args)
-    scaled = [s for s in subjects if s.checkpoint is not None and s.is_last and s.family]
+    scaled = [s for s in subjects if _can_be_scaled(s)]
     for subject in subjects:
         limit = args.limit or (0 if subject.is_final else MID_TRAINING_LIMIT)
         units += [Unit(subject, "benchmark", task, limit, args.num_fewshot) for task in tasks]
@@ -87,7 +87,7 @@ def plan_units(
         if subject.checkpoint is not None:
             units.append(Unit(subject, "drift", "drift"))
         families = {s.family for s in ([subject] if subject.checkpoint else scaled)}
-        if scales and (subject in scaled or subject.checkpoint is None):
+        if args.scale_update is not None and (subject in scaled or subject.checkpoint is None):
             trained = [
                 task for family in FAMILIES if family in families for task in FAMILIES[family]
             ]
@@ -97,6 +97,11 @@ def plan_units(
                 own = tasks if t != 1 else []
                 units += [Unit(subject, "benchmark", b, limit, args.num_fewshot, t) for b in own]
     return units
+
+
+def _can_be_scaled(subject: Subject) -> bool:
+    """Whether it is a last checkpoint, and there are tasks on which its adaptation shows."""
+    return subject.checkpoint is not None and subject.is_last and subject.family is not None
 
 
 def scales_of(args: argparse.Namespace) -> list[float]:
@@ -247,6 +252,31 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--batch-scale takes a number above 0")
 
 
+def check_scaled(args: argparse.Namespace, subjects: list[Subject]) -> None:
+    """Raise UserError if updates are to be scaled and none of the checkpoints' can be."""
+    asked = args.scale_update is not None and len(subjects) > 1
+    if asked and not any(map(_can_be_scaled, subjects)):
+        raise UserError(
+            "--scale-update is about the last checkpoints of runs of this suite; of those asked for"
+            " none is one"
+        )
+
+
+def warnings(retention: Retention, others: list[str]) -> list[str]:
+    """What a reader of the figures has to know; `others` are the units that were not compared."""
+    said = [
+        f"{task} is defined with {own} examples before a question, and was measured with {shown}"
+        for task, (own, shown) in retention.other_shots().items()
+    ]
+    if others:
+        said.append(
+            f"{len(others)} measurements, such as {others[0]}, were made with another precision,"
+            " limit or data than the base's and are not compared with it; measure them again with"
+            " the same flags"
+        )
+    return said
+
+
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
@@ -261,6 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     print(settings.headline(device), flush=True)
     base = prepare_base(settings)
     subjects = find_subjects(args, settings, base)
+    check_scaled(args, subjects)
     bf16 = pick_precision(args.dtype, device) == "bf16"
     retention = Retention(settings, load_tokenizer(base), device, bf16, args.batch_scale)
     results = Results(settings.output_dir / "outputs" / settings.study)
@@ -281,13 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     print(table(read_json(path)["records"], args.num_fewshot))
     figures = draw(path, settings, args.pdf)
     print(f"records: {path}\nitems: {results.folder / 'items'}\nfigures: {figures}")
-    if others:
-        print(
-            f"warning: {len(others)} measurements, such as {others[0]}, were made with another"
-            " precision, limit or data than the base's and are not compared with it; measure them"
-            " again with the same flags",
-            file=sys.stderr,
-        )
+    for message in warnings(retention, others):
+        print(f"warning: {message}", file=sys.stderr)
     for message in broken:
         print(f"error: {message}", file=sys.stderr)
     return 1 if broken else 0

@@ -92,6 +92,10 @@ class Retention:
             tasks |= dict.fromkeys([name] if one else made.tasks)
         return list(tasks)
 
+    def other_shots(self) -> dict[str, tuple[int, int]]:
+        """Tasks defined with another number of examples than is shown: that number, and this."""
+        return {k: v for made in self.made.values() for k, v in made.other_shots.items()}
+
     def texts(self) -> dict[str, list[str]]:
         """Beginnings of held-out documents by source."""
         from data_sources import held_out_texts

@@ -203,6 +203,15 @@ def test_a_group_is_one_result_over_its_tasks(tmp_path, tiny_model, tokenizer):
     assert group.identity["num_fewshot"] == 0
 
 
+def test_a_definitions_own_number_of_examples_is_told(tmp_path, tokenizer):
+    write_rows(tmp_path, "truthfulqa_mc1", "validation", [ROWS["truthfulqa_mc1"]] * 4)
+    write_rows(tmp_path, "piqa", "validation", [ROWS["piqa"]] * 4)
+    settings = settings_for(data=str(tmp_path))
+    asked = Benchmarks(settings, tokenizer, ["truthfulqa_mc1", "piqa"], 2)
+    assert asked.other_shots == {"truthfulqa_mc1": (0, 0)}
+    assert not Benchmarks(settings, tokenizer, ["truthfulqa_mc1", "piqa"]).other_shots
+
+
 def test_a_group_without_a_mean_is_its_tasks(tmp_path, tiny_model, tokenizer):
     row = {"question": "Which?", "choices": ["this", "that", "these", "those"], "answer": 1}
     for name in ("wmdp_bio", "wmdp_chem", "wmdp_cyber"):

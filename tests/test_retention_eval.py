@@ -257,6 +257,8 @@ def test_bad_input_is_one_line(folder, model, script):
     assert_one_line_error(run("--limit", "0"), "--limit takes at least 1")
     assert_one_line_error(run("--scale-update", "nan"), "--scale-update")
     assert_one_line_error(run("--runs", "none"), "no run 'none'")
+    scaled = run("--runs", RUN, "--checkpoints", "6", "--scale-update")
+    assert_one_line_error(scaled, "of those asked for none is one")
     empty = ["--data", str(ROOT / "tests")]
     assert_one_line_error(run(*empty), "hellaswag needs its split validation")
 
