@@ -68,7 +68,21 @@ def find_subjects(args: argparse.Namespace, settings: Settings, base: Base) -> l
             own = {**fields, **arm, "fraction": c.step / steps if steps else 1.0}
             last = c.step == found[-1].step
             subjects.append(Subject(c.run, c.step, c, own, family, last, c.step == chosen))
+    _check_names(subjects[1:])
     return subjects
+
+
+def _check_names(subjects: list[Subject]) -> None:
+    """Raise UserError where the records of two checkpoints, or of one and the base, would mix."""
+    seen: dict[tuple[str, int], Path] = {}
+    for s in subjects:
+        if s.run == "base":
+            raise UserError(f"{s.checkpoint.folder} would go by the base's name: rename its folder")
+        before = seen.setdefault((s.run, s.step), s.checkpoint.folder)
+        if before != s.checkpoint.folder:
+            raise UserError(
+                f"{before} and {s.checkpoint.folder} would go by the same name, {s.run}: rename one"
+            )
 
 
 def no_runs(settings: Settings) -> UserError:

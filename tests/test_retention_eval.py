@@ -249,6 +249,17 @@ def test_without_runs_the_base_is_measured(model):
     assert set(records.run) == {"base"}
 
 
+def test_checkpoints_whose_records_would_mix_are_refused(folder, model, tmp_path, capsys):
+    checkpoint = settings_for(study=STUDY).runs_dir / RUN / "checkpoint-12"
+    places = [tmp_path / name for name in ("one/final", "other/final", "base")]
+    for place in places:
+        shutil.copytree(checkpoint, place)
+    assert main([*model, "--runs", *map(str, places[:2])]) == 2
+    assert "would go by the same name, final" in capsys.readouterr().err
+    assert main([*model, "--runs", str(places[2])]) == 2
+    assert "would go by the base's name" in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line(folder, model, script):
     def run(*argv):
         return script("retention_eval.py", *model, *argv)
