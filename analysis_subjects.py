@@ -33,6 +33,14 @@ class Subject:
         return self.checkpoint is None or self.is_last or self.is_chosen
 
 
+def weights_of(subject: Subject, base: Base) -> dict[str, Any]:
+    """What tells the measured weights from others: the name of a run can come back."""
+    from checkpoint_models import weights_key
+
+    own = weights_key(subject.checkpoint.folder) if subject.checkpoint else {}
+    return {"base": base.digest, "weights": own}
+
+
 def add_analysis_arguments(parser: argparse.ArgumentParser) -> Any:
     """Flags that the scripts which analyse checkpoints share; their group."""
     group = parser.add_argument_group("what to measure")

@@ -140,10 +140,13 @@ def estimate(
 
     Where a mean is 0 or 1, resampling knows no other value: the interval is then the exact
     binomial one (Clopper and Pearson 1934) over the rows, and the standard error 0. A metric for
-    which no item counts (F1 of the answerable questions where there are none) is nan throughout.
+    which no item counts (F1 of the answerable questions where there are none) is nan throughout; a
+    single item that is not right or wrong has neither error nor interval: they are nan.
     """
     if not scores.count:
         return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
+    if len(scores.statistics) == 1 and not _is_binary(scores):
+        return Estimate(scores.value, math.nan, math.nan, math.nan, scores.count)
     draws = resampled([scores], resamples, seed)[0]
     low, high = bca_interval(draws, scores.value, leave_one_out(scores), level)
     if low == high and low in (0, 1) and scores.aggregate.__name__ == "mean":
@@ -181,8 +184,8 @@ def compare_checkpoints(
     The interval is the BCa interval of the paired bootstrap. The p-value is McNemar's where items
     are right or wrong; else the share of resamples whose difference is as far from the observed
     one, to either side, as that is from zero (Noreen 1989; Riezler and Maxwell 2005), the observed
-    one counted among them. sacreBLEU's `bs` counts one side and gives about half of it. Raises
-    ValueError if metric or items differ, or no item counts.
+    one counted among them. sacreBLEU's `bs` counts one side and gives about half of it. Of a single
+    item error and interval are nan. Raises ValueError if metric or items differ, or no item counts.
     """
     if first.name != second.name or first.statistics.shape != second.statistics.shape:
         sides = (f"{s.name} over {len(s.statistics)} items" for s in (first, second))
@@ -194,6 +197,8 @@ def compare_checkpoints(
     jackknife = leave_one_out(first) - leave_one_out(second)
     low, high = bca_interval(draws, difference, jackknife)
     stderr = float(np.nanstd(draws, ddof=1))
+    if len(first.statistics) == 1:
+        stderr = low = high = float("nan")
     detectable = detectable_over_items(stderr)
     if _is_binary(first) and _is_binary(second):
         test, p_value = "exact McNemar", mcnemar(first.items, second.items)

@@ -19,7 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from analysis_subjects import Subject, add_analysis_arguments, find_subjects, no_arm, no_runs
+from analysis_subjects import (
+    Subject,
+    add_analysis_arguments,
+    find_subjects,
+    no_arm,
+    no_runs,
+    weights_of,
+)
 from config import (
     FAMILIES,
     SPLITS,
@@ -104,12 +111,8 @@ def extra_tests(unit: Unit, splits: tuple[str, ...]) -> list[Unit]:
 
 
 def request_of(evaluator: Evaluator, base: Any, unit: Unit) -> dict[str, Any]:
-    """What makes a measurement the same one: also the weights, as a run's name can come back."""
-    from checkpoint_models import weights_key
-
-    checkpoint = unit.subject.checkpoint
-    weights = weights_key(checkpoint.folder) if checkpoint else {}
-    return {**evaluator.request(unit), "base": base.digest, "weights": weights}
+    """What makes a measurement the same one."""
+    return {**evaluator.request(unit), **weights_of(unit.subject, base)}
 
 
 def measured_otherwise(results: Any) -> list[str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis_subjects import Subject, add_analysis_arguments, find_subjects
+from analysis_subjects import Subject, add_analysis_arguments, find_subjects, weights_of
 from config import (
     DATA_SEED,
     FAMILIES,
@@ -127,14 +127,9 @@ class MatchedBatches:
         return self.drawn[name]
 
     def request(self, unit: Unit) -> dict[str, Any]:
-        """What makes the rows and weights of a measurement the same ones."""
-        from checkpoint_models import weights_key
-
+        """What makes the rows of a measurement the same ones."""
         data = {name: self.task(name).fingerprint for name in unit.tasks}
-        checkpoint = unit.subject.checkpoint
-        weights = {} if checkpoint is None else weights_key(checkpoint.folder)
-        own = {"batches": self.count, "batch_size": self.size}
-        return {"data": data, "weights": weights, **own}
+        return {"data": data, "batches": self.count, "batch_size": self.size}
 
 
 # ---------------------------------------------------------------------------------- measuring
@@ -285,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     bf16 = pick_precision(args.dtype, device) == "bf16"
     precision = {"precision": "bf16 autocast" if bf16 else "fp32"}
     results = Results(settings.output_dir / "performance_analysis" / settings.study / "gradients")
-    requests = {unit: batches.request(unit) | precision for unit in units}
+    requests = {u: batches.request(u) | precision | weights_of(u.subject, base) for u in units}
     pending = {
         unit: request
         for unit, request in requests.items()

@@ -205,6 +205,7 @@ class Benchmarks:
         self.tokenizer, self.limit = tokenizer, limit or None
         self.encoded: dict[Any, Any] = {}  # tokens by context, and by context and continuation
         self.lengths: dict[str, int] = {}  # tokens of a perplexity task's document
+        self.other_shots: dict[str, tuple[int, int]] = {}  # the definition's, and those shown
         with quiet_lm_eval(), tempfile.TemporaryDirectory() as folder:
             loader = TaskLoader(settings, names, num_fewshot, Path(folder))
             self.names, self.loaded = loader.names, loader.load()
@@ -217,7 +218,10 @@ class Benchmarks:
     def _build_requests(self, name: str, task: Any, num_fewshot: int) -> None:
         """As lm-eval's `simple_evaluate` prepares a task, but once for all models."""
         shots = 0 if task.OUTPUT_TYPE == "loglikelihood_rolling" else num_fewshot
-        if task.get_config("num_fewshot") != 0:
+        own = task.get_config("num_fewshot")
+        if own not in (None, num_fewshot):
+            self.other_shots[name] = own, shots if own else 0
+        if own != 0:
             task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(SHOT_SEED)
         try:
@@ -241,6 +245,7 @@ class Benchmarks:
             "version": task.VERSION,
             "definition": hashlib.sha256(definition.encode()).hexdigest()[:16],
             "requests": hashlib.sha256(texts.encode()).hexdigest()[:16],
+            "items": len({i.doc_id for i in task.instances}),
             "num_fewshot": task.get_config("num_fewshot"),
             "shots_from": local.shots_from if local else None,
         }
@@ -251,9 +256,10 @@ class Benchmarks:
         return sum(len({i.doc_id for i in task.instances}) for task in self.tasks.values())
 
     def measure(self, model: Any, **options: Any) -> list[BenchmarkResult]:
-        """Every benchmark's result, in the order of the names; a tag's tasks one after another.
+        """Every benchmark's result, in the order of the names.
 
-        `options` are those of `shared_prefix_lm`.
+        A group that lm-eval makes a mean of is one benchmark, its tasks' items in the order of
+        `tasks`; of another group or a tag every task is. `options` are those of `shared_prefix_lm`.
         """
         from lm_eval.evaluator import evaluate
 
@@ -263,8 +269,9 @@ class Benchmarks:
         groups = self.loaded.get("groups", {})
         wanted = []
         for name in self.names:
-            if name in report.get("groups", {}):
-                wanted.append((name, [t.task_name for t in groups[name].get_all_tasks()]))
+            if name in groups and groups[name].has_aggregation:
+                members = {task.task_name for task in groups[name].get_all_tasks()}
+                wanted.append((name, [task for task in self.tasks if task in members]))
             elif name in self.tasks:
                 wanted.append((name, [name]))
         covered = {task for _, tasks in wanted for task in tasks}

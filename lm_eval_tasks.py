@@ -115,9 +115,9 @@ def doc_problem(task: Any, doc: Row) -> str | None:
     if empty := [k for k, choice in enumerate(choices, 1) if not str(choice).strip()]:
         return f"choice {empty[0]} is empty"
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-    if gold == task.config.doc_to_target and gold not in choices:
+    if isinstance(gold, str) and gold == task.config.doc_to_target and gold not in choices:
         return f"field {gold!r}, the gold answer, is missing"
-    for answer in gold if isinstance(gold, list) else [gold]:
+    for answer in (gold or [""]) if isinstance(gold, list) else [gold]:
         known = answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)
         if not known:
             return f"the gold answer {answer!r} is not among the {len(choices)} choices"
@@ -183,7 +183,10 @@ class TaskLoader:
         for name in self.names:
             if name not in self.index:
                 raise UserError(_unknown(name, self.manager.all_tasks))
-        leaves = dict.fromkeys(leaf for name in self.names for leaf in self.leaves(name))
+        leaves: dict[str, str] = {}  # and the name that each is a part of
+        for name in self.names:
+            for leaf in self.leaves(name):
+                leaves.setdefault(leaf, name)
         for leaf in leaves:
             cfg = self.index[leaf].cfg
             if "class" not in cfg:
@@ -192,9 +195,12 @@ class TaskLoader:
         if source is None:
             _ask_hub({self.index[leaf].cfg.get("dataset_path"): leaf for leaf in leaves})
             return
-        for leaf in leaves:
+        for leaf, name in leaves.items():
             self.definitions[leaf] = self.index[leaf].yaml_path
-            self.local[leaf] = local_benchmark(leaf, self.index[leaf].cfg, source, num_fewshot)
+            try:
+                self.local[leaf] = local_benchmark(leaf, self.index[leaf].cfg, source, num_fewshot)
+            except UserError as error:
+                raise error if leaf == name else UserError(f"{name}: {error}") from None
             self._register(leaf)
 
     def leaves(self, name: str) -> Iterator[str]:

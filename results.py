@@ -88,7 +88,7 @@ class Results:
         os.replace(partial, path)
 
     def items(self, unit: str, by_group: bool = False) -> dict[str, Scores]:
-        """The unit's per-item statistics by metric.
+        """The unit's per-item statistics by metric; none where all its figures are a corpus's.
 
         With `by_group` those of items that hang together are one, as they are to be resampled.
         """
@@ -97,7 +97,10 @@ class Results:
         from comparisons import grouped
         from metrics import AGGREGATES, Scores
 
-        table = pd.read_parquet(self.folder / "items" / f"{unit}.parquet")
+        path = self.folder / "items" / f"{unit}.parquet"
+        if not path.is_file():
+            return {}
+        table = pd.read_parquet(path)
         found = {}
         for name, part in table.groupby("metric", sort=False):
             aggregate = AGGREGATES[part["aggregate"].iloc[0]]

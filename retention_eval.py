@@ -20,7 +20,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from analysis_subjects import Subject, add_analysis_arguments, find_subjects
+from analysis_subjects import Subject, add_analysis_arguments, find_subjects, weights_of
 from config import (
     FAMILIES,
     Parser,
@@ -79,7 +79,7 @@ def plan_units(
     """Every measurement that is asked for, the base's first."""
     units = []
     scales = scales_of(args)
-    scaled = [s for s in subjects if s.checkpoint is not None and s.is_last and s.family]
+    scaled = [s for s in subjects if _can_be_scaled(s)]
     for subject in subjects:
         limit = args.limit or (0 if subject.is_final else MID_TRAINING_LIMIT)
         units += [Unit(subject, "benchmark", task, limit, args.num_fewshot) for task in tasks]
@@ -87,7 +87,7 @@ def plan_units(
         if subject.checkpoint is not None:
             units.append(Unit(subject, "drift", "drift"))
         families = {s.family for s in ([subject] if subject.checkpoint else scaled)}
-        if scales and (subject in scaled or subject.checkpoint is None):
+        if args.scale_update is not None and (subject in scaled or subject.checkpoint is None):
             trained = [
                 task for family in FAMILIES if family in families for task in FAMILIES[family]
             ]
@@ -99,6 +99,11 @@ def plan_units(
     return units
 
 
+def _can_be_scaled(subject: Subject) -> bool:
+    """Whether it is a last checkpoint, and there are tasks on which its adaptation shows."""
+    return subject.checkpoint is not None and subject.is_last and subject.family is not None
+
+
 def scales_of(args: argparse.Namespace) -> list[float]:
     """The scales that need measuring: 0 is the base, 1 the checkpoint itself."""
     asked = SCALES if args.scale_update == [] else args.scale_update or ()
@@ -106,6 +111,11 @@ def scales_of(args: argparse.Namespace) -> list[float]:
 
 
 # --------------------------------------------------------------------------------- measuring
+
+
+def request_of(retention: Retention, base: Any, unit: Unit) -> dict[str, Any]:
+    """What makes a measurement the same one."""
+    return {**retention.request(unit), **weights_of(unit.subject, base)}
 
 
 def measure_all(retention: Retention, results: Any, base: Any, pending: list[Unit]) -> list[str]:
@@ -139,7 +149,7 @@ def measure_all(retention: Retention, results: Any, base: Any, pending: list[Uni
                 for unit, scaled in planned:
                     progress.set_description(unit.name)
                     records, scores = retention.measure(scaled, unit)
-                    results.write(unit.name, retention.request(unit), records, scores)
+                    results.write(unit.name, request_of(retention, base, unit), records, scores)
                     progress.update()
         except UserError as error:
             if checkpoint is None:
@@ -165,8 +175,12 @@ def _at_their_scales(
 # ------------------------------------------------------------------------------------- report
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Runs against tasks at the last checkpoint: score and forgetting, with standard errors."""
+def table(records: list[dict[str, Any]], shots: int = 0) -> str:
+    """Runs against tasks at the last checkpoint: score and forgetting, with standard errors.
+
+    Benchmarks are those with so many examples before a question.
+    """
+    records = [r for r in records if r["shots"] == shots or r["task"].startswith(TEXT)]
     last: dict[str, int] = {}
     for r in records:
         last[r["run"]] = max(last.get(r["run"], 0), r["step"])
@@ -190,7 +204,7 @@ def table(records: list[dict[str, Any]]) -> str:
         for task in tasks:
             score, loss = scores.get((run, task)), losses.get((run, task))
             text = f"{score['value']:.3f}" if score else "-"
-            if loss:
+            if loss and loss["stderr"] is not None:
                 mark = "*" if loss["p_value"] < 0.05 else " "
                 text += f" ({-loss['value']:+.3f} +- {loss['stderr']:.3f}{mark})"
             texts.append(text)
@@ -199,7 +213,10 @@ def table(records: list[dict[str, Any]]) -> str:
     if flat:
         lines.append(f"the base guesses (within two standard errors): {', '.join(flat)}; it has")
         lines[-1] += " nothing there that could be forgotten"
-    cut = {r["task"]: r["truncated"] for r in records if r.get("truncated")}
+    cut: dict[str, int] = {}
+    for r in records:
+        if r.get("truncated"):
+            cut[r["task"]] = max(cut.get(r["task"], 0), r["truncated"])
     if cut:
         counts = ", ".join(f"{n} of {task}" for task, n in sorted(cut.items()))
         lines.append(f"contexts longer than the model's window, cut from the left: {counts}")
@@ -240,6 +257,31 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--batch-scale takes a number above 0")
 
 
+def check_scaled(args: argparse.Namespace, subjects: list[Subject]) -> None:
+    """Raise UserError if updates are to be scaled and none of the checkpoints' can be."""
+    asked = args.scale_update is not None and len(subjects) > 1
+    if asked and not any(map(_can_be_scaled, subjects)):
+        raise UserError(
+            "--scale-update is about the last checkpoints of runs of this suite; of those asked for"
+            " none is one"
+        )
+
+
+def warnings(retention: Retention, others: list[str]) -> list[str]:
+    """What a reader of the figures has to know; `others` are the units that were not compared."""
+    said = [
+        f"{task} is defined with {own} examples before a question, and was measured with {shown}"
+        for task, (own, shown) in retention.other_shots().items()
+    ]
+    if others:
+        said.append(
+            f"{len(others)} measurements, such as {others[0]}, were made with another precision,"
+            " limit or data than the base's and are not compared with it; measure them again with"
+            " the same flags"
+        )
+    return said
+
+
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
@@ -254,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     print(settings.headline(device), flush=True)
     base = prepare_base(settings)
     subjects = find_subjects(args, settings, base)
+    check_scaled(args, subjects)
     bf16 = pick_precision(args.dtype, device) == "bf16"
     retention = Retention(settings, load_tokenizer(base), device, bf16, args.batch_scale)
     results = Results(settings.output_dir / "outputs" / settings.study)
@@ -263,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     pending = [
         unit
         for unit in units
-        if args.overwrite or not results.is_done(unit.name, retention.request(unit))
+        if args.overwrite or not results.is_done(unit.name, request_of(retention, base, unit))
     ]
     print(f"{len(units)} measurements, {len(units) - len(pending)} of them are there", flush=True)
     broken = measure_all(retention, results, base, pending)
@@ -271,16 +314,11 @@ def main(argv: list[str] | None = None) -> int:
     with results.joining():
         derived, others = derived_records(results)
         path = results.join("retention", meta, derived)
-    print(table(read_json(path)["records"]))
+    print(table(read_json(path)["records"], args.num_fewshot))
     figures = draw(path, settings, args.pdf)
     print(f"records: {path}\nitems: {results.folder / 'items'}\nfigures: {figures}")
-    if others:
-        print(
-            f"warning: {len(others)} measurements, such as {others[0]}, were made with another"
-            " precision, limit or data than the base's and are not compared with it; measure them"
-            " again with the same flags",
-            file=sys.stderr,
-        )
+    for message in warnings(retention, others):
+        print(f"warning: {message}", file=sys.stderr)
     for message in broken:
         print(f"error: {message}", file=sys.stderr)
     return 1 if broken else 0

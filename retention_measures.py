@@ -80,13 +80,21 @@ class Retention:
         return self.made[key]
 
     def expanded(self, names: Sequence[str], shots: int, limit: int, subject: Subject) -> list[str]:
-        """The names, each tag's tasks in its place: a unit is one benchmark."""
+        """The names; in place of a tag, or of a group without a mean, its tasks.
+
+        A unit is one benchmark.
+        """
         tasks: dict[str, None] = {}
         for name in names:
             made = self.benchmark(Unit(subject, "benchmark", name, limit, shots))
-            one = name in made.tasks or name in made.loaded["groups"]
+            group = made.loaded["groups"].get(name)
+            one = name in made.tasks or (group is not None and group.has_aggregation)
             tasks |= dict.fromkeys([name] if one else made.tasks)
         return list(tasks)
+
+    def other_shots(self) -> dict[str, tuple[int, int]]:
+        """Tasks defined with another number of examples than is shown: that number, and this."""
+        return {k: v for made in self.made.values() for k, v in made.other_shots.items()}
 
     def texts(self) -> dict[str, list[str]]:
         """Beginnings of held-out documents by source."""

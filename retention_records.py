@@ -31,7 +31,7 @@ BASE: Key = ("base", 0, 1.0)
 
 
 class Measured(NamedTuple):
-    """A unit on disk: its name, the record of its primary metric, and what was asked."""
+    """A unit on disk: its name, the record of its primary metric, and what was asked of it."""
 
     unit: str
     record: Record
@@ -69,6 +69,8 @@ def benchmark_records(common: Record, result: Any) -> list[Record]:
     `result` is a `BenchmarkResult` of lm_eval_backend.
     """
     scores = {s.name: s for s in item_scores(result.items)}
+    # a figure of the corpus alone (mcc) cannot be paired, nor held against guessing item by item
+    chance = result.chance if primary(result.metrics) in scores else math.nan
     records = []
     for metric, value in result.metrics.items():
         found = estimate(scores[metric]) if metric in scores else None
@@ -82,7 +84,7 @@ def benchmark_records(common: Record, result: Any) -> list[Record]:
                 "low": found.low if found else math.nan,
                 "high": found.high if found else math.nan,
                 "n": result.n,
-                "chance": result.chance,
+                "chance": chance,
                 "truncated": result.truncated,
             }
         )
@@ -95,8 +97,11 @@ def benchmark_records(common: Record, result: Any) -> list[Record]:
 def at_chance(record: Record) -> bool:
     """Whether a model's score is within two standard errors of guessing's.
 
-    A base that guesses has nothing that a benchmark could show it to forget.
+    A base that guesses has nothing that a benchmark could show it to forget; nor does a single
+    item, which has no standard error.
     """
+    if record["stderr"] is None:
+        return True
     return bool(abs(record["value"] - record["chance"]) <= 2 * record["stderr"])
 
 
@@ -118,7 +123,8 @@ def derived_records(results: Results) -> tuple[list[Record], list[str]]:
             continue
         record = next(r for r in records if r["metric"] == primary(metrics))
         key = (record["run"], record["step"], record["update_scale"])
-        measured = Measured(unit, record, document["request"])
+        asked = {k: v for k, v in document["request"].items() if k != "weights"}
+        measured = Measured(unit, record, asked)
         if _is_benchmark(record):
             own = found.setdefault(record["shots"], {})
             own.setdefault(key, {})[record["task"]] = measured
@@ -149,7 +155,13 @@ def _benchmarks(tasks: Mapping[str, Any]) -> list[str]:
 
 
 def _is_benchmark(record: Record) -> bool:
+    """Whether the mean over benchmarks is over it, too: what nobody can guess has another scale."""
     return record.get("chance") is not None
+
+
+def _is_retained(record: Record) -> bool:
+    """Whether it says what is left of the base: a benchmark, a perplexity task, held-out text."""
+    return "chance" in record or record["task"].startswith(TEXT)
 
 
 def _mean_retention(tasks: Mapping[str, Any], base: Mapping[str, Any]) -> list[Record]:
@@ -158,8 +170,7 @@ def _mean_retention(tasks: Mapping[str, Any], base: Mapping[str, Any]) -> list[R
         return []
     own = [tasks[name].record for name in names]
     value = float(np.mean([r["value"] for r in own]))
-    stderr = math.sqrt(sum(r["stderr"] ** 2 for r in own)) / len(own)
-    return [_over(own, "retention", value, stderr)]
+    return [_over(own, "retention", value, _error_of_mean([r["stderr"] for r in own]))]
 
 
 def _mean_adaptation(tasks: Mapping[str, Any]) -> list[Record]:
@@ -171,9 +182,16 @@ def _mean_adaptation(tasks: Mapping[str, Any]) -> list[Record]:
         own = [tasks[task].record for task in family]
         units = [100 if "bleu" in r["metric"] else 1 for r in own]
         value = float(np.mean([r["value"] / u for r, u in zip(own, units)]))
-        stderr = math.sqrt(sum((r["stderr"] / u) ** 2 for r, u in zip(own, units))) / len(own)
-        records.append(_over(own, "adaptation", value, stderr))
+        errors = [r["stderr"] and r["stderr"] / u for r, u in zip(own, units)]
+        records.append(_over(own, "adaptation", value, _error_of_mean(errors)))
     return records
+
+
+def _error_of_mean(errors: Sequence[float | None]) -> float:
+    """Standard error of a mean of independent figures; nan if one of them has none."""
+    if None in errors:
+        return math.nan
+    return math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
 def _matched(results: Results, found: Mapping[Key, Mapping[str, Any]]) -> list[Record]:
@@ -262,14 +280,16 @@ def _forgetting(
     """
     records, compared, others = [], {}, []
     for task, (unit, record, request) in tasks.items():
-        if task not in base or not (_is_benchmark(record) or task.startswith(TEXT)):
+        if task not in base or not _is_retained(record):
             continue
         if not _comparable(request, base[task].request):
             others.append(unit)
             continue
         metric = record["metric"]
-        ours = results.items(unit)[metric]
-        theirs = _first(results.items(base[task].unit)[metric], len(ours.statistics))
+        ours = results.items(unit).get(metric)
+        if ours is None:
+            continue
+        theirs = _shared(results.items(base[task].unit)[metric], base[task].request, request)
         found = compare_checkpoints(theirs, ours)
         flips = {}
         if ours.items is not None:
@@ -301,15 +321,22 @@ def _comparable(request: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
 
 def _without_rows(request: Mapping[str, Any]) -> dict[str, Any]:
     benchmarks = {
-        name: {k: v for k, v in identity.items() if k != "requests"}
+        name: {k: v for k, v in identity.items() if k not in ("requests", "items")}
         for name, identity in request.get("benchmark", {}).items()
     }
     return {**request, "limit": 0, "benchmark": benchmarks}
 
 
-def _first(scores: Scores, count: int) -> Scores:
-    """The first items: a limit takes the first documents, so they are those of a smaller one."""
-    return Scores(scores.name, scores.statistics[:count], scores.aggregate)
+def _shared(scores: Scores, base: Mapping[str, Any], request: Mapping[str, Any]) -> Scores:
+    """The base's items that a smaller limit leaves: the first of each task of a benchmark."""
+    if request["limit"] == base["limit"]:
+        return scores
+    kept: list[int] = []
+    start = 0
+    for name, identity in base["benchmark"].items():
+        kept += range(start, start + request["benchmark"][name]["items"])
+        start += identity["items"]
+    return Scores(scores.name, scores.statistics[kept], scores.aggregate)
 
 
 def _without_figures(record: Record) -> Record:

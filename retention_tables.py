@@ -41,13 +41,13 @@ def as_trained(frame: DataFrame) -> DataFrame:
 
 def retained(frame: DataFrame) -> DataFrame:
     """Rows of each benchmark's metric (acc_norm where it has one, else acc), of the benchmarks'
-    mean, and of the log-likelihood of held-out text.
+    mean, and of the log-likelihood of held-out text and of perplexity tasks.
     """
     rows = as_trained(frame)
     normed = rows["task"].isin(rows[rows["metric"] == "acc_norm"]["task"])
     kept = (rows["metric"] == "acc_norm") | ((rows["metric"] == "acc") & ~normed)
     kept |= (rows["task"] == MEAN) & (rows["metric"] == "retention")
-    return rows[kept | (_is_text(rows) & (rows["metric"] == "log_likelihood"))]
+    return rows[kept | (rows["metric"] == "log_likelihood")]
 
 
 def forgotten(frame: DataFrame) -> DataFrame:
@@ -101,9 +101,11 @@ def blocks(rows: DataFrame, labels: dict[str, str]) -> list[dict[str, str]]:
     for family in rows["family"].unique():
         own = rows[rows["family"] == family]
         metrics = dict(zip(own["about"], own["metric"]))
+        of = dict(zip(own["about"], own["of"])) if "of" in own else {}
         names = {task: labels.get(metrics[task], metrics[task]) for task in task_order(metrics)}
         for task in names:
-            if task.startswith(f"{TEXT}_") and metrics[task] == "forgetting":
+            nats = task.startswith(f"{TEXT}_") or of.get(task) == "log_likelihood"
+            if nats and metrics[task] == "forgetting":
                 names[task] += " (nats/token)"
         found.append({f"{family}: {task}": label for task, label in names.items()})
     if all(len(block) == 1 for block in found):
@@ -230,10 +232,6 @@ def retention_gaps(retention: DataFrame, adaptation: DataFrame | None = None) ->
         said.append("no scaled updates, so no forgetting at equal scores (--scale-update)")
     tasks = ", ".join(at_chance(retention))
     return said + [f"the base is at chance, nothing can be forgotten: {tasks}"] * bool(tasks)
-
-
-def _is_text(rows: DataFrame) -> Any:
-    return rows["task"].str.startswith(f"{TEXT}_")
 
 
 def _is_control(run: str) -> bool:

@@ -244,15 +244,20 @@ def _score_batch(model: Any, head: Any, items: Sequence[Item], branches: bool) -
     log_probs = torch.zeros(len(targets), dtype=torch.float64)
     greedy = torch.zeros(len(targets), dtype=torch.bool)
     start = 0
-    for logits in _kept_logits(model, head, keep, inputs):
+    for logits, hidden in _kept_logits(model, head, keep, inputs):
         here = ((sources >= start) & (sources < start + len(logits))).nonzero()[:, 0]
         at, token = (sources[here] - start).to(device), targets[here].to(device)
         # log_softmax rounds as lm-eval's and training's does: in fp32 each token is off by 1e-5
-        table = logits.log_softmax(-1)
-        log_probs[here] = table[at, token].cpu().double()
+        table = logits.float().log_softmax(-1)
+        found = table[at, token]
+        if hidden is not None and logits.dtype != torch.float32:
+            # bf16 knows 1/16 of a logit at best: of two that it holds equal the first would win
+            found += _logits_of(head, hidden[at], token) - logits[at, token].float()
+        log_probs[here] = found.cpu().double()
         # max, of ties the first as argmax's, takes half of argmax's time on a CPU
         greedy[here] = (table.max(-1).indices[at] == token).cpu()
         start += len(logits)
+        del logits, table  # before the next chunk is made, or three would be there at once
     sums = torch.zeros(owner, dtype=torch.float64).index_add(0, owners, log_probs).tolist()
     misses = torch.zeros(owner).index_add(0, owners, (~greedy).float()).tolist()
     found = iter(Score(total, missed == 0) for total, missed in zip(sums, misses, strict=True))
@@ -261,13 +266,14 @@ def _score_batch(model: Any, head: Any, items: Sequence[Item], branches: bool) -
 
 def _kept_logits(
     model: Any, head: Any, keep: torch.Tensor, inputs: dict[str, torch.Tensor]
-) -> Iterator[torch.Tensor]:
-    """The logits at the positions in `keep`, shape (rows, tokens), in turn; fp32, in chunks.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The logits at the positions in `keep`, shape (rows, tokens), in turn, in chunks.
 
-    With the last layer applied apart, no more than LOGIT_BUDGET of them are there at once.
+    With the last layer applied apart, no more than LOGIT_BUDGET of them are there at once, and the
+    hidden states that it was applied to stand beside them.
     """
     if head is None:
-        yield model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
+        yield model(**inputs, logits_to_keep=keep, use_cache=False).logits, None
         return
     hidden: list[torch.Tensor] = []
 
@@ -281,7 +287,13 @@ def _kept_logits(
     finally:
         handle.remove()
     for chunk in hidden[0].split(_logit_rows(model)):
-        yield head(chunk).float()
+        yield head(chunk), chunk
+
+
+def _logits_of(head: torch.nn.Linear, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """One token's logit from each hidden state, in fp32."""
+    logits = (hidden.float() * head.weight[tokens].float()).sum(-1)
+    return logits if head.bias is None else logits + head.bias[tokens].float()
 
 
 def _logit_rows(model: Any) -> int:
@@ -307,7 +319,8 @@ def _last_layer(model: Any, tokens: Sequence[int]) -> Any:
     finally:
         handle.remove()
     same = len(outputs) == 1 and outputs[0].shape == logits.shape
-    return head if same and torch.equal(outputs[0], logits) else None
+    plain = type(head) is torch.nn.Linear  # else an adapter may add to it
+    return head if plain and same and torch.equal(outputs[0], logits) else None
 
 
 def _attention_mask(model: Any, segments: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, settings_for
+from test_representation_drift import Allocations
 from test_scoring import plain_score
 
 from checkpoint_utils import load_base, prepare_base
@@ -25,6 +26,7 @@ DEFINITIONS = {
     "piqa": ("piqa/piqa", "validation"),
     "boolq": ("super_glue/boolq/default", "validation"),
     "wikitext": ("wikitext/wikitext", "test"),
+    "truthfulqa_mc1": ("truthfulqa/truthfulqa_mc1", "validation"),
 }
 
 
@@ -201,6 +203,31 @@ def test_a_group_is_one_result_over_its_tasks(tmp_path, tiny_model, tokenizer):
     assert group.identity["num_fewshot"] == 0
 
 
+def test_a_definitions_own_number_of_examples_is_told(tmp_path, tokenizer):
+    write_rows(tmp_path, "truthfulqa_mc1", "validation", [ROWS["truthfulqa_mc1"]] * 4)
+    write_rows(tmp_path, "piqa", "validation", [ROWS["piqa"]] * 4)
+    settings = settings_for(data=str(tmp_path))
+    asked = Benchmarks(settings, tokenizer, ["truthfulqa_mc1", "piqa"], 2)
+    assert asked.other_shots == {"truthfulqa_mc1": (0, 0)}
+    assert not Benchmarks(settings, tokenizer, ["truthfulqa_mc1", "piqa"]).other_shots
+
+
+def test_a_group_without_a_mean_is_its_tasks(tmp_path, tiny_model, tokenizer):
+    row = {"question": "Which?", "choices": ["this", "that", "these", "those"], "answer": 1}
+    for name in ("wmdp_bio", "wmdp_chem", "wmdp_cyber"):
+        write_rows(tmp_path, name, "test", [row] * 3)
+    benchmarks = Benchmarks(settings_for(data=str(tmp_path)), tokenizer, ["wmdp"])
+    benchmarks.loaded["groups"]["wmdp"].aggregate_metric_list = None
+    results = benchmarks.measure(tiny_model)
+    assert [(r.task, r.n) for r in results] == [(task, 3) for task in benchmarks.tasks]
+
+
+def test_a_group_of_many_tasks_needs_all_of_them(tmp_path):
+    write_rows(tmp_path, "wmdp_bio", "test", [{"question": "Which?", "choices": ["a", "b"]}])
+    with pytest.raises(UserError, match=r"^wmdp: benchmark wmdp_.* needs its split test"):
+        load(tmp_path, "wmdp")
+
+
 def test_the_identity_tells_shots_and_rows_apart(tokenizer, real_data, tmp_path):
     def identity(data, *arguments):
         return Benchmarks(settings_for(data=str(data)), tokenizer, ["winogrande"], *arguments)
@@ -264,6 +291,18 @@ def test_a_tasks_requests_are_rows_and_not_all_logits(
     assert 0 < max(sizes) <= 64
 
 
+@pytest.mark.parametrize("task", ["hellaswag", "winogrande"])
+def test_memory_is_that_of_the_forward_pass(model, tokenizer, task):
+    """A batch's logits over SmolLM2's vocabulary would be a third of its weights."""
+    benchmarks = Benchmarks(settings_for(), tokenizer, [task], 0, 12)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    with Allocations(model) as forward, torch.inference_mode():
+        model(torch.ones((8, 128), dtype=torch.long), use_cache=False, logits_to_keep=1)
+    with Allocations(model) as whole:
+        benchmarks.measure(model)
+    assert weights + whole.peak < 1.15 * (weights + forward.peak)
+
+
 # --------------------------------------------------------------------------------- bad input
 
 
@@ -296,6 +335,11 @@ ROWS = {
     "piqa": {"goal": "Open a jar", "sol1": "Turn the lid", "sol2": "Turn the jar", "label": 0},
     "boolq": {"question": "is ice cold", "passage": "Ice is cold.", "idx": 0, "label": 1},
     "wikitext": {"page": "Ice is frozen water."},
+    # its definition has the gold answer's number, 0, in place of a field's name
+    "truthfulqa_mc1": {
+        "question": "Is ice hot?",
+        "mc1_targets": {"choices": ["No.", "Yes."], "labels": [1, 0]},
+    },
 }
 
 

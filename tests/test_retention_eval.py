@@ -130,7 +130,8 @@ def write_quiz(results, run, right, shots=0, **request):
     record |= {"metric": "acc", "value": float(right.mean()), "stderr": 0.024, "chance": 0.25}
     record |= {"n": len(right), "split": "test", "family": "similar", "method": "full"}
     record |= {"low": 0.0, "high": 1.0, "shots": shots}
-    asked = {"precision": "fp32", "limit": 0, "benchmark": {"quiz": {"requests": "all"}}} | request
+    identity = {"requests": "all", "items": len(right)}
+    asked = {"precision": "fp32", "limit": 0, "benchmark": {"quiz": identity}} | request
     unit = f"{run}-quiz-{shots}shot"
     results.write(unit, asked, [record], [Scores("acc", stats, mean)])
 
@@ -178,7 +179,7 @@ def test_other_numbers_of_examples_are_compared_apart(tmp_path):
     ("request_", "count", "is_compared"),
     [
         ({}, 400, True),
-        ({"limit": 100, "benchmark": {"quiz": {"requests": "first"}}}, 100, True),
+        ({"limit": 100, "benchmark": {"quiz": {"requests": "first", "items": 100}}}, 100, True),
         ({"precision": "bf16 autocast"}, 400, False),
         ({"benchmark": {"quiz": {"requests": "other rows"}}}, 400, False),
         ({"limit": 100, "benchmark": {"quiz": {"definition": "other"}}}, 100, False),
@@ -196,10 +197,67 @@ def test_only_what_was_measured_as_the_base_was_is_compared(tmp_path, request_, 
         assert found["quiz", 0]["value"] == pytest.approx((base & ~tuned)[:count].mean())
 
 
+def test_a_groups_items_are_paired_task_by_task(tmp_path):
+    """300 and 100 items; of the first task's a limit leaves 50."""
+    base, tuned = quiz_answers()
+    few = np.concatenate([tuned[:50], tuned[300:]])
+
+    def request(limit, first):
+        sizes = {"long": first, "short": 100}
+        return {"limit": limit, "benchmark": {name: {"items": n} for name, n in sizes.items()}}
+
+    results = Results(tmp_path)
+    write_quiz(results, "base", base, **request(0, 300))
+    write_quiz(results, "tuned", few, **request(50, 50))
+    found, _ = forgetting_in(results)
+    lost = base & ~tuned
+    assert found["quiz", 0]["forgotten"] == lost[:50].sum() + lost[300:].sum()
+    assert found["quiz", 0]["gained"] == 0
+
+
+def test_what_nobody_can_guess_is_compared_and_not_in_the_mean(tmp_path):
+    """A perplexity task, and a figure of a corpus, which has no items."""
+    base, tuned = quiz_answers()
+    results = Results(tmp_path)
+    for run, right, log_likelihood in (("base", base, -300.0), ("tuned", tuned, -400.0)):
+        write_quiz(results, run, right)
+        document = read_json(results.unit_file(f"{run}-quiz-0shot"))
+        common = document["records"][0] | {"chance": None, "stderr": None}
+        scores = Scores("log_likelihood", np.full((5, 2), [log_likelihood, 100]), mean)
+        page = common | {"task": "pages", "metric": "log_likelihood", "value": scores.value}
+        results.write(f"{run}-pages", document["request"], [page], [scores])
+        corpus = common | {"task": "corpus", "metric": "mcc", "value": 0.1}
+        results.write(f"{run}-corpus", document["request"], [corpus])
+    found, others = forgetting_in(results)
+    assert set(found) == {("quiz", 0), ("pages", 0), ("mean", 0)} and not others
+    assert found["pages", 0]["value"] == pytest.approx(1.0)
+    assert found["mean", 0]["value"] == found["quiz", 0]["value"]
+    assert found["mean", 0]["over"] == "quiz"
+
+
+def test_a_single_item_has_no_error(model, capsys):
+    argv = [*model[:2], "--study", "one", "--tasks", "hellaswag", "--dtype", "fp32", "--limit", "1"]
+    assert main(argv) == 0
+    records = records_in(settings_for().output_dir / "outputs" / "one")
+    own = records[(records.task == "mean") & (records.metric == "retention")].iloc[0]
+    assert own.value in (0, 1) and np.isnan(own.stderr)
+
+
 def test_without_runs_the_base_is_measured(model):
     assert main([*model[:2], "--study", "only-base", "--tasks", "winogrande", *FEW]) == 0
     records = records_in(settings_for().output_dir / "outputs" / "only-base")
     assert set(records.run) == {"base"}
+
+
+def test_checkpoints_whose_records_would_mix_are_refused(folder, model, tmp_path, capsys):
+    checkpoint = settings_for(study=STUDY).runs_dir / RUN / "checkpoint-12"
+    places = [tmp_path / name for name in ("one/final", "other/final", "base")]
+    for place in places:
+        shutil.copytree(checkpoint, place)
+    assert main([*model, "--runs", *map(str, places[:2])]) == 2
+    assert "would go by the same name, final" in capsys.readouterr().err
+    assert main([*model, "--runs", str(places[2])]) == 2
+    assert "would go by the base's name" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(folder, model, script):
@@ -210,6 +268,8 @@ def test_bad_input_is_one_line(folder, model, script):
     assert_one_line_error(run("--limit", "0"), "--limit takes at least 1")
     assert_one_line_error(run("--scale-update", "nan"), "--scale-update")
     assert_one_line_error(run("--runs", "none"), "no run 'none'")
+    scaled = run("--runs", RUN, "--checkpoints", "6", "--scale-update")
+    assert_one_line_error(scaled, "of those asked for none is one")
     empty = ["--data", str(ROOT / "tests")]
     assert_one_line_error(run(*empty), "hellaswag needs its split validation")
 

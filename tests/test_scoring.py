@@ -182,3 +182,16 @@ def test_classification_is_the_argmax_that_training_sees(smollm2_model, tokenize
     assert mean_by_row(losses, row, len(rows)).isfinite().all()
     first = torch.searchsorted(row, torch.arange(len(rows)))
     assert ours == label_predictions(logits[first], ids).tolist()
+
+
+def test_bf16_does_not_make_label_words_equal(smollm2, smollm2_model):
+    # under autocast the logits have 8 bits: among 300 tokens many are the same
+    words = [[token] for token in range(1_000, 1_300)]
+    with torch.autocast("cpu", torch.bfloat16):
+        (scores,) = log_likelihoods(smollm2_model, [Item([9, 120, 4_000], words)])
+        rounded = smollm2_model(torch.tensor([[9, 120, 4_000]])).logits[0, -1, 1_000:1_300]
+    values = torch.tensor([score.log_likelihood for score in scores])
+    assert len(rounded.unique()) < 200 < 295 < len(values.unique())
+    # a step of bf16 at such logits is 1/16 or 1/8: each is within that of what it was rounded to
+    shift = (values - rounded.float()).mean()
+    assert (values - rounded.float() - shift).abs().max() < 0.13
