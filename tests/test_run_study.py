@@ -115,7 +115,7 @@ def test_a_deleted_unit_is_measured_again_alone(whole, workspace, short, capsys)
 
 def test_a_study_killed_at_random_moments_ends_with_the_same_records(whole, workspace, short):
     random_moments = random.Random(0)
-    for _ in range(4):
+    for _ in range(10):
         study = begin([*short, "--study", "killed"], start_new_session=True)
         time.sleep(random_moments.uniform(2, 14))
         study.send_signal(signal.SIGKILL)
