@@ -28,8 +28,7 @@ def model(tiny):
 @pytest.fixture(scope="module")
 def folder(model):
     """A study with a LoRA and a full run, evaluated on validation and test."""
-    short = ["--limit", "16", "--dtype", "fp32", "--set", "epochs=2", "checkpoints=2", *model]
-    short.remove("epochs=2")
+    short = ["--limit", "16", "--dtype", "fp32", "--set", "checkpoints=2", *model]
     assert train(["--similar", "--lora", "4", "--full-finetune", *short]) == 0
     assert main([*model, "--dtype", "fp32", "--shots", "2"]) == 0
     return settings_for(study=STUDY).output_dir / "performance_analysis" / STUDY
@@ -48,14 +47,14 @@ def test_every_checkpoint_and_the_base_have_flat_records(folder):
         "similar_full_limit16_fp32_checkpoints2_seed42",
     }
     ours = records[(records.run == RUN) & (records.metric == "accuracy")]
-    assert set(ours.step) == {6, 12} and set(ours["rank"]) == {4} and set(ours.alpha) == {8}
+    assert set(ours.step) == {3, 6} and set(ours["rank"]) == {4} and set(ours.alpha) == {8}
     assert ours.fraction.isin([0.5, 1.0]).all()
-    assert set(ours[ours.step == 12].split) == {"validation", "test"}
+    assert set(ours[ours.step == 6].split) == {"validation", "test"}
     assert set(records[records.run == "base"].shots) == {0, 2}
     assert ((records.low <= records.value) & (records.value <= records.high))[
         records.metric == "accuracy"
     ].all()
-    shares = records[(records.run == RUN) & (records.step == 12) & (records.task == "mnli")]
+    shares = records[(records.run == RUN) & (records.step == 6) & (records.task == "mnli")]
     shares = shares[shares.metric.str.startswith("share_") & (shares.split == "test")]
     assert len(shares) == 3 and shares.value.sum() == pytest.approx(1)
 
@@ -74,7 +73,7 @@ def test_a_figure_is_that_of_the_model_asked_row_by_row(folder, tiny):
     tokenizer = load_tokenizer(base)
     rows = prepare(settings, tokenizer, ["qqp"], 256, 2_000)["qqp"].split("test")
     model = PeftModel.from_pretrained(
-        load_base(base), settings.runs_dir / RUN / "checkpoint-12"
+        load_base(base), settings.runs_dir / RUN / "checkpoint-6"
     ).eval()
     ids = label_token_ids(tokenizer, describe("qqp"))
     predictions = []
@@ -83,10 +82,10 @@ def test_a_figure_is_that_of_the_model_asked_row_by_row(folder, tiny):
         with torch.no_grad():
             predictions.append(model(prompt).logits[0, -1, ids].argmax().item())
     records = records_in(folder).query(
-        "run == @RUN and step == 12 and task == 'qqp' and split == 'test' and metric == 'accuracy'"
+        "run == @RUN and step == 6 and task == 'qqp' and split == 'test' and metric == 'accuracy'"
     )
     assert records.value.item() == pytest.approx(accuracy(predictions, rows["label"][:]))
-    scores = Results(folder).items(f"{RUN}-12-qqp-test")["accuracy"]
+    scores = Results(folder).items(f"{RUN}-6-qqp-test")["accuracy"]
     assert np.array_equal(scores.items, np.array(predictions) == np.array(rows["label"][:]))
 
 
@@ -119,7 +118,7 @@ def test_paraphrased_prompts_have_records_and_a_spread_of_their_own(folder, mode
     argv = [*model, "--runs", RUN, "--checkpoints", "last", "--tasks", "sst2", "--splits", "test"]
     assert main([*argv, "--dtype", "fp32", "--shots", "0", "--prompts", "2"]) == 0
     records = records_in(folder).query(
-        "run == @RUN and task == 'sst2' and split == 'test' and metric == 'accuracy' and step == 12"
+        "run == @RUN and task == 'sst2' and split == 'test' and metric == 'accuracy' and step == 6"
     )
     assert sorted(records.prompt) == [0, 1, 2]
     spread = f"over 3 prompts: {RUN} sst2 test mean {records.value.mean():.3f}"
@@ -135,7 +134,7 @@ def test_generation_is_scored_and_shown(folder, model, capsys):
     records = records_in(folder)
     assert {"codexglue_bleu", "rougeL", "f1", "abstained"} <= set(records.metric)
     assert {"lead_3", "always_abstain", "nearest_description"} <= set(records.run)
-    lines = (folder / "samples" / f"{RUN}-12-squad_v2-test.jsonl").read_text().splitlines()
+    lines = (folder / "samples" / f"{RUN}-6-squad_v2-test.jsonl").read_text().splitlines()
     assert len(lines) == 3 and set(json.loads(lines[0])) == {
         "row",
         "prompt",
@@ -147,14 +146,14 @@ def test_generation_is_scored_and_shown(folder, model, capsys):
 def test_a_corrupt_checkpoint_is_named_and_the_others_are_done(folder, model, capsys):
     copy = settings_for(study="corrupt")
     shutil.copytree(settings_for(study=STUDY).runs_dir / RUN, copy.runs_dir / RUN)
-    path = copy.runs_dir / RUN / "checkpoint-6" / "adapter_model.safetensors"
+    path = copy.runs_dir / RUN / "checkpoint-3" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     argv = [*model[:2], "--study", "corrupt", "--tasks", "sst2", "--shots", "0", "--limit", "8"]
     assert main(argv) == 1
     captured = capsys.readouterr()
-    assert "checkpoint-6/adapter_model.safetensors is corrupt" in captured.err
+    assert "checkpoint-3/adapter_model.safetensors is corrupt" in captured.err
     place = copy.output_dir / "performance_analysis" / "corrupt"
-    assert set(records_in(place).query("run == @RUN").step) == {12}
+    assert set(records_in(place).query("run == @RUN").step) == {6}
 
 
 def test_mismatched_genres_are_read_with_test_where_there_are_some(folder, model, tmp_path):
@@ -179,14 +178,14 @@ def test_mismatched_genres_are_read_with_test_where_there_are_some(folder, model
 def test_a_foreign_adapter_is_taken(folder, model, tmp_path):
     run = settings_for(study=STUDY).runs_dir / RUN
     foreign = tmp_path / "mine"
-    shutil.copytree(run / "checkpoint-12", foreign)
+    shutil.copytree(run / "checkpoint-6", foreign)
     (foreign / "manifest.json").unlink()
     argv = [*model[:2], "--study", "foreign", "--runs", str(foreign), "--tasks", "sst2"]
     assert main([*argv, "--shots", "0", "--dtype", "fp32"]) == 0
     place = settings_for().output_dir / "performance_analysis" / "foreign"
     found = records_in(place).query("run == 'mine' and metric == 'accuracy' and split == 'test'")
     ours = records_in(folder).query(
-        "run == @RUN and step == 12 and task == 'sst2' and metric == 'accuracy'"
+        "run == @RUN and step == 6 and task == 'sst2' and metric == 'accuracy'"
         " and split == 'test' and prompt == 0"
     )
     assert found.value.item() == ours.value.item() and found["rank"].item() == 4
@@ -194,7 +193,7 @@ def test_a_foreign_adapter_is_taken(folder, model, tmp_path):
 
 def test_other_weights_under_the_same_name_are_measured_again(folder, model, tmp_path, capsys):
     foreign = tmp_path / "mine"
-    shutil.copytree(settings_for(study=STUDY).runs_dir / RUN / "checkpoint-12", foreign)
+    shutil.copytree(settings_for(study=STUDY).runs_dir / RUN / "checkpoint-6", foreign)
     (foreign / "manifest.json").unlink()
     argv = ["--study", "again", "--runs", str(foreign), "--tasks", "sst2", "--shots", "0"]
     argv += ["--splits", "test", "--limit", "4", "--dtype", "fp32"]
@@ -220,24 +219,24 @@ def test_other_weights_under_the_same_name_are_measured_again(folder, model, tmp
 def test_checkpoints_from_elsewhere_are_fractions_of_their_last(folder, model, tmp_path, capsys):
     run = settings_for(study=STUDY).runs_dir / RUN
     foreign = tmp_path / "mine"
-    for step in (6, 12):
+    for step in (3, 6):
         shutil.copytree(run / f"checkpoint-{step}", foreign / f"checkpoint-{step}")
     broken = foreign / "checkpoint-3"
     broken.mkdir()
     (broken / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    shutil.copy(run / "checkpoint-6" / "adapter_model.safetensors", broken)
+    shutil.copy(run / "checkpoint-3" / "adapter_model.safetensors", broken)
     argv = [*model[:2], "--study", "elsewhere", "--runs", str(foreign), "--tasks", "sst2"]
     assert main([*argv, "--shots", "0", "--limit", "4", "--splits", "validation"]) == 1
     assert "checkpoint-3 is" in capsys.readouterr().err
     place = settings_for().output_dir / "performance_analysis" / "elsewhere"
     found = records_in(place).query("run == 'mine' and metric == 'accuracy'")
-    assert dict(zip(found.step, found.fraction)) == {6: 0.5, 12: 1.0}
+    assert dict(zip(found.step, found.fraction)) == {3: 0.5, 6: 1.0}
 
 
 def test_two_runs_of_one_name_are_refused(folder, model, tmp_path, capsys):
     run = settings_for(study=STUDY).runs_dir / RUN
     for name in ("one/mine", "two/mine", f"three/{RUN}", "four/base"):
-        shutil.copytree(run / "checkpoint-12", tmp_path / name)
+        shutil.copytree(run / "checkpoint-6", tmp_path / name)
     for names in (("one/mine", "two/mine"), (f"three/{RUN}",), ("four/base",)):
         assert main([*model, "--runs", *(str(tmp_path / name) for name in names)]) == 2
         error = capsys.readouterr().err
@@ -304,7 +303,7 @@ def test_bad_input_is_one_line(folder, model, script, tmp_path):
     nothing = script("eval.py", *model[:2], "--study", "nothing")
     assert_one_line_error(nothing, "has no run with a checkpoint", "multi_task_training.py", STUDY)
     assert_one_line_error(run("--runs", "none"), "no run 'none'")
-    assert_one_line_error(run("--checkpoints", "7"), "its steps are 6, 12")
+    assert_one_line_error(run("--checkpoints", "7"), "its steps are 3, 6")
     assert_one_line_error(run("--checkpoints", "first"), "write all, last, or steps")
     assert_one_line_error(run("--limit", "0"), "--limit takes at least 1")
     assert_one_line_error(run("--tasks", "sst3"), "unknown task 'sst3'")
@@ -323,7 +322,7 @@ def test_a_base_that_gives_nan_is_told(folder, model, tmp_path, capsys):
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    checkpoint = settings_for(study=STUDY).runs_dir / RUN / "checkpoint-12"
+    checkpoint = settings_for(study=STUDY).runs_dir / RUN / "checkpoint-6"
     foreign = tmp_path / "adapter"
     shutil.copytree(checkpoint, foreign)
     argv = ["--model", str(broken), "--study", "nan-base", "--runs", str(foreign), "--shots", "0"]

@@ -264,13 +264,13 @@ def test_base_and_every_checkpoint_of_several_tasks_are_measured(folder):
     assert set(records.run) == {"base", RUN, FULL}
     assert records.groupby("run").step.unique().map(set).to_dict() == {
         "base": {0},
-        RUN: {6, 12},
-        FULL: {6, 12},
+        RUN: {3, 6},
+        FULL: {3, 6},
     }
     spaces = records.groupby("run").of.unique().map(list).to_dict()
     assert spaces == {"base": ["qv"], RUN: ["adapter"], FULL: ["qv"]}
     cosines = records[(records.metric == "gradient_cosine") & (records.layer == -1)]
-    cosines = cosines[(cosines.module == "both") & (cosines.run == FULL) & (cosines.step == 12)]
+    cosines = cosines[(cosines.module == "both") & (cosines.run == FULL) & (cosines.step == 6)]
     pairs = {("sst2", "mnli"), ("sst2", "qqp"), ("mnli", "qqp"), ("mean", "mean")}
     assert set(zip(cosines.task, cosines.other)) == pairs and set(cosines.n) == {3}
     assert cosines.value.between(-1, 1).all() and (cosines.low < cosines.high).all()

@@ -43,14 +43,14 @@ def records_in(folder):
 
 def test_base_and_every_checkpoint_have_benchmarks_text_and_drift(folder):
     records = records_in(folder)
-    for run, steps in (("base", {0}), (RUN, {6, 12}), (FULL, {6, 12})):
+    for run, steps in (("base", {0}), (RUN, {3, 6}), (FULL, {3, 6})):
         own = records[(records.run == run) & (records.update_scale == 1)]
         assert set(own[own.metric == "acc"].task) == {"hellaswag", "arc_challenge", "winogrande"}
         assert set(own[own.metric == "acc_norm"].task) == {"hellaswag", "arc_challenge"}
         assert set(own[own.metric == "acc"].step) == steps
         texts = own[own.metric == "log_likelihood"]
         assert set(texts.task) == {"text_prose", "text_cnn_dailymail"} and (texts.value < 0).all()
-    ours = records[(records.run == RUN) & (records.step == 12) & (records.update_scale == 1)]
+    ours = records[(records.run == RUN) & (records.step == 6) & (records.update_scale == 1)]
     assert {"kl", "agreement", "cka", "forgetting", "retention"} <= set(ours.metric)
     assert set(ours[ours.metric == "kl"].task) == {"text", "sst2", "mnli", "qqp"}
     assert set(ours[ours.metric == "cka"].layer) == {0, 1, 2}
@@ -66,11 +66,11 @@ def test_the_mean_takes_acc_norm_where_there_is_one(folder):
 
 
 def test_forgetting_is_paired_and_counts_what_flipped(folder):
-    records = records_in(folder).query("run == @FULL and step == 12 and update_scale == 1")
+    records = records_in(folder).query("run == @FULL and step == 6 and update_scale == 1")
     found = records[(records.task == "hellaswag") & (records.metric == "forgetting")].iloc[0]
     results = Results(folder)
     base, ours = (
-        results.items(f"{unit}-hellaswag")["acc_norm"].items for unit in ("base-0", f"{FULL}-12")
+        results.items(f"{unit}-hellaswag")["acc_norm"].items for unit in ("base-0", f"{FULL}-6")
     )
     assert found.value == pytest.approx((base - ours).mean())
     assert found.forgotten == ((base == 1) & (ours == 0)).sum()
@@ -104,7 +104,7 @@ def test_what_is_there_is_not_measured_again(folder, model, capsys):
 
 def test_an_adapter_of_zeros_forgets_exactly_nothing(folder, model, tmp_path):
     run = tmp_path / "zeros"
-    shutil.copytree(settings_for(study=STUDY).runs_dir / RUN / "checkpoint-12", run)
+    shutil.copytree(settings_for(study=STUDY).runs_dir / RUN / "checkpoint-6", run)
     (run / "manifest.json").unlink()
     weights = load_file(run / "adapter_model.safetensors")
     weights = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in weights.items()}
@@ -250,7 +250,7 @@ def test_without_runs_the_base_is_measured(model):
 
 
 def test_checkpoints_whose_records_would_mix_are_refused(folder, model, tmp_path, capsys):
-    checkpoint = settings_for(study=STUDY).runs_dir / RUN / "checkpoint-12"
+    checkpoint = settings_for(study=STUDY).runs_dir / RUN / "checkpoint-6"
     places = [tmp_path / name for name in ("one/final", "other/final", "base")]
     for place in places:
         shutil.copytree(checkpoint, place)
