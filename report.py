@@ -88,7 +88,7 @@ def execute(settings: Settings) -> Any:
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     first.source = f"STUDY = {settings.study!r}"
     # the kernel looks up everything else as a script does
-    os.environ |= {"OUTPUT_DIR": str(settings.output_dir), "PRESET": settings.preset.name}
+    own = {"OUTPUT_DIR": str(settings.output_dir), "PRESET": settings.preset.name}
     client = NotebookClient(
         notebook,
         timeout=None,
@@ -97,7 +97,7 @@ def execute(settings: Settings) -> Any:
         resources={"metadata": {"path": str(ROOT)}},
     )
     try:
-        client.execute()
+        client.execute(env={**os.environ, **own})
     except CellExecutionError as error:
         said = (str(error.evalue).strip().splitlines() or [""])[0]
         if error.ename == UserError.__name__:

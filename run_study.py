@@ -28,7 +28,7 @@ from config import (
 from learning_rates import FACTORS
 from study_plan import plan_runs, plan_steps
 from study_processes import Conductor
-from study_steps import ANALYSES, DOCUMENTS, STAGES, Stamps, Step
+from study_steps import ANALYSES, DOCUMENTS, STAGES, Stamps, Step, steps_done
 from training_configs import settable_help
 from training_run import Run
 
@@ -193,10 +193,7 @@ def conduct(
     args: argparse.Namespace, settings: Settings, stamps: Stamps, steps: Sequence[Step]
 ) -> int:
     """Carry out what is left; the exit code."""
-    done = {step.name for step in steps if stamps.is_done(step)}
-    left = [step for step in steps if step.name not in done]
-    if left and left[0].stage != "report":  # it reads what they make
-        done -= {step.name for step in steps if step.stage == "report"}
+    done = steps_done(steps, stamps)
     print(f"{len(steps)} steps, {len(done)} of them are done", flush=True)
     conductor = Conductor(settings, stamps, args.workers)
 

@@ -17,7 +17,7 @@ from config import BENCHMARKS, ROOT, Settings
 from dataset_descriptions import describe
 from gradient_conflict import BATCHES
 from study_plan import common_flags, flags_of
-from study_steps import ANALYSES, STAGES, Stamps, Step
+from study_steps import ANALYSES, STAGES, Stamps, Step, steps_done
 from training_run import Run
 
 PROBE_STEPS = 4
@@ -195,7 +195,8 @@ def print_plan(
     """A line a step: its state, and what is left of it; then the sums, and what can be shown."""
     from run_records import pick_device
 
-    left = [step for step in steps if not stamps.is_done(step)]
+    done = steps_done(steps, stamps)
+    left = [step for step in steps if step.name not in done]
     rates = measured_rates([run for step in steps for run in step.runs])
     probed = probe_unmeasured(args, settings, left, rates)
     width = max(len(step.name) for step in steps)

@@ -113,6 +113,16 @@ def _state(runs: Sequence[Run]) -> dict[str, str]:
     return found
 
 
+def steps_done(steps: Sequence[Step], stamps: Stamps) -> set[str]:
+    """Names of the steps that need not be carried out: what they read is made, too."""
+    done: set[str] = set()
+    names = {step.name for step in steps}
+    for step in steps:
+        if stamps.is_done(step) and not names & set(step.needs) - done:
+            done.add(step.name)
+    return done
+
+
 class Stamps:
     """What is written of steps that have ended, in `outputs/<study>/steps/`."""
 

@@ -72,6 +72,13 @@ def smollm2(workspace):
     return prepare_base(settings_for())
 
 
+@pytest.fixture(scope="module")
+def smollm2_model(smollm2):
+    from checkpoint_utils import load_base
+
+    return load_base(smollm2).eval()
+
+
 @pytest.fixture(scope="session")
 def tokenizer(smollm2):
     from checkpoint_utils import load_tokenizer

@@ -13,7 +13,7 @@ from conftest import assert_one_line_error, settings_for
 from figure_checks import notes
 from synthetic_records import record
 
-from analysis_subjects import Subject
+from analysis_subjects import Subject, weights_of
 from batching import CompletionCollator
 from checkpoint_models import Checkpoint
 from checkpoint_utils import read_json
@@ -304,7 +304,8 @@ def test_a_run_that_was_trained_again_is_measured_again(tmp_path):
     for digest in ("a", "b", "b"):
         files = {"model.safetensors": {"sha256": digest}, "optimizer.pt": {"sha256": "c"}}
         (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
-        requests.append(batches.request(Unit(subject, "similar", ("sst2", "mnli"))))
+        asked = batches.request(Unit(subject, "similar", ("sst2", "mnli")))
+        requests.append(asked | weights_of(subject, SimpleNamespace(digest="base")))
     assert requests[0] != requests[1] == requests[2]
 
 

@@ -205,7 +205,8 @@ def test_a_group_is_one_result_over_its_tasks(tmp_path, tiny_model, tokenizer):
 
 def test_a_definitions_own_number_of_examples_is_told(tmp_path, tokenizer):
     write_rows(tmp_path, "truthfulqa_mc1", "validation", [ROWS["truthfulqa_mc1"]] * 4)
-    write_rows(tmp_path, "piqa", "validation", [ROWS["piqa"]] * 4)
+    rows = [{**ROWS["piqa"], "goal": f"{ROWS['piqa']['goal']} {i}"} for i in range(4)]
+    write_rows(tmp_path, "piqa", "validation", rows)  # none is its own example
     settings = settings_for(data=str(tmp_path))
     asked = Benchmarks(settings, tokenizer, ["truthfulqa_mc1", "piqa"], 2)
     assert asked.other_shots == {"truthfulqa_mc1": (0, 0)}

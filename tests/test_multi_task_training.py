@@ -21,8 +21,8 @@ SHORT = ["--similar", "--limit", "16", "--set", "epochs=4", "checkpoints=6", "mi
 LORA = [*SHORT, "lora_dropout=0.1", "--lora", "4", "--dtype", "bf16"]
 FULL = [*SHORT, "--full-finetune", "--dtype", "bf16"]
 NAMES = {
-    "lora": "similar_lora_r4_dropout0.1_limit16_bf16_checkpoints6_seed42",
-    "full": "similar_full_limit16_bf16_checkpoints6_seed42",
+    "lora": "similar_lora_r4_epochs4_dropout0.1_limit16_bf16_checkpoints6_seed42",
+    "full": "similar_full_epochs4_limit16_bf16_checkpoints6_seed42",
 }
 
 
@@ -324,7 +324,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny, capsys, argv, parts):
 
 def test_a_loss_that_is_not_a_number_ends_the_run(tiny, capsys):
     argv = ["--tasks", "sst2", "--full-finetune", "--set", "learning_rate=1e30", "max_grad_norm=0"]
-    argv += ["logging_steps=1", "--limit", "16", "--dtype", "fp32", "--study", "nan"]
+    argv += ["epochs=4", "logging_steps=1", "--limit", "16", "--dtype", "fp32", "--study", "nan"]
     assert main([*argv, "--model", str(tiny)]) == 2
     assert "try a lower rate" in capsys.readouterr().err
 

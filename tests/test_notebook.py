@@ -35,11 +35,11 @@ def report(tmp_path, monkeypatch):
     def run(study="demo"):
         notebook = nbformat.read(NOTEBOOK, as_version=4)
         notebook.cells[1].source = notebook.cells[1].source.replace("demo", study)
-        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
         outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
         shown = [o.get("data", {}) for o in outputs]
         text = "".join(o.get("text", "") for o in outputs)
-        text += "".join(d.get("text/markdown", d.get("text/plain", "")) for d in shown)
+        text += "".join(d.get("text/markdown", d.get("text/html", "")) for d in shown)
         pictures = [o for o in outputs if "image/png" in o.get("data", {})]
         return text, pictures
 

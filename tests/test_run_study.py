@@ -63,6 +63,13 @@ def values(output, study, places=tuple(DOCUMENTS)):
     return found
 
 
+def same(found, expected):
+    """Equal but for the last bits: products of fp64 round by where their operands lie."""
+    return found.keys() == expected.keys() and all(
+        found[key] == pytest.approx(expected[key], rel=1e-9, abs=1e-12) for key in expected
+    )
+
+
 @pytest.fixture(scope="module")
 def adapted(workspace, whole):
     return values(workspace, "whole", ["performance_analysis"])
@@ -110,7 +117,7 @@ def test_a_deleted_unit_is_measured_again_alone(whole, workspace, short, capsys)
     unit.unlink()
     assert main([*short, "--study", "whole"]) == 0
     assert "6 steps, 5 of them are done" in capsys.readouterr().out
-    assert unit.is_file() and values(workspace, "whole") == whole
+    assert unit.is_file() and same(values(workspace, "whole"), whole)
 
 
 def test_a_study_killed_at_random_moments_ends_with_the_same_records(whole, workspace, short):
@@ -121,7 +128,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_records(whole, work
         study.send_signal(signal.SIGKILL)
         study.communicate()
     assert main([*short, "--study", "killed"]) == 0
-    assert values(workspace, "killed") == whole
+    assert same(values(workspace, "killed"), whole)
 
 
 def test_two_workers_measure_the_same(adapted, workspace, shorter):
@@ -195,7 +202,7 @@ def test_checkpoints_are_deleted_once_they_are_measured(whole, workspace, short,
     for run in RUNS:
         folder = workspace / "models" / "deleted" / run
         assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-4"]
-    assert values(workspace, "deleted") == whole
+    assert same(values(workspace, "deleted"), whole)
     report = workspace / "outputs" / "deleted" / "report.html"
     assert f"report: {report}" in capfd.readouterr().out and report.is_file()
     assert main(arguments) == 0

@@ -26,11 +26,6 @@ def model(request, tiny):
     return load_base(prepare_base(settings_for(model=str(tiny))), attention=request.param).eval()
 
 
-@pytest.fixture(scope="module")
-def smollm2_model(smollm2):
-    return load_base(smollm2).eval()
-
-
 def random_items(count=23, seed=0):
     random = torch.Generator().manual_seed(seed)
 

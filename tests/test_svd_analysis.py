@@ -405,15 +405,15 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, model, tmp_p
 
 
 def test_a_checkpoint_that_its_manifest_does_not_confirm_is_named(folder, model, capsys):
-    copy = settings_for(study="corrupt")
+    copy = settings_for(study="corrupt-drift")
     shutil.copytree(settings_for(study=STUDY).runs_dir / RUN, copy.runs_dir / RUN)
     path = copy.runs_dir / RUN / "checkpoint-1" / ADAPTER
     path.write_bytes(path.read_bytes()[:-8] + b"corrupt!")
-    assert main([*model, "--study", "corrupt"]) == 1
+    assert main([*model, "--study", "corrupt-drift"]) == 1
     assert "checkpoint-1/adapter_model.safetensors is corrupt" in capsys.readouterr().err
-    assert set(records_in(place("corrupt")).step) == {2}
+    assert set(records_in(place("corrupt-drift")).step) == {2}
     (path.parent / "manifest.json").write_text("{")
-    assert main([*model, "--study", "corrupt"]) == 1
+    assert main([*model, "--study", "corrupt-drift"]) == 1
     assert "manifest.json cannot be read" in capsys.readouterr().err
 
 
