@@ -221,13 +221,13 @@ def test_checkpoints_from_elsewhere_are_fractions_of_their_last(folder, model, t
     foreign = tmp_path / "mine"
     for step in (3, 6):
         shutil.copytree(run / f"checkpoint-{step}", foreign / f"checkpoint-{step}")
-    broken = foreign / "checkpoint-3"
+    broken = foreign / "checkpoint-2"
     broken.mkdir()
     (broken / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     shutil.copy(run / "checkpoint-3" / "adapter_model.safetensors", broken)
     argv = [*model[:2], "--study", "elsewhere", "--runs", str(foreign), "--tasks", "sst2"]
     assert main([*argv, "--shots", "0", "--limit", "4", "--splits", "validation"]) == 1
-    assert "checkpoint-3 is" in capsys.readouterr().err
+    assert "checkpoint-2 is" in capsys.readouterr().err
     place = settings_for().output_dir / "performance_analysis" / "elsewhere"
     found = records_in(place).query("run == 'mine' and metric == 'accuracy'")
     assert dict(zip(found.step, found.fraction)) == {3: 0.5, 6: 1.0}

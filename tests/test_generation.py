@@ -113,7 +113,7 @@ def test_32_real_rows_are_generated_as_model_generate_does(
     smollm2_model, tokenizer, real_data, task
 ):
     rows = read_jsonl(Path(real_data) / task / "test.jsonl", limit=32)
-    encoded = [encode(tokenizer, describe(task), row, 384) for row in rows]
+    encoded = [encode(tokenizer, describe(task), row, 192) for row in rows]
     prompts = [e["input_ids"][: e["prompt_length"]] for e in encoded]
     eos = tokenizer.eos_token_id
     ours = generate_greedily(smollm2_model, prompts, 24, [eos])

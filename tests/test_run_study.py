@@ -212,12 +212,12 @@ def test_checkpoints_are_deleted_once_they_are_measured(whole, workspace, short,
 def test_a_sweep_is_searched_trained_and_measured(workspace, shorter, capsys):
     only = shorter.index("--only")
     asked = ["--only", "prepare", "sweep", "train", "drift", *shorter[shorter.index("--set") :]]
-    arguments = [*shorter[:only], *asked, "--study", "swept", "--seeds", "42", "43"]
+    arguments = [*shorter[:only], *asked, "--study", "swept-study", "--seeds", "42", "43"]
     arguments += ["--lr-sweep", "1", "100", "10000"]
     assert main(arguments) == 0
-    rates = read_json(workspace / "models/swept/learning_rates.json")["records"]
-    runs = {path.parent.name for path in workspace.glob("models/swept/*/training.json")}
-    drift = read_json(workspace / "drift_analysis_plots/swept/drift.json")["records"]
+    rates = read_json(workspace / "models/swept-study/learning_rates.json")["records"]
+    runs = {path.parent.name for path in workspace.glob("models/swept-study/*/training.json")}
+    drift = read_json(workspace / "drift_analysis_plots/swept-study/drift.json")["records"]
     assert {r["run"] for r in drift} - {"base"} >= runs
     for method in ("full", "lora"):
         own = [r for r in rates if r["method"] == method]
