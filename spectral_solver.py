@@ -23,11 +23,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from spectral import SVD, finite, lora_factors, thin_svd
-from spectral_coordinates import NOISE, Dense, LowRank, random_block
+from spectral_coordinates import NOISE, Dense, LowRank, product, random_block
 
 # On the distance of a vector from the true one, so on the error of every cosine. The values' error
 # is its square.
 TOLERANCE = 1e-6
+IMPROVED = TOLERANCE / 8  # errors above it are worked on: some more directions save a last round
 GUARD = 16  # triplets beyond k whose residuals are looked at in every round
 SAME = 1e-9  # relative: values that differ by less count as equal
 DROP = 1e-3  # of the largest error: a round improves by about that, so weaker directions can wait
@@ -131,13 +132,13 @@ class Search:
     def __init__(self, matrix: LowRank | Dense, width: int):
         self.matrix, self.width = matrix, width
         self.images, self.coimages = matrix.unit_images(width)
-        self.left = self.images.new_zeros((matrix.rows - width, 0))
-        self.right = self.images.new_zeros((matrix.columns - width, 0))
+        self.heads = matrix.heads(width)
+        self.left, self.right = (head[:, :0] for head in self.heads)
 
     def extend(self, left: torch.Tensor, right: torch.Tensor, drop: float) -> None:
         """Add directions of the tail; those weaker than `drop` are left out."""
-        left = _orthonormal(left, self.left, drop)
-        right = _orthonormal(right, self.right, drop)
+        left = _orthonormal(left, (self.heads[0], self.left), drop)
+        right = _orthonormal(right, (self.heads[1], self.right), drop)
         self.left, self.right = torch.cat([self.left, left], 1), torch.cat([self.right, right], 1)
         self.images = torch.cat([self.images, self.matrix.times(right, self.width)], 1)
         coimages = self.matrix.transposed_times(left, self.width)
@@ -157,21 +158,21 @@ class Search:
     def ritz(self, X: torch.Tensor, values: torch.Tensor, Y: torch.Tensor) -> _Ritz:
         """Vectors and residuals of the Ritz triplets whose columns of X and Y are given."""
         w, known = self.width, values[: X.shape[1]]
-        u, v = self.left @ X[w:], self.right @ Y[w:]
-        left = self.images[w:] @ Y - known * u
-        right = self.coimages[w:] @ X - known * v
+        u, v = product(self.left, X[w:]), product(self.right, Y[w:])
+        left = product(self.images[w:], Y) - known * u
+        right = product(self.coimages[w:], X) - known * v
         return _Ritz(values, torch.cat([X[:w], u]), torch.cat([Y[:w], v]), left, right)
 
     def probe(self, count: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Directions outside the space that M stretches most, and by how much, from below."""
         w, matrix = self.width, self.matrix
+        bases = tuple(zip(self.heads, (self.left, self.right)))
         right = random_block((len(self.right), count), self.right)
         for _ in range(2):
-            right = torch.linalg.qr(right - self.right @ (self.right.T @ right))[0]
-            left = matrix.times(right, w)[w:]
-            left = torch.linalg.qr(left - self.left @ (self.left.T @ left))[0]
+            right = torch.linalg.qr(_outside(right, *bases[1]))[0]
+            left = torch.linalg.qr(_outside(matrix.times(right, w)[w:], *bases[0]))[0]
             right = matrix.transposed_times(left, w)[w:]
-        right = right - self.right @ (self.right.T @ right)
+        right = _outside(right, *bases[1])
         norm = float(torch.linalg.matrix_norm(right, 2))
         return left, right / max(norm, 1e-300), norm
 
@@ -191,14 +192,23 @@ class _Ritz:
         return (self.left_residuals.square().sum(0) + self.right_residuals.square().sum(0)).sqrt()
 
 
-def _orthonormal(block: torch.Tensor, basis: torch.Tensor, drop: float) -> torch.Tensor:
-    """An orthonormal basis of the block's span outside `basis`, down to the strength `drop`."""
-    block = block - basis @ (basis.T @ block)
+def _orthonormal(
+    block: torch.Tensor, bases: tuple[torch.Tensor, torch.Tensor], drop: float
+) -> torch.Tensor:
+    """An orthonormal basis of the block's span outside `bases`, down to the strength `drop`."""
+    block = _outside(block, *bases)
     # a Gram matrix has half the digits, which does for choosing directions
     strengths, mixes = torch.linalg.eigh(block.T @ block)
     kept = strengths > (1e-15 * strengths[-1:]).clamp(min=drop**2)
     block = block @ (mixes[:, kept] / strengths[kept].sqrt())
-    return torch.linalg.qr(block - basis @ (basis.T @ block))[0]
+    return torch.linalg.qr(_outside(block, *bases))[0]
+
+
+def _outside(block: torch.Tensor, *bases: torch.Tensor) -> torch.Tensor:
+    """What of the block is orthogonal to the bases, which are orthonormal, also to each other."""
+    for basis in bases:
+        block = block - product(basis, product(basis.T, block))
+    return block
 
 
 def _errors(ritz: _Ritz, k: int, ceiling: float) -> torch.Tensor:
@@ -219,20 +229,6 @@ def _errors(ritz: _Ritz, k: int, ceiling: float) -> torch.Tensor:
     errors = 2**0.5 * residuals / delta * (1 + mixing.norm(dim=1))
     # at the level of rounding no method knows better, and repeated values have no vectors
     return torch.where(residuals <= NOISE * ritz.values[0], NOISE, errors)
-
-
-def _corrections(
-    S: torch.Tensor, values: torch.Tensor, left: torch.Tensor, right: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the vectors miss in the tail, if M were diag(S) there: residuals (., b), S (t,)."""
-    t = len(S)
-    squares = values.square()
-    inverse = 1 / (squares - S.square()[:, None]).clamp(min=1e-6 * squares)
-    missing = []
-    for own, other in ((left, right), (right, left)):
-        inside = (values * own[:t] + S[:, None] * other[:t]) * inverse
-        missing.append(torch.cat([inside, own[t:] / values]))
-    return missing[0], missing[1]
 
 
 def _iterate(matrix: LowRank | Dense, k: int, width: int) -> tuple[_Ritz, float] | None:
@@ -279,11 +275,11 @@ def _missed(
 
 def _expand(search: Search, ritz: _Ritz, errors: torch.Tensor, doubtful: torch.Tensor) -> None:
     """Add what the vectors with errors, and the doubtful ones, miss, by what is at stake."""
-    wrong = torch.cat([(errors > TOLERANCE / 2).nonzero()[:, 0], doubtful])
+    wrong = torch.cat([(errors > IMPROVED).nonzero()[:, 0], doubtful])
     residuals = ritz.left_residuals[:, wrong], ritz.right_residuals[:, wrong]
-    missing = _corrections(search.matrix.S[search.width :], ritz.values[wrong], *residuals)
+    missing = search.matrix.corrections(ritz.values[wrong], *residuals, search.width)
     size = (missing[0].square().sum(0) + missing[1].square().sum(0)).sqrt()
-    stakes = errors.clamp(TOLERANCE / 2, 1)
+    stakes = errors.clamp(IMPROVED, 1)
     worst = stakes.max()
     weights = torch.cat([stakes, worst.expand(GUARD)])[wrong] / size
     # the least stake is above the drop, so every round adds something
@@ -322,22 +318,15 @@ def _top_triplets(matrix: LowRank | Dense, k: int) -> Triplets:
         return _densely(matrix, k, method)
     ritz, error = found
     residual = float(ritz.residuals[:k].max() / ritz.values[0])
-    return _assemble(matrix, ritz.left, ritz.values, ritz.right, k, residual, error, method)
-
-
-def _assemble(matrix, left, values, right, k, residual, error, method) -> Triplets:
-    p = len(matrix.S)
-    left, right = left[:, :k], right[:, :k]
-    return Triplets(
-        values[:k], left[:p], right[:p], *matrix.outside(left, right), residual, error, method
-    )
+    parts = matrix.in_base(ritz.left[:, :k], ritz.right[:, :k], width)
+    return Triplets(ritz.values[:k], *parts, residual, error, method)
 
 
 def _unchanged(matrix: LowRank | Dense, k: int) -> Triplets:
     """The base's own triplets, exactly."""
-    left = torch.eye(matrix.rows, k, dtype=matrix.S.dtype, device=matrix.S.device)
-    right = torch.eye(matrix.columns, k, dtype=matrix.S.dtype, device=matrix.S.device)
-    return _assemble(matrix, left, matrix.S, right, k, 0.0, 0.0, "unchanged")
+    units = torch.eye(k, dtype=matrix.S.dtype, device=matrix.S.device)
+    vectors = [torch.cat([units, units.new_zeros((len(h), k))]) for h in matrix.heads(k)]
+    return Triplets(matrix.S[:k], *matrix.in_base(*vectors, k), 0.0, 0.0, "unchanged")
 
 
 def _densely(matrix: LowRank | Dense, k: int, method: str) -> Triplets:
@@ -355,4 +344,4 @@ def _densely(matrix: LowRank | Dense, k: int, method: str) -> Triplets:
     smallest = float(gaps.min()) if len(gaps) else float(values[0])
     error = worst / smallest if smallest > 0 else math.inf
     residual = worst / float(values[0]) if float(values[0]) else 0.0
-    return _assemble(matrix, left, values, right, k, residual, error, method)
+    return Triplets(values[:k], *matrix.in_base(left, right, 0), residual, error, method)
