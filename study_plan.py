@@ -15,8 +15,7 @@ from training_run import Run
 SAMPLE_FLAGS = {
     ("evaluate", "dissimilar"): ("--checkpoints", "last", "--limit", "8"),
     ("retention", None): ("--checkpoints", "last"),
-    ("gradients", None): ("--checkpoints", "last"),
-    ("gradients", "dissimilar"): ("--checkpoints", "last", "--batches", "4"),
+    ("gradients", None): ("--checkpoints", "last", "--batches", "4"),
 }
 
 
