@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-DEMO_NOTE = "demo: instruct model, 4-bit, sample data: not evidence"
+DEMO_NOTE = "demo: small instruct model, 4-bit weights, few rows: not evidence"
 
 METRIC_LABELS = {
     "accuracy": "accuracy",

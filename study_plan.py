@@ -13,8 +13,9 @@ from training_run import Run
 # The sample rows are no evidence whatever is measured: the least that fills every figure. By stage
 # and family (None: both).
 SAMPLE_FLAGS = {
-    ("evaluate", "dissimilar"): ("--checkpoints", "last", "--limit", "8"),
-    ("retention", None): ("--checkpoints", "last"),
+    ("evaluate", None): ("--shots", "0"),
+    ("evaluate", "dissimilar"): ("--checkpoints", "last", "--limit", "8", "--shots", "0"),
+    ("retention", None): ("--checkpoints", "last", "--limit", "24"),
     ("gradients", None): ("--checkpoints", "last", "--batches", "4"),
 }
 
