@@ -6,8 +6,10 @@ come back in the caller's order; in fp32 they do not depend on the batch, but fo
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
+from inspect import signature
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -127,10 +129,19 @@ def _last_logits(
         input_ids=input_ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{_cache_argument(): cache},
     ).logits[:, -1]
+
+
+@functools.cache
+def _cache_argument() -> str:
+    """What the forward pass calls its cache: Transformers is giving up `past_key_values`."""
+    from transformers import LlamaForCausalLM
+
+    known = signature(LlamaForCausalLM.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def _keep_rows(cache: Any, mask: torch.Tensor, rows: list[int]) -> torch.Tensor:
