@@ -332,7 +332,8 @@ def _interval_notes(table: DataFrame, small: str) -> list[str]:
 def notes(figure: Figure, frame: DataFrame, sentences: list[str]) -> None:
     """Small print under the figure, the demo's note last; then the layout is fixed."""
     sentences = [*sentences, *filter(None, [frame.attrs.get("note")])]
-    lines = textwrap.wrap(" ".join(sentences), int(figure.get_size_inches()[0] * 19))
+    text = " ".join(sentences).replace(" %", "\N{NO-BREAK SPACE}%")
+    lines = textwrap.wrap(text, int(figure.get_size_inches()[0] * 19))
     if is_demo(frame):
         lines.append(DEMO_NOTE)
     figure.supxlabel("\n".join(lines), size=7, color="#444444")

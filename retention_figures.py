@@ -239,6 +239,7 @@ def _front(ax: Axes, points: DataFrame) -> None:
     ax.plot(steps_x[1:-1], steps_y[1:-1], label="Pareto front", **front)
     ax.plot([0], [0], linestyle="none", marker="*", ms=10, color=GREY, zorder=5, label="base")
     ax.set(xlim=(left, right), ylim=(low, high))
+    ax.locator_params(axis="x", nbins=5)
     ax.set_title("better: down and right", loc="right", size=6.5, weight="normal", color=GREY)
 
 

@@ -21,7 +21,7 @@ def bars(ax, label, vertical=True):
 
 
 def notes(figure):
-    return figure.get_supxlabel().replace("\n", " ")
+    return " ".join(figure.get_supxlabel().split())  # line ends and no-break spaces as spaces
 
 
 def assert_texts_are_apart(figure):
