@@ -6,13 +6,12 @@ that they lie in. Those that read the tables beside the records are in spectrum_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES, INTRUDER_EPSILON, INTRUDER_K, UserError
-from plotting import bars, notes, nothing, spread, style_of, styled
+from plotting import bars, notes, nothing, place_legend, spread, style_of, styled
 from result_tables import LABEL, arm_order, last_checkpoints, load_records, summarise
 
 if TYPE_CHECKING:
@@ -302,10 +301,7 @@ def legend(figure: Figure, arms: Iterable[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=a, **style_of(a)) for a in sorted(set(arms), key=arm_order)]
-    longest = max(len(handle.get_label()) for handle in handles)
-    columns = max(1, int(figure.get_size_inches()[0] / (0.6 + 0.065 * longest)))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))
-    figure.set_figheight(figure.get_figheight() + 0.18 * math.ceil(len(handles) / columns))
+    place_legend(figure, handles)
 
 
 def seeds_said(frame: DataFrame) -> list[str]:

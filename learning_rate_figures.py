@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from drift_figures import grid, label_edges, told
 from learning_rate_tables import NO_SWEEP, arm_label, best_retaining, sweep_table, swept_arms
-from plotting import GREY, nothing, style_of, styled
+from plotting import GREY, nothing, place_legend, style_of, styled
 from result_tables import arm_order, is_trained, unfinished
 from training_configs import rate_name
 
@@ -114,11 +114,7 @@ def _legend(figure: Figure, arms: Iterable[str]) -> None:
     if "full" in names:
         label = "full's best-retaining rate"
         handles.append(Line2D([], [], label=label, **BLACK | RETAINING))
-    longest = max(len(handle.get_label()) for handle in handles)
-    columns = max(1, int(figure.get_size_inches()[0] / (0.6 + 0.065 * longest)))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))
-    lines = math.ceil(len(handles) / columns)
-    figure.set_figheight(figure.get_figheight() + 0.18 * lines)
+    place_legend(figure, handles)
 
 
 def _about(table: DataFrame, adaptation: DataFrame) -> str:

@@ -279,14 +279,33 @@ def finish(
     if (rows["method"] == "baseline").any():
         handles.append(dotted("baseline (its name over the panel)"))
     handles += extra
-    longest = max(len(handle.get_label()) for handle in handles)
-    columns = max(1, int(figure.get_size_inches()[0] / (0.6 + 0.065 * longest)))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)))
-    lines_beyond = math.ceil(len(handles) / columns) - 2
-    figure.set_figheight(figure.get_figheight() + 0.18 * max(lines_beyond, 0))  # not the panels'
+    place_legend(figure, handles, lines=2)
     small = "; small points: single seeds" if kind == "lines over points" else ""
     notes(figure, frame, [about, *_interval_notes(table, small)])
     return figure
+
+
+def place_legend(figure: Figure, handles: Sequence[Artist], lines: int = 0) -> None:
+    """The legend above the panels; the figure grows by the lines that it was not planned with.
+
+    What all arms have in common in their brackets is said once.
+    """
+    labels = [handle.get_label() for handle in handles]
+    extras = [m["extra"] for m in map(LABEL.fullmatch, labels) if m and m["kind"] != "base"]
+    common = extras[0] if len(extras) > 1 and len(set(extras)) == 1 else None
+    if common:
+        labels = [label.removesuffix(f" ({common})") for label in labels]
+    columns = max(1, int(figure.get_size_inches()[0] / (0.6 + 0.065 * max(map(len, labels)))))
+    figure.legend(
+        handles,
+        labels,
+        title=f"all runs: {common}" if common else None,
+        title_fontsize=7,
+        loc="outside upper center",
+        ncols=min(columns, len(handles)),
+    )
+    beyond = math.ceil(len(handles) / columns) + bool(common) - lines
+    figure.set_figheight(figure.get_figheight() + 0.18 * max(beyond, 0))  # not the panels'
 
 
 def _arm_handles(arms: Iterable[str], kind: str) -> list[Artist]:

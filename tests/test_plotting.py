@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from figure_checks import assert_texts_are_apart, bars, lines, notes, panel
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from synthetic_records import record, study, write_study
 
 from adaptation_figures import FIGURES, last_by_rank, learning_curves, validation_against_test
 from config import RANKS, TASKS, UserError
-from plotting import DEMO_NOTE, palette, save, style_of
+from plotting import DEMO_NOTE, palette, place_legend, save, style_of
 from result_tables import arm_of, gaps, load_records, score_table, summarise
 
 ARMS = [*(f"LoRA r={rank}" for rank in RANKS), "full qv", "full", "base"]
@@ -338,3 +340,20 @@ def test_a_figure_without_an_error_over_items_has_an_interval_over_seeds(frame):
     (row,) = summarise(frame(records)).itertuples()
     assert (row.stderr, row.over) == (pytest.approx(0.04 / math.sqrt(3)), "seeds")
     assert row.high == pytest.approx(0.84 + 4.3027 * 0.04 / math.sqrt(3), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown", "title"),
+    [
+        (["LoRA r=8 (steps40)", "full (steps40)", "base"], ["LoRA r=8", "full", "base"], "steps40"),
+        (["LoRA r=8 (steps40)", "full", "base"], None, ""),
+        (["LoRA r=8 (steps40)", "LoRA r=8 (steps80)"], None, ""),
+        (["LoRA r=8 (steps40)", "base"], None, ""),
+    ],
+)
+def test_what_all_arms_share_is_said_once(labels, shown, title):
+    figure = Figure()
+    place_legend(figure, [Line2D([], [], label=label) for label in labels])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == (shown or labels)
+    assert legend.get_title().get_text() == (f"all runs: {title}" if title else "")
