@@ -1,0 +1,28 @@
+"""The study in examples/ can be read and drawn by the code beside it."""
+
+import pytest
+from conftest import ROOT
+
+from adaptation_figures import learning_curves
+from plotting import save
+from result_tables import is_trained, load_records
+from retention_figures import learning_forgetting_plane
+
+EXAMPLE = ROOT / "examples" / "real_rows"
+KINDS = {"LoRA r=4", "LoRA r=8", "LoRA r=64", "full", "full qv"}
+
+
+@pytest.mark.parametrize("name", ["adaptation", "retention", "drift"])
+def test_the_example_holds_every_arm(name):
+    records = load_records(EXAMPLE / f"{name}.json")
+    assert {arm.split(" (")[0] for arm in records["arm"][is_trained(records)]} == KINDS
+    assert str(ROOT) not in (EXAMPLE / f"{name}.json").read_text(encoding="utf-8")
+
+
+def test_the_example_is_drawn(tmp_path):
+    adaptation, retention = (
+        load_records(EXAMPLE / f"{name}.json") for name in ("adaptation", "retention")
+    )
+    figures = learning_curves(adaptation), learning_forgetting_plane(retention, adaptation)
+    for number, figure in enumerate(figures):
+        assert save(figure, tmp_path / f"{number}.png").stat().st_size > 4000
