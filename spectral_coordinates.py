@@ -150,9 +150,8 @@ class Dense:
 
     def __init__(self, base: SVD, weight: torch.Tensor):
         self.base, self.S, self.weight = base, base.S, weight
-        self.rows, self.columns = base.shape
         # ||W - W0||_F, as 8 random vectors show it
-        probes = random_block((self.columns, 8), weight)
+        probes = random_block((base.shape[1], 8), weight)
         untuned = product(base.U, base.S[:, None] * product(base.Vh, probes))
         found = product(weight, probes) - untuned
         self.distance = float(found.norm()) / 8**0.5
