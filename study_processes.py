@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from config import ROOT, Settings, UserError
+import stage_process
+from config import Settings, UserError
 from study_steps import Stamps, Step
 
 POLL = 0.05  # seconds between two looks at the processes
@@ -23,7 +25,7 @@ class Running:
     """A step that is under way."""
 
     step: Step
-    process: subprocess.Popen
+    process: BaseProcess
     log: Path
     begun: float
     units: int
@@ -50,6 +52,7 @@ class Conductor:
         waiting = [step for step in steps if step.name not in done]
         planned = {step.name for step in waiting}
         self.logs.mkdir(parents=True, exist_ok=True)
+        context = stage_process.context() if waiting else None
         before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             with tqdm(total=len(waiting), unit="step") as progress:
@@ -58,9 +61,9 @@ class Conductor:
                     while ready and len(self.running) < self.workers and not self.signals:
                         step = ready.pop(0)
                         waiting.remove(step)
-                        self._begin(step)
+                        self._begin(step, context)
                         progress.set_description(", ".join(r.step.name for r in self.running))
-                    for run in [r for r in self.running if r.process.poll() is not None]:
+                    for run in [r for r in self.running if not r.process.is_alive()]:
                         self.running.remove(run)
                         planned.discard(run.step.name)
                         tqdm.write(self._end(run, after))
@@ -76,30 +79,26 @@ class Conductor:
         """The first signal lets the processes end well (a run saves a checkpoint)."""
         print("\nending: waiting for what is under way (again: at once)", flush=True)
         for run in self.running:
-            run.process.send_signal(signal.SIGKILL if self.signals else signal.SIGINT)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(run.process.pid, signal.SIGKILL if self.signals else signal.SIGINT)
         self.signals.append(number)
 
-    def _begin(self, step: Step) -> None:
+    def _begin(self, step: Step, context: BaseContext) -> None:
         slots = set(range(self.workers)) - {r.slot for r in self.running}
         slot, log = min(slots), self.logs / f"{step.name}.log"
-        command = [sys.executable, "-u", str(ROOT / "stage_process.py"), step.script]
         with log.open("a", encoding="utf-8") as file:
             file.write(f"\n$ python {step.script}.py {' '.join(step.arguments())}\n")
-            file.flush()
-            process = subprocess.Popen(
-                [*command, *step.arguments()],
-                stdin=subprocess.PIPE,  # it ends with this process
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self.devices[slot]},
-                start_new_session=True,  # Ctrl-C reaches it through this process alone
-            )
+        environment = {**os.environ, **self.devices[slot]}
+        process = context.Process(
+            target=stage_process.run, args=(step.script, step.arguments(), log, environment)
+        )
+        process.start()
         units = self.stamps.units(step)
         self.running.append(Running(step, process, log, time.monotonic(), units, slot))
 
     def _end(self, run: Running, after: Callable[[Step], None]) -> str:
         """Note how it ended; a line that says so."""
-        step, seconds, code = run.step, time.monotonic() - run.begun, run.process.returncode
+        step, seconds, code = run.step, time.monotonic() - run.begun, run.process.exitcode
         if code == 0:
             new = self.stamps.units(step) - run.units
             self.stamps.write(step, self.settings, seconds, new)
