@@ -27,6 +27,7 @@ DEMO = (
     "No findings: this is the demo, an instruct model in 4 bits on sample data, which is no"
     " evidence for or against any method. They need the study (PRESET=study)."
 )
+ALL_RUNS = "All runs were made with {}, which the names of the arms leave out."
 FULL_TUNING, FULL_TESTED = "full fine-tuning", "full fine-tuning (last checkpoint, test)"
 
 

@@ -33,6 +33,7 @@ from config import FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from finding_words import (
     ADAPTS,
+    ALL_RUNS,
     CONFIRMATORY,
     DEMO,
     EXPLORATORY,
@@ -51,6 +52,7 @@ from finding_words import (
     other_items,
 )
 from predictors import PREDICTORS, across_runs, predictor_table, within_runs
+from result_tables import shared_words, without_words
 from retention_tables import MEAN, at_chance, matched
 from seed_contrasts import Contrast, Items, Part, contrast
 from seed_intervals import BOTH, SEEDS, compare_over_seeds
@@ -83,7 +85,8 @@ def findings(
     """All findings of a study, question by question; one that says why not under the demo preset.
 
     The frames are those of load_records, where learning rates were swept by way of
-    learning_rate_tables.at_chosen_rates: arms go by their plain labels. `transfer` is
+    learning_rate_tables.at_chosen_rates. Arms go by their plain labels, also where all runs differ
+    from the grid's in the same fields, which is said first. `transfer` is
     transfer.transfer_table's; None is a stage that was not run. With the items
     (seed_contrasts.adaptation_items, retention_items) tests and intervals count seeds and items,
     without them seeds alone: those are about these test items.
@@ -91,6 +94,13 @@ def findings(
     if preset == "demo":
         return [Finding(MISSING, "", DEMO)]
     found = []
+    words = shared_words(f for f in (adaptation, retention, drift) if f is not None)
+    if words:
+        found.append(Finding(MISSING, "", ALL_RUNS.format(" ".join(sorted(words)))))
+        adaptation, retention, drift, transfer = (
+            None if f is None else f.assign(arm=[without_words(arm, words) for arm in f["arm"]])
+            for f in (adaptation, retention, drift, transfer)
+        )
     if adaptation is None:
         found.append(_missing(ADAPTS, "adaptation is not measured (python eval.py)"))
     else:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,10 +140,32 @@ def _with_rate(label: str, rate: float) -> str:
 
 def without_rate(label: str) -> str:
     """The label of the arm whose learning rates are compared: "LoRA r=8" of "LoRA r=8 (lr1e-3)"."""
+    return _without(label, RATE.fullmatch)
+
+
+def shared_words(frames: Iterable[DataFrame]) -> set[str]:
+    """What the names of all trained runs say of their fields ("steps40", "fp32"): it parts no arms.
+
+    All frames of a study are to be asked together; runs that were made elsewhere do not count.
+    """
+    runs = {run for frame in frames for run in frame.loc[is_trained(frame), "run"]}
+    extras = [set((n["extra"] or "").split("_")) for n in map(RUN_NAME.fullmatch, runs) if n]
+    return set.intersection(*extras) - {"", *TARGET_MODULES} if extras else set()
+
+
+def without_words(label: str, words: set[str]) -> str:
+    """An arm's label without what is known to part no arms: "LoRA r=8" of "LoRA r=8 (steps40)"."""
+    return _without(label, words.__contains__)
+
+
+def _without(label: str, is_left_out: Callable[[str], Any]) -> str:
     found = LABEL.fullmatch(label)
     if found is None or not found["extra"]:
         return label
-    extras = [" ".join(RATE.sub("", part).split()) for part in found["extra"].split(", ")]
+    extras = [
+        " ".join(word for word in part.split() if not is_left_out(word))
+        for part in found["extra"].split(", ")
+    ]
     return _label(found["kind"], [part for part in extras if part])
 
 

@@ -93,6 +93,25 @@ def test_a_known_effect_is_found_in_its_direction(adapted, effect, word):
         assert f.detectable > abs(f.high - f.effect)  # stricter than one test's interval
 
 
+def test_fields_that_all_runs_share_part_no_arms(adapted, kept_frame):
+    frames = [adapted(lambda rank: 0.05), kept_frame(lambda rank: 0.1 + 0.01 * rank)]
+    plain = findings(*frames, None, None, "study")
+    named = [
+        f.assign(
+            run=f["run"].str.replace("_seed", "_steps40_fp32_seed"), arm=f["arm"] + " (steps40 fp32)"
+        )
+        for f in frames
+    ]
+    first, *others = findings(*named, None, None, "study")
+    assert first.sentence.startswith("All runs were made with fp32 steps40")
+    assert as_markdown(others) == as_markdown(plain)
+    # one run of the grid itself: now the words part the arms, and the other arms are not the grid's
+    mixed = pd.concat([named[0], frames[0].query("arm == 'full'")])
+    found = findings(mixed, named[1], None, None, "study")
+    assert not any("All runs" in f.sentence for f in found)
+    assert not any(f.verdict for f in asked(found, ADAPTS))
+
+
 def test_the_figures_are_those_of_the_test_over_seeds(adapted):
     frame = adapted(lambda rank: 0.01, VAGUE)
     found = asked(findings(frame, None, None, None, "study"), ADAPTS)
