@@ -321,12 +321,13 @@ def gaps(frame: DataFrame, tested: bool = True) -> list[str]:
     said = []
     runs = frame[is_trained(frame)]
     grid = [*(f"LoRA r={rank}" for rank in RANKS), "full"]
+    words = shared_words([frame])
     for family in FAMILIES:
         ended = last_checkpoints(runs[runs["family"] == family])
         if ended.empty:
             said.append(f"{family}: no run that is measured at its end")
             continue
-        plain = ended["arm"].map(without_rate)
+        plain = ended["arm"].map(lambda arm: without_words(without_rate(arm), words))
         missing = [arm for arm in grid if arm not in set(plain)]
         if missing:
             said.append(f"{family}: no {', '.join(missing)}")

@@ -250,6 +250,15 @@ def test_a_run_that_has_not_ended_is_left_out_and_named(frame):
     assert "not measured at its end: similar_lora_r8_seed42" in gaps(frame(records))
 
 
+def test_fields_that_all_runs_share_leave_no_gap(frame):
+    records = curve("similar_full_steps40_seed42", [0.7, 0.8], method="full")
+    found = gaps(frame(records))
+    assert "similar: no LoRA r=4, LoRA r=8, LoRA r=16, LoRA r=32, LoRA r=64" in found
+    records += curve("similar_lora_r8_seed42", [0.7, 0.8])
+    found = gaps(frame(records))
+    assert "similar: no LoRA r=4, LoRA r=16, LoRA r=32, LoRA r=64, full" in found
+
+
 def test_other_prompts_and_metrics_do_not_enter(frame):
     run = "similar_lora_r8_seed42"
     records = [BASE, BASE | {"shots": 4, "value": 0.65}, *curve(run, [0.8])]
