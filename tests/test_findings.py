@@ -97,13 +97,11 @@ def test_fields_that_all_runs_share_part_no_arms(adapted, kept_frame):
     frames = [adapted(lambda rank: 0.05), kept_frame(lambda rank: 0.1 + 0.01 * rank)]
     plain = findings(*frames, None, None, "study")
     named = [
-        f.assign(
-            run=f["run"].str.replace("_seed", "_steps40_fp32_seed"), arm=f["arm"] + " (steps40 fp32)"
-        )
+        f.assign(run=f["run"].str.replace("_seed", "_steps40_seed"), arm=f["arm"] + " (steps40)")
         for f in frames
     ]
     first, *others = findings(*named, None, None, "study")
-    assert first.sentence.startswith("All runs were made with fp32 steps40")
+    assert first.sentence.startswith("All runs were made with steps40")
     assert as_markdown(others) == as_markdown(plain)
     # one run of the grid itself: now the words part the arms, and the other arms are not the grid's
     mixed = pd.concat([named[0], frames[0].query("arm == 'full'")])
