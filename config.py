@@ -320,5 +320,11 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             print("interrupted; run the same command to go on", file=sys.stderr)
             return 130
+        except Exception as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's; it is not loaded for this
+                raise
+            told = "what is done is kept; make the batches smaller (--help says how), and go on"
+            print(f"error: the device's memory ran out; {told}", file=sys.stderr)
+            return 2
 
     return wrapper

@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT, assert_one_line_error, settings_for
 
 import config
-from config import UserError
+from config import UserError, guarded
 
 
 def test_flag_beats_environment_beats_env_file_beats_preset(monkeypatch):
@@ -85,3 +85,14 @@ def test_bad_flags_are_one_line(script):
         script("multi_task_training.py", "--preset", "big"), "preset", "study, demo"
     )
     assert_one_line_error(script("multi_task_training.py", "--lora", "x"), "--lora")
+
+
+def test_memory_that_ran_out_is_one_line(capsys):
+    import torch
+
+    def main(argv=None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    assert guarded(main)([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the device's memory ran out") and "smaller" in line
