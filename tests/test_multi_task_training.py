@@ -74,7 +74,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(script, tiny):
     for part in (
         "4 runs",
         "similar_lora_r4_seed42",
-        "about 36 steps",
+        "about 18 steps",
         "trainable",
         "disk",
         "memory",
