@@ -117,8 +117,8 @@ PRESETS = {
         batch_size={"similar": 16, "dissimilar": 8},
         micro_batch_size={"similar": 16, "dissimilar": 8},
         max_length={"similar": 256, "dissimilar": 512},
-        held_out_documents=12,
-        drift_tokens=2_048,
+        held_out_documents=8,
+        drift_tokens=1_024,
     ),
 }
 

@@ -16,7 +16,7 @@ SAMPLE_FLAGS = {
     ("evaluate", None): ("--shots", "0"),
     ("evaluate", "dissimilar"): ("--checkpoints", "last", "--limit", "8", "--shots", "0"),
     ("retention", None): ("--checkpoints", "last", "--limit", "24"),
-    ("gradients", None): ("--checkpoints", "last", "--batches", "4", "--batch-size", "4"),
+    ("gradients", None): ("--checkpoints", "last", "--batches", "4", "--batch-size", "2"),
 }
 
 

@@ -158,6 +158,23 @@ def script(workspace):
     return run
 
 
+@pytest.fixture
+def inside(capsys):
+    """Like `script`, but a main in this process, which has the libraries loaded."""
+
+    def run(main, *command):
+        capsys.readouterr()
+        command = [*map(str, command)]
+        try:
+            code = main(command)
+        except SystemExit as ended:
+            code = ended.code
+        told = capsys.readouterr()
+        return subprocess.CompletedProcess(command, code, told.out, told.err)
+
+    return run
+
+
 def assert_one_line_error(process, *parts):
     """Exit code 2 and one line on stderr that holds the parts."""
     lines = [line for line in process.stderr.splitlines() if line.strip()]

@@ -296,11 +296,11 @@ def test_more_examples_than_there_are_or_fit_are_refused(folder, model, capsys):
         assert "lower --shots" in capsys.readouterr().err
 
 
-def test_bad_input_is_one_line(folder, model, script, tmp_path):
+def test_bad_input_is_one_line(folder, model, inside, tmp_path):
     def run(*argv):
-        return script("eval.py", *model, *argv)
+        return inside(main, *model, *argv)
 
-    nothing = script("eval.py", *model[:2], "--study", "nothing")
+    nothing = inside(main, *model[:2], "--study", "nothing")
     assert_one_line_error(nothing, "has no run with a checkpoint", "multi_task_training.py", STUDY)
     assert_one_line_error(run("--runs", "none"), "no run 'none'")
     assert_one_line_error(run("--checkpoints", "7"), "its steps are 3, 6")
@@ -312,7 +312,7 @@ def test_bad_input_is_one_line(folder, model, script, tmp_path):
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    process = script("eval.py", "--model", other, "--study", STUDY)
+    process = inside(main, "--model", other, "--study", STUDY)
     assert_one_line_error(process, "was trained on tiny-", "--model")
 
 

@@ -316,9 +316,9 @@ def test_without_runs_the_base_is_measured_on_both_families(model):
     assert set(records.run) == {"base"} and set(records.family) == {"similar", "dissimilar"}
 
 
-def test_bad_input_is_one_line(folder, model, script):
+def test_bad_input_is_one_line(folder, model, inside):
     def run(*argv):
-        return script("gradient_conflict.py", *model, *argv)
+        return inside(main, *model, *argv)
 
     assert_one_line_error(run("--batches", "1"), "--batches takes at least 2")
     assert_one_line_error(run("--batch-size", "1"), "--batch-size takes at least 2")

@@ -260,9 +260,9 @@ def test_checkpoints_whose_records_would_mix_are_refused(folder, model, tmp_path
     assert "are both called 'base'" in capsys.readouterr().err
 
 
-def test_bad_input_is_one_line(folder, model, script):
+def test_bad_input_is_one_line(folder, model, inside):
     def run(*argv):
-        return script("retention_eval.py", *model, *argv)
+        return inside(main, *model, *argv)
 
     assert_one_line_error(run("--tasks", "helaswag"), "hellaswag")
     assert_one_line_error(run("--limit", "0"), "--limit takes at least 1")
