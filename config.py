@@ -108,7 +108,7 @@ PRESETS = {
         model=EMBEDDED_MODEL,
         data="sample",
         examples_per_task=2_000,
-        eval_examples_per_task=16,
+        eval_examples_per_task=8,
         seeds=(42,),
         arms={"similar": ("full", "lora_r8"), "dissimilar": ("lora_r8",)},
         epochs=1,
@@ -116,7 +116,7 @@ PRESETS = {
         lora_rate_factor=15,  # the best factor in runs of about 100 steps
         batch_size={"similar": 16, "dissimilar": 8},
         micro_batch_size={"similar": 16, "dissimilar": 8},
-        max_length={"similar": 256, "dissimilar": 512},
+        max_length={"similar": 256, "dissimilar": 256},
         held_out_documents=8,
         drift_tokens=1_024,
     ),

@@ -14,7 +14,9 @@ from training_run import Run
 # and family (None: both).
 SAMPLE_FLAGS = {
     ("evaluate", None): ("--shots", "0"),
-    ("evaluate", "dissimilar"): ("--checkpoints", "last", "--limit", "8", "--shots", "0"),
+    ("evaluate", "dissimilar"): (
+        *("--checkpoints", "last", "--splits", "validation", "--limit", "8", "--shots", "0"),
+    ),
     ("retention", None): ("--checkpoints", "last", "--limit", "24"),
     ("gradients", None): ("--checkpoints", "last", "--batches", "4", "--batch-size", "2"),
 }

@@ -26,7 +26,7 @@ DEMO = {
     "MODEL_NAME": "SmolLM2-135M-Instruct",
     "DATA_SOURCE": "sample",
     "EXAMPLES_PER_TASK": "2000",
-    "EVAL_EXAMPLES_PER_TASK": "16",
+    "EVAL_EXAMPLES_PER_TASK": "8",
 }
 
 

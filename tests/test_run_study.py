@@ -27,7 +27,7 @@ DOCUMENTS = {
     "drift_analysis_plots": "drift.json",
 }
 STAGES = ["prepare", "train", "evaluate", "retention", "drift"]
-OTHERWISE = "steps4_fp32_checkpoints2_evalexamplespertask8_seed42"
+OTHERWISE = "steps4_fp32_checkpoints2_evalexamplespertask6_seed42"
 RUNS = (f"similar_full_{OTHERWISE}", f"similar_lora_r4_{OTHERWISE}")
 
 
@@ -37,7 +37,7 @@ def short(tiny):
     return [
         *("--model", str(tiny), "--families", "similar", "--ranks", "4", "--max-steps", "4"),
         *("--dtype", "fp32", "--items", "4", "--only", *STAGES),
-        *("--set", "checkpoints=2", "eval_examples_per_task=8", "report_to=none"),
+        *("--set", "checkpoints=2", "eval_examples_per_task=6", "report_to=none"),
     ]
 
 
