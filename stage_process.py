@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from threading import Thread
 
-# what most steps need, in the order of its cost
+# what most steps need
 LIBRARIES = ("torch", "transformers.trainer", "peft", "datasets", "transformers.models.llama")
 
 
@@ -29,7 +29,8 @@ def context() -> multiprocessing.context.BaseContext:
 
 def run(script: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     """What the process does: `script`'s main; all that it says is appended to `log`."""
-    os.setsid()  # Ctrl-C reaches it through the study alone
+    if hasattr(os, "setsid"):  # Ctrl-C reaches it through the study alone
+        os.setsid()
     Thread(target=_end_with_parent, daemon=True).start()
     with log.open("a") as file:
         for stream in (sys.stdout, sys.stderr):
