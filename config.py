@@ -43,6 +43,13 @@ TARGET_MODULES = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
+# The document that each analysis makes of a study, below OUTPUT_DIR; its units lie beside it.
+DOCUMENTS = {
+    "adaptation": "performance_analysis/{study}/adaptation.json",
+    "retention": "outputs/{study}/retention.json",
+    "drift": "drift_analysis_plots/{study}/drift.json",
+    "gradients": "performance_analysis/{study}/gradients/gradients.json",
+}
 # The published setting of intruder dimensions: so many leading vectors, this threshold.
 INTRUDER_K, INTRUDER_EPSILON = 10, 0.5
 # Data are split, capped and sampled with this seed, never with a run's own, so that all runs of a
@@ -108,10 +115,10 @@ PRESETS = {
         model=EMBEDDED_MODEL,
         data="sample",
         examples_per_task=2_000,
-        eval_examples_per_task=8,
+        eval_examples_per_task=4,
         seeds=(42,),
         arms={"similar": ("full", "lora_r8"), "dissimilar": ("lora_r8",)},
-        epochs=1,
+        epochs=0.5,
         checkpoints=5,
         lora_rate_factor=15,  # the best factor in runs of about 100 steps
         batch_size={"similar": 16, "dissimilar": 8},
@@ -158,6 +165,10 @@ class Settings:
     @property
     def logs_dir(self) -> Path:
         return self.output_dir / "logs" / self.study
+
+    def document(self, analysis: str) -> Path:
+        """What an analysis (a key of DOCUMENTS) wrote of the study, or will write."""
+        return self.output_dir / DOCUMENTS[analysis].format(study=self.study)
 
     def headline(self, device: str) -> str:
         """The line that every script prints first."""

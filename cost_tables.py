@@ -36,8 +36,9 @@ def cost_table(runs_dir: Path) -> DataFrame:
     """A row for each run that is done; empty if there is none. Raises UserError, naming the file,
     for a record that no run writes; one that is not whole is passed over.
 
-    `seconds` are of training without validation, `tokens` all that were trained on (prompts and
-    completions, without padding), `peak_memory_bytes` allocated on the GPU, or resident.
+    `seconds` are of training without validating and saving, `tokens` all that were trained on
+    (prompts and completions, without padding), `peak_memory_bytes` allocated on the GPU, or
+    resident.
     `checkpoint_bytes` are the weights of one checkpoint, `disk_bytes` all files of the run.
     """
     import pandas as pd

@@ -84,7 +84,7 @@ class MatrixDrift:
 class BaseSpectra:
     """The decompositions of the base's matrices: kept on disk, and in memory as far as `room`."""
 
-    def __init__(self, weights: Weights, folder: Path, room: int = 1 << 30) -> None:
+    def __init__(self, weights: Weights, folder: Path, room: int = 1 << 29) -> None:
         self.weights, self.folder = weights, folder
         self._kept: dict[str, SVD] = {}
         self._room, self._lock = room, threading.Lock()

@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     bf16 = pick_precision(args.dtype, device) == "bf16"
     tokenizer = load_tokenizer(base)
     evaluator = Evaluator(settings, tokenizer, device, bf16, args.batch_scale)
-    results = Results(settings.output_dir / "performance_analysis" / settings.study)
+    results = Results(settings.document("adaptation").parent)
     results.check("adaptation")
     units = {
         variant.name: variant

@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     batches = MatchedBatches(settings, load_tokenizer(base), args.batches, args.batch_size)
     bf16 = pick_precision(args.dtype, device) == "bf16"
     precision = {"precision": "bf16 autocast" if bf16 else "fp32"}
-    results = Results(settings.output_dir / "performance_analysis" / settings.study / "gradients")
+    results = Results(settings.document("gradients").parent)
     requests = {u: batches.request(u) | precision | weights_of(u.subject, base) for u in units}
     pending = {
         unit: request

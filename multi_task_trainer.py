@@ -108,13 +108,11 @@ class MultiTaskTrainer(Trainer):
             **kwargs,
         )
         self.config, self.label_ids = config, label_ids
-        self.eval_seconds = 0.0
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError("FSDP and DeepSpeed are not supported; accelerate launch --multi_gpu")
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Per task the mean over rows of the row's mean token loss, and label accuracy."""
-        start = time.perf_counter()
         self.model.eval()
         metrics = {}
         for task, rows in self.eval_dataset.items():
@@ -125,7 +123,6 @@ class MultiTaskTrainer(Trainer):
         metrics["eval_loss"] = sum(metrics[f"eval_{t}_loss"] for t in self.eval_dataset) / len(
             self.eval_dataset
         )
-        self.eval_seconds += time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -174,7 +171,8 @@ class MultiTaskTrainer(Trainer):
 class RunCallback(TrainerCallback):
     """Saves and validates on the run's grid, seals checkpoints, keeps the log, obeys signals.
 
-    `stopped` says whether the user asked to end; the newest state is then saved first.
+    `stopped` says whether the user asked to end; the newest state is then saved first. `seconds`
+    are of training alone, validating and saving left out; both counts are over all parts of a run.
     """
 
     def __init__(
@@ -182,18 +180,22 @@ class RunCallback(TrainerCallback):
     ) -> None:
         self.run_dir, self.log_file, self.grid, self.stopped = run_dir, log_file, grid, stopped
         self.trainer: MultiTaskTrainer | None = None
-        self.seconds_before, self.started = 0.0, 0.0
+        self.seconds, self.wall_before = 0.0, 0.0
+        self.began: float | None = None  # the steps since the last pause
+        self.created = time.perf_counter()
 
     @property
-    def seconds(self) -> float:
-        """Seconds of training over all parts of the run, validation left out."""
-        return self.seconds_before + time.perf_counter() - self.started - self.trainer.eval_seconds
+    def wall_seconds(self) -> float:
+        """Seconds with all that a run does beside training."""
+        return self.wall_before + time.perf_counter() - self.created
 
     def resume_from(self, checkpoint: Path) -> None:
-        self.seconds_before = read_json(checkpoint / "manifest.json")["seconds"]
+        manifest = read_json(checkpoint / "manifest.json")
+        self.seconds = manifest["seconds"]
+        self.wall_before = manifest.get("wall_seconds", self.seconds)
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        self.started = time.perf_counter()
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        self.began = self.began or time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         stop = self.stopped()
@@ -203,13 +205,19 @@ class RunCallback(TrainerCallback):
         control.should_evaluate = state.global_step in self.grid
         control.should_save = control.should_evaluate or stop
         control.should_training_stop |= stop
+        if control.should_save:
+            if args.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - self.began
+            self.began = None
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.trainer.accelerator.wait_for_everyone()  # every process writes its RNG state
         if not state.is_world_process_zero:
             return
         newest = self.run_dir / f"checkpoint-{state.global_step}"
-        write_manifest(newest, step=state.global_step, seconds=self.seconds)
+        clocks = {"seconds": self.seconds, "wall_seconds": self.wall_seconds}
+        write_manifest(newest, step=state.global_step, **clocks)
         for checkpoint in checkpoints(self.run_dir)[:-2]:
             drop_resume_state(checkpoint)
         for checkpoint in checkpoints(self.run_dir)[:-1]:

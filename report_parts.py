@@ -10,27 +10,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis_subjects import ARM
 from checkpoint_utils import read_json
-from config import PRESETS, UserError, resolve_settings
+from config import DOCUMENTS, PRESETS, UserError, resolve_settings
 from learning_rate_tables import at_chosen_rates
 from learning_rates import read_rates
-from result_tables import NUMBERS, OPTIONAL, TEXT, load_records
+from result_tables import NUMBERS, OPTIONAL, SCRIPTS, TEXT, load_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# what was measured: its folder below OUTPUT_DIR, what stands below the study's, and the command
-PLACES = {
-    "adaptation": ("performance_analysis", "", "eval.py"),
-    "retention": ("outputs", "", "retention_eval.py"),
-    "drift": ("drift_analysis_plots", "", "svd_analysis.py"),
-    "gradients": ("performance_analysis", "gradients", "gradient_conflict.py"),
-}
 METHODS = ("base", "baseline", "lora", "full", "full_qv")
 META = ("study", "base_model", "preset")
 NUMERIC = {*NUMBERS, *OPTIONAL, "layer", "k", "eps"}
 WORDS = {*TEXT, "target_modules", "scaling", "module", "side"}
+OUTCOME = {"value", "stderr", "low", "high"}  # all else in a record says what was measured
 NEVER_NULL = {"run", "method", "metric", "rank", "seed", "step"}
 
 
@@ -47,7 +42,7 @@ class Report:
         self.study, self.runs_dir = study, self.settings.runs_dir
         self.place = self.settings.output_dir / "outputs" / study
         self.rates = read_rates(self.runs_dir)
-        self.all_rates = {name: self._load(name) for name in PLACES}
+        self.all_rates = {name: self._load(name) for name in DOCUMENTS}
         shown = {
             name: None if frame is None else at_chosen_rates(frame, self.rates)
             for name, frame in self.all_rates.items()
@@ -57,11 +52,10 @@ class Report:
 
     def folder(self, name: str) -> Path:
         """Where the script that measured it has its records."""
-        place, below, _ = PLACES[name]
-        return self.settings.output_dir / place / self.study / below
+        return self.settings.document(name).parent
 
     def _load(self, name: str) -> DataFrame | None:
-        path = self.folder(name) / f"{name}.json"
+        path = self.settings.document(name)
         if not path.is_file():
             print(f"missing: {name} ({self._command(name)})")
             return None
@@ -72,7 +66,7 @@ class Report:
         return frame if len(frame) else None
 
     def _command(self, name: str) -> str:
-        return f"python {PLACES[name][2]} --study {self.study}"
+        return f"python {SCRIPTS[f'{name}.json']} --study {self.study}"
 
     def has(self, name: str) -> bool:
         """Whether there are records of the stage; if not it is said, with the command."""
@@ -146,6 +140,17 @@ def check(path: Path, command: str) -> None:
             if expected:
                 said = f"{name} of record {number} is {reprlib.repr(value)}, no {expected}"
                 raise UserError(f"{path}: {said}; {mend}")
+    arms: dict[str, Any] = {}
+    measured: dict[Any, int] = {}
+    for number, record in enumerate(records):
+        arm = tuple(map(record.get, ARM))
+        if arms.setdefault(record.get("run"), arm) != arm:
+            said = f"record {number} gives {record['run']} another arm or seed than those before it"
+            raise UserError(f"{path}: {said}; {mend}")
+        what = frozenset((k, repr(v)) for k, v in record.items() if k not in OUTCOME)
+        if measured.setdefault(what, number) != number:
+            said = f"records {measured[what]} and {number} are of the same measurement"
+            raise UserError(f"{path}: {said}; {mend}")
 
 
 def _is_object(value: Any) -> bool:

@@ -15,12 +15,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import UserError
+from config import DOCUMENTS, UserError
 
 if TYPE_CHECKING:
+    from config import Settings
     from metrics import Scores
 
 RECORD_VERSION = 1
+
+
+def forget(settings: Settings, run: str) -> int:
+    """Remove what a study's analyses measured of a run of this name; the number of units.
+
+    For a run that is trained anew: what was measured of the one before would stand beside what is
+    measured of it, as if it were its own.
+    """
+    units = 0
+    for document in map(settings.document, DOCUMENTS):
+        for path in document.parent.glob(f"*/{run}-*"):
+            units += path.parent.name == "records"
+            path.unlink()
+        _leave_out(run, document)
+    return units
 
 
 class Results:
@@ -144,6 +160,19 @@ class Results:
         meta = {**meta, "record_version": RECORD_VERSION}
         write_json(path, {"meta": meta, "records": records})
         return path
+
+
+def _leave_out(run: str, document: Path) -> None:
+    """Take a run's records out of a joined document, those of two runs too, as phi's are."""
+    from checkpoint_utils import write_json
+
+    try:
+        whole = json.loads(document.read_text(encoding="utf-8"))
+        kept = [record for record in whole["records"] if run not in record.values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # not there; or not as written, and the next join writes it anew
+    if len(kept) < len(whole["records"]):
+        write_json(document, {**whole, "records": kept})
 
 
 def _strict(record: dict[str, Any]) -> dict[str, Any]:

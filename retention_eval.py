@@ -235,7 +235,7 @@ def draw(path: Path, settings: Settings, pdf: bool) -> Path:
     from result_tables import load_records
     from retention_figures import FIGURES
 
-    adapted = settings.output_dir / "performance_analysis" / settings.study / "adaptation.json"
+    adapted = settings.document("adaptation")
     adaptation = load_records(adapted) if adapted.is_file() else None
     frame, folder = load_records(path), path.parent / "figures"
     frame = at_chosen_rates(frame, read_rates(settings.runs_dir))
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     check_scaled(args, subjects)
     bf16 = pick_precision(args.dtype, device) == "bf16"
     retention = Retention(settings, load_tokenizer(base), device, bf16, args.batch_scale)
-    results = Results(settings.output_dir / "outputs" / settings.study)
+    results = Results(settings.document("retention").parent)
     final = args.limit or 0
     tasks = retention.expanded(args.tasks, args.num_fewshot, final, subjects[0])
     units = plan_units(args, subjects, list(retention.texts()), tasks)

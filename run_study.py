@@ -28,7 +28,7 @@ from config import (
 from learning_rates import FACTORS
 from study_plan import plan_runs, plan_steps
 from study_processes import Conductor
-from study_steps import ANALYSES, DOCUMENTS, STAGES, Stamps, Step, steps_done
+from study_steps import ANALYSES, STAGES, Stamps, Step, steps_done
 from training_configs import settable_help
 from training_run import Run
 
@@ -150,9 +150,9 @@ def print_tables(stamps: Stamps) -> None:
     from checkpoint_utils import read_json
 
     for stage, script in (("evaluate", eval), ("retention", retention_eval)):
-        path = stamps.places[stage] / f"{DOCUMENTS[stage]}.json"
+        path = stamps.documents[stage]
         if path.is_file():
-            print(f"\n{DOCUMENTS[stage]}\n{script.table(read_json(path)['records'])}")
+            print(f"\n{ANALYSES[stage]}\n{script.table(read_json(path)['records'])}")
 
 
 @guarded

@@ -54,12 +54,12 @@ class Rates:
 
 
 def measured_rates(runs: Sequence[Run]) -> dict[Arm, float]:
-    """Seconds a training step, of every arm that has a run which is done."""
+    """Seconds a training step, validating and saving included, of every arm with a done run."""
     found = {}
     for run in runs:
         if run.is_done:
             done = json.loads((run.folder / "training.json").read_text(encoding="utf-8"))
-            found[arm_of(run)] = done["seconds"] / done["steps"]
+            found[arm_of(run)] = done.get("wall_seconds", done["seconds"]) / done["steps"]
     return found
 
 
@@ -272,7 +272,7 @@ def training_need(
         memory = max(memory, cost.memory)
         words = f"{count} steps"
     words += f" at {len(step.runs)} learning rates, or more" if step.stage == "sweep" else ""
-    words += f", disk {kept / GB:.2f} GB, memory {memory / GB:.1f} GB"
+    words += f", disk {kept / GB:.2f} GB, memory up to {memory / GB:.1f} GB"
     return Need(seconds, kept, disk - kept, memory, words)
 
 

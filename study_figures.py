@@ -54,7 +54,7 @@ def gain_against_cost(points: DataFrame, frame: DataFrame) -> Figure:
             ax.set_xlabel(title.split(": ")[1])
         about = (
             "Mean over the family's tasks of the validation score minus the base's (dashed)."
-            " Minutes are of training alone, without validation."
+            " Minutes are of training alone, without validating and saving."
         )
         return finish(figure, frame, frame[:0], table, "lines", about)
 

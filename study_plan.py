@@ -13,12 +13,13 @@ from training_run import Run
 # The sample rows are no evidence whatever is measured: the least that fills every figure. By stage
 # and family (None: both).
 SAMPLE_FLAGS = {
-    ("evaluate", None): ("--shots", "0"),
+    ("evaluate", None): ("--limit", "16", "--shots", "0"),
     ("evaluate", "dissimilar"): (
-        *("--checkpoints", "last", "--splits", "validation", "--limit", "8", "--shots", "0"),
+        *("--checkpoints", "last", "--splits", "validation", "--limit", "6", "--shots", "0"),
     ),
-    ("retention", None): ("--checkpoints", "last", "--limit", "24"),
-    ("gradients", None): ("--checkpoints", "last", "--batches", "4", "--batch-size", "2"),
+    ("retention", None): ("--checkpoints", "last", "--limit", "16"),
+    ("drift", None): ("--top-k", "4", "8", "16", "32"),
+    ("gradients", None): ("--checkpoints", "last", "--batches", "3", "--batch-size", "2"),
 }
 
 

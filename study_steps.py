@@ -29,9 +29,8 @@ STAGES = {
     "gradients": "gradient_conflict",
     "report": "report",
 }
-ANALYSES = ("evaluate", "retention", "drift", "gradients")
-# what the analyses' documents are called
-DOCUMENTS = {
+# the stages that analyse, and what their documents are called
+ANALYSES = {
     "evaluate": "adaptation",
     "retention": "retention",
     "drift": "drift",
@@ -129,15 +128,7 @@ class Stamps:
     def __init__(self, settings: Settings) -> None:
         self.study = settings.output_dir / "outputs" / settings.study
         self.folder = self.study / "steps"
-        self.places = {
-            "evaluate": settings.output_dir / "performance_analysis" / settings.study,
-            "retention": self.study,
-            "drift": settings.output_dir / "drift_analysis_plots" / settings.study,
-            "gradients": settings.output_dir
-            / "performance_analysis"
-            / settings.study
-            / "gradients",
-        }
+        self.documents = {stage: settings.document(name) for stage, name in ANALYSES.items()}
 
     def error_file(self, step: Step) -> Path:
         return self.folder / f"{step.name}-error.json"
@@ -164,11 +155,11 @@ class Stamps:
         """The step's request, and of what it reads and makes a digest."""
         request = step.request()
         if step.stage == "report":
-            documents = [self.places[s] / f"{n}.json" for s, n in DOCUMENTS.items()]
-            request["documents"] = _digests([*documents, self.study / "report.html"])
+            made = [*self.documents.values(), self.study / "report.html"]
+            request["documents"] = _digests(made)
         elif step.stage in ANALYSES:
-            place = self.places[step.stage]
-            request["measured"] = _listing(place / "records", {run.name for run in step.runs})
+            names = {run.name for run in step.runs}
+            request["measured"] = _listing(self.records(step), names)
         return request
 
     def write(self, step: Step, settings: Settings, seconds: float, new: int) -> None:
@@ -191,7 +182,11 @@ class Stamps:
         """How many units there are of the step's runs."""
         if step.stage not in ANALYSES:
             return 0
-        return len(_records(self.places[step.stage] / "records", {r.name for r in step.runs}))
+        return len(_records(self.records(step), {run.name for run in step.runs}))
+
+    def records(self, step: Step) -> Path:
+        """Where the step's analysis keeps its units."""
+        return self.documents[step.stage].parent / "records"
 
 
 def _records(folder: Path, runs: set[str]) -> list[Path]:

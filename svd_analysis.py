@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 TOP_K = (4, 8, 16, 32, 64, 128, 256)
 EPSILONS = tuple(i / 10 for i in range(1, 10))
 MOST_WORKERS = 8  # each holds a decomposition of the base and some copies of a matrix
-FOLDER = "drift_analysis_plots"
 BETWEEN = "between-runs"  # the unit of what compares runs
 COLUMNS = {
     "|dW|/|W0|": ("relative_frobenius", ".2e"),
@@ -240,11 +239,10 @@ def main(argv: list[str] | None = None) -> int:
         raise no_runs(settings)
     for warning in other_bases(subjects, base):
         print(warning, file=sys.stderr)
-    place = settings.output_dir / FOLDER
-    results = Results(place / settings.study)
+    results = Results(settings.document("drift").parent)
     with threads(args.workers or default_workers()) as spread:
         asked = asked_for(args, base)
-        cache = place / "base" / base.name
+        cache = results.folder.parent / "base" / base.name
         analysis = DriftAnalysis(base, asked, args.target_modules, cache, spread)
         pending = [
             s for s in subjects if args.overwrite or not is_done(results, s, analysis.request(s))

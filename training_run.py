@@ -209,7 +209,7 @@ def _train_locked(
     )
     record["environment"] = describe_environment(device, bf16, attention, world_size)
     with arguments.main_process_first(desc="looking for checkpoints"):
-        checkpoint = _begin(run, record)
+        checkpoint = _begin(run, record, settings)
     if run.is_done:
         return None
     arguments.eval_on_start = checkpoint is None
@@ -218,12 +218,12 @@ def _train_locked(
         print(_shares_line(run.name, record["task_weights"]), flush=True)
     reset_peak_memory(device)
     model = build_model(base, config, bf16, attention)
-    history, seconds = _run_trainer(run, settings, course, model, arguments, checkpoint)
+    history, clocks = _run_trainer(run, settings, course, model, arguments, checkpoint)
     done = {
         "run": run.name,
         "steps": course.steps,
-        "seconds": seconds,
-        "examples_per_second": course.steps * config.batch_size / seconds,
+        **clocks,
+        "examples_per_second": course.steps * config.batch_size / clocks["seconds"],
         "tokens": int(course.lengths[course.order].sum()),
         "peak_memory_bytes": peak_memory(device),
         "trainable_parameters": cost.trainable,
@@ -244,8 +244,8 @@ def _run_trainer(
     model: Any,
     arguments: Any,
     checkpoint: Path | None,
-) -> tuple[list[dict[str, Any]], float]:
-    """Train from the checkpoint, or the start, to the end: the log history and the seconds.
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Train from the checkpoint, or the start, to the end: the log, and RunCallback's clocks.
 
     Raises Interrupted if a signal ended it before.
     """
@@ -279,19 +279,24 @@ def _run_trainer(
             noted[0] if noted else signal.SIGTERM,
             f"{run.name}: saved checkpoint-{step} of {course.steps}; run the same command to go on",
         )
-    return trainer.state.log_history, callback.seconds
+    clocks = {"seconds": callback.seconds, "wall_seconds": callback.wall_seconds}
+    return trainer.state.log_history, clocks
 
 
-def _begin(run: Run, record: dict[str, Any]) -> Path | None:
+def _begin(run: Run, record: dict[str, Any], settings: Settings) -> Path | None:
     """Write run.json, or compare it with what is asked; the checkpoint to go on from.
 
-    Raises UserError with the fields that differ.
+    A run that is new has no results yet: those of an earlier one of its name are removed. Raises
+    UserError with the fields that differ.
     """
     from checkpoint_utils import newest_whole_checkpoint, read_json, write_json
+    from results import forget
     from run_records import differences
 
     path = run.folder / "run.json"
     if not path.is_file():
+        if removed := forget(settings, run.name):
+            print(f"{run.name} is trained anew: {removed} results of the one before are removed")
         write_json(path, record)
         return None
     hard, soft = differences(read_json(path), record)

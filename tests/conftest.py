@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from config import PRESETS  # noqa: E402
+
 VARIABLES = (
     *("PRESET", "MODEL_NAME", "DATA_SOURCE", "STUDY_NAME", "DATA_DIR", "OUTPUT_DIR"),
     *("HF_TOKEN", "HF_USERNAME", "EXAMPLES_PER_TASK", "EVAL_EXAMPLES_PER_TASK"),
@@ -23,10 +25,10 @@ VARIABLES = (
 DEMO = {
     "PRESET": "demo",
     "STUDY_NAME": "demo",
-    "MODEL_NAME": "SmolLM2-135M-Instruct",
-    "DATA_SOURCE": "sample",
-    "EXAMPLES_PER_TASK": "2000",
-    "EVAL_EXAMPLES_PER_TASK": "8",
+    "MODEL_NAME": PRESETS["demo"].model,
+    "DATA_SOURCE": PRESETS["demo"].data,
+    "EXAMPLES_PER_TASK": str(PRESETS["demo"].examples_per_task),
+    "EVAL_EXAMPLES_PER_TASK": str(PRESETS["demo"].eval_examples_per_task),
 }
 
 

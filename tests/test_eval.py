@@ -17,7 +17,7 @@ from multi_task_training import main as train
 from results import Results
 
 STUDY = "evaluated"
-RUN = "similar_lora_r4_limit32_fp32_checkpoints2_seed42"
+RUN = "similar_lora_r4_limit64_fp32_checkpoints2_seed42"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def model(tiny):
 @pytest.fixture(scope="module")
 def folder(model):
     """A study with a LoRA and a full run, evaluated on validation and test."""
-    short = ["--limit", "32", "--dtype", "fp32", "--set", "checkpoints=2", *model]
+    short = ["--limit", "64", "--dtype", "fp32", "--set", "checkpoints=2", *model]
     assert train(["--similar", "--lora", "4", "--full-finetune", *short]) == 0
     assert main([*model, "--dtype", "fp32", "--shots", "2"]) == 0
     return settings_for(study=STUDY).output_dir / "performance_analysis" / STUDY
@@ -44,7 +44,7 @@ def test_every_checkpoint_and_the_base_have_flat_records(folder):
         "base",
         "majority_class",
         RUN,
-        "similar_full_limit32_fp32_checkpoints2_seed42",
+        "similar_full_limit64_fp32_checkpoints2_seed42",
     }
     ours = records[(records.run == RUN) & (records.metric == "accuracy")]
     assert set(ours.step) == {3, 6} and set(ours["rank"]) == {4} and set(ours.alpha) == {8}

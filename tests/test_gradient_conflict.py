@@ -31,8 +31,8 @@ from task_gradients import (
 )
 
 STUDY = "pulling"
-RUN = "similar_lora_r4_limit32_fp32_checkpoints2_seed42"
-FULL = "similar_full_limit32_fp32_checkpoints2_seed42"
+RUN = "similar_lora_r4_limit64_fp32_checkpoints2_seed42"
+FULL = "similar_full_limit64_fp32_checkpoints2_seed42"
 FEW = ["--dtype", "fp32", "--batches", "3", "--batch-size", "4"]
 COLLATE = CompletionCollator(pad_token_id=0)
 
@@ -252,7 +252,7 @@ def model(tiny):
 @pytest.fixture(scope="module")
 def folder(model):
     """A study with a LoRA run, a full one and a single-task control, measured."""
-    short = ["--limit", "32", "--dtype", "fp32", "--set", "checkpoints=2", *model]
+    short = ["--limit", "64", "--dtype", "fp32", "--set", "checkpoints=2", *model]
     assert train(["--similar", "--lora", "4", "--full-finetune", *short]) == 0
     assert train(["--tasks", "sst2", "--lora", "4", *short]) == 0
     assert main([*model, *FEW]) == 0

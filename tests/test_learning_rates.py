@@ -209,7 +209,7 @@ def test_an_arm_without_a_choice_names_the_command(tmp_path):
 
 def test_a_choice_under_other_settings_is_not_used(tmp_path):
     written(tmp_path)
-    with pytest.raises(UserError, match=r"epochs 1 -> 2") as error:
+    with pytest.raises(UserError, match=r"epochs 0.5 -> 2") as error:
         chosen_rate(tmp_path, "similar_lora_r8", config_of(epochs=2.0)[0])
     assert "examples_per_task" not in str(error.value)
 

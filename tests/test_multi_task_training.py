@@ -11,6 +11,7 @@ from conftest import assert_one_line_error, settings_for
 from filelock import FileLock
 from safetensors.torch import load_file
 
+import svd_analysis
 from checkpoint_utils import checkpoint_problem, checkpoints
 from multi_task_training import build_parser, main, plan
 
@@ -74,7 +75,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(script, tiny):
     for part in (
         "4 runs",
         "similar_lora_r4_seed42",
-        "about 18 steps",
+        "about 9 steps",
         "trainable",
         "disk",
         "memory",
@@ -115,6 +116,10 @@ def test_a_run_leaves_its_record_its_checkpoints_and_its_curves(finished, arm):
     assert [entry["step"] for entry in validation] == [0, 2, 4, 6, 8, 10, 12]
     assert {"eval_sst2_loss", "eval_mnli_accuracy", "eval_qqp_loss"} <= set(validation[0])
     assert training["trainable_parameters"] > 0 and training["peak_memory_bytes"] > 1e6
+    clocks = [json.loads((p / "manifest.json").read_text()) for p in found] + [training]
+    assert [c["seconds"] for c in clocks] == sorted(c["seconds"] for c in clocks)
+    for clock in clocks:  # seven validations and six times saving are no training
+        assert 0 < clock["seconds"] < clock["wall_seconds"]
     log = settings_for(study="whole").logs_dir / NAMES[arm]
     assert len((log / "log.jsonl").read_text().splitlines()) >= 7
     assert list(log.glob("events.out.tfevents.*"))
@@ -274,6 +279,27 @@ def test_a_done_run_is_not_taken_for_one_on_other_data(finished, tiny, capsys, t
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert "data of qqp" in error and "data of sst2" not in error and "--overwrite" in error
+
+
+def test_a_run_that_is_trained_anew_has_no_results_of_the_one_before(tiny, capsys):
+    """Its name is the same: they would be taken for its own at the steps not measured again."""
+    shared = ["--model", str(tiny), "--study", "anew"]
+    quick = [*shared, "--similar", "--limit", "16", "--max-steps", "2", "--lora", "4"]
+    assert main([*quick, "--seed", "1", "2"]) == 0
+    assert svd_analysis.main(shared) == 0
+    path = settings_for(study="anew").document("drift")
+    again, kept = sorted(
+        json.loads(file.read_text())["run"] for file in runs_dir("anew").glob("*/run.json")
+    )
+    before = {file for file in path.parent.glob("*/*") if kept in file.name}
+    capsys.readouterr()
+    assert main([*quick, "--seed", "1", "--overwrite"]) == 0
+    assert "2 results of the one before are removed" in capsys.readouterr().out
+    left = json.loads(path.read_text())["records"]
+    assert left and not any(again in record.values() for record in left)
+    assert {file for file in path.parent.glob("*/*") if "seed" in file.name} == before
+    assert svd_analysis.main(shared) == 0
+    assert again in {r["run"] for r in json.loads(path.read_text())["records"]}
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,8 @@ def test_a_results_file_that_was_edited_is_one_line_that_names_it(script, tmp_pa
         (lambda d: d["records"][1].update(method="Lora"), "method of record 1 is 'Lora'"),
         (lambda d: d["records"][1].pop("value"), "record 1 lacks value"),
         (lambda d: d["records"].append([1]), "is [1]"),
+        (lambda d: d["records"].append({**d["records"][3], "value": 0.9}), "records 3 and "),
+        (lambda d: d["records"][-1].update(seed=43), "another arm or seed"),
         (lambda d: d.update(records={}), "no meta and records"),
         (lambda d: d["meta"].pop("preset"), "preset is None"),
         (lambda d: d["meta"].update(preset="stduy"), "preset is 'stduy'"),

@@ -18,8 +18,8 @@ from retention_eval import main
 from retention_records import at_chance, derived_records
 
 STUDY = "kept"
-RUN = "similar_lora_r4_limit32_fp32_checkpoints2_seed42"
-FULL = "similar_full_limit32_fp32_checkpoints2_seed42"
+RUN = "similar_lora_r4_limit64_fp32_checkpoints2_seed42"
+FULL = "similar_full_limit64_fp32_checkpoints2_seed42"
 FEW = ["--dtype", "fp32", "--limit", "6"]
 
 
@@ -31,7 +31,7 @@ def model(tiny):
 @pytest.fixture(scope="module")
 def folder(model):
     """A study with a LoRA and a full run, its updates scaled."""
-    short = ["--limit", "32", "--dtype", "fp32", "--set", "checkpoints=2", *model]
+    short = ["--limit", "64", "--dtype", "fp32", "--set", "checkpoints=2", *model]
     assert train(["--similar", "--lora", "4", "--full-finetune", *short]) == 0
     assert main([*model, *FEW, "--scale-update", "0", "0.5", "1", "1.5"]) == 0
     return settings_for(study=STUDY).output_dir / "outputs" / STUDY
