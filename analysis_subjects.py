@@ -53,6 +53,7 @@ def add_analysis_arguments(parser: argparse.ArgumentParser) -> Any:
     group.add_argument("--checkpoints", nargs="+", default=["all"], help="all | last | steps")
     group.add_argument("--overwrite", action="store_true", help="measure again what is there")
     group.add_argument("--pdf", action="store_true", help="figures as PDF, too")
+    group.add_argument("--no-figures", action="store_true", help="draw none")
     return group
 
 

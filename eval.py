@@ -240,8 +240,9 @@ def main(argv: list[str] | None = None) -> int:
     from checkpoint_utils import read_json
 
     print(table(read_json(path)["records"]))
-    figures = draw(path, settings.runs_dir, args.pdf)
-    print(f"records: {path}\nitems and samples: {results.folder}\nfigures: {figures}")
+    print(f"records: {path}\nitems and samples: {results.folder}")
+    if not args.no_figures:
+        print(f"figures: {draw(path, settings.runs_dir, args.pdf)}")
     if others := measured_otherwise(results):
         print(
             f"warning: {len(others)} measurements, such as {others[0]}, were made over another base"

@@ -296,8 +296,9 @@ def main(argv: list[str] | None = None) -> int:
     with results.joining():
         path = results.join("gradients", meta)
     print(table(read_json(path)["records"]))
-    figures = draw(path, settings.runs_dir, args.pdf)
-    print(f"records: {path}\nfigures: {figures}")
+    print(f"records: {path}")
+    if not args.no_figures:
+        print(f"figures: {draw(path, settings.runs_dir, args.pdf)}")
     for message in broken:
         print(f"error: {message}", file=sys.stderr)
     return 1 if broken else 0

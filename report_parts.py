@@ -6,6 +6,7 @@ import argparse
 import html
 import math
 import reprlib
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+# whose figures a module has
+FIGURES_OF = {
+    "adaptation_figures": "adaptation",
+    "retention_figures": "retention",
+    "drift_figures": "drift",
+    "spectrum_figures": "drift",
+    "gradient_figures": "gradients",
+}
 METHODS = ("base", "baseline", "lora", "full", "full_qv")
 META = ("study", "base_model", "preset")
 NUMERIC = {*NUMBERS, *OPTIONAL, "layer", "k", "eps"}
@@ -98,7 +107,18 @@ class Report:
         path = self.place / "figures" / f"{name or figure.__name__}.png"
         told = (figure.__doc__ or name).strip().splitlines()[0]
         display(Image(save(figure(first, *more), path, pdf=True), width=860, alt=told))
+        if figure.__module__ in FIGURES_OF:
+            self._file(path, FIGURES_OF[figure.__module__], figure.__name__)
         display(HTML(f'<p class="caption">{html.escape(told)}</p>'))
+
+    def _file(self, drawn: Path, analysis: str, name: str) -> None:
+        """Put the figure beside the records that it shows, too, as the analysis itself does."""
+        folder = self.folder(analysis) / "figures"
+        folder.mkdir(exist_ok=True)
+        for kind in (".png", ".pdf"):
+            target = folder / f"{name}{kind}"
+            if target != drawn.with_suffix(kind):
+                shutil.copyfile(drawn.with_suffix(kind), target)
 
     def save_table(self, name: str, frame: DataFrame, index: bool = False) -> None:
         path = self.place / "tables" / f"{name}.csv"

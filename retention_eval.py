@@ -315,8 +315,9 @@ def main(argv: list[str] | None = None) -> int:
         derived, others = derived_records(results)
         path = results.join("retention", meta, derived)
     print(table(read_json(path)["records"], args.num_fewshot))
-    figures = draw(path, settings, args.pdf)
-    print(f"records: {path}\nitems: {results.folder / 'items'}\nfigures: {figures}")
+    print(f"records: {path}\nitems: {results.folder / 'items'}")
+    if not args.no_figures:
+        print(f"figures: {draw(path, settings, args.pdf)}")
     for message in warnings(retention, others):
         print(f"warning: {message}", file=sys.stderr)
     for message in broken:

@@ -258,8 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     if methods:
         print(methods_line(methods))
     print(table(read_json(path)["records"]))
-    figures = draw(path, settings.runs_dir, args.pdf)
-    print(f"records: {path}\nall layers, k and epsilons: {layers}\nfigures: {figures}")
+    print(f"records: {path}\nall layers, k and epsilons: {layers}")
+    if not args.no_figures:
+        print(f"figures: {draw(path, settings.runs_dir, args.pdf)}")
     for message in broken:
         print(f"error: {message}", file=sys.stderr)
     return 1 if broken else 0

@@ -102,6 +102,12 @@ def test_report_of_a_whole_study(report, tmp_path):
     drawn = names_of(adaptation_figures, retention_figures, drift_figures, spectrum_figures)
     drawn |= {"transfer", "gain_against_cost", "predictors_of_forgetting", "predictors_of_gain"}
     assert figures_in(tmp_path) == drawn and len(pictures) == len(drawn)
+    for place, modules in (
+        ("performance_analysis", (adaptation_figures,)),
+        ("drift_analysis_plots", (drift_figures, spectrum_figures)),
+    ):  # and beside the records that they show
+        found = (tmp_path / place / "demo" / "figures").glob("*.png")
+        assert {path.stem for path in found} == names_of(*modules)
     assert "the base is at chance, nothing can be forgotten: arc_challenge" in text
     assert DEMO in text
     across = (tmp_path / "outputs/demo/tables/across_runs.csv").read_text()
