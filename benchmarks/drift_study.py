@@ -113,6 +113,10 @@ class _Analysis:
         self.drift = DriftAnalysis(base, asked, None, folder / "cache", spread)
         self.results = Results(folder / f"results_{k}")
 
+    def decompose(self, matrix: Any) -> None:
+        """A matrix of the base; what is kept of it is up to the analysis."""
+        self.drift.spectra.of(matrix)
+
     def seconds(self, run: str, is_last: bool) -> float:
         """Of one checkpoint, from its manifest to its records."""
         from analysis_subjects import Subject, no_arm
@@ -146,7 +150,7 @@ def analyse_study(folder: Path, k: int, layers: int) -> dict[str, Any]:
     with threads(WORKERS) as spread:
         analysis = _Analysis(folder, k, spread)
         start = time.perf_counter()
-        spread(analysis.drift.spectra.of, analysis.drift.weights.matrices())
+        spread(analysis.decompose, analysis.drift.weights.matrices())
         base = time.perf_counter() - start
         analysis.seconds(f"lora_r{RANKS[0]}_{SIZES[0]:g}", False)  # imports, and the base's norms
         lora = {
