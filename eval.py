@@ -190,10 +190,10 @@ def draw(path: Path, runs_dir: Path, pdf: bool) -> Path:
     from learning_rate_tables import at_chosen_rates
     from learning_rates import read_rates
     from plotting import save
-    from result_tables import load_records
+    from result_tables import load_records, with_plain_arms
 
     frame, folder = load_records(path), path.parent / "figures"
-    frame = at_chosen_rates(frame, read_rates(runs_dir))
+    (frame,) = with_plain_arms(at_chosen_rates(frame, read_rates(runs_dir)))
     for figure in FIGURES:
         save(figure(frame), folder / f"{figure.__name__}.png", pdf)
     return folder

@@ -16,7 +16,7 @@ from checkpoint_utils import read_json
 from config import DOCUMENTS, PRESETS, UserError, resolve_settings
 from learning_rate_tables import at_chosen_rates
 from learning_rates import read_rates
-from result_tables import NUMBERS, OPTIONAL, SCRIPTS, TEXT, load_records
+from result_tables import NUMBERS, OPTIONAL, SCRIPTS, TEXT, load_records, with_plain_arms
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,9 +106,11 @@ class Report:
             return
         path = self.place / "figures" / f"{name or figure.__name__}.png"
         told = (figure.__doc__ or name).strip().splitlines()[0]
-        display(Image(save(figure(first, *more), path, pdf=True), width=860, alt=told))
-        if figure.__module__ in FIGURES_OF:
-            self._file(path, FIGURES_OF[figure.__module__], figure.__name__)
+        analysis = FIGURES_OF.get(figure.__module__)
+        frames = with_plain_arms(first, *more) if analysis else [first, *more]
+        display(Image(save(figure(*frames), path, pdf=True), width=860, alt=told))
+        if analysis:
+            self._file(path, analysis, figure.__name__)
         display(HTML(f'<p class="caption">{html.escape(told)}</p>'))
 
     def _file(self, drawn: Path, analysis: str, name: str) -> None:

@@ -158,6 +158,26 @@ def without_words(label: str, words: set[str]) -> str:
     return _without(label, words.__contains__)
 
 
+def with_plain_arms(*frames: Any) -> list[Any]:
+    """The frames of one figure, their arms without what all runs share; the first's note says it.
+
+    Whatever has no arms (None, a folder) is passed on.
+    """
+    own = [frame for frame in frames if "arm" in getattr(frame, "columns", ())]
+    words = shared_words(frame for frame in own if "method" in frame)
+    if not words:
+        return list(frames)
+    said = f"All runs: {' '.join(sorted(words))}."
+    found = []
+    for frame in frames:
+        if any(frame is each for each in own):
+            attrs = dict(frame.attrs)
+            frame = frame.assign(arm=[without_words(arm, words) for arm in frame["arm"]])
+            frame.attrs = attrs | {"note": " ".join(filter(None, (attrs.get("note"), said)))}
+        found.append(frame)
+    return found
+
+
 def _without(label: str, is_left_out: Callable[[str], Any]) -> str:
     found = LABEL.fullmatch(label)
     if found is None or not found["extra"]:

@@ -232,13 +232,14 @@ def draw(path: Path, settings: Settings, pdf: bool) -> Path:
     from learning_rate_tables import at_chosen_rates
     from learning_rates import read_rates
     from plotting import save
-    from result_tables import load_records
+    from result_tables import load_records, with_plain_arms
     from retention_figures import FIGURES
 
     adapted = settings.document("adaptation")
     adaptation = load_records(adapted) if adapted.is_file() else None
     frame, folder = load_records(path), path.parent / "figures"
     frame = at_chosen_rates(frame, read_rates(settings.runs_dir))
+    frame, adaptation = with_plain_arms(frame, adaptation)
     for figure in FIGURES:
         save(figure(frame, adaptation), folder / f"{figure.__name__}.png", pdf)
     return folder

@@ -12,7 +12,7 @@ EXAMPLE = ROOT / "examples" / "real_rows"
 KINDS = {"LoRA r=4", "LoRA r=8", "LoRA r=64", "full", "full qv"}
 
 
-@pytest.mark.parametrize("name", ["adaptation", "retention", "drift"])
+@pytest.mark.parametrize("name", ["adaptation", "retention", "drift", "gradients"])
 def test_the_example_holds_every_arm(name):
     records = load_records(EXAMPLE / f"{name}.json")
     assert {arm.split(" (")[0] for arm in records["arm"][is_trained(records)]} == KINDS

@@ -16,7 +16,14 @@ from synthetic_records import record, study, write_study
 from adaptation_figures import FIGURES, last_by_rank, learning_curves, validation_against_test
 from config import RANKS, TASKS, UserError
 from plotting import DEMO_NOTE, palette, place_legend, save, style_of
-from result_tables import arm_of, gaps, load_records, score_table, summarise
+from result_tables import (
+    arm_of,
+    gaps,
+    load_records,
+    score_table,
+    summarise,
+    with_plain_arms,
+)
 
 ARMS = [*(f"LoRA r={rank}" for rank in RANKS), "full qv", "full", "base"]
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
@@ -366,3 +373,25 @@ def test_what_all_arms_share_is_said_once(labels, shown, title):
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == (shown or labels)
     assert legend.get_title().get_text() == (f"all runs: {title}" if title else "")
+
+
+def test_what_all_runs_have_in_common_is_in_the_note_and_not_in_every_label():
+    import pandas as pd
+
+    def frame(*names):
+        runs = [f"similar_{name}_seed42" for name in names] + ["base"]
+        methods = [name.partition("_")[0] for name in names] + ["base"]
+        table = pd.DataFrame({"run": runs, "method": methods, "rank": 8})
+        table["arm"] = [arm_of(dict(row)) for _, row in table.iterrows()]
+        return table
+
+    first = frame("lora_r8_steps40", "lora_r8_steps40_dropout0.1", "full_steps40")
+    first.attrs["note"] = "From elsewhere."
+    plain, none, second = with_plain_arms(first, None, frame("full_steps40"))
+    assert list(plain["arm"]) == ["LoRA r=8", "LoRA r=8 (dropout0.1)", "full", "base"]
+    assert list(second["arm"]) == ["full", "base"] and none is None
+    assert plain.attrs["note"] == "From elsewhere. All runs: steps40."
+    assert "steps40" in first["arm"][0] and first.attrs["note"] == "From elsewhere."
+
+    unlike = frame("lora_r8_steps40", "full_steps80")
+    assert with_plain_arms(unlike)[0] is unlike
