@@ -16,7 +16,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -384,7 +383,7 @@ def _gguf_read_once() -> Iterator[None]:
     """
     import gguf
 
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for name in ("GGUFReader", "get_tensor_name_map"):
             cached = functools.cache(getattr(gguf, name))
             stack.enter_context(patch.object(gguf, name, cached))

@@ -170,8 +170,8 @@ def _drift(
         rows += _leading_rows(base, tuned, update_values, k)
         counts = intruder_counts(maxima, [k], asked.epsilons)[0].tolist()
         rows += [_row("intruders", n, k, eps) for n, eps in zip(counts, asked.epsilons)]
-    # copies, since a part would keep the whole alive, be it in memory or a mapped file
     strong = int((NEGLIGIBLE * update.S.max() < update.S).sum()) if len(update.S) else 0
+    # copies, since a part would keep the whole alive, be it in memory or a mapped file
     return MatrixDrift(
         rows,
         (float(update_values.square().sum()), float(base.S.square().sum())),
