@@ -167,7 +167,8 @@ def check(path: Path, command: str) -> None:
     for number, record in enumerate(records):
         arm = tuple(map(record.get, ARM))
         if arms.setdefault(record.get("run"), arm) != arm:
-            said = f"record {number} gives {record['run']} another arm or seed than those before it"
+            name = record.get("run")
+            said = f"record {number} gives {name} another arm or seed than those before it"
             raise UserError(f"{path}: {said}; {mend}")
         what = frozenset((k, repr(v)) for k, v in record.items() if k not in OUTCOME)
         if measured.setdefault(what, number) != number:
