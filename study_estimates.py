@@ -92,7 +92,7 @@ def probe(
         record = json.loads(training.read_text(encoding="utf-8"))
         start, item = {}, {}
         for stage in stages:
-            once = [*common, "--checkpoints", "last", "--overwrite"]
+            once = [*common, "--checkpoints", "last", "--overwrite", "--no-figures"]
             once += ["--dtype", args.dtype] if stage in PROBES else []
             once += ["--splits", "validation", "--shots", "0"] if stage == "evaluate" else []
             flag, *counts = PROBES.get(stage, ("", 0, 0))

@@ -15,7 +15,7 @@ from typing import Any
 
 import stage_process
 from config import Settings, UserError
-from study_steps import ANALYSES, Stamps, Step
+from study_steps import Stamps, Step
 
 POLL = 0.05  # seconds between two looks at the processes
 
@@ -33,14 +33,10 @@ class Running:
 
 
 class Conductor:
-    """Carries out steps, `workers` at a time, and notes how they ended.
-
-    Where a report follows, the analyses draw no figures: it draws them all, once.
-    """
+    """Carries out steps, `workers` at a time, and notes how they ended."""
 
     def __init__(self, settings: Settings, stamps: Stamps, workers: int) -> None:
         self.settings, self.stamps, self.workers = settings, stamps, workers
-        self.has_report = False
         self.logs = settings.logs_dir / "steps"
         self.devices = devices_for(workers)
         self.running: list[Running] = []
@@ -55,7 +51,6 @@ class Conductor:
 
         waiting = [step for step in steps if step.name not in done]
         planned = {step.name for step in waiting}
-        self.has_report = any(step.stage == "report" for step in waiting)
         self.logs.mkdir(parents=True, exist_ok=True)
         context = stage_process.context() if waiting else None
         before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -92,8 +87,6 @@ class Conductor:
         slots = set(range(self.workers)) - {r.slot for r in self.running}
         slot, log = min(slots), self.logs / f"{step.name}.log"
         arguments = step.arguments()
-        if self.has_report and step.stage in ANALYSES:
-            arguments.append("--no-figures")
         with log.open("a", encoding="utf-8") as file:
             file.write(f"\n$ python {step.script}.py {' '.join(arguments)}\n")
         environment = {**os.environ, **self.devices[slot]}

@@ -85,11 +85,14 @@ class Step:
         return tuple(run for planned in self.planned for run in self.sweep.runs(planned))
 
     def arguments(self) -> list[str]:
-        """The command line; of the runs to measure, those that have a checkpoint by now."""
-        names = [run.name for run in self.runs if has_checkpoint(run)]
-        if self.stage not in ANALYSES or not names:
+        """The command line; of the runs to measure, those that have a checkpoint by now.
+
+        Figures are left to the report, which draws them all once.
+        """
+        if self.stage not in ANALYSES:
             return list(self.flags)
-        return [*self.flags, "--runs", *names]
+        names = [run.name for run in self.runs if has_checkpoint(run)]
+        return [*self.flags, "--no-figures", *(["--runs", *names] if names else [])]
 
     def request(self) -> dict[str, Any]:
         """What makes it the same step, with the same things to read."""

@@ -109,10 +109,13 @@ def largest_difference(model, tokenizer, data, tasks, rows, shots, folder):
     return largest
 
 
-@pytest.mark.parametrize(("shots", "rows"), [(0, 24), (2, 5)])
+@pytest.mark.parametrize(
+    ("which", "shots", "rows"), [("tiny_model", 0, 24), ("tiny_model", 2, 24), ("model", 1, 5)]
+)
 def test_every_figure_is_that_of_lm_evals_own_model(
-    model, tokenizer, real_data, tmp_path, shots, rows
+    which, shots, rows, tokenizer, real_data, tmp_path, request
 ):
+    model = request.getfixturevalue(which)
     assert largest_difference(model, tokenizer, real_data, TASKS, rows, shots, tmp_path) < 1e-3
 
 
