@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base_models import Base
 from checkpoint_models import Checkpoint, checkpoints_in
-from checkpoint_utils import Base, checkpoint_step, read_json
+from checkpoint_utils import checkpoint_step, read_json
 from config import Settings, UserError
 from hub_access import fetch_checkpoints, is_hub_id
 

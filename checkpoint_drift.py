@@ -21,9 +21,9 @@ import pandas as pd
 import torch
 
 from analysis_subjects import Subject
+from base_models import Base
 from checkpoint_models import check_whole, weights_key
 from checkpoint_tensors import Matrix, Weights, model_tensors, read_checkpoint
-from checkpoint_utils import Base
 from config import INTRUDER_EPSILON, INTRUDER_K, RANKS, TARGET_MODULES, UserError
 from drift_measures import Asked, BaseSpectra, MatrixDrift, aggregate, measure, whole_model
 from results import Results

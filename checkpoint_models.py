@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base_models import Base, load_base, store_frozen_linears_in_bf16
 from checkpoint_utils import (
     MANIFEST,
-    Base,
     checkpoint_problem,
     checkpoint_step,
     checkpoints,
-    load_base,
     read_json,
-    store_frozen_linears_in_bf16,
 )
 from config import UserError
 

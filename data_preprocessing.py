@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--limit takes 0 or more, --max-length at least 64")
     settings = resolve_settings(args)
     print(settings.headline("none"))
-    from checkpoint_utils import load_tokenizer, prepare_base
+    from base_models import load_tokenizer, prepare_base
 
     tokenizer = load_tokenizer(prepare_base(settings))
     prepared = {}

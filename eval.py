@@ -27,6 +27,7 @@ from analysis_subjects import (
     no_runs,
     weights_of,
 )
+from checkpoint_utils import read_json
 from config import (
     FAMILIES,
     SPLITS,
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.batch_scale > 0:
         raise UserError("--batch-scale takes a number above 0")
     settings = resolve_settings(args)
-    from checkpoint_utils import load_tokenizer, prepare_base
+    from base_models import load_tokenizer, prepare_base
     from results import Results
     from run_records import pick_device, pick_precision
 
@@ -237,7 +238,6 @@ def main(argv: list[str] | None = None) -> int:
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
     with results.joining():
         path = results.join("adaptation", meta)
-    from checkpoint_utils import read_json
 
     print(table(read_json(path)["records"]))
     print(f"records: {path}\nitems and samples: {results.folder}")

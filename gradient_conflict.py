@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis_subjects import Subject, add_analysis_arguments, find_subjects, weights_of
+from checkpoint_utils import read_json
 from config import (
     DATA_SEED,
     FAMILIES,
@@ -87,8 +88,6 @@ def plan_units(subjects: Sequence[Subject]) -> tuple[list[Unit], list[str]]:
 
 def _trained_tasks(subject: Subject) -> tuple[str, ...]:
     """The tasks in the record of the checkpoint's run."""
-    from checkpoint_utils import read_json
-
     folder = subject.checkpoint.folder
     path = next(p / "run.json" for p in (folder.parent, folder) if (p / "run.json").is_file())
     return tuple(read_json(path)["config"]["tasks"])
@@ -264,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size < 2:
         raise UserError("--batch-size takes at least 2: halves of a batch tell noise from conflict")
     settings = resolve_settings(args)
-    from checkpoint_utils import load_tokenizer, prepare_base, read_json
+    from base_models import load_tokenizer, prepare_base
     from results import Results
     from run_records import pick_device, pick_precision
 

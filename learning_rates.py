@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint_utils import read_json, write_json
 from config import FAMILIES, UserError
 from training_configs import TrainingConfig, rate_name
 
@@ -149,8 +150,6 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
 
 def read_rates(runs_dir: Path) -> list[dict[str, Any]]:
     """The records of the study's sweep, empty if there was none. Raises UserError for others."""
-    from checkpoint_utils import read_json
-
     path = runs_dir / FILE
     if not path.is_file():
         return []
@@ -167,8 +166,6 @@ def read_rates(runs_dir: Path) -> list[dict[str, Any]]:
 def write_rates(runs_dir: Path, arm: str, records: list[dict[str, Any]]) -> Path:
     """Put an arm's records in the place of its old ones; sweeps of other arms may run beside."""
     from filelock import FileLock
-
-    from checkpoint_utils import write_json
 
     path = runs_dir / FILE
     path.parent.mkdir(parents=True, exist_ok=True)

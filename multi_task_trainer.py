@@ -18,15 +18,13 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from base_models import Base, load_base, store_frozen_linears_in_bf16
 from batching import IGNORED, CompletionCollator
 from checkpoint_utils import (
-    Base,
     checkpoint_step,
     checkpoints,
     drop_resume_state,
-    load_base,
     read_json,
-    store_frozen_linears_in_bf16,
     write_manifest,
 )
 from config import Diverged, UserError

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from checkpoint_utils import checkpoint_step, checkpoints
 from config import (
     FAMILIES,
     RANKS,
@@ -153,7 +154,6 @@ def _arms(args: argparse.Namespace) -> list[tuple[str, int]]:
 
 def print_plan(runs: list[Run], settings: Settings, model: Any, bf16: bool) -> None:
     """One line a run: its state, steps, trainable parameters, expected memory and disk."""
-    from checkpoint_utils import checkpoint_step, checkpoints
     from training_costs import GB, expected_cost
 
     print(f"{len(runs)} runs, into {settings.runs_dir}")
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = resolve_settings(args)
     plan(args, settings, hidden_size=2048)  # what is wrong with the flags shows before any work
-    from checkpoint_utils import empty_model, prepare_base, read_model_config
+    from base_models import empty_model, prepare_base, read_model_config
     from run_records import pick_device, pick_precision
     from training_costs import expected_cost
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from checkpoint_utils import read_json, write_json
 from config import DOCUMENTS, UserError
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ class Results:
         `groups`, shape (items,), has one number for items that hang together. Raises UserError
         rather than write over what another version of the suite wrote.
         """
-        from checkpoint_utils import write_json
-
         if self.unit_file(unit).is_file():
             _read(self.unit_file(unit))
         if scores:
@@ -151,8 +150,6 @@ class Results:
         `derived` are records that compare units, and come after theirs. Raises UserError rather
         than write over a document of another version.
         """
-        from checkpoint_utils import write_json
-
         path = self.folder / f"{name}.json"
         _check_version(path)
         records = [record for _, unit in self.units() for record in unit["records"]]
@@ -164,8 +161,6 @@ class Results:
 
 def _leave_out(run: str, document: Path) -> None:
     """Take a run's records out of a joined document, those of two runs too, as phi's are."""
-    from checkpoint_utils import write_json
-
     try:
         whole = json.loads(document.read_text(encoding="utf-8"))
         kept = [record for record in whole["records"] if run not in record.values()]
@@ -183,8 +178,6 @@ def _strict(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from checkpoint_utils import read_json
-
     unit = read_json(path)
     version = unit.get("record_version") if isinstance(unit, dict) else None
     if version != RECORD_VERSION:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis_subjects import Subject, add_analysis_arguments, find_subjects, weights_of
+from checkpoint_utils import read_json
 from config import (
     FAMILIES,
     Parser,
@@ -288,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check(args)
     settings = resolve_settings(args)
-    from checkpoint_utils import load_tokenizer, prepare_base, read_json
+    from base_models import load_tokenizer, prepare_base
     from results import Results
     from retention_records import derived_records
     from run_records import pick_device, pick_precision

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from config import ROOT
 
 if TYPE_CHECKING:
-    from checkpoint_utils import Base
+    from base_models import Base
     from data_preprocessing import PreparedTask
     from training_configs import TrainingConfig
 

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+from checkpoint_utils import checkpoints, read_json, write_json
 from config import (
     FAMILIES,
     RANKS,
@@ -89,8 +90,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_study(args: argparse.Namespace, settings: Settings, stamps: Stamps) -> None:
     """Write down what the study is, or compare. Raises UserError with the fields that differ."""
-    from checkpoint_utils import read_json, write_json
-
     asked = {name: getattr(args, name, None) for name in KEPT}
     asked |= {"preset": settings.preset.name, "model": settings.model, "data": settings.data}
     path = stamps.study / "study.json"
@@ -123,7 +122,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_runs(runs: Sequence[Run], settings: Settings) -> None:
     """Raise UserError for a rank above the base's matrices, before anything is begun."""
-    from checkpoint_utils import empty_model, read_model_config
+    from base_models import empty_model, read_model_config
     from training_costs import trainable_shapes
 
     model = empty_model(read_model_config(settings), settings.model)
@@ -133,8 +132,6 @@ def check_runs(runs: Sequence[Run], settings: Settings) -> None:
 
 def delete_measured(run: Run, steps: Sequence[Step], stamps: Stamps) -> None:
     """Remove all checkpoints of a run but the last, if all that measures them has ended well."""
-    from checkpoint_utils import checkpoints
-
     own = [s for s in steps if s.stage in ANALYSES and run in s.runs]
     if not run.is_done or not all(stamps.is_done(step) for step in own):
         return
@@ -147,7 +144,6 @@ def print_tables(stamps: Stamps) -> None:
     """The scores and what was kept, at the last checkpoints."""
     import eval
     import retention_eval
-    from checkpoint_utils import read_json
 
     for stage, script in (("evaluate", eval), ("retention", retention_eval)):
         path = stamps.documents[stage]
@@ -162,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = resolve_settings(args)
     from filelock import FileLock, Timeout
 
-    from checkpoint_utils import read_model_config
+    from base_models import read_model_config
 
     stamps = Stamps(settings)
     runs = plan_runs(args, settings, read_model_config(settings).hidden_size)

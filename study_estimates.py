@@ -254,7 +254,7 @@ def training_need(
     args: argparse.Namespace, settings: Settings, step: Step, rates: dict[Arm, float]
 ) -> Need:
     """Of a step that trains: one run, or those of a sweep that are not done."""
-    from checkpoint_utils import empty_model, read_model_config
+    from base_models import empty_model, read_model_config
     from multi_task_training import expected_steps
     from run_records import pick_device, pick_precision
     from training_costs import expected_cost

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint_utils import write_json
 from config import Settings
 from learning_rates import grid, read_rates
 from training_run import Run
@@ -167,8 +168,6 @@ class Stamps:
 
     def write(self, step: Step, settings: Settings, seconds: float, new: int) -> None:
         """Note that the step has ended well: its seconds, and the units that it measured."""
-        from checkpoint_utils import write_json
-
         stamp = {"request": self.request(step), "seconds": round(seconds, 1), "new": new}
         if step.stage == "prepare":
             stamp["made"] = [str(p.parent) for p in settings.prepared_dir.glob("*/*/report.json")]
@@ -176,8 +175,6 @@ class Stamps:
         self.error_file(step).unlink(missing_ok=True)
 
     def write_error(self, step: Step, code: int, log: Path, message: str) -> None:
-        from checkpoint_utils import write_json
-
         error = {"step": step.name, "exit_code": code, "error": message, "log": str(log)}
         write_json(self.error_file(step), error)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis_subjects import Subject, add_analysis_arguments, find_subjects, no_runs
+from checkpoint_utils import read_json
 from config import (
     INTRUDER_EPSILON,
     INTRUDER_K,
@@ -34,8 +35,8 @@ from config import (
 )
 
 if TYPE_CHECKING:
+    from base_models import Base
     from checkpoint_drift import DriftAnalysis
-    from checkpoint_utils import Base
     from drift_measures import Asked
     from results import Results
 
@@ -145,8 +146,6 @@ def other_bases(subjects: list[Subject], base: Base) -> list[str]:
 
     Only the names' ends are compared, since a base may be a folder, a Hub repository or a copy.
     """
-    from checkpoint_utils import read_json
-
     named: dict[str, str] = {}
     for subject in subjects:
         folder = subject.checkpoint.folder
@@ -227,8 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     check_arguments(args)
     settings = resolve_settings(args)
     print(settings.headline("cpu"), flush=True)
+    from base_models import prepare_base
     from checkpoint_drift import DriftAnalysis, is_done, join_layers, threads
-    from checkpoint_utils import prepare_base, read_json
     from drift_measures import AGGREGATION
     from drift_subspaces import last_directions, records_between
     from results import Results

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoint_utils import MANIFEST, checkpoints, newest_whole_checkpoint, read_json, write_json
 from config import DATA_SEED, DISK_FULL, Diverged, Settings, UserError
 from dataset_descriptions import describe
 from training_configs import TrainingConfig
@@ -55,15 +56,11 @@ class Run:
     @property
     def has_diverged(self) -> bool:
         """Whether it ended since its loss was no longer a number."""
-        from checkpoint_utils import read_json
-
         path = self.folder / "error.json"
         return not self.is_done and path.is_file() and bool(read_json(path).get("diverged"))
 
     def final_loss(self) -> float:
         """Validation loss at the last checkpoint of a run that is done, the mean over the tasks."""
-        from checkpoint_utils import read_json
-
         entries = read_json(self.folder / "training.json")["validation"]
         return float(max(entries, key=lambda entry: entry["step"])["eval_loss"])
 
@@ -140,8 +137,6 @@ def train(
 
 
 def _disk_full(run: Run, error: Exception) -> UserError:
-    from checkpoint_utils import MANIFEST, checkpoints
-
     for checkpoint in checkpoints(run.folder):
         if not (checkpoint / MANIFEST).is_file():
             shutil.rmtree(checkpoint)  # its half gives room back
@@ -166,8 +161,8 @@ class Course:
 
 def lay_out_course(config: TrainingConfig, settings: Settings, base: Any) -> Course:
     """Prepare the data (or find them prepared) and lay out the run's batches."""
+    from base_models import load_tokenizer
     from batching import lay_out, steps_for, task_shares
-    from checkpoint_utils import load_tokenizer
     from data_preprocessing import prepare
     from multi_task_trainer import checkpoint_grid
 
@@ -187,7 +182,6 @@ def lay_out_course(config: TrainingConfig, settings: Settings, base: Any) -> Cou
 def _train_locked(
     run: Run, settings: Settings, base: Any, empty: Any, device: str
 ) -> dict[str, Any] | None:
-    from checkpoint_utils import write_json
     from multi_task_trainer import build_model, training_arguments
     from run_records import describe_environment, peak_memory, reset_peak_memory, run_record
     from training_costs import check_room, expected_cost
@@ -289,7 +283,6 @@ def _begin(run: Run, record: dict[str, Any], settings: Settings) -> Path | None:
     A run that is new has no results yet: those of an earlier one of its name are removed. Raises
     UserError with the fields that differ.
     """
-    from checkpoint_utils import newest_whole_checkpoint, read_json, write_json
     from results import forget
     from run_records import differences
 
@@ -349,8 +342,6 @@ def _validation_rows(course: Course, config: TrainingConfig) -> dict[str, Any]:
 
 def write_error(run: Run, error: Exception) -> bool:
     """A failed run is a result too; one that never began leaves nothing. Whether it was written."""
-    from checkpoint_utils import write_json
-
     if not (run.folder / "run.json").is_file():
         return False
     trace = "".join(traceback.format_exception(error))

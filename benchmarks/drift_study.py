@@ -101,8 +101,8 @@ class _Analysis:
     """The script's analysis of that folder, timed."""
 
     def __init__(self, folder: Path, k: int, spread: Any) -> None:
+        from base_models import Base
         from checkpoint_drift import DriftAnalysis
-        from checkpoint_utils import Base
         from drift_measures import Asked
         from results import Results
         from svd_analysis import EPSILONS

@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--pairs takes at least 3: a median of fewer says nothing")
     args.preset, args.study = args.preset or "demo", args.study or "benchmark"
     settings = resolve_settings(args)
-    from checkpoint_utils import load_base, load_tokenizer, prepare_base
+    from base_models import load_base, load_tokenizer, prepare_base
     from data_preprocessing import prepare
     from dataset_descriptions import describe
     from prompt_encoding import label_token_ids

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--pairs takes at least 3: a median of fewer says nothing")
     args.preset, args.study = args.preset or "demo", args.study or "benchmark"
     settings = resolve_settings(args)
-    from checkpoint_utils import load_base, load_tokenizer, prepare_base
+    from base_models import load_base, load_tokenizer, prepare_base
 
     base = prepare_base(settings)
     tokenizer, model = load_tokenizer(base), load_base(base).eval()

@@ -283,7 +283,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = resolve_settings(args)
     import torch
 
-    from checkpoint_utils import prepare_base, write_json
+    from base_models import prepare_base
+    from checkpoint_utils import write_json
     from run_records import describe_environment
     from spectral import svd
 

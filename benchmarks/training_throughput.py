@@ -93,7 +93,7 @@ def adapted_model(base: Any, attention: str) -> Any:
     """The base with LoRA as any user of PEFT would build it."""
     from peft import LoraConfig, get_peft_model
 
-    from checkpoint_utils import load_base
+    from base_models import load_base
 
     adapter = LoraConfig(
         task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"]
@@ -186,7 +186,7 @@ def run_peer(peer: str, settings: Any, steps: tuple[int, int]) -> dict[str, Any]
     """Train on the warm-up rows, then on the timed rows; what was measured."""
     from datasets import disable_progress_bars
 
-    from checkpoint_utils import load_tokenizer, prepare_base, quiet_transformers
+    from base_models import load_tokenizer, prepare_base, quiet_transformers
     from multi_task_trainer import build_model
     from run_records import peak_memory, pick_device, pick_precision, reset_peak_memory
     from training_run import eager_is_faster

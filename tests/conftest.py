@@ -69,21 +69,21 @@ def settings_for(**flags):
 @pytest.fixture(scope="session")
 def smollm2(workspace):
     """The embedded base model, unpacked."""
-    from checkpoint_utils import prepare_base
+    from base_models import prepare_base
 
     return prepare_base(settings_for())
 
 
 @pytest.fixture(scope="module")
 def smollm2_model(smollm2):
-    from checkpoint_utils import load_base
+    from base_models import load_base
 
     return load_base(smollm2).eval()
 
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm2):
-    from checkpoint_utils import load_tokenizer
+    from base_models import load_tokenizer
 
     return load_tokenizer(smollm2)
 

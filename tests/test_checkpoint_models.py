@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT, settings_for
 from safetensors.torch import load_file, save_file
 
+from base_models import load_base, prepare_base
 from checkpoint_models import Checkpoint, checkpoint_models, checkpoints_in, scaled_updates
-from checkpoint_utils import load_base, prepare_base, write_manifest
+from checkpoint_utils import write_manifest
 from config import UserError
 
 PROMPT = torch.tensor([[5, 17, 400, 23]])
@@ -244,7 +245,7 @@ import sys
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 from checkpoint_models import checkpoint_models, checkpoints_in
-from checkpoint_utils import Base
+from base_models import Base
 from run_records import peak_memory, reset_peak_memory
 run, count = Path(sys.argv[1]), int(sys.argv[2])
 if not run.exists():

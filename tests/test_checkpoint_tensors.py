@@ -7,8 +7,8 @@ import torch
 from conftest import settings_for
 from safetensors.torch import load_file, save_file
 
+from base_models import load_base, prepare_base
 from checkpoint_tensors import Adapter, FullCheckpoint, Weights
-from checkpoint_utils import load_base, prepare_base
 from config import UserError
 
 ADAPTER = "adapter_model.safetensors"

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 import spectral_solver
 from analysis_subjects import Subject, no_arm
+from base_models import Base
 from checkpoint_drift import DriftAnalysis, join_layers, threads, write
 from checkpoint_models import Checkpoint
 from checkpoint_tensors import Weights, read_checkpoint
-from checkpoint_utils import Base
 from drift_measures import Asked, BaseSpectra, measure
 from results import Results
 from spectral import SVD

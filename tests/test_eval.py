@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, assert_one_line_error, settings_for
 from safetensors.torch import load_file, save_file
 
-from checkpoint_utils import load_base, prepare_base
+from base_models import load_base, prepare_base
 from eval import main
 from metrics import accuracy
 from multi_task_training import main as train
@@ -68,7 +68,7 @@ def test_a_figure_is_that_of_the_model_asked_row_by_row(folder, tiny):
 
     settings = settings_for(study=STUDY)
     base = prepare_base(settings_for(model=str(tiny)))
-    from checkpoint_utils import load_tokenizer
+    from base_models import load_tokenizer
 
     tokenizer = load_tokenizer(base)
     rows = prepare(settings, tokenizer, ["qqp"], 256, 2_000)["qqp"].split("test")
@@ -255,7 +255,7 @@ def test_one_item_of_a_task_is_enough_to_evaluate(folder, model):
 
 def test_questions_about_a_passage_are_resampled_together(tiny, tmp_path):
     from analysis_subjects import Subject
-    from checkpoint_utils import load_tokenizer
+    from base_models import load_tokenizer
     from evaluator import Evaluator, Unit, records_of
     from metrics import score
 

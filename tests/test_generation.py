@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import settings_for
 
-from checkpoint_utils import load_base, prepare_base
+from base_models import load_base, prepare_base
 from config import FAMILIES
 from data_sources import read_jsonl
 from dataset_descriptions import describe
@@ -109,9 +109,7 @@ def test_what_cannot_be_generated_is_refused(model):
 
 
 @pytest.mark.parametrize("task", FAMILIES["dissimilar"])
-def test_real_rows_are_generated_as_model_generate_does(
-    smollm2_model, tokenizer, real_data, task
-):
+def test_real_rows_are_generated_as_model_generate_does(smollm2_model, tokenizer, real_data, task):
     rows = read_jsonl(Path(real_data) / task / "test.jsonl", limit=16)
     encoded = [encode(tokenizer, describe(task), row, 192) for row in rows]
     prompts = [e["input_ids"][: e["prompt_length"]] for e in encoded]

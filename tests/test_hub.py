@@ -176,7 +176,7 @@ def files_below(folder):
 
 PREPARE = """
 import argparse, json
-from checkpoint_utils import load_base, load_tokenizer, prepare_base
+from base_models import load_base, load_tokenizer, prepare_base
 base = prepare_base(config.resolve_settings(argparse.Namespace(model="study/tiny-llama")))
 """
 COMPARE = """

@@ -11,7 +11,7 @@ from conftest import ROOT, assert_one_line_error, settings_for
 from test_representation_drift import Allocations
 from test_scoring import plain_score
 
-from checkpoint_utils import load_base, prepare_base
+from base_models import load_base, prepare_base
 from config import UserError
 from data_sources import held_out_texts, read_jsonl
 from lm_eval_backend import Benchmarks, quiet_lm_eval, text_log_likelihoods

@@ -6,8 +6,13 @@ import pytest
 import torch
 from conftest import settings_for
 
+from base_models import (
+    empty_model,
+    load_base,
+    prepare_base,
+    read_model_config,
+)
 from batching import CompletionCollator
-from checkpoint_utils import empty_model, load_base, prepare_base, read_model_config
 from config import FAMILIES, UserError
 from multi_task_trainer import (
     CompletionLoss,

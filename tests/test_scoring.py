@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import settings_for
 
+from base_models import load_base, prepare_base
 from batching import IGNORED, CompletionCollator
-from checkpoint_utils import load_base, prepare_base
 from config import FAMILIES
 from data_sources import read_jsonl
 from dataset_descriptions import describe

@@ -12,7 +12,7 @@ import torch
 from conftest import assert_one_line_error, settings_for
 from safetensors.torch import load_file, save_file
 
-from checkpoint_utils import load_base, prepare_base
+from base_models import load_base, prepare_base
 from multi_task_training import main as train
 from spectral import random_similarity
 from svd_analysis import main
