@@ -38,6 +38,7 @@ from config import (
     resolve_settings,
 )
 from dataset_descriptions import DESCRIPTIONS, describe
+from document_figures import draw
 from evaluator import Evaluator, Unit, records_of
 
 MID_TRAINING_LIMIT = 1_000
@@ -185,21 +186,6 @@ def _spread_over_prompts(records: list[dict[str, Any]], last: dict[str, int]) ->
     ]
 
 
-def draw(path: Path, runs_dir: Path, pdf: bool) -> Path:
-    """Draw the figures of the joined document into `figures/` beside it; that folder."""
-    from adaptation_figures import FIGURES
-    from learning_rate_tables import at_chosen_rates
-    from learning_rates import read_rates
-    from plotting import save
-    from result_tables import load_records, with_plain_arms
-
-    frame, folder = load_records(path), path.parent / "figures"
-    (frame,) = with_plain_arms(at_chosen_rates(frame, read_rates(runs_dir)))
-    for figure in FIGURES:
-        save(figure(frame), folder / f"{figure.__name__}.png", pdf)
-    return folder
-
-
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
@@ -242,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(read_json(path)["records"]))
     print(f"records: {path}\nitems and samples: {results.folder}")
     if not args.no_figures:
-        print(f"figures: {draw(path, settings.runs_dir, args.pdf)}")
+        print(f"figures: {draw('adaptation', settings, args.pdf)}")
     if others := measured_otherwise(results):
         print(
             f"warning: {len(others)} measurements, such as {others[0]}, were made over another base"

@@ -15,7 +15,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from analysis_subjects import Subject, add_analysis_arguments, find_subjects, weights_of
@@ -30,6 +29,7 @@ from config import (
     guarded,
     resolve_settings,
 )
+from document_figures import draw
 from task_gradients import BOTH, MEAN, OVERALL
 
 BATCHES = 32  # the fewest that the study reports
@@ -240,21 +240,6 @@ def _cell(cells: dict[tuple[str, str, str], list[dict[str, Any]]], run: str, pai
     return f"{cosines[0]['value']:+.3f}{error} ({share:4.0%})"
 
 
-def draw(path: Path, runs_dir: Path, pdf: bool) -> Path:
-    """Draw the figures of the joined document into `figures/` beside it; that folder."""
-    from gradient_figures import FIGURES
-    from learning_rate_tables import at_chosen_rates
-    from learning_rates import read_rates
-    from plotting import save
-    from result_tables import load_records, with_plain_arms
-
-    frame, folder = load_records(path), path.parent / "figures"
-    (frame,) = with_plain_arms(at_chosen_rates(frame, read_rates(runs_dir)))
-    for figure in FIGURES:
-        save(figure(frame), folder / f"{figure.__name__}.png", pdf)
-    return folder
-
-
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
@@ -297,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(read_json(path)["records"]))
     print(f"records: {path}")
     if not args.no_figures:
-        print(f"figures: {draw(path, settings.runs_dir, args.pdf)}")
+        print(f"figures: {draw('gradients', settings, args.pdf)}")
     for message in broken:
         print(f"error: {message}", file=sys.stderr)
     return 1 if broken else 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from analysis_subjects import ARM
 from checkpoint_utils import read_json
 from config import DOCUMENTS, PRESETS, UserError, resolve_settings
+from document_figures import MODULES
 from learning_rate_tables import at_chosen_rates
 from learning_rates import read_rates
 from result_tables import NUMBERS, OPTIONAL, SCRIPTS, TEXT, load_records, with_plain_arms
@@ -22,14 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# whose figures a module has
-FIGURES_OF = {
-    "adaptation_figures": "adaptation",
-    "retention_figures": "retention",
-    "drift_figures": "drift",
-    "spectrum_figures": "drift",
-    "gradient_figures": "gradients",
-}
+ANALYSIS_OF = {module: name for name, modules in MODULES.items() for module in modules}
 METHODS = ("base", "baseline", "lora", "full", "full_qv")
 META = ("study", "base_model", "preset")
 NUMERIC = {*NUMBERS, *OPTIONAL, "layer", "k", "eps"}
@@ -106,7 +100,7 @@ class Report:
             return
         path = self.place / "figures" / f"{name or figure.__name__}.png"
         told = (figure.__doc__ or name).strip().splitlines()[0]
-        analysis = FIGURES_OF.get(figure.__module__)
+        analysis = ANALYSIS_OF.get(figure.__module__)
         frames = with_plain_arms(first, *more) if analysis else [first, *more]
         display(Image(save(figure(*frames), path, pdf=True), width=860, alt=told))
         if analysis:

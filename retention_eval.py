@@ -17,7 +17,6 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from analysis_subjects import Subject, add_analysis_arguments, find_subjects, weights_of
@@ -25,12 +24,12 @@ from checkpoint_utils import read_json
 from config import (
     FAMILIES,
     Parser,
-    Settings,
     UserError,
     add_common_arguments,
     guarded,
     resolve_settings,
 )
+from document_figures import draw
 from retention_measures import Retention, Unit
 from retention_records import TEXT
 
@@ -228,24 +227,6 @@ def table(records: list[dict[str, Any]], shots: int = 0) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, settings: Settings, pdf: bool) -> Path:
-    """Draw the figures of the joined document into `figures/` beside it; that folder."""
-    from learning_rate_tables import at_chosen_rates
-    from learning_rates import read_rates
-    from plotting import save
-    from result_tables import load_records, with_plain_arms
-    from retention_figures import FIGURES
-
-    adapted = settings.document("adaptation")
-    adaptation = load_records(adapted) if adapted.is_file() else None
-    frame, folder = load_records(path), path.parent / "figures"
-    frame = at_chosen_rates(frame, read_rates(settings.runs_dir))
-    frame, adaptation = with_plain_arms(frame, adaptation)
-    for figure in FIGURES:
-        save(figure(frame, adaptation), folder / f"{figure.__name__}.png", pdf)
-    return folder
-
-
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for values that no measurement can have."""
     if args.limit is not None and args.limit < 1:
@@ -319,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(read_json(path)["records"], args.num_fewshot))
     print(f"records: {path}\nitems: {results.folder / 'items'}")
     if not args.no_figures:
-        print(f"figures: {draw(path, settings, args.pdf)}")
+        print(f"figures: {draw('retention', settings, args.pdf)}")
     for message in warnings(retention, others):
         print(f"warning: {message}", file=sys.stderr)
     for message in broken:

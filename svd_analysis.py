@@ -18,7 +18,6 @@ import os
 import sys
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis_subjects import Subject, add_analysis_arguments, find_subjects, no_runs
@@ -33,6 +32,7 @@ from config import (
     guarded,
     resolve_settings,
 )
+from document_figures import draw
 
 if TYPE_CHECKING:
     from base_models import Base
@@ -202,24 +202,6 @@ def methods_line(methods: Counter) -> str:
     return f"{sum(methods.values())} decompositions: {told}"
 
 
-def draw(path: Path, runs_dir: Path, pdf: bool) -> Path:
-    """Draw the figures of the joined document into `figures/` beside it; that folder."""
-    import drift_figures
-    import spectrum_figures
-    from learning_rate_tables import at_chosen_rates
-    from learning_rates import read_rates
-    from plotting import save
-    from result_tables import load_records, with_plain_arms
-
-    frame, folder = load_records(path), path.parent / "figures"
-    if frame.empty:  # every checkpoint was broken
-        return folder
-    (frame,) = with_plain_arms(at_chosen_rates(frame, read_rates(runs_dir)))
-    for figure in (*drift_figures.FIGURES, *spectrum_figures.FIGURES):
-        save(figure(frame, path.parent), folder / f"{figure.__name__}.png", pdf)
-    return folder
-
-
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
@@ -259,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(read_json(path)["records"]))
     print(f"records: {path}\nall layers, k and epsilons: {layers}")
     if not args.no_figures:
-        print(f"figures: {draw(path, settings.runs_dir, args.pdf)}")
+        print(f"figures: {draw('drift', settings, args.pdf)}")
     for message in broken:
         print(f"error: {message}", file=sys.stderr)
     return 1 if broken else 0
