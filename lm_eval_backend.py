@@ -1,7 +1,7 @@
 """lm-evaluation-harness on this suite's engine: its tasks, prompts, filters, metrics and errors.
 
 Only the scoring of tokenised requests is replaced: requests that begin alike share a row of the
-batch. Besides lm_eval_tasks.py this is the one place that imports lm_eval.
+batch. Besides lm_eval_tasks.py and shared_prefix_lm.py no place imports lm_eval.
 
     benchmarks = Benchmarks(settings, tokenizer, ["hellaswag", "arc_challenge"])
     for model in models:
@@ -20,7 +20,7 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +30,7 @@ import numpy as np
 
 from config import Settings, UserError
 from lm_eval_tasks import LocalBenchmark, TaskLoader
-from scoring import TOKEN_BUDGET, log_likelihoods, shared_rows
 
-# Padded tokens of a batch. HellaSwag on two cores: 512 8.5 s, 1024 8.2 s, 2048 9.1 s, 4096 10 s.
-TOKEN_BUDGETS = {"cpu": 1_024, "cuda": 8 * TOKEN_BUDGET}
 SHOT_SEED = 1234  # of lm-eval's command line, so that its shots are drawn
 # What two definitions of the same task may differ in: where the rows come from.
 PLACES = ("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "training_split")
@@ -76,82 +73,11 @@ class TextScores:
 # ------------------------------------------------------------------------------- the model
 
 
-@functools.cache
-def _backend_class() -> type:
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    class SharedPrefixLM(HFLM):
-        """lm-eval's HFLM with the scoring of tokenised requests replaced."""
-
-        def __init__(
-            self,
-            model: Any,
-            tokenizer: Any,
-            token_budget: int | None = None,
-            bf16: bool = False,
-            max_length: int | None = None,
-            encoded: dict[Any, Any] | None = None,
-            progress: Callable[[int], None] = lambda done: None,
-        ):
-            # the batch size bounds only how many rolling windows come in one call
-            super().__init__(
-                pretrained=model, tokenizer=tokenizer, batch_size=1 << 30, max_length=max_length
-            )
-            self.token_budget = token_budget or TOKEN_BUDGETS.get(self.device.type, TOKEN_BUDGET)
-            self.bf16, self.progress = bf16, progress
-            self.encoded = {} if encoded is None else encoded
-            self.truncated: set[tuple[str, str]] = set()
-
-        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            """As HFLM's, but once for all models; requests of one context share its tokens."""
-            pair = (context, continuation)
-            if pair not in self.encoded:
-                context_ids, ids = super()._encode_pair(context, continuation)
-                self.encoded[pair] = self.encoded.setdefault(context, context_ids), ids
-            return self.encoded[pair]
-
-        def _loglikelihood_tokens(
-            self, requests: Iterable[Any], disable_tqdm: bool = False, override_bs: Any = None
-        ) -> list[tuple[float, bool]]:
-            """Log-probability of each continuation, and whether it is the greedy one.
-
-            `requests` are ((context, continuation), their tokens, their tokens). A text longer than
-            the window loses its beginning, as in HFLM; which did is kept in `truncated`.
-            """
-            window, texts = self.max_length, []
-            for strings, context, continuation in requests:
-                if len(continuation) > window:
-                    raise UserError(
-                        f"a continuation of {len(continuation)} tokens is longer than the model's"
-                        f" window of {window}"
-                    )
-                text = context + continuation
-                if len(text) > window + 1:
-                    self.truncated.add(strings)
-                    text = text[-(window + 1) :]
-                texts.append((text, len(continuation)))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                found = log_likelihoods(
-                    self.model, shared_rows(texts), self.token_budget, self.progress
-                )
-            pairs = [(score.log_likelihood, score.is_greedy) for row in found for score in row]
-            # lm-eval would take the first choice in silence
-            if not np.isfinite([log_likelihood for log_likelihood, _ in pairs]).all():
-                raise UserError("the model's logits are not finite")
-            return pairs
-
-    return SharedPrefixLM
-
-
-def shared_prefix_lm(model: Any, tokenizer: Any, **options: Any) -> Any:
-    """The model as lm-eval's `LM`, for its own `simple_evaluate` too.
-
-    `options`: token_budget (padded tokens of a batch), bf16 (autocast), max_length (default: the
-    model's window), progress (called with the rows done; items that share one count once).
-    """
+def _quiet_lm(model: Any, tokenizer: Any, **options: Any) -> Any:
     with quiet_lm_eval():
-        return _backend_class()(model, tokenizer, **options)
+        from shared_prefix_lm import SharedPrefixLM
+
+        return SharedPrefixLM(model, tokenizer, **options)
 
 
 def text_log_likelihoods(
@@ -159,11 +85,11 @@ def text_log_likelihoods(
 ) -> TextScores:
     """Log-likelihood of whole documents, in lm-eval's rolling windows: no token is scored twice.
 
-    `options` are those of `shared_prefix_lm`; max_length is the window.
+    `options` are those of `SharedPrefixLM`; max_length is the window.
     """
     from lm_eval.api.instance import Instance
 
-    lm = shared_prefix_lm(model, tokenizer, **options)
+    lm = _quiet_lm(model, tokenizer, **options)
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     with quiet_lm_eval():
         found = lm.loglikelihood_rolling(requests)
@@ -259,11 +185,11 @@ class Benchmarks:
         """Every benchmark's result, in the order of the names.
 
         A group that lm-eval makes a mean of is one benchmark, its tasks' items in the order of
-        `tasks`; of another group or a tag every task is. `options` are those of `shared_prefix_lm`.
+        `tasks`; of another group or a tag every task is. `options` are those of `SharedPrefixLM`.
         """
         from lm_eval.evaluator import evaluate
 
-        lm = shared_prefix_lm(model, self.tokenizer, encoded=self.encoded, **options)
+        lm = _quiet_lm(model, self.tokenizer, encoded=self.encoded, **options)
         with quiet_lm_eval():
             report = evaluate(lm, self.loaded, limit=self.limit)
         groups = self.loaded.get("groups", {})

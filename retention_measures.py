@@ -132,16 +132,9 @@ class Retention:
         except (UserError, FloatingPointError) as error:
             raise UserError(f"{unit.name}: {error}") from None
 
-    def _options(self) -> dict[str, Any]:
-        from lm_eval_backend import TOKEN_BUDGETS
-        from scoring import TOKEN_BUDGET
-
-        budget = TOKEN_BUDGETS.get(self.device, TOKEN_BUDGET)
-        return {"token_budget": int(self.room * budget), "bf16": self.bf16}
-
     def _benchmark(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
         benchmarks = self.benchmark(unit)
-        (result,) = benchmarks.measure(model, **self._options())
+        (result,) = benchmarks.measure(model, room=self.room, bf16=self.bf16)
         definition = next(iter(benchmarks.tasks.values())).config
         split = definition.test_split or definition.validation_split
         common = {**unit.fields, "split": split}
@@ -152,7 +145,7 @@ class Retention:
 
         texts = self.texts()[unit.task.removeprefix(TEXT)]
         found = text_log_likelihoods(
-            model, self.tokenizer, texts, max_length=TEXT_WINDOW, **self._options()
+            model, self.tokenizer, texts, max_length=TEXT_WINDOW, room=self.room, bf16=self.bf16
         )
         items = {"log_likelihood": found.log_likelihoods, "tokens": found.tokens}
         (scores,) = item_scores(items)
