@@ -1,6 +1,7 @@
 """The study as one command: resumed, failing, side by side, and refused."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -140,6 +141,13 @@ def test_two_workers_measure_the_same(adapted, workspace, shorter):
     assert found.keys() == adapted.keys()
     for key, expected in adapted.items():
         assert found[key] == pytest.approx(expected, rel=1e-3, abs=1e-4), key
+
+
+def test_processes_that_begin_anew_measure_the_same(adapted, workspace, shorter, monkeypatch):
+    # as beside a GPU, whose driver does not outlive a fork
+    monkeypatch.setattr("stage_process.context", lambda: multiprocessing.get_context("spawn"))
+    assert main([*shorter, "--study", "spawned"]) == 0
+    assert values(workspace, "spawned", ["performance_analysis"]) == adapted
 
 
 def test_a_failing_step_is_named_and_the_rest_goes_on(adapted, workspace, shorter, capfd):
