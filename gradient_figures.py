@@ -59,43 +59,38 @@ def conflict_over_training(frame: DataFrame) -> Figure:
     """Mean cosine of the pairs and share of conflicts over training, the base dashed."""
     rows = _of_mean(frame)
     rows = rows[rows["layer"] == OVERALL]
-    families = families_of(rows)
-    if not families:
+    if rows.empty:
         return nothing(frame, "no gradients of two tasks")
-    with styled():
-        columns = {family: (family,) for family in families}
-        figure, axes = grid(list(MEASURES.values()), columns, (2.7, 2.0), share_y=True)
-        arms: set[str] = set()
-        for (measure, family), ax in axes.items():
-            own = rows[(rows["family"] == family) & (rows["metric"].map(MEASURES) == measure)]
-            arms |= _lines(ax, own, "fraction")
-            _limit_share(ax, measure)
-            ax.set_xlim(-0.04, 1.06)
-        label_edges(axes, "fraction of training")
-        legend(figure, arms)
-        about = "All layers, mean over the pairs of tasks; below 0 they conflict."
-        return told(figure, frame, [about, SPACES, *_seeds(rows)])
+    about = "All layers, mean over the pairs of tasks; below 0 they conflict."
+    return _means_along(frame, rows, "fraction", about)
 
 
 def conflict_by_layer(frame: DataFrame) -> Figure:
     """Mean cosine of the pairs and share of conflicts by layer, at the last checkpoint."""
     rows = _of_mean(frame)
     rows = last_checkpoints(rows[rows["layer"] != OVERALL])
-    families = families_of(rows)
-    if not families:
+    if rows.empty:
         return nothing(frame, "no gradients of a last checkpoint's layer")
+    about = f"Last checkpoint, mean over the pairs of tasks.{unfinished(frame)}"
+    return _means_along(frame, rows, "layer", about)
+
+
+def _means_along(frame: DataFrame, rows: DataFrame, x: str, about: str) -> Figure:
+    """Both measures, a row each, and the families, a column each, along fraction or layer."""
     with styled():
-        columns = {family: (family,) for family in families}
+        columns = {family: (family,) for family in families_of(rows)}
         figure, axes = grid(list(MEASURES.values()), columns, (2.7, 2.0), share_y=True)
         arms: set[str] = set()
         for (measure, family), ax in axes.items():
             own = rows[(rows["family"] == family) & (rows["metric"].map(MEASURES) == measure)]
-            arms |= _lines(ax, own, "layer")
+            arms |= _lines(ax, own, x)
             _limit_share(ax, measure)
-            ax.xaxis.get_major_locator().set_params(integer=True)
-        label_edges(axes, "layer")
+            if x == "layer":
+                ax.xaxis.get_major_locator().set_params(integer=True)
+            else:
+                ax.set_xlim(-0.04, 1.06)
+        label_edges(axes, "layer" if x == "layer" else "fraction of training")
         legend(figure, arms)
-        about = f"Last checkpoint, mean over the pairs of tasks.{unfinished(frame)}"
         return told(figure, frame, [about, SPACES, *_seeds(rows)])
 
 
