@@ -192,14 +192,14 @@ def test_bad_data_leave_nothing_half_written(tmp_path, tokenizer):
     assert sorted(left) in ([".lock", "sst2"], ["sst2"])
 
 
-def test_the_script_refuses_in_one_line(script, tmp_path, smollm2):
-    run = "data_preprocessing.py"
-    assert_one_line_error(script(run, "sst3"), "unknown task 'sst3'", "sst2")
-    assert_one_line_error(script(run, "--data", tmp_path / "none"), "no folder", "--data")
-    assert_one_line_error(
-        script(run, "sst2", "--data", tmp_path), "sst2/train.jsonl cannot be read"
-    )
-    assert_one_line_error(script(run, "--study", "../up"), "study is '../up'")
+def test_the_script_refuses_in_one_line(inside, tmp_path, smollm2):
+    def run(*command):
+        return inside(data_preprocessing.main, *command)
+
+    assert_one_line_error(run("sst3"), "unknown task 'sst3'", "sst2")
+    assert_one_line_error(run("--data", tmp_path / "none"), "no folder", "--data")
+    assert_one_line_error(run("sst2", "--data", tmp_path), "sst2/train.jsonl cannot be read")
+    assert_one_line_error(run("--study", "../up"), "study is '../up'")
 
 
 def test_label_words_that_are_not_single_tokens_are_refused(tokenizer):

@@ -316,23 +316,23 @@ def test_the_grid_of_the_flags(short):
         (["--set", "rank=3"], ("--set rank=3", "fields")),
     ],
 )
-def test_wrong_arguments_are_one_line(script, arguments, parts):
-    assert_one_line_error(script("run_study.py", "--study", "wrong", *arguments), *parts)
+def test_wrong_arguments_are_one_line(inside, arguments, parts):
+    assert_one_line_error(inside(main, "--study", "wrong", *arguments), *parts)
 
 
-def test_another_configuration_is_refused(whole, short, script):
+def test_another_configuration_is_refused(whole, short, inside):
     other = ["8" if part == "4" else part for part in short]
-    found = script("run_study.py", *other, "--study", "whole")
+    found = inside(main, *other, "--study", "whole")
     assert_one_line_error(found, "max_steps is 8 and was 4", "--study NAME")
 
 
-def test_one_study_at_a_time(workspace, short, script):
+def test_one_study_at_a_time(workspace, short, inside):
     from filelock import FileLock
 
     folder = workspace / "outputs" / "busy"
     folder.mkdir(parents=True)
     with FileLock(folder / ".study.lock"):
-        found = script("run_study.py", *short, "--study", "busy")
+        found = inside(main, *short, "--study", "busy")
     assert_one_line_error(found, "another run_study.py", "busy")
 
 
