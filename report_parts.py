@@ -17,7 +17,16 @@ from config import DOCUMENTS, PRESETS, UserError, resolve_settings
 from document_figures import MODULES
 from learning_rate_tables import at_chosen_rates
 from learning_rates import read_rates
-from result_tables import NUMBERS, OPTIONAL, SCRIPTS, TEXT, load_records, with_plain_arms
+from result_tables import (
+    NUMBERS,
+    OPTIONAL,
+    SCRIPTS,
+    TEXT,
+    load_records,
+    shared_words,
+    with_plain_arms,
+    without_words,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,15 +131,25 @@ class Report:
         frame.to_csv(path, index=index)
 
     def table(self, name: str, frame: DataFrame, index: bool = False) -> None:
-        """Save and display a table."""
-        from IPython.display import display
+        """Save and display a table; in what is shown, what all runs share stands once, below."""
+        from IPython.display import HTML, display
 
         self.save_table(name, frame, index)
         if frame.empty:
             print(f"{name}: nothing to show")
-        else:
-            styled = frame.style.format(_cell, na_rep="", escape="html")
-            display(styled if index else styled.hide(axis="index"))
+            return
+        words = shared_words(f for f in self.all_rates.values() if f is not None)
+
+        def plain(label: Any) -> Any:
+            return without_words(label, words) if isinstance(label, str) else label
+
+        shown = frame.rename(index=plain) if index else frame
+        if "arm" in frame:
+            shown = shown.assign(arm=frame["arm"].map(plain))
+        styled = shown.style.format(_cell, na_rep="", escape="html")
+        display(styled if index else styled.hide(axis="index"))
+        if words and not shown.equals(frame):
+            display(HTML(f"<p>All runs: {html.escape(' '.join(sorted(words)))}.</p>"))
 
 
 def check(path: Path, command: str) -> None:

@@ -164,5 +164,24 @@ def test_small_and_large_numbers_of_a_table_keep_their_figures(tmp_path, monkeyp
     assert len((tmp_path / "outputs/demo/tables/rates.csv").read_text().splitlines()) == 101
 
 
+def test_a_table_says_once_what_all_runs_share(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr("IPython.display.display", display := Mock())
+    records = study(grid=[("lora", 8), ("full", 0)], points=1, families=("similar",))
+    for r in records:
+        r["run"] = r["run"].replace("_seed", "_steps40_seed")
+    write_study(tmp_path, records)
+    report = Report("demo")
+    means = report.adaptation.groupby("arm")["value"].mean()
+    for name, rows, index in (("by", means.to_frame(), True), ("in", means.reset_index(), False)):
+        display.reset_mock()
+        report.table(name, rows, index)
+        shown, note = (call.args[0] for call in display.call_args_list)
+        assert "steps40" not in shown.to_html() and ">LoRA r=8<" in shown.to_html()
+        assert "All runs: steps40." in note.data
+        saved = (tmp_path / f"outputs/demo/tables/{name}.csv").read_text()
+        assert "LoRA r=8 (steps40)" in saved
+
+
 def test_wrong_arguments_are_one_line(script):
     assert_one_line_error(script("report.py", "--study", "../up"), "study", "allowed")
