@@ -343,16 +343,16 @@ def test_what_is_there_is_not_measured_again_and_what_is_missing_is(folder, mode
 def test_other_weights_and_other_questions_are_measured_anew(base, model, tmp_path, capsys):
     make_adapter(base, tmp_path / "lora", seed=1)
     argv = ["--runs", tmp_path / "lora"]
-    first = analyse(model, "anew", *argv)[0]
+    first = analyse(model, "remeasured", *argv)[0]
     make_adapter(base, tmp_path / "lora", seed=2, r=8)
-    second = analyse(model, "anew", *argv)[0]
+    second = analyse(model, "remeasured", *argv)[0]
     assert set(first["rank"]) == {4} and set(second["rank"]) == {8}
-    layers = analyse(model, "anew", *argv, "--top-k", 3, "--epsilon", 0.25)[1]
+    layers = analyse(model, "remeasured", *argv, "--top-k", 3, "--epsilon", 0.25)[1]
     assert set(layers.k.dropna()) == {3, 10} and set(layers.eps.dropna()) == {0.25, 0.5}
-    place_alone = analyse(model, "anew", *argv, "--target-modules", "attention")[0]
+    place_alone = analyse(model, "remeasured", *argv, "--target-modules", "attention")[0]
     assert {"q_proj", "v_proj"} <= set(place_alone.module)
     capsys.readouterr()
-    assert main([*model, "--study", "anew", *map(str, argv), "--target-modules", "mlp"]) == 1
+    assert main([*model, "--study", "remeasured", *map(str, argv), "--target-modules", "mlp"]) == 1
     assert "has none of gate_proj" in capsys.readouterr().err
 
 
