@@ -91,8 +91,8 @@ def test_dry_run_says_what_would_run_and_writes_nothing(script, tiny):
 def finished(tiny):
     """Uninterrupted runs of both arms in the study `whole`."""
     for argv in (LORA, FULL):
-        assert main([*argv, "--model", str(tiny), "--study", "whole"]) == 0
-    return runs_dir("whole")
+        assert main([*argv, "--model", str(tiny), "--study", "uninterrupted"]) == 0
+    return runs_dir("uninterrupted")
 
 
 @pytest.mark.parametrize("arm", NAMES)
@@ -120,7 +120,7 @@ def test_a_run_leaves_its_record_its_checkpoints_and_its_curves(finished, arm):
     assert [c["seconds"] for c in clocks] == sorted(c["seconds"] for c in clocks)
     for clock in clocks:  # seven validations and six times saving are no training
         assert 0 < clock["seconds"] < clock["wall_seconds"]
-    log = settings_for(study="whole").logs_dir / NAMES[arm]
+    log = settings_for(study="uninterrupted").logs_dir / NAMES[arm]
     assert len((log / "log.jsonl").read_text().splitlines()) >= 7
     assert list(log.glob("events.out.tfevents.*"))
 
@@ -139,7 +139,7 @@ def test_a_full_checkpoint_is_a_whole_fp32_model(finished, tiny):
 
 def test_a_run_that_is_done_is_skipped_with_one_line(finished, tiny, capsys):
     stamp = (finished / NAMES["lora"] / "training.json").stat().st_mtime_ns
-    assert main([*LORA, "--model", str(tiny), "--study", "whole"]) == 0
+    assert main([*LORA, "--model", str(tiny), "--study", "uninterrupted"]) == 0
     assert f"{NAMES['lora']} is done" in capsys.readouterr().out
     assert (finished / NAMES["lora"] / "training.json").stat().st_mtime_ns == stamp
 
@@ -271,7 +271,7 @@ def test_a_done_run_is_not_taken_for_one_on_other_data(finished, tiny, capsys, t
     """Its name is the same, since a name does not say where the data lie."""
     sample = Path(__file__).parent.parent / "data" / "sample"
     shutil.copytree(sample, tmp_path, dirs_exist_ok=True)  # with the benchmarks: overlap is told
-    argv = [*LORA, "--model", str(tiny), "--study", "whole", "--data", str(tmp_path)]
+    argv = [*LORA, "--model", str(tiny), "--study", "uninterrupted", "--data", str(tmp_path)]
     assert main(argv) == 0  # the same rows elsewhere are the same data
     assert "is done" in capsys.readouterr().out
     lines = (tmp_path / "qqp" / "train.jsonl").read_text().splitlines(keepends=True)
