@@ -109,14 +109,16 @@ def test_what_cannot_be_generated_is_refused(model):
 
 
 @pytest.mark.parametrize("task", FAMILIES["dissimilar"])
-def test_real_rows_are_generated_as_model_generate_does(smollm2_model, tokenizer, real_data, task):
-    rows = read_jsonl(Path(real_data) / task / "test.jsonl", limit=16)
+def test_32_real_rows_are_generated_as_model_generate_does(
+    smollm2_model, tokenizer, real_data, task
+):
+    rows = read_jsonl(Path(real_data) / task / "test.jsonl", limit=32)
     encoded = [encode(tokenizer, describe(task), row, 192) for row in rows]
     prompts = [e["input_ids"][: e["prompt_length"]] for e in encoded]
     eos = tokenizer.eos_token_id
-    ours = generate_greedily(smollm2_model, prompts, 16, [eos])
+    ours = generate_greedily(smollm2_model, prompts, 24, [eos])
     same = [
-        assert_same_text(smollm2_model, p, o, plain_generation(smollm2_model, p, 16, eos))
+        assert_same_text(smollm2_model, p, o, plain_generation(smollm2_model, p, 24, eos))
         for p, o in zip(prompts, ours, strict=True)
     ]
-    assert sum(same) >= 15
+    assert sum(same) >= 31

@@ -481,7 +481,7 @@ def test_a_point_that_fails_otherwise_leaves_the_arm_without_a_choice(tiny, caps
 def test_smollm2_learns_from_real_rows_and_loads_in_plain_peft(script, smollm2, real_data):
     argv = [SCRIPT, "--similar", "--lora", "8", "--data", real_data, "--study", "real"]
     argv += ["--max-steps", "8", "--limit", "200", "--set", "checkpoints=2", "warmup=0"]
-    process = script(*argv, "batch_size=8", EVAL_EXAMPLES_PER_TASK="8")
+    process = script(*argv, EVAL_EXAMPLES_PER_TASK="16")
     assert process.returncode == 0, process.stderr[-2000:]
     assert "accuracy before -> after" in process.stdout
     (run,) = [p for p in runs_dir("real").iterdir() if p.name.startswith("similar")]
