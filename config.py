@@ -52,6 +52,8 @@ DOCUMENTS = {
 }
 # The published setting of intruder dimensions: so many leading vectors, this threshold.
 INTRUDER_K, INTRUDER_EPSILON = 10, 0.5
+MID_TRAINING_LIMIT = 1_000  # items of a task or benchmark at intermediate checkpoints
+GRADIENT_BATCHES = 32  # the fewest that the study reports
 # Data are split, capped and sampled with this seed, never with a run's own, so that all runs of a
 # study see the same rows.
 DATA_SEED = 42
@@ -81,7 +83,7 @@ class Preset:
     examples_per_task: int
     eval_examples_per_task: int
     seeds: tuple[int, ...]
-    arms: dict[str, tuple[str, ...]]  # that run_study.py trains, by family
+    arms: dict[str, tuple[tuple[str, int], ...]]  # (method, rank) that run_study.py trains
     epochs: float
     checkpoints: int
     lora_rate_factor: float  # of LoRA's learning rate over full fine-tuning's
@@ -100,7 +102,7 @@ PRESETS = {
         examples_per_task=25_000,
         eval_examples_per_task=1_000,
         seeds=(42, 43, 44),  # three: the fewest over which a method's difference can be tested
-        arms=dict.fromkeys(FAMILIES, ("full", *(f"lora_r{rank}" for rank in RANKS))),
+        arms=dict.fromkeys(FAMILIES, (("full", 0), *(("lora", rank) for rank in RANKS))),
         epochs=1,
         checkpoints=10,
         lora_rate_factor=10,
@@ -117,7 +119,7 @@ PRESETS = {
         examples_per_task=2_000,
         eval_examples_per_task=4,
         seeds=(42,),
-        arms={"similar": ("full", "lora_r8"), "dissimilar": ("lora_r8",)},
+        arms={"similar": (("full", 0), ("lora", 8)), "dissimilar": (("lora", 8),)},
         epochs=0.5,
         checkpoints=5,
         lora_rate_factor=15,  # the best factor in runs of about 100 steps

@@ -17,19 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from analysis_subjects import (
-    Subject,
-    add_analysis_arguments,
-    find_subjects,
-    no_arm,
-    no_runs,
-    weights_of,
-)
-from checkpoint_utils import read_json
 from config import (
     FAMILIES,
+    MID_TRAINING_LIMIT,
     SPLITS,
     Parser,
     UserError,
@@ -38,10 +28,19 @@ from config import (
     resolve_settings,
 )
 from dataset_descriptions import DESCRIPTIONS, describe
-from document_figures import draw
-from evaluator import Evaluator, Unit, records_of
+from lora_tradeoffs.adaptation.analysis import Evaluator, Unit, records_of
+from lora_tradeoffs.figures.draw import draw
+from lora_tradeoffs.files import read_json
+from lora_tradeoffs.measuring.subjects import (
+    Subject,
+    add_analysis_arguments,
+    find_subjects,
+    no_arm,
+    no_runs,
+    weights_of,
+)
+from lora_tradeoffs.tables.scores import adaptation_table
 
-MID_TRAINING_LIMIT = 1_000
 SHOTS = 4  # of the base's second row: a zero-shot base mostly lacks the format
 
 
@@ -134,58 +133,6 @@ def measured_otherwise(results: Any) -> list[str]:
     return found
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Runs against tasks: the primary metric at the last checkpoint, test where it was read."""
-    last: dict[str, int] = {}
-    for r in records:
-        last[r["run"]] = max(last.get(r["run"], 0), r["step"])
-    cells: dict[tuple[str, str], dict[str, Any]] = {}
-    for r in records:
-        primary = describe(r["task"]).metrics[0]
-        if r["metric"] != primary or r["step"] != last[r["run"]] or r["prompt"]:
-            continue
-        row = r["run"] + (f" ({r['shots']} shots)" if r["shots"] else "")
-        if (row, r["task"]) not in cells or r["split"] == "test":
-            cells[row, r["task"]] = r
-    rows = list(dict.fromkeys(row for row, _ in cells))
-    tasks = [t for tasks in FAMILIES.values() for t in tasks if any(t == k[1] for k in cells)]
-    best: dict[tuple[str, bool], float] = {}  # of scores on one split: v is not held against test
-    for (_, task), c in cells.items():
-        key = (task, c["split"] == "validation")
-        best[key] = max(best.get(key, c["value"]), c["value"])
-    width = max(map(len, rows))
-    lines = [" " * width + "".join(f"  {t + ' ' + describe(t).metrics[0]:>24}" for t in tasks)]
-    for row in rows:
-        texts = []
-        for task in tasks:
-            c = cells.get((row, task))
-            validated = bool(c) and c["split"] == "validation"
-            mark = "*" if c and c["value"] == best[task, validated] else " "
-            split = " v" if validated else "  "
-            texts.append(f"{c['value']:.3f} +- {c['stderr']:.3f}{mark}{split}" if c else "-   ")
-        lines.append(f"{row:<{width}}" + "".join(f"  {text:>24}" for text in texts))
-    lines += _spread_over_prompts(records, last)
-    lines.append(
-        "value +- standard error over items; v: validation, else test; * the highest of its split"
-    )
-    return "\n".join(lines)
-
-
-def _spread_over_prompts(records: list[dict[str, Any]], last: dict[str, int]) -> list[str]:
-    """Mean and standard deviation of the primary metric over prompts, where there are several."""
-    values: dict[tuple[str, str, str], list[float]] = {}
-    for r in records:
-        primary = r["metric"] == describe(r["task"]).metrics[0]
-        if primary and r["step"] == last[r["run"]] and not r["shots"]:
-            values.setdefault((r["run"], r["task"], r["split"]), []).append(r["value"])
-    return [
-        f"over {len(v)} prompts: {run} {task} {split}"
-        f" mean {np.mean(v):.3f}, sd {np.std(v, ddof=1):.3f}"
-        for (run, task, split), v in values.items()
-        if len(v) > 1
-    ]
-
-
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
@@ -194,9 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     if not args.batch_scale > 0:
         raise UserError("--batch-scale takes a number above 0")
     settings = resolve_settings(args)
-    from base_models import load_tokenizer, prepare_base
-    from results import Results
-    from run_records import pick_device, pick_precision
+    from lora_tradeoffs.hardware import pick_device, pick_precision
+    from lora_tradeoffs.measuring.results import Results
+    from lora_tradeoffs.models.base import load_tokenizer, prepare_base
 
     device = pick_device()
     print(settings.headline(device), flush=True)
@@ -225,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     with results.joining():
         path = results.join("adaptation", meta)
 
-    print(table(read_json(path)["records"]))
+    print(adaptation_table(read_json(path)["records"]))
     print(f"records: {path}\nitems and samples: {results.folder}")
     if not args.no_figures:
         print(f"figures: {draw('adaptation', settings, args.pdf)}")
@@ -247,7 +194,7 @@ def _measure_all(
     """Measure checkpoint by checkpoint; what was wrong with those that could not be."""
     from tqdm import tqdm
 
-    from checkpoint_models import checkpoint_models
+    from lora_tradeoffs.models.checkpoint_models import checkpoint_models
 
     if not pending:
         return []

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis_subjects import Subject, add_analysis_arguments, find_subjects, weights_of
-from checkpoint_utils import read_json
 from config import (
     DATA_SEED,
     FAMILIES,
+    GRADIENT_BATCHES,
     Parser,
     Settings,
     UserError,
@@ -29,10 +28,15 @@ from config import (
     guarded,
     resolve_settings,
 )
-from document_figures import draw
-from task_gradients import BOTH, MEAN, OVERALL
-
-BATCHES = 32  # the fewest that the study reports
+from lora_tradeoffs.figures.draw import draw
+from lora_tradeoffs.files import read_json
+from lora_tradeoffs.measuring.subjects import (
+    Subject,
+    add_analysis_arguments,
+    find_subjects,
+    weights_of,
+)
+from lora_tradeoffs.tables.scores import gradient_table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_common_arguments(parser)
     group = add_analysis_arguments(parser)
     group.add_argument(
-        "--batches", type=int, default=BATCHES, help=f"micro-batches a task (default {BATCHES})"
+        "--batches",
+        type=int,
+        default=GRADIENT_BATCHES,
+        help=f"micro-batches a task (default {GRADIENT_BATCHES})",
     )
     group.add_argument(
         "--batch-size", type=int, default=8, help="rows of each task in a batch (default 8)"
@@ -103,8 +110,8 @@ class MatchedBatches:
 
     def task(self, name: str) -> Any:
         """The prepared task."""
-        from data_preprocessing import prepare
         from dataset_descriptions import describe
+        from lora_tradeoffs.data.preparation import prepare
 
         if name not in self.prepared:
             length = self.settings.preset.max_length[describe(name).family]
@@ -114,7 +121,7 @@ class MatchedBatches:
 
     def rows(self, name: str) -> list[list[dict[str, Any]]]:
         """The task's batches of rows of the train split. Raises UserError if it is too small."""
-        from task_gradients import micro_batches
+        from lora_tradeoffs.gradients.conflict import micro_batches
 
         if name not in self.drawn:
             rows = self.task(name).split("train").select_columns(["input_ids", "prompt_length"])
@@ -143,7 +150,7 @@ def measure_all(
     """
     from tqdm import tqdm
 
-    from checkpoint_models import checkpoint_models
+    from lora_tradeoffs.models.checkpoint_models import checkpoint_models
 
     if not pending:
         return []
@@ -175,8 +182,12 @@ def measure(
     batches: MatchedBatches, model: Any, unit: Unit, request: dict[str, Any], progress: Any
 ) -> list[dict[str, Any]]:
     """The unit's flat records."""
-    from batching import CompletionCollator
-    from task_gradients import conflict_records, gradient_products, measured_parameters
+    from lora_tradeoffs.gradients.conflict import (
+        conflict_records,
+        gradient_products,
+        measured_parameters,
+    )
+    from lora_tradeoffs.training.row_order import CompletionCollator
 
     rows = {name: batches.rows(name) for name in unit.tasks}
     fewest = min(map(len, rows.values()))  # of the family's smallest task
@@ -194,52 +205,6 @@ def measure(
 # ------------------------------------------------------------------------------------- report
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Runs against pairs of tasks at the last checkpoint, over all layers; a part a family."""
-    last: dict[str, int] = {}
-    for r in records:
-        last[r["run"]] = max(last.get(r["run"], 0), r["step"])
-    found: dict[str, dict[tuple[str, str, str], dict[str, Any]]] = {}
-    for r in records:
-        if (r["layer"], r["module"], r["step"]) == (OVERALL, BOTH, last[r["run"]]):
-            pair = "within" if r["task"] == r["other"] != MEAN else f"{r['task']} {r['other']}"
-            pair = MEAN if r["task"] == MEAN else pair
-            key = (r["run"], pair, r["metric"])
-            found.setdefault(r["family"], {}).setdefault(key, []).append(r)
-    lines = []
-    for family in (f for f in FAMILIES if f in found):
-        cells = found[family]
-        runs = dict.fromkeys(run for run, _, _ in cells)
-        pairs = dict.fromkeys(pair for _, pair, _ in cells)
-        pairs = sorted(pairs, key=_column_order)
-        width = max(map(len, [*runs, family]))
-        lines.append(f"{family:<{width}}" + "".join(f"  {pair:>24}" for pair in pairs))
-        for run in runs:
-            texts = [_cell(cells, run, pair) for pair in pairs]
-            lines.append(f"{run:<{width}}" + "".join(f"  {text:>24}" for text in texts))
-    lines.append(
-        "cosine +- standard error over batches (share of batches in conflict); within: of a task"
-        " with itself, on halves of its batches, mean over the tasks: a reference for noise"
-    )
-    return "\n".join(lines)
-
-
-def _column_order(pair: str) -> tuple[bool, bool, str]:
-    return pair == "within", pair == MEAN, pair
-
-
-def _cell(cells: dict[tuple[str, str, str], list[dict[str, Any]]], run: str, pair: str) -> str:
-    metric = "within_cosine" if pair == "within" else "gradient_cosine"
-    cosines = [r for r in cells.get((run, pair, metric), []) if r["value"] is not None]
-    if not cosines:
-        return "-"
-    if pair == "within":
-        return f"{sum(r['value'] for r in cosines) / len(cosines):+.3f}"
-    error = "" if cosines[0]["stderr"] is None else f" +- {cosines[0]['stderr']:.3f}"
-    share = cells[run, pair, "gradient_conflict"][0]["value"]
-    return f"{cosines[0]['value']:+.3f}{error} ({share:4.0%})"
-
-
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
@@ -248,9 +213,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size < 2:
         raise UserError("--batch-size takes at least 2: halves of a batch tell noise from conflict")
     settings = resolve_settings(args)
-    from base_models import load_tokenizer, prepare_base
-    from results import Results
-    from run_records import pick_device, pick_precision
+    from lora_tradeoffs.hardware import pick_device, pick_precision
+    from lora_tradeoffs.measuring.results import Results
+    from lora_tradeoffs.models.base import load_tokenizer, prepare_base
 
     device = pick_device()
     print(settings.headline(device), flush=True)
@@ -258,8 +223,8 @@ def main(argv: list[str] | None = None) -> int:
     units, alone = plan_units(find_subjects(args, settings, base))
     if alone:
         print(f"left out, of a single task, which has no other to conflict: {', '.join(alone)}")
-    if args.batches < BATCHES:
-        print(f"{args.batches} batches: a try; the study's floor is {BATCHES}")
+    if args.batches < GRADIENT_BATCHES:
+        print(f"{args.batches} batches: a try; the study's floor is {GRADIENT_BATCHES}")
     batches = MatchedBatches(settings, load_tokenizer(base), args.batches, args.batch_size)
     bf16 = pick_precision(args.dtype, device) == "bf16"
     precision = {"precision": "bf16 autocast" if bf16 else "fp32"}
@@ -279,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
     with results.joining():
         path = results.join("gradients", meta)
-    print(table(read_json(path)["records"]))
+    print(gradient_table(read_json(path)["records"]))
     print(f"records: {path}")
     if not args.no_figures:
         print(f"figures: {draw('gradients', settings, args.pdf)}")

@@ -15,14 +15,12 @@ that is done is skipped, one that was interrupted goes on from its newest whole 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from checkpoint_utils import checkpoint_step, checkpoints
 from config import (
     FAMILIES,
     RANKS,
@@ -36,20 +34,17 @@ from config import (
     resolve_settings,
 )
 from dataset_descriptions import describe
-from learning_rates import FACTORS, chosen_rate, grid
-from rate_sweep import sweep
+from lora_tradeoffs.files import checkpoint_step, checkpoints
+from lora_tradeoffs.training.learning_rates import FACTORS
+from lora_tradeoffs.training.plan import expected_steps, plan_runs
+from lora_tradeoffs.training.rate_sweep import sweep
+from lora_tradeoffs.training.run import Interrupted, Run, is_main, train, write_error
 from training_configs import (
     SCALINGS,
-    TrainingConfig,
     arms,
-    default_config,
     parse_assignments,
     settable_help,
 )
-from training_run import Interrupted, Run, is_main, train, write_error
-
-LORA_FIELDS = ("target_modules", "scaling", "lora_dropout")
-
 
 # ------------------------------------------------------------------------------ the plan
 
@@ -106,34 +101,12 @@ def plan(args: argparse.Namespace, settings: Settings, hidden_size: int) -> list
     for flag in ("max_steps", "target_modules", "scaling", "dtype", "limit"):
         if getattr(args, flag) is not None:
             values[flag] = getattr(args, flag)
-    if "learning_rate" in values and (args.lr_sweep is not None or args.swept_rates):
-        flag = "--swept-rates" if args.swept_rates else "--lr-sweep"
-        raise UserError(f"{flag} and --set learning_rate both say the rate; leave one out")
     seeds = args.seed or settings.preset.seeds
-    if args.lr_sweep is not None and not args.seed:
-        seeds = seeds[:1]
-    runs = []
-    for tasks in _task_mixes(args):
-        for method, rank in _arms(args):
-            own = values
-            if method != "lora" and any(m == "lora" for m, _ in _arms(args)):
-                own = {k: v for k, v in values.items() if k not in LORA_FIELDS}
-            for seed in dict.fromkeys(seeds):
-                default = default_config(settings, tasks, method, rank, seed, hidden_size)
-                config = dataclasses.replace(default, **own)
-                name = config.run_name(default)
-                run = Run(name, config, settings.runs_dir / name, default)
-                runs += [run.at_rate(rate) for rate in _rates(args, settings, run)]
-    return runs
-
-
-def _rates(args: argparse.Namespace, settings: Settings, run: Run) -> list[float]:
-    """The learning rates at which the arm is asked for."""
-    if args.lr_sweep is not None:
-        return grid(run.default.learning_rate, args.lr_sweep or FACTORS)
-    if args.swept_rates:
-        return [chosen_rate(settings.runs_dir, run.arm, run.config)]
-    return [run.config.learning_rate]
+    sweep = args.lr_sweep
+    if sweep is not None:
+        seeds, sweep = (seeds if args.seed else seeds[:1]), sweep or FACTORS
+    mixes, arms = _task_mixes(args), _arms(args)
+    return plan_runs(settings, hidden_size, mixes, arms, seeds, values, sweep, args.swept_rates)
 
 
 def _task_mixes(args: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -154,7 +127,7 @@ def _arms(args: argparse.Namespace) -> list[tuple[str, int]]:
 
 def print_plan(runs: list[Run], settings: Settings, model: Any, bf16: bool) -> None:
     """One line a run: its state, steps, trainable parameters, expected memory and disk."""
-    from training_costs import GB, expected_cost
+    from lora_tradeoffs.training.costs import GB, expected_cost
 
     print(f"{len(runs)} runs, into {settings.runs_dir}")
     width = max(len(run.name) for run in runs)
@@ -169,21 +142,6 @@ def print_plan(runs: list[Run], settings: Settings, model: Any, bf16: bool) -> N
         steps = run.config.max_steps or f"about {expected_steps(run.config, settings)}"
         print(f"  {run.name:<{width}}  {state:<12}  {steps} steps, {cost}")
     print(f"disk for what is not done: {total / GB:.1f} GB")
-
-
-def expected_steps(config: TrainingConfig, settings: Settings) -> int:
-    """Steps from the number of rows before any is read: lines of a folder, official sizes."""
-    from batching import steps_for
-    from data_sources import source_folder
-
-    source, rows = source_folder(settings), []
-    for task in config.tasks:
-        count = describe(task).rows["train"]
-        if source is not None:
-            with contextlib.suppress(OSError), (source / task / "train.jsonl").open("rb") as file:
-                count = sum(1 for _ in file)
-        rows.append(min(count, config.examples_per_task, config.limit or count))
-    return steps_for(rows, config.epochs, config.batch_size)
 
 
 # ------------------------------------------------------------------------------- report
@@ -216,7 +174,7 @@ def _run_all(runs: list[Run], train_run: Callable[[Run], Any]) -> int:
 
 def _run_one(run: Run, train_run: Callable[[Run], Any], alone: bool = False) -> bool:
     """Whether the run has ended; what was wrong is said, or raised if the run is alone."""
-    from run_records import release_memory
+    from lora_tradeoffs.hardware import release_memory
 
     try:
         train_run(run)
@@ -243,9 +201,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = resolve_settings(args)
     plan(args, settings, hidden_size=2048)  # what is wrong with the flags shows before any work
-    from base_models import empty_model, prepare_base, read_model_config
-    from run_records import pick_device, pick_precision
-    from training_costs import expected_cost
+    from lora_tradeoffs.hardware import pick_device, pick_precision
+    from lora_tradeoffs.models.base import empty_model, prepare_base, read_model_config
+    from lora_tradeoffs.training.costs import expected_cost
 
     device = pick_device()
     if is_main():

@@ -19,22 +19,28 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-from analysis_subjects import Subject, add_analysis_arguments, find_subjects, weights_of
-from checkpoint_utils import read_json
 from config import (
     FAMILIES,
+    MID_TRAINING_LIMIT,
     Parser,
     UserError,
     add_common_arguments,
     guarded,
     resolve_settings,
 )
-from document_figures import draw
-from retention_measures import Retention, Unit
-from retention_records import TEXT
+from lora_tradeoffs.figures.draw import draw
+from lora_tradeoffs.files import read_json
+from lora_tradeoffs.measuring.subjects import (
+    Subject,
+    add_analysis_arguments,
+    find_subjects,
+    weights_of,
+)
+from lora_tradeoffs.records import TEXT
+from lora_tradeoffs.retention.analysis import Retention, Unit
+from lora_tradeoffs.tables.scores import retention_table
 
 BENCHMARKS = ("hellaswag", "arc_challenge", "winogrande")
-MID_TRAINING_LIMIT = 1_000
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 
@@ -122,7 +128,7 @@ def measure_all(retention: Retention, results: Any, base: Any, pending: list[Uni
     """Measure checkpoint by checkpoint; what was wrong with those that could not be."""
     from tqdm import tqdm
 
-    from checkpoint_models import checkpoint_models
+    from lora_tradeoffs.models.checkpoint_models import checkpoint_models
 
     if not pending:
         return []
@@ -163,7 +169,7 @@ def _at_their_scales(
     base: Any, checkpoint: Any, model: Any, units: list[Unit]
 ) -> Iterator[tuple[Unit, Any]]:
     """Every unit with the model that it is about: as it is first, then its update scaled."""
-    from checkpoint_models import scaled_updates
+    from lora_tradeoffs.models.checkpoint_models import scaled_updates
 
     yield from ((unit, model) for unit in units if unit.scale == 1)
     scales = sorted({unit.scale for unit in units} - {1.0})
@@ -173,58 +179,6 @@ def _at_their_scales(
 
 
 # ------------------------------------------------------------------------------------- report
-
-
-def table(records: list[dict[str, Any]], shots: int = 0) -> str:
-    """Runs against tasks at the last checkpoint: score and forgetting, with standard errors.
-
-    Benchmarks are those with so many examples before a question.
-    """
-    records = [r for r in records if r["shots"] == shots or r["task"].startswith(TEXT)]
-    last: dict[str, int] = {}
-    for r in records:
-        last[r["run"]] = max(last.get(r["run"], 0), r["step"])
-    scores: dict[tuple[str, str], dict[str, Any]] = {}
-    losses: dict[tuple[str, str], dict[str, Any]] = {}
-    for r in records:
-        if r["step"] != last[r["run"]] or r["update_scale"] != 1:
-            continue
-        key = (r["run"], r["task"])
-        if r["metric"] == "forgetting":
-            losses[key] = r
-        elif r["metric"] in ("acc_norm", "retention", "log_likelihood"):
-            scores[key] = r
-        elif r["metric"] == "acc":
-            scores.setdefault(key, r)
-    tasks = sorted({task for _, task in scores}, key=lambda t: (t.startswith(TEXT), t == "mean", t))
-    width = max(map(len, last))
-    lines = [" " * width + "".join(f"  {task:>27}" for task in tasks)]
-    for run in last:
-        texts = []
-        for task in tasks:
-            score, loss = scores.get((run, task)), losses.get((run, task))
-            text = f"{score['value']:.3f}" if score else "-"
-            if loss and loss["stderr"] is not None:
-                mark = "*" if loss["p_value"] < 0.05 else " "
-                text += f" ({-loss['value']:+.3f} +- {loss['stderr']:.3f}{mark})"
-            texts.append(text)
-        lines.append(f"{run:<{width}}" + "".join(f"  {text:>27}" for text in texts))
-    flat = sorted({t for (_, t), r in losses.items() if r.get("at_chance")})
-    if flat:
-        lines.append(f"the base guesses (within two standard errors): {', '.join(flat)}; it has")
-        lines[-1] += " nothing there that could be forgotten"
-    cut: dict[str, int] = {}
-    for r in records:
-        if r.get("truncated"):
-            cut[r["task"]] = max(cut.get(r["task"], 0), r["truncated"])
-    if cut:
-        counts = ", ".join(f"{n} of {task}" for task, n in sorted(cut.items()))
-        lines.append(f"contexts longer than the model's window, cut from the left: {counts}")
-    lines.append(
-        "in brackets: change against the base on the same items +- standard error; * p < .05 of the"
-        " paired test, uncorrected; text: nats a token"
-    )
-    return "\n".join(lines)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -270,10 +224,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check(args)
     settings = resolve_settings(args)
-    from base_models import load_tokenizer, prepare_base
-    from results import Results
-    from retention_records import derived_records
-    from run_records import pick_device, pick_precision
+    from lora_tradeoffs.hardware import pick_device, pick_precision
+    from lora_tradeoffs.measuring.results import Results
+    from lora_tradeoffs.models.base import load_tokenizer, prepare_base
+    from lora_tradeoffs.retention.forgetting import derived_records
 
     device = pick_device()
     print(settings.headline(device), flush=True)
@@ -297,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     with results.joining():
         derived, others = derived_records(results)
         path = results.join("retention", meta, derived)
-    print(table(read_json(path)["records"], args.num_fewshot))
+    print(retention_table(read_json(path)["records"], args.num_fewshot))
     print(f"records: {path}\nitems: {results.folder / 'items'}")
     if not args.no_figures:
         print(f"figures: {draw('retention', settings, args.pdf)}")

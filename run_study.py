@@ -15,7 +15,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from checkpoint_utils import checkpoints, read_json, write_json
 from config import (
     FAMILIES,
     RANKS,
@@ -26,12 +25,13 @@ from config import (
     guarded,
     resolve_settings,
 )
-from learning_rates import FACTORS
-from study_plan import plan_runs, plan_steps
-from study_processes import Conductor
-from study_steps import ANALYSES, STAGES, Stamps, Step, steps_done
+from lora_tradeoffs.files import checkpoints, read_json, write_json
+from lora_tradeoffs.study.plan import plan_runs, plan_steps
+from lora_tradeoffs.study.processes import Conductor
+from lora_tradeoffs.study.steps import ANALYSES, STAGES, Stamps, Step, steps_done
+from lora_tradeoffs.training.learning_rates import FACTORS
+from lora_tradeoffs.training.run import Run
 from training_configs import settable_help
-from training_run import Run
 
 PLANE = "learning_forgetting_plane.png"
 # What makes a study the same one; the grid itself may grow.
@@ -122,8 +122,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_runs(runs: Sequence[Run], settings: Settings) -> None:
     """Raise UserError for a rank above the base's matrices, before anything is begun."""
-    from base_models import empty_model, read_model_config
-    from training_costs import trainable_shapes
+    from lora_tradeoffs.models.base import empty_model, read_model_config
+    from lora_tradeoffs.training.costs import trainable_shapes
 
     model = empty_model(read_model_config(settings), settings.model)
     for run in runs:
@@ -142,13 +142,12 @@ def delete_measured(run: Run, steps: Sequence[Step], stamps: Stamps) -> None:
 
 def print_tables(stamps: Stamps) -> None:
     """The scores and what was kept, at the last checkpoints."""
-    import eval
-    import retention_eval
+    from lora_tradeoffs.tables.scores import adaptation_table, retention_table
 
-    for stage, script in (("evaluate", eval), ("retention", retention_eval)):
+    for stage, table in (("evaluate", adaptation_table), ("retention", retention_table)):
         path = stamps.documents[stage]
         if path.is_file():
-            print(f"\n{ANALYSES[stage]}\n{script.table(read_json(path)['records'])}")
+            print(f"\n{ANALYSES[stage]}\n{table(read_json(path)['records'])}")
 
 
 @guarded
@@ -158,14 +157,14 @@ def main(argv: list[str] | None = None) -> int:
     settings = resolve_settings(args)
     from filelock import FileLock, Timeout
 
-    from base_models import read_model_config
+    from lora_tradeoffs.models.base import read_model_config
 
     stamps = Stamps(settings)
     runs = plan_runs(args, settings, read_model_config(settings).hidden_size)
     steps = plan_steps(args, settings, runs)
     if args.dry_run:
-        from run_records import pick_device
-        from study_estimates import print_plan
+        from lora_tradeoffs.hardware import pick_device
+        from lora_tradeoffs.study.estimates import print_plan
 
         print(settings.headline(pick_device()), flush=True)
         print_plan(args, settings, stamps, runs, steps)

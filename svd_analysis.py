@@ -13,15 +13,12 @@ drift_analysis_plots/<study>/; the base's decompositions, to drift_analysis_plot
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from analysis_subjects import Subject, add_analysis_arguments, find_subjects, no_runs
-from checkpoint_utils import read_json
 from config import (
     INTRUDER_EPSILON,
     INTRUDER_K,
@@ -32,25 +29,26 @@ from config import (
     guarded,
     resolve_settings,
 )
-from document_figures import draw
+from lora_tradeoffs.figures.draw import draw
+from lora_tradeoffs.files import read_json
+from lora_tradeoffs.measuring.subjects import (
+    Subject,
+    add_analysis_arguments,
+    find_subjects,
+    no_runs,
+)
+from lora_tradeoffs.tables.scores import drift_table
 
 if TYPE_CHECKING:
-    from base_models import Base
-    from checkpoint_drift import DriftAnalysis
-    from drift_measures import Asked
-    from results import Results
+    from lora_tradeoffs.drift.analysis import DriftAnalysis
+    from lora_tradeoffs.drift.matrix import Asked
+    from lora_tradeoffs.measuring.results import Results
+    from lora_tradeoffs.models.base import Base
 
 TOP_K = (4, 8, 16, 32, 64, 128, 256)
 EPSILONS = tuple(i / 10 for i in range(1, 10))
 MOST_WORKERS = 8  # each holds a decomposition of the base and some copies of a matrix
 BETWEEN = "between-runs"  # the unit of what compares runs
-COLUMNS = {
-    "|dW|/|W0|": ("relative_frobenius", ".2e"),
-    "stable rank": ("stable_rank", ".1f"),
-    "rank90": ("rank90", ".1f"),
-    "rho": ("rho", ".2f"),
-    "intruders": ("intruders", ".2f"),
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,8 +100,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def asked_for(args: argparse.Namespace, base: Base) -> Asked:
     """What is measured of every matrix. Raises UserError for a k that the user gave and that is
     larger than every matrix of the base."""
-    from checkpoint_tensors import Weights
-    from drift_measures import Asked
+    from lora_tradeoffs.drift.matrix import Asked
+    from lora_tradeoffs.models.weights import Weights
 
     shapes = Weights(base.folder)
     largest = max((min(shapes.shapes[m.tensor]) for m in shapes.matrices()), default=0)
@@ -125,7 +123,7 @@ def measure_all(
     """What was wrong with the checkpoints that could not be measured; the methods' counts."""
     from tqdm import tqdm
 
-    from checkpoint_drift import unit_of, write
+    from lora_tradeoffs.drift.analysis import unit_of, write
 
     broken, methods = [], Counter()
     with tqdm(total=len(pending), unit="checkpoint", disable=not pending) as progress:
@@ -167,35 +165,6 @@ def _end_of(name: str) -> str:
 # ------------------------------------------------------------------------------------- report
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """The last checkpoint of every run, a line a module; intruders: mean number a matrix."""
-    last: dict[str, int] = {}
-    for r in records:
-        last[r["run"]] = max(last.get(r["run"], 0), r["step"])
-    cells: dict[tuple[str, str], dict[str, float]] = {}
-    for r in records:
-        published = r["k"] in (None, INTRUDER_K) and r["eps"] in (None, INTRUDER_EPSILON)
-        if r["layer"] < 0 and published and r["step"] == last[r["run"]]:
-            cells.setdefault((r["run"], r["module"]), {})[r["metric"]] = r["value"]
-    width = max((len(run) for run, _ in cells), default=3)
-    head = f"{'run':<{width}}  {'module':>12}{'share':>8}"
-    lines = [head + "".join(f"{name:>13}" for name in COLUMNS)]
-    for (run, module), found in cells.items():
-        if "relative_frobenius" not in found:
-            continue
-        share = f"{found['update_share']:8.1%}" if "update_share" in found else " " * 8
-        texts = [
-            format(found.get(metric, math.nan), form).replace("nan", "")
-            for metric, form in COLUMNS.values()
-        ]
-        lines.append(f"{run:<{width}}  {module:>12}{share}" + "".join(f"{t:>13}" for t in texts))
-    lines.append(
-        f"share: of ||dW||^2 of all tensors; rho, intruders: k = {INTRUDER_K}, eps ="
-        f" {INTRUDER_EPSILON}, mean over the matrices"
-    )
-    return "\n".join(lines)
-
-
 def methods_line(methods: Counter) -> str:
     """How the decompositions were made; a fallback is said."""
     told = ", ".join(f"{count} {method}" for method, count in sorted(methods.items()))
@@ -208,11 +177,11 @@ def main(argv: list[str] | None = None) -> int:
     check_arguments(args)
     settings = resolve_settings(args)
     print(settings.headline("cpu"), flush=True)
-    from base_models import prepare_base
-    from checkpoint_drift import DriftAnalysis, is_done, join_layers, threads
-    from drift_measures import AGGREGATION
-    from drift_subspaces import last_directions, records_between
-    from results import Results
+    from lora_tradeoffs.drift.analysis import DriftAnalysis, is_done, join_layers, threads
+    from lora_tradeoffs.drift.matrix import AGGREGATION
+    from lora_tradeoffs.drift.subspaces import last_directions, records_between
+    from lora_tradeoffs.measuring.results import Results
+    from lora_tradeoffs.models.base import prepare_base
 
     base = prepare_base(settings)
     subjects = [s for s in find_subjects(args, settings, base) if s.checkpoint]
@@ -238,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         layers = join_layers(results.folder)
     if methods:
         print(methods_line(methods))
-    print(table(read_json(path)["records"]))
+    print(drift_table(read_json(path)["records"]))
     print(f"records: {path}\nall layers, k and epsilons: {layers}")
     if not args.no_figures:
         print(f"figures: {draw('drift', settings, args.pdf)}")

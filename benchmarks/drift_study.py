@@ -30,7 +30,7 @@ def base_of(values: Any, shape: tuple[int, int]) -> Any:
     """A base with these singular values and random vectors."""
     import torch
 
-    from spectral import SVD
+    from lora_tradeoffs.drift.svd import SVD
 
     m, n = shape
     left, right = (
@@ -88,7 +88,7 @@ def _name(layer: int, module: str) -> str:
 def _save(folder: Path, name: str, tensors: dict[str, Any], config: dict | None = None) -> None:
     from safetensors.torch import save_file
 
-    from checkpoint_utils import write_manifest
+    from lora_tradeoffs.files import write_manifest
 
     folder.mkdir()
     save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
@@ -101,10 +101,10 @@ class _Analysis:
     """The script's analysis of that folder, timed."""
 
     def __init__(self, folder: Path, k: int, spread: Any) -> None:
-        from base_models import Base
-        from checkpoint_drift import DriftAnalysis
-        from drift_measures import Asked
-        from results import Results
+        from lora_tradeoffs.drift.analysis import DriftAnalysis
+        from lora_tradeoffs.drift.matrix import Asked
+        from lora_tradeoffs.measuring.results import Results
+        from lora_tradeoffs.models.base import Base
         from svd_analysis import EPSILONS
 
         self.folder, self.spread = folder, spread
@@ -119,9 +119,9 @@ class _Analysis:
 
     def seconds(self, run: str, is_last: bool) -> float:
         """Of one checkpoint, from its manifest to its records."""
-        from analysis_subjects import Subject, no_arm
-        from checkpoint_drift import write
-        from checkpoint_models import Checkpoint
+        from lora_tradeoffs.drift.analysis import write
+        from lora_tradeoffs.measuring.subjects import Subject, no_arm
+        from lora_tradeoffs.models.checkpoint_models import Checkpoint
 
         fields = {"base_model": "made-up", "study": "benchmark", **no_arm(run.split("_")[0])}
         checkpoint = Checkpoint(run, 0, self.folder / run)
@@ -132,8 +132,8 @@ class _Analysis:
 
     def reading(self, run: str) -> float:
         """What confirming a full checkpoint and the norms of all of its tensors take of that."""
-        from checkpoint_models import Checkpoint, check_whole
-        from checkpoint_tensors import FullCheckpoint
+        from lora_tradeoffs.models.checkpoint_models import Checkpoint, check_whole
+        from lora_tradeoffs.models.weights import FullCheckpoint
 
         start = time.perf_counter()
         check_whole(Checkpoint(run, 0, self.folder / run), ".safetensors")
@@ -144,8 +144,8 @@ class _Analysis:
 
 def analyse_study(folder: Path, k: int, layers: int) -> dict[str, Any]:
     """Seconds of every kind of checkpoint, the slower size of update, and the study's."""
-    from checkpoint_drift import threads
-    from run_records import peak_memory
+    from lora_tradeoffs.drift.analysis import threads
+    from lora_tradeoffs.hardware import peak_memory
 
     with threads(WORKERS) as spread:
         analysis = _Analysis(folder, k, spread)

@@ -50,7 +50,7 @@ def prompts_of(prepared: Any, count: int) -> list[list[int]]:
 
 
 def classify(model: Any, prompts: list[list[int]], words: list[int]) -> list[int]:
-    from scoring import Item, log_likelihoods
+    from lora_tradeoffs.scoring.log_likelihoods import Item, log_likelihoods
 
     found = log_likelihoods(model, [Item(p, [[w] for w in words]) for p in prompts])
     return [max(range(len(words)), key=lambda k: r[k].log_likelihood) for r in found]
@@ -77,7 +77,7 @@ def classify_plainly(model: Any, prompts: list[list[int]], words: list[int], pad
 
 
 def generate(model: Any, prompts: list[list[int]], new: int, stop: str, tokenizer: Any) -> list:
-    from generation import generate_greedily
+    from lora_tradeoffs.scoring.generation import generate_greedily
 
     def stopped(tokens: list[int]) -> bool:
         return stop in tokenizer.decode(tokens[-8:]).lstrip()
@@ -130,10 +130,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--pairs takes at least 3: a median of fewer says nothing")
     args.preset, args.study = args.preset or "demo", args.study or "benchmark"
     settings = resolve_settings(args)
-    from base_models import load_base, load_tokenizer, prepare_base
-    from data_preprocessing import prepare
     from dataset_descriptions import describe
-    from prompt_encoding import label_token_ids
+    from lora_tradeoffs.data.encoding import label_token_ids
+    from lora_tradeoffs.data.preparation import prepare
+    from lora_tradeoffs.models.base import load_base, load_tokenizer, prepare_base
 
     base = prepare_base(settings)
     tokenizer, model = load_tokenizer(base), load_base(base).eval()
@@ -191,15 +191,15 @@ def measure(kind: str, work: list, model: Any, pairs: int) -> list[dict[str, Any
 
 def describe_adapter(folder: Path) -> str:
     """What the adapter is: its rank, and the steps it was trained for where its folder says so."""
-    from checkpoint_utils import checkpoint_step, read_json
+    from lora_tradeoffs.files import checkpoint_step, read_json
 
     rank, step = read_json(folder / "adapter_config.json")["r"], checkpoint_step(folder)
     return f"LoRA r = {rank}" + (f" after {step} steps" if step > 0 else "")
 
 
 def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
-    from checkpoint_utils import write_json
-    from run_records import describe_environment, pick_device
+    from lora_tradeoffs.files import write_json
+    from lora_tradeoffs.hardware import describe_environment, pick_device
 
     ratios: dict[str, list[float]] = {}
     for row in rows:

@@ -40,15 +40,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def load_task(settings: Any, name: str, folder: Path) -> Any:
     """lm-eval's task over the same rows, loaded anew."""
-    from lm_eval_backend import quiet_lm_eval
-    from lm_eval_tasks import TaskLoader
+    from lora_tradeoffs.retention.benchmark_tasks import TaskLoader
+    from lora_tradeoffs.retention.benchmarks import quiet_lm_eval
 
     with quiet_lm_eval():
         return TaskLoader(settings, [name], 0, folder).load()["tasks"][name]
 
 
 def our_figures(settings: Any, tokenizer: Any, model: Any, name: str, limit: int, bf16: bool):
-    from lm_eval_backend import Benchmarks
+    from lora_tradeoffs.retention.benchmarks import Benchmarks
 
     (result,) = Benchmarks(settings, tokenizer, [name], 0, limit).measure(model, bf16=bf16)
     return result.metrics | {f"{m}_stderr": value for m, value in result.stderrs.items()}
@@ -58,7 +58,7 @@ def peer_figures(task: Any, tokenizer: Any, model: Any, limit: int, bf16: bool, 
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from lm_eval_backend import quiet_lm_eval
+    from lora_tradeoffs.retention.benchmarks import quiet_lm_eval
 
     with quiet_lm_eval():
         peer = HFLM(
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--pairs takes at least 3: a median of fewer says nothing")
     args.preset, args.study = args.preset or "demo", args.study or "benchmark"
     settings = resolve_settings(args)
-    from base_models import load_base, load_tokenizer, prepare_base
+    from lora_tradeoffs.models.base import load_base, load_tokenizer, prepare_base
 
     base = prepare_base(settings)
     tokenizer, model = load_tokenizer(base), load_base(base).eval()
@@ -135,8 +135,8 @@ def measure(
 def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
     from importlib.metadata import version
 
-    from checkpoint_utils import write_json
-    from run_records import describe_environment, pick_device
+    from lora_tradeoffs.files import write_json
+    from lora_tradeoffs.hardware import describe_environment, pick_device
 
     ratios: dict[str, list[float]] = {}
     for row in rows:

@@ -105,7 +105,7 @@ def timed(function: Callable, *arguments: Any, **options: Any) -> tuple[Any, flo
     What takes less than SHORT seconds is timed five times, and the median taken: of milliseconds,
     whatever else the machine does makes a multiple.
     """
-    from run_records import peak_memory, reset_peak_memory
+    from lora_tradeoffs.hardware import peak_memory, reset_peak_memory
 
     reset_peak_memory("cpu")
     before = peak_memory("cpu")
@@ -143,7 +143,7 @@ def against_dense(
 
 
 def triplets(base: Any, update: tuple, merged: Any, k: int) -> Any:
-    from spectral_solver import top_triplets_dense, top_triplets_lora
+    from lora_tradeoffs.drift.solver import top_triplets_dense, top_triplets_lora
 
     if len(update) == 1:
         return top_triplets_dense(base, merged, k)
@@ -163,7 +163,7 @@ def errors_of(found: Any, dense: tuple, k: int) -> dict[str, float]:
 
     Raises UserError where they are above 1e-9 and 1e-6, or the intruders are not the same.
     """
-    from spectral import max_cosines
+    from lora_tradeoffs.drift.svd import max_cosines
 
     values = dense[0]
     value_error = float(((found.values - values) / values).abs().max())
@@ -178,8 +178,8 @@ def errors_of(found: Any, dense: tuple, k: int) -> dict[str, float]:
 
 
 def count_intruders(base: Any, A: Any, B: Any, k: int) -> int:
-    from spectral import intruders, max_cosines
-    from spectral_solver import top_triplets_lora
+    from lora_tradeoffs.drift.solver import top_triplets_lora
+    from lora_tradeoffs.drift.svd import intruders, max_cosines
 
     return intruders(max_cosines(top_triplets_lora(base, A, B, 1.0, k).cosines), k)
 
@@ -283,10 +283,10 @@ def main(argv: list[str] | None = None) -> int:
     settings = resolve_settings(args)
     import torch
 
-    from base_models import prepare_base
-    from checkpoint_utils import write_json
-    from run_records import describe_environment
-    from spectral import svd
+    from lora_tradeoffs.drift.svd import svd
+    from lora_tradeoffs.files import write_json
+    from lora_tradeoffs.hardware import describe_environment
+    from lora_tradeoffs.models.base import prepare_base
 
     torch.manual_seed(0)
     weights = real_weights(prepare_base(settings).folder)

@@ -78,7 +78,7 @@ def rows_for(settings: Any, tokenizer: Any, steps: tuple[int, int]) -> tuple[Any
     """Warm-up and timed rows, the tasks in equal parts, none above WIDTH tokens."""
     from datasets import concatenate_datasets
 
-    from data_preprocessing import prepare
+    from lora_tradeoffs.data.preparation import prepare
 
     prepared = prepare(settings, tokenizer, FAMILIES["similar"], WIDTH, 2_000)
     train = concatenate_datasets([prepared[task].split("train") for task in FAMILIES["similar"]])
@@ -93,7 +93,7 @@ def adapted_model(base: Any, attention: str) -> Any:
     """The base with LoRA as any user of PEFT would build it."""
     from peft import LoraConfig, get_peft_model
 
-    from base_models import load_base
+    from lora_tradeoffs.models.base import load_base
 
     adapter = LoraConfig(
         task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"]
@@ -123,8 +123,8 @@ def our_trainer(base: Any, tokenizer: Any, rows: Any, common: dict, model: Any) 
     import numpy as np
     from transformers import TrainingArguments
 
-    from batching import lay_out
-    from multi_task_trainer import MultiTaskTrainer
+    from lora_tradeoffs.training.row_order import lay_out
+    from lora_tradeoffs.training.trainer import MultiTaskTrainer
 
     order = lay_out([np.array(rows["length"])], np.ones(1), BATCH, common["max_steps"], SEED)
     extra = {"train_sampling_strategy": "sequential", "remove_unused_columns": False}
@@ -186,10 +186,10 @@ def run_peer(peer: str, settings: Any, steps: tuple[int, int]) -> dict[str, Any]
     """Train on the warm-up rows, then on the timed rows; what was measured."""
     from datasets import disable_progress_bars
 
-    from base_models import load_tokenizer, prepare_base, quiet_transformers
-    from multi_task_trainer import build_model
-    from run_records import peak_memory, pick_device, pick_precision, reset_peak_memory
-    from training_run import eager_is_faster
+    from lora_tradeoffs.hardware import peak_memory, pick_device, pick_precision, reset_peak_memory
+    from lora_tradeoffs.models.base import load_tokenizer, prepare_base, quiet_transformers
+    from lora_tradeoffs.training.run import eager_is_faster
+    from lora_tradeoffs.training.trainer import build_model
 
     disable_progress_bars()
     device = pick_device()
@@ -231,7 +231,7 @@ def run_peer(peer: str, settings: Any, steps: tuple[int, int]) -> dict[str, Any]
 def environment(device: str, bf16: bool, rows: Any) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
-    from run_records import describe_environment
+    from lora_tradeoffs.hardware import describe_environment
 
     found = describe_environment(device, bf16, "see rows", 1)
     try:
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         listed = ", ".join(f"{v:.2f}" for v in values)
         print(f"{name:<32}median {statistics.median(values):.2f}   ({listed})")
     if args.json:
-        from checkpoint_utils import write_json
+        from lora_tradeoffs.files import write_json
 
         write_json(args.json, {"meta": meta, "ratios": ratios, "rows": rows})
         print(f"written: {args.json}")

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from config import PRESETS  # noqa: E402
-
-VARIABLES = (
-    *("PRESET", "MODEL_NAME", "DATA_SOURCE", "STUDY_NAME", "DATA_DIR", "OUTPUT_DIR"),
-    *("HF_TOKEN", "HF_USERNAME", "EXAMPLES_PER_TASK", "EVAL_EXAMPLES_PER_TASK"),
-)
-
-
-# For scripts in processes of their own, which read the user's .env: variables beat it.
-DEMO = {
-    "PRESET": "demo",
-    "STUDY_NAME": "demo",
-    "MODEL_NAME": PRESETS["demo"].model,
-    "DATA_SOURCE": PRESETS["demo"].data,
-    "EXAMPLES_PER_TASK": str(PRESETS["demo"].examples_per_task),
-    "EVAL_EXAMPLES_PER_TASK": str(PRESETS["demo"].eval_examples_per_task),
-}
+from support import DEMO, ROOT, VARIABLES, settings_for
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,31 +38,24 @@ def real_data():
     return folder
 
 
-def settings_for(**flags):
-    """Settings as the command line would resolve them."""
-    from config import resolve_settings
-
-    return resolve_settings(argparse.Namespace(**flags))
-
-
 @pytest.fixture(scope="session")
 def smollm2(workspace):
     """The embedded base model, unpacked."""
-    from base_models import prepare_base
+    from lora_tradeoffs.models.base import prepare_base
 
     return prepare_base(settings_for())
 
 
 @pytest.fixture(scope="module")
 def smollm2_model(smollm2):
-    from base_models import load_base
+    from lora_tradeoffs.models.base import load_base
 
     return load_base(smollm2).eval()
 
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm2):
-    from base_models import load_tokenizer
+    from lora_tradeoffs.models.base import load_tokenizer
 
     return load_tokenizer(smollm2)
 
@@ -175,13 +147,3 @@ def inside(capsys):
         return subprocess.CompletedProcess(command, code, told.out, told.err)
 
     return run
-
-
-def assert_one_line_error(process, *parts):
-    """Exit code 2 and one line on stderr that holds the parts."""
-    lines = [line for line in process.stderr.splitlines() if line.strip()]
-    assert process.returncode == 2, process.stderr
-    assert len(lines) == 1, process.stderr
-    assert lines[0].startswith("error: ")
-    for part in parts:
-        assert part in lines[0], (part, lines[0])

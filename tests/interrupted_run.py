@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import multi_task_trainer
 import multi_task_training
-from multi_task_trainer import MultiTaskTrainer, RunCallback
+from lora_tradeoffs.training import trainer as multi_task_trainer
+from lora_tradeoffs.training.trainer import MultiTaskTrainer, RunCallback
 
 moment, step = sys.argv[1], int(sys.argv[2])
 

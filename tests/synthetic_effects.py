@@ -8,8 +8,8 @@ import numpy as np
 from synthetic_records import record
 
 from dataset_descriptions import DESCRIPTIONS
-from metrics import mean_scores
-from results import Results
+from lora_tradeoffs.measuring.results import Results
+from lora_tradeoffs.statistics.scores import mean_scores
 
 ARMS = {f"lora_r{rank}": ("lora", rank) for rank in (4, 8, 16, 32, 64)} | {"full": ("full", 0)}
 META = {"study": "demo", "base_model": "made-up", "preset": "study"}

@@ -1,7 +1,7 @@
 """Settings: precedence, and values that cannot be."""
 
 import pytest
-from conftest import ROOT, assert_one_line_error, settings_for
+from support import ROOT, assert_one_line_error, settings_for
 
 import config
 from config import UserError, guarded
@@ -65,7 +65,7 @@ def test_every_variable_of_env_example_is_read(monkeypatch):
     documented = {line.partition("=")[0] for line in lines if line and not line.startswith("#")}
     source = (ROOT / "config.py").read_text()
     assert all(f'"{name}"' in source for name in documented)
-    from conftest import VARIABLES
+    from support import VARIABLES
 
     assert documented == set(VARIABLES)
 

@@ -3,7 +3,7 @@
 from string import Formatter
 
 import pytest
-from conftest import assert_one_line_error
+from support import assert_one_line_error
 
 from config import FAMILIES, TASKS
 from dataset_descriptions import DESCRIPTIONS, describe, main, split_concode
@@ -66,7 +66,7 @@ def test_paraphrases_ask_the_same_of_the_same_fields(task):
 
 
 def test_every_metric_that_is_named_is_computed():
-    from metrics import score
+    from lora_tradeoffs.adaptation.metrics import score
 
     examples = {
         **{task: ([0, 1], [0, 1]) for task in FAMILIES["similar"]},

@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, settings_for
 from safetensors.torch import load_file, save_file
+from support import ROOT, assert_one_line_error, settings_for
 
-from base_models import load_base, prepare_base
 from eval import main
-from metrics import accuracy
+from lora_tradeoffs.adaptation.metrics import accuracy
+from lora_tradeoffs.measuring.results import Results
+from lora_tradeoffs.models.base import load_base, prepare_base
 from multi_task_training import main as train
-from results import Results
 
 STUDY = "evaluated"
 RUN = "similar_lora_r4_limit64_fp32_checkpoints2_seed42"
@@ -62,13 +62,13 @@ def test_every_checkpoint_and_the_base_have_flat_records(folder):
 def test_a_figure_is_that_of_the_model_asked_row_by_row(folder, tiny):
     from peft import PeftModel
 
-    from data_preprocessing import prepare
     from dataset_descriptions import describe
-    from prompt_encoding import label_token_ids
+    from lora_tradeoffs.data.encoding import label_token_ids
+    from lora_tradeoffs.data.preparation import prepare
 
     settings = settings_for(study=STUDY)
     base = prepare_base(settings_for(model=str(tiny)))
-    from base_models import load_tokenizer
+    from lora_tradeoffs.models.base import load_tokenizer
 
     tokenizer = load_tokenizer(base)
     rows = prepare(settings, tokenizer, ["qqp"], 256, 2_000)["qqp"].split("test")
@@ -254,10 +254,10 @@ def test_one_item_of_a_task_is_enough_to_evaluate(folder, model):
 
 
 def test_questions_about_a_passage_are_resampled_together(tiny, tmp_path):
-    from analysis_subjects import Subject
-    from base_models import load_tokenizer
-    from evaluator import Evaluator, Unit, records_of
-    from metrics import score
+    from lora_tradeoffs.adaptation.analysis import Evaluator, Unit, records_of
+    from lora_tradeoffs.adaptation.metrics import score
+    from lora_tradeoffs.measuring.subjects import Subject
+    from lora_tradeoffs.models.base import load_tokenizer
 
     for split, count in (("train", 2), ("validation", 2), ("test", 40)):
         rows = [squad_row(split, i // 2, i) for i in range(2 * count)]

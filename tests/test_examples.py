@@ -1,12 +1,12 @@
 """The study in examples/ can be read and drawn by the code beside it."""
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
-from adaptation_figures import learning_curves
-from plotting import save
-from result_tables import is_trained, load_records
-from retention_figures import learning_forgetting_plane
+from lora_tradeoffs.figures.adaptation import learning_curves
+from lora_tradeoffs.figures.retention import learning_forgetting_plane
+from lora_tradeoffs.figures.style import save
+from lora_tradeoffs.tables.frames import is_trained, load_records
 
 EXAMPLE = ROOT / "examples" / "real_rows"
 KINDS = {"LoRA r=4", "LoRA r=8", "LoRA r=64", "full", "full qv"}

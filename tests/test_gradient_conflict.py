@@ -9,19 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_one_line_error, settings_for
 from figure_checks import notes
+from support import assert_one_line_error, settings_for
 from synthetic_records import record
 
-from analysis_subjects import Subject, weights_of
-from batching import CompletionCollator
-from checkpoint_models import Checkpoint
-from checkpoint_utils import read_json
 from gradient_conflict import MatchedBatches, Unit, main
-from gradient_figures import FIGURES
-from multi_task_training import main as train
-from result_tables import load_records
-from task_gradients import (
+from lora_tradeoffs.figures.gradients import FIGURES
+from lora_tradeoffs.files import read_json
+from lora_tradeoffs.gradients.conflict import (
     Products,
     conflict_records,
     gradient_products,
@@ -29,6 +24,11 @@ from task_gradients import (
     micro_batches,
     place_of,
 )
+from lora_tradeoffs.measuring.subjects import Subject, weights_of
+from lora_tradeoffs.models.checkpoint_models import Checkpoint
+from lora_tradeoffs.tables.frames import load_records
+from lora_tradeoffs.training.row_order import CompletionCollator
+from multi_task_training import main as train
 
 STUDY = "pulling"
 RUN = "similar_lora_r4_limit64_fp32_checkpoints2_seed42"

@@ -176,7 +176,7 @@ def files_below(folder):
 
 PREPARE = """
 import argparse, json
-from base_models import load_base, load_tokenizer, prepare_base
+from lora_tradeoffs.models.base import load_base, load_tokenizer, prepare_base
 base = prepare_base(config.resolve_settings(argparse.Namespace(model="study/tiny-llama")))
 """
 COMPARE = """
@@ -321,7 +321,7 @@ def test_a_model_that_cannot_be_used_is_one_line_and_leaves_nothing(
 
 READ = """
 import dataclasses, json
-from data_sources import read_hub
+from lora_tradeoffs.data.sources import read_hub
 from dataset_descriptions import describe
 sst2, answers = describe("sst2"), []
 for hub_id in {hub_ids!r}:

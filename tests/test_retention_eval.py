@@ -7,15 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, settings_for
 from safetensors.torch import load_file, save_file
+from support import ROOT, assert_one_line_error, settings_for
 
-from checkpoint_utils import read_json
-from metrics import Scores, mean
+from lora_tradeoffs.files import read_json
+from lora_tradeoffs.measuring.results import Results
+from lora_tradeoffs.retention.forgetting import at_chance, derived_records
+from lora_tradeoffs.statistics.scores import Scores, mean
 from multi_task_training import main as train
-from results import Results
 from retention_eval import main
-from retention_records import at_chance, derived_records
 
 STUDY = "kept"
 RUN = "similar_lora_r4_limit64_fp32_checkpoints2_seed42"

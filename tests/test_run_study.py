@@ -11,16 +11,16 @@ import sys
 import time
 
 import pytest
-from conftest import DEMO, ROOT, assert_one_line_error
+from support import DEMO, ROOT, assert_one_line_error
 
-from checkpoint_utils import read_json
 from config import resolve_settings
-from learning_rates import Search, records_of, write_rates
+from lora_tradeoffs.files import read_json
+from lora_tradeoffs.study.estimates import training_need
+from lora_tradeoffs.study.plan import plan_runs, plan_steps
+from lora_tradeoffs.study.processes import duration
+from lora_tradeoffs.study.steps import Stamps
+from lora_tradeoffs.training.learning_rates import Search, records_of, write_rates
 from run_study import build_parser, main
-from study_estimates import training_need
-from study_plan import plan_runs, plan_steps
-from study_processes import duration
-from study_steps import Stamps
 
 DOCUMENTS = {
     "performance_analysis": "adaptation.json",
@@ -145,7 +145,9 @@ def test_two_workers_measure_the_same(adapted, workspace, shorter):
 
 def test_processes_that_begin_anew_measure_the_same(adapted, workspace, shorter, monkeypatch):
     # as beside a GPU, whose driver does not outlive a fork
-    monkeypatch.setattr("stage_process.context", lambda: multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(
+        "lora_tradeoffs.study.stage_process.context", lambda: multiprocessing.get_context("spawn")
+    )
     assert main([*shorter, "--study", "spawned"]) == 0
     assert values(workspace, "spawned", ["performance_analysis"]) == adapted
 

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_one_line_error, settings_for
 from safetensors.torch import load_file, save_file
+from support import assert_one_line_error, settings_for
 
-from base_models import load_base, prepare_base
+from lora_tradeoffs.drift.svd import random_similarity
+from lora_tradeoffs.models.base import load_base, prepare_base
 from multi_task_training import main as train
-from spectral import random_similarity
 from svd_analysis import main
 
 STUDY = "drifted"

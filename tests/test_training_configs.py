@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from conftest import settings_for
+from support import settings_for
 
 from config import FAMILIES, RANKS, UserError
 from training_configs import (

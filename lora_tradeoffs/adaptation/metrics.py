@@ -1,0 +1,195 @@
+"""Metrics of adaptation: per-item statistics first, figures as aggregates of them.
+
+Every metric is a `Scores` (statistics/scores.py). BLEU is in [0, 100], all else in [0, 1].
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_tradeoffs.statistics.scores import (
+    ORDERS,
+    Scores,
+    macro_f1,
+    mean_scores,
+    mteval_bleu,
+    smoothed_bleu,
+)
+
+ABSTENTIONS = ("", "unanswerable", "no answer")  # as they are after normalisation
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+# The classes whose F1 is averaged: one, the positive, or all. GLUE's label numbers.
+F1_CLASSES = {"sst2": (1,), "qqp": (1,), "mnli": (0, 1, 2)}
+
+
+def correct(predictions: Sequence[int], labels: Sequence[int]) -> np.ndarray:
+    """Per-item correctness, shape (items,), bool. Raises ValueError if the lengths differ."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape:
+        raise ValueError(f"{predictions.shape} predictions for {labels.shape} labels")
+    return predictions == labels
+
+
+def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """Share of the items that are right, in [0, 1]; nan for none."""
+    hits = correct(predictions, labels)
+    return float(hits.mean()) if len(hits) else float("nan")
+
+
+def classification_scores(
+    predictions: Sequence[int], labels: Sequence[int], classes: Sequence[int]
+) -> list[Scores]:
+    """Accuracy, and F1 averaged over `classes`: (1,) is binary F1 with 1 as the positive class.
+
+    A class without a prediction and without a label counts 0, as with scikit-learn's
+    f1_score(labels=classes, average="macro", zero_division=0).
+    """
+    hits = correct(predictions, labels)
+    predicted = np.asarray(predictions)[:, None] == np.asarray(classes)
+    actual = np.asarray(labels)[:, None] == np.asarray(classes)
+    counts = np.stack([predicted & actual, predicted & ~actual, ~predicted & actual], axis=-1)
+    statistics = counts.reshape(len(hits), 3 * len(classes)).astype(float)
+    return [mean_scores("accuracy", hits), Scores("f1", statistics, macro_f1)]
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalisation: lower case, no ASCII punctuation, no articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Scores]:
+    """SQuAD v2's F1 and exact match, over all, answerable and unanswerable questions.
+
+    Rajpurkar et al. 2018 (evaluate-v2.0.py): the best of the references; an unanswerable question
+    has the empty string as its only one. The words for it count as the empty string, too (lm-eval
+    #3212 scores them 0). `abstained` is the share of predictions that give no answer.
+    """
+    _same_length(predictions, references)
+    answers = [normalize_answer(text) for text in predictions]
+    answers = ["" if text in ABSTENTIONS else text for text in answers]
+    golds = [[g for g in map(normalize_answer, texts) if g] or [""] for texts in references]
+    has_answer = np.array([any(texts) for texts in references], dtype=bool)
+    values = {
+        "f1": [max(_overlap_f1(text, g) for g in gold) for text, gold in zip(answers, golds)],
+        "exact_match": [text in gold for text, gold in zip(answers, golds)],
+    }
+    scores = []
+    for name, per_item in values.items():
+        scores.append(mean_scores(name, per_item))
+        scores.append(mean_scores(f"{name}_has_answer", per_item, has_answer))
+        scores.append(mean_scores(f"{name}_no_answer", per_item, ~has_answer))
+    return [*scores, mean_scores("abstained", [text == "" for text in answers])]
+
+
+def _overlap_f1(answer: str, gold: str) -> float:
+    """F1 of two normalised texts as bags of words."""
+    ours, theirs = answer.split(), gold.split()
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def code_scores(predictions: Sequence[str], references: Sequence[str]) -> list[Scores]:
+    """CodeXGLUE's BLEU, sacreBLEU's corpus BLEU and exact match of code, one reference an item.
+
+    `codexglue_bleu` takes tokens as whitespace parts them, as CodeXGLUE's text-to-code evaluator
+    does (Lu et al. 2021, arXiv:2102.04664); `sacrebleu` takes those of mteval-v13a (Post 2018).
+    The two are not comparable. Exact match ignores the amount of whitespace.
+    """
+    from sacrebleu.metrics import BLEU
+
+    _same_length(predictions, references)
+    tokenize = BLEU(tokenize="13a").tokenizer
+    ours, theirs = ([text.split() for text in texts] for texts in (predictions, references))
+    split = [[tokenize(text.rstrip()).split() for text in t] for t in (predictions, references)]
+    return [
+        Scores("codexglue_bleu", bleu_statistics(ours, theirs), smoothed_bleu),
+        Scores("sacrebleu", bleu_statistics(*split), mteval_bleu),
+        mean_scores("exact_match", [a == b for a, b in zip(ours, theirs)]),
+    ]
+
+
+def bleu_statistics(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+) -> np.ndarray:
+    """Length, reference length, matches and possible matches of four orders, shape (items, 10)."""
+    rows = np.zeros((len(predictions), 2 + 2 * ORDERS))
+    for row, ours, theirs in zip(rows, predictions, references):
+        row[:2] = len(ours), len(theirs)
+        for n in range(1, ORDERS + 1):
+            common = _ngrams(ours, n) & _ngrams(theirs, n)
+            row[1 + n] = sum(common.values())
+            row[1 + ORDERS + n] = max(len(ours) - n + 1, 0)
+    return rows
+
+
+def _ngrams(tokens: Sequence[str], n: int) -> Counter:
+    return Counter(zip(*(tokens[start:] for start in range(n))))
+
+
+def summary_scores(
+    predictions: Sequence[str], references: Sequence[str], kinds: Sequence[str] = ROUGE
+) -> list[Scores]:
+    """ROUGE's F-measures, one reference an item: rouge_score with use_stemmer=True, Porter's.
+
+    Lin 2004. rougeLsum takes lines as sentences, which is what CNN/DailyMail papers report as
+    ROUGE-L; rougeL ignores them.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    _same_length(predictions, references)
+    scorer = RougeScorer(list(kinds), use_stemmer=True)
+    found = [scorer.score(theirs, ours) for ours, theirs in zip(predictions, references)]
+    return [mean_scores(kind, [scores[kind].fmeasure for scores in found]) for kind in kinds]
+
+
+def score(task: str, predictions: Sequence, references: Sequence) -> list[Scores]:
+    """All metrics of a task.
+
+    `references` are labels for a classification task, else lists of texts
+    (DatasetDescription.references). Raises ValueError where the lengths differ or code or a
+    summary has not exactly one reference; KeyError for an unknown task.
+    """
+    if task in F1_CLASSES:
+        return classification_scores(predictions, references, F1_CLASSES[task])
+    if task == "squad_v2":
+        return answer_scores(predictions, references)
+    scorer = {"codexglue": code_scores, "cnn_dailymail": summary_scores}[task]
+    return scorer(predictions, [text for (text,) in references])
+
+
+def _same_length(predictions: Sequence, references: Sequence) -> None:
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
+
+
+def evaluate_metric(task: str, **options: Any) -> Any:
+    """The task's metrics as an `evaluate.Metric`, which needs no Hub (evaluate.load does).
+
+    `options` go to evaluate.Metric, such as cache_dir; compute() returns {metric: figure}.
+    """
+    import evaluate  # takes five seconds
+    from datasets import Features, Value
+
+    labels = task in F1_CLASSES
+    prediction = Value("int64" if labels else "string")
+    features = {"predictions": prediction, "references": prediction if labels else [prediction]}
+
+    class TaskMetric(evaluate.Metric):
+        def _info(self):
+            return evaluate.MetricInfo(
+                description=f"metrics.score({task!r})", citation="", features=Features(features)
+            )
+
+        def _compute(self, predictions, references):
+            return {s.name: s.value for s in score(task, predictions, references)}
+
+    return TaskMetric(**{"keep_in_memory": True, **options})

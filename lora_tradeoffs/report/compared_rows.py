@@ -1,0 +1,82 @@
+"""Which rows a question about the grid's arms is asked of: parts of contrasts, by arm and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from config import RANKS
+from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
+from lora_tradeoffs.statistics.contrasts import Items, Part, by_seed
+from lora_tradeoffs.tables.frames import last_checkpoints, scores
+from lora_tradeoffs.tables.retention import MEAN, forgotten, retained
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+FULL = "full"
+GRID = [f"LoRA r={rank}" for rank in RANKS]
+
+
+def last_test_scores(adaptation: DataFrame) -> DataFrame:
+    """Primary metrics of the last checkpoints on test, our own prompt, no examples."""
+    rows = scores(adaptation)
+    rows = rows[(rows["shots"] == 0) & (rows["prompt"] == 0)]
+    rows = last_checkpoints(rows)
+    return rows[rows["split"] == "test"]
+
+
+def rows_of(rows: DataFrame, arm: str) -> dict[int, Any]:
+    """An arm's rows by seed."""
+    return by_seed(rows[rows["arm"] == arm])
+
+
+def grid_arms(rows: DataFrame) -> set[str]:
+    """The grid's LoRA arms that have enough seeds."""
+    seeds = rows[rows["arm"].isin(GRID)].groupby("arm")["seed"].nunique()
+    return set(seeds[seeds >= MIN_SEEDS].index)
+
+
+def slope_weights(arms: Sequence[set[str]]) -> dict[str, float]:
+    """Weights that make the least-squares slope over log2(rank) of the arms that all have."""
+    shared = set.intersection(*arms)
+    ranks = [rank for rank, arm in zip(RANKS, GRID) if arm in shared]
+    if len(ranks) < 3:
+        return {}
+    off = np.log2(ranks) - np.log2(ranks).mean()
+    return {f"LoRA r={rank}": float(w) for rank, w in zip(ranks, off / (off**2).sum())}
+
+
+def shared_seeds(tasks: Sequence[Sequence[Part]]) -> int:
+    """How many seeds all parts have."""
+    seeds = [set(part.rows) for parts in tasks for part in parts]
+    return len(set.intersection(*seeds)) if seeds else 0
+
+
+def mean_forgetting(retention: DataFrame, family: str) -> DataFrame:
+    """Forgetting at the last checkpoints, mean over benchmarks, with the fewest examples."""
+    rows = forgotten(retention)
+    rows = rows[(rows["task"] == MEAN) & (rows["family"] == family)]
+    return rows[rows["shots"] == rows["shots"].min()]
+
+
+def forgetting_parts(
+    retention: DataFrame, family: str, weights: dict[str, float], items: Items | None
+) -> list[list[Part]]:
+    """Parts whose contrast is that of the mean forgetting.
+
+    With items they are the benchmarks' own scores, of the runs that were compared with the base:
+    the base's are the same for all arms, and cancel where the weights sum to zero. They would not
+    if some runs were measured on fewer items; then the parts are the mean forgetting itself.
+    """
+    lost = mean_forgetting(retention, family)
+    rows = last_checkpoints(retained(retention))
+    rows = rows[rows["run"].isin(lost["run"]) & rows["arm"].isin(weights)]
+    rows = rows[(rows["family"] == family) & rows["metric"].isin(["acc", "acc_norm"])]
+    rows = rows[rows["shots"] == rows["shots"].min()]
+    benchmarks = [rows[rows["task"] == task] for task in sorted(set(rows["task"]))]
+    if items is None or any(own["n"].nunique() > 1 for own in benchmarks):
+        return [[Part(w, rows_of(lost, arm)) for arm, w in weights.items()]]
+    return [[Part(-w, rows_of(own, arm)) for arm, w in weights.items()] for own in benchmarks]

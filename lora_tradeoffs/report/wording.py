@@ -1,0 +1,210 @@
+"""What a finding is, and its words: a sentence for each way in which a test can come out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lora_tradeoffs.statistics.comparisons import LEVEL, MIN_SEEDS
+from lora_tradeoffs.statistics.seed_intervals import SEEDS
+from lora_tradeoffs.tables.predictors import OUTCOMES, PREDICTORS
+
+CONFIRMATORY, EXPLORATORY, MISSING = "confirmatory", "exploratory", "missing"
+INTERVAL = f"{100 * LEVEL:.0f} % interval"
+HIGHER, LOWER, SAME = "higher", "lower", "not distinguishable"
+ADAPTS = "Does LoRA learn the tasks better or worse than full fine-tuning?"
+FORGETS = "Does LoRA forget less than full fine-tuning?"
+MATCHED = "Does LoRA forget less where both score the same on validation?"
+RANK = "Does the rank matter?"
+TRANSFER = "Do the tasks help or disturb each other?"
+GOES_WITH = {
+    "forgetting": "What goes with forgetting?",
+    "gain": "What goes with learning the tasks?",
+}
+DEMO = (
+    "No findings: this is the demo, an instruct model in 4 bits on sample data, which is no"
+    " evidence for or against any method. They need the study (PRESET=study)."
+)
+ALL_RUNS = "All runs were made with {}, which the names of the arms leave out."
+FULL_TUNING, FULL_TESTED = "full fine-tuning", "full fine-tuning (last checkpoint, test)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a test said of a question. `kind`: confirmatory, exploratory, or missing: no test.
+
+    `effect`, with its 95 % interval, is in the metric's unit (BLEU in [0, 100]), of predictors a
+    rank correlation; `verdict` is higher, lower, "not distinguishable", or empty without a test.
+    """
+
+    kind: str
+    question: str
+    sentence: str
+    family: str = ""
+    arm: str = ""
+    about: str = ""
+    effect: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    p_value: float = math.nan
+    corrected: float = math.nan
+    detectable: float = math.nan
+    seeds: int = 0
+    over: str = ""
+    verdict: str = ""
+
+
+class Words(NamedTuple):
+    """What is said of a difference above zero, below zero, and of none that could be told.
+
+    {} stands for the size of the difference, or with its sign in `same`.
+    """
+
+    higher: str
+    lower: str
+    same: str
+    digits: int = 3
+    what: str = "differences"
+
+    @classmethod
+    def scores(cls, arm: str, task: str, metric: str) -> Words:
+        where = f"full fine-tuning on {task} (test {metric})"
+        return cls(
+            f"{arm} scores {{}} higher than {where}",
+            f"{arm} scores {{}} lower than {where}",
+            f"{arm} and full fine-tuning are not distinguishable on {task} (test {metric}):"
+            " difference {}",
+            digits_of(metric),
+        )
+
+    @classmethod
+    def forgets(cls, arm: str) -> Words:
+        return cls(
+            f"{arm} forgets {{}} more than full fine-tuning (mean over the benchmarks)",
+            f"{arm} forgets {{}} less than full fine-tuning (mean over the benchmarks)",
+            f"{arm} and full fine-tuning are not distinguishable in what they forget (mean over the"
+            " benchmarks): difference {}",
+        )
+
+    @classmethod
+    def matched(cls, arm: str) -> Words:
+        where = "where both score the same on validation"
+        return cls(
+            f"{arm} forgets {{}} more than full fine-tuning {where}",
+            f"{arm} forgets {{}} less than full fine-tuning {where}",
+            f"{arm} and full fine-tuning are not distinguishable in what they forget {where}:"
+            " difference {}",
+        )
+
+    @classmethod
+    def rank(cls, about: str) -> Words:
+        whose = {"score": "the mean test score", "forgetting": "the mean forgetting"}[about]
+        return cls(
+            f"with each doubling of LoRA's rank {whose} rises by {{}}",
+            f"with each doubling of LoRA's rank {whose} falls by {{}}",
+            f"no trend of {whose} over LoRA's rank is distinguishable: {{}} a doubling",
+            digits=4,
+            what="slopes",
+        )
+
+    @classmethod
+    def transfer(cls, arm: str, task: str, metric: str) -> Words:
+        return cls(
+            f"{arm} scores {{}} higher on {task} ({metric}) when trained on the whole family than"
+            " on the task alone",
+            f"{arm} scores {{}} lower on {task} ({metric}) when trained on the whole family than on"
+            " the task alone",
+            f"{arm} trained on the whole family and on {task} alone are not distinguishable there"
+            f" ({metric}): difference {{}}",
+            digits_of(metric),
+        )
+
+
+def digits_of(metric: str) -> int:
+    """BLEU lies in [0, 100], all else in [0, 1]."""
+    return 1 if "bleu" in metric else 3
+
+
+def of_a_difference(draft: Any, corrected: float, tests: int) -> tuple[str, str]:
+    """The sentence for a tested difference, and its verdict.
+
+    Distinguishable is what has a corrected p-value below 5 %.
+    """
+    c, words, digits = draft.result.found, draft.words, draft.words.digits
+    alone = f"{p_text(c.p_value)} alone, " if tests > 1 else ""
+    evidence = [f"{alone}{p_text(corrected)}{after(tests)}", f"{len(draft.result.seeds)} seeds"]
+    if math.isfinite(c.low):
+        over = "seeds, on these items" if draft.result.over == SEEDS else draft.result.over
+        reach = f"{c.low:.{digits}f} to {c.high:.{digits}f}"
+        evidence.insert(0, f"{INTERVAL} of the difference {reach} over {over}")
+    found = ", ".join(evidence)
+    power = "" if math.isnan(c.detectable) else f"{words.what} below {c.detectable:.{digits}f}"
+    power += " could have been missed" if power else "what could have been missed is unknown"
+    if corrected < 1 - LEVEL:
+        said, verdict = (words.higher, HIGHER) if c.difference > 0 else (words.lower, LOWER)
+        text = said.format(f"{abs(c.difference):.{digits}f}")
+        return f"{draft.family}: {text} ({found}; {power}).", verdict
+    text = words.same.format(f"{c.difference:+.{digits}f}")
+    return f"{draft.family}: {text} ({found}); {power}.", SAME
+
+
+def p_text(p: float) -> str:
+    """p as text, never 0."""
+    return "p < .001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def after(tests: int) -> str:
+    return f" after Holm over {tests} tests" if tests > 1 else ""
+
+
+def few_seeds(family: str, few: Mapping[str, int], nothing: bool, other: str = FULL_TUNING) -> str:
+    """Why arms could not be compared; `few` holds the seeds that each shares with the other."""
+    counts: dict[int, list[str]] = {}
+    for arm, seeds in few.items():
+        counts.setdefault(seeds, []).append(arm)
+    said = "; ".join(
+        f"{', '.join(arms)} and {other} share {seeds or 'no'} seed{'s' * (seeds != 1)}"
+        for seeds, arms in sorted(counts.items())
+    )
+    claim = "nothing can be claimed about methods" if nothing else "not tested"
+    return f"{family}: {claim}: {said}, and at least {MIN_SEEDS} are needed."
+
+
+def other_items(draft: Any) -> str:
+    """Why seeds enough could not be tested."""
+    return (
+        f"{draft.family}: {draft.arm}, {draft.about}: not tested: its runs, or those that they are"
+        " held against, were measured on different numbers of items (another --limit)."
+    )
+
+
+def association(across: Any, within: Any, tests: int) -> tuple[str, str]:
+    """The sentence for a predictor's correlation across runs, with that within them."""
+    name, outcome = PREDICTORS[across.predictor], OUTCOMES[across.outcome]
+    head = f"{across.family}: across {across.runs} runs of {across.arms} arms"
+    figures = correlation(across)
+    if math.isnan(across.corrected):
+        text, verdict = f"{name} and {outcome} have a {figures} ({across.reason})", ""
+    elif across.corrected < 1 - LEVEL:
+        verdict = HIGHER if across.rho > 0 else LOWER
+        more = "more" if across.rho > 0 else "less"
+        text = f"more {name} goes with {more} {outcome}: {figures}"
+        text += f", {p_text(across.corrected)}{after(tests)}"
+    else:
+        verdict = SAME
+        text = f"{name} and {outcome} are not distinguishable from unrelated: {figures}"
+        text += f", {p_text(across.corrected)}{after(tests)}; correlations below"
+        text += f" {across.detectable:.2f} could have been missed"
+    inside = f"; within runs, the step partialled out: {correlation(within)}"
+    if math.isnan(within.rho):
+        inside = f"; within runs nothing can be said: {within.reason}"
+    return f"{head} {text}{inside}.", verdict
+
+
+def correlation(row: Any) -> str:
+    """A correlation and its interval over runs, as text."""
+    if math.isnan(row.low):
+        return f"rank correlation of {row.rho:.2f}"
+    return f"rank correlation of {row.rho:.2f} ({INTERVAL} {row.low:.2f} to {row.high:.2f})"

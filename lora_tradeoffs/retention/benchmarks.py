@@ -1,0 +1,303 @@
+"""lm-evaluation-harness on this suite's engine: its tasks, prompts, filters, metrics and errors.
+
+Only the scoring of tokenised requests is replaced: requests that begin alike share a row of the
+batch. Besides lm_eval_tasks.py and shared_prefix_lm.py no place imports lm_eval.
+
+    benchmarks = Benchmarks(settings, tokenizer, ["hellaswag", "arc_challenge"])
+    for model in models:
+        results = benchmarks.measure(model)
+
+Tasks are loaded, and prompts made and tokenised, once; a measurement is then all model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import io
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import Settings, UserError
+from lora_tradeoffs.retention.benchmark_tasks import LocalBenchmark, TaskLoader
+
+SHOT_SEED = 1234  # of lm-eval's command line, so that its shots are drawn
+# What two definitions of the same task may differ in: where the rows come from.
+PLACES = ("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "training_split")
+PLACES += ("validation_split", "test_split", "fewshot_split", "metadata", "tag", "num_fewshot")
+PLACES += ("split", "task_alias")
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """One benchmark's figures for one model, as lm-eval computes them.
+
+    `metrics` and `stderrs` (nan where lm-eval has none) are by metric. `items` has an array of
+    shape (n,) by metric, in the order of the documents: 0 or 1 for acc and acc_norm; for a
+    perplexity task log_likelihood (in nats) with the counts tokens, words and bytes.
+    `log_likelihoods` has those of each document's choices. `chance` is the expected accuracy of
+    guessing; nan where there is nothing to guess. `truncated` counts the documents whose context
+    was cut from the left to fit the model's window. `identity` is what makes a measurement the
+    same one.
+    """
+
+    task: str
+    metrics: dict[str, float]
+    stderrs: dict[str, float]
+    items: dict[str, np.ndarray]
+    log_likelihoods: list[list[float]]
+    n: int
+    chance: float
+    truncated: int
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Log-likelihood in nats and tokens of every document, each of shape (documents,)."""
+
+    log_likelihoods: np.ndarray
+    tokens: np.ndarray
+
+
+# ------------------------------------------------------------------------------- the model
+
+
+def _quiet_lm(model: Any, tokenizer: Any, **options: Any) -> Any:
+    with quiet_lm_eval():
+        from lora_tradeoffs.retention.shared_prefix_lm import SharedPrefixLM
+
+        return SharedPrefixLM(model, tokenizer, **options)
+
+
+def text_log_likelihoods(
+    model: Any, tokenizer: Any, texts: Sequence[str], **options: Any
+) -> TextScores:
+    """Log-likelihood of whole documents, in lm-eval's rolling windows: no token is scored twice.
+
+    `options` are those of `SharedPrefixLM`; max_length is the window.
+    """
+    from lm_eval.api.instance import Instance
+
+    lm = _quiet_lm(model, tokenizer, **options)
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    with quiet_lm_eval():
+        found = lm.loglikelihood_rolling(requests)
+    tokens = [len(lm.tok_encode(text)) for text in texts]
+    return TextScores(np.array(found, dtype=float), np.array(tokens))
+
+
+@contextlib.contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """No progress bars or advice from lm-eval and datasets inside the block."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+# ------------------------------------------------------------------------------- the tasks
+
+
+class Benchmarks:
+    """lm-eval tasks by name, loaded and tokenised once, measured on many models.
+
+    `limit` (0: all) is the first documents of each. Raises UserError for an unknown name, a task
+    that generates text, data that cannot be had, and bad rows of a folder.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: Any,
+        names: Sequence[str],
+        num_fewshot: int = 0,
+        limit: int = 0,
+    ):
+        self.tokenizer, self.limit = tokenizer, limit or None
+        self.encoded: dict[Any, Any] = {}  # tokens by context, and by context and continuation
+        self.lengths: dict[str, int] = {}  # tokens of a perplexity task's document
+        self.other_shots: dict[str, tuple[int, int]] = {}  # the definition's, and those shown
+        with quiet_lm_eval(), tempfile.TemporaryDirectory() as folder:
+            loader = TaskLoader(settings, names, num_fewshot, Path(folder))
+            self.names, self.loaded = loader.names, loader.load()
+        self.tasks: dict[str, Any] = self.loaded["tasks"]
+        self.identities = {}
+        for name, task in self.tasks.items():
+            self._build_requests(name, task, num_fewshot)
+            self.identities[name] = self._identity(name, task, loader.local.get(name))
+
+    def _build_requests(self, name: str, task: Any, num_fewshot: int) -> None:
+        """As lm-eval's `simple_evaluate` prepares a task, but once for all models."""
+        shots = 0 if task.OUTPUT_TYPE == "loglikelihood_rolling" else num_fewshot
+        own = task.get_config("num_fewshot")
+        if own not in (None, num_fewshot):
+            self.other_shots[name] = own, shots if own else 0
+        if own != 0:
+            task.set_config("num_fewshot", shots)
+        task.set_fewshot_seed(SHOT_SEED)
+        try:
+            with quiet_lm_eval():
+                task.build_all_requests(limit=self.limit)
+        except (AssertionError, ValueError) as error:
+            if not shots:
+                raise
+            raise UserError(f"benchmark {name} has no {shots} shots to show: {error}") from None
+        task.build_all_requests = functools.partial(_forget_responses, task)
+
+    def _identity(self, name: str, task: Any, local: LocalBenchmark | None) -> dict[str, Any]:
+        in_text = getattr(task, "multiple_input", 0)
+        gold = task.doc_to_text if in_text else task.doc_to_target
+        texts = json.dumps([(i.args, gold(i.doc)) for i in task.instances], default=str)
+        definition = json.dumps(
+            _without_places(task.dump_config()), sort_keys=True, default=_source
+        )
+        return {
+            "lm_eval": version("lm_eval"),
+            "version": task.VERSION,
+            "definition": hashlib.sha256(definition.encode()).hexdigest()[:16],
+            "requests": hashlib.sha256(texts.encode()).hexdigest()[:16],
+            "items": len({i.doc_id for i in task.instances}),
+            "num_fewshot": task.get_config("num_fewshot"),
+            "shots_from": local.shots_from if local else None,
+        }
+
+    @property
+    def items(self) -> int:
+        """Documents of all benchmarks."""
+        return sum(len({i.doc_id for i in task.instances}) for task in self.tasks.values())
+
+    def measure(self, model: Any, **options: Any) -> list[BenchmarkResult]:
+        """Every benchmark's result, in the order of the names.
+
+        A group that lm-eval makes a mean of is one benchmark, its tasks' items in the order of
+        `tasks`; of another group or a tag every task is. `options` are those of `SharedPrefixLM`.
+        """
+        from lm_eval.evaluator import evaluate
+
+        lm = _quiet_lm(model, self.tokenizer, encoded=self.encoded, **options)
+        with quiet_lm_eval():
+            report = evaluate(lm, self.loaded, limit=self.limit)
+        groups = self.loaded.get("groups", {})
+        wanted = []
+        for name in self.names:
+            if name in groups and groups[name].has_aggregation:
+                members = {task.task_name for task in groups[name].get_all_tasks()}
+                wanted.append((name, [task for task in self.tasks if task in members]))
+            elif name in self.tasks:
+                wanted.append((name, [name]))
+        covered = {task for _, tasks in wanted for task in tasks}
+        wanted += [(task, [task]) for task in self.tasks if task not in covered]
+        return [self._result(lm, report, name, tasks) for name, tasks in wanted]
+
+    def _result(self, lm: Any, report: Any, name: str, tasks: list[str]) -> BenchmarkResult:
+        metrics, stderrs = _figures(report["results"][name])
+        parts = [self._items(lm, task, report["samples"][task]) for task in tasks]
+        shared = set.intersection(*(set(items) for items, _, _ in parts))
+        items = {
+            key: np.concatenate([part[key] for part, _, _ in parts])
+            for key in parts[0][0]
+            if key in shared
+        }
+        found = [row for _, rows, _ in parts for row in rows]
+        guesses = np.concatenate([guess for _, _, guess in parts])
+        cut = {
+            (task, i.doc_id)
+            for task in tasks
+            for i in self.tasks[task].instances
+            if i.args in lm.truncated
+        }
+        identity = self.identities[name] if len(tasks) == 1 else _joined(self.identities, tasks)
+        chance = float(guesses.mean())
+        return BenchmarkResult(
+            name, metrics, stderrs, items, found, len(found), chance, len(cut), identity
+        )
+
+    def _items(self, lm: Any, name: str, samples: list[dict]) -> tuple[dict, list, np.ndarray]:
+        """Values by metric, log-likelihoods of the choices, and chance, of every document."""
+        task = self.tasks[name]
+        samples = [s for s in samples if s["filter"] == samples[0]["filter"]]
+        samples.sort(key=lambda s: s["doc_id"])
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            found = [[float(s["filtered_resps"][0])] for s in samples]
+            counts = [self._counts(lm, s["arguments"][0][0], s) for s in samples]
+            items = {"log_likelihood": np.array(found)[:, 0]}
+            items |= {key: np.array([c[key] for c in counts]) for key in counts[0]}
+            return items, found, np.full(len(samples), np.nan)
+        found = [[float(ll) for ll, _ in s["filtered_resps"]] for s in samples]
+        names = [m for m in samples[0]["metrics"] if np.isscalar(samples[0][m])]
+        items = {m: np.array([s[m] for s in samples], dtype=float) for m in names}
+        if task.OUTPUT_TYPE != "multiple_choice":
+            return items, found, np.full(len(samples), np.nan)
+        right = [len(s["target"]) if isinstance(s["target"], list) else 1 for s in samples]
+        choices = [len(task.doc_to_choice(s["doc"])) for s in samples]
+        return items, found, np.array(right) / np.array(choices)
+
+    def _counts(self, lm: Any, text: str, sample: dict) -> dict[str, int]:
+        """Tokens of a document, and words and bytes as its definition counts them."""
+        if text not in self.lengths:
+            self.lengths[text] = len(lm.tok_encode(text))
+        counts = {"tokens": self.lengths[text]}
+        for key, metric in (("words", "word_perplexity"), ("bytes", "byte_perplexity")):
+            if metric in sample:
+                counts[key] = sample[metric][1]
+        return counts
+
+
+def _forget_responses(task: Any, **_: Any) -> None:
+    """Stands in for `build_all_requests` of a task whose requests are built."""
+    for instance in task.instances:
+        instance.resps, instance.filtered_resps = [], {}
+
+
+def _figures(results: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """lm-eval's figures and standard errors by metric; of several filters, `metric,filter`."""
+    keys = [key for key in results if "," in key]
+    filters = {key.partition(",")[2] for key in keys}
+    metrics, stderrs = {}, {}
+    for key in keys:
+        metric, _, name = key.partition(",")
+        target, metric = (
+            (stderrs, metric.removesuffix("_stderr"))
+            if metric.endswith("_stderr")
+            else (metrics, metric)
+        )
+        value = results[key]
+        label = metric if len(filters) == 1 else f"{metric},{name}"
+        target[label] = float(value) if isinstance(value, (int, float)) else float("nan")
+    return metrics, stderrs
+
+
+def _joined(identities: dict[str, dict], tasks: list[str]) -> dict[str, Any]:
+    """The identity of a group of tasks."""
+    text = json.dumps([identities[task] for task in tasks], sort_keys=True)
+    first = identities[tasks[0]]
+    same = {k: v for k, v in first.items() if all(identities[t][k] == v for t in tasks)}
+    return {**same, "requests": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_places(v) for k, v in value.items() if k not in PLACES}
+    return value
+
+
+def _source(value: Any) -> str:
+    try:
+        return inspect.getsource(value) if callable(value) else str(value)
+    except (OSError, TypeError):
+        return getattr(value, "__qualname__", str(type(value)))

@@ -1,0 +1,308 @@
+"""How far a tuned model's predictions and hidden states lie from its base's. Knows no tasks.
+
+`KL(base || tuned)` and top-1 agreement at the positions that are asked about, and per layer the
+unbiased linear CKA of the hidden states. The base is read once (`observe`), and every checkpoint is
+compared with what is kept of it (`compare`): its last states, from which logits are made again a
+few positions at a time, and a Gram matrix per minibatch and layer. For 8,000 tokens that is 50 MB
+of SmolLM2-135M and 82 MB of Llama-3.2-1B, where the states of all layers would be 570 MB and
+1.1 GB. So a checkpoint costs one forward pass, not two, and no second model is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_tradeoffs.retention.cka import centred_gram, cka, dealt, hsic_terms, widest
+from lora_tradeoffs.scoring.log_likelihoods import batches
+
+if TYPE_CHECKING:
+    import torch
+
+TOKEN_BUDGET = 2_048  # padded tokens of a batch
+CHUNK = 32  # positions whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens, and the positions at which predictions are compared: all but the first, if None.
+
+    The prediction at a position is that of the token after it: a prompt's last position is the one
+    that its answer is read from. CKA looks at all positions but the first, whatever is asked here.
+    """
+
+    tokens: Sequence[int]
+    positions: Sequence[int] | None = None
+
+    @property
+    def asked(self) -> Sequence[int]:
+        return range(1, len(self.tokens)) if self.positions is None else self.positions
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """What lies between base and tuned model, so that it can be resampled over passages.
+
+    `kl`: sums of KL(base || tuned) in nats, `agreed`: positions with the same most likely token,
+    `tokens`: positions asked about, each of shape (passages,) in the caller's order. `terms`, shape
+    (minibatches, layers, 3), are those of `cka`; `batches`, shape (minibatches,), say which batch a
+    minibatch is of: those of one batch share passages, so a bootstrap draws whole batches.
+    `layers` are named as in `layer_names`.
+    """
+
+    kl: np.ndarray
+    agreed: np.ndarray
+    tokens: np.ndarray
+    layers: tuple[str, ...]
+    terms: np.ndarray
+    batches: np.ndarray
+
+    @property
+    def mean_kl(self) -> float:
+        """Nats a token; nan if no position was asked about."""
+        return _ratio(self.kl, self.tokens)
+
+    @property
+    def agreement(self) -> float:
+        """Share of positions with the same most likely token."""
+        return _ratio(self.agreed, self.tokens)
+
+    @property
+    def cka(self) -> np.ndarray:
+        """Per layer, shape (layers,); 1 for representations equal but for rotation and scale."""
+        return cka(self.terms)
+
+
+@dataclass(eq=False)
+class Reference:
+    """What is kept of a base: enough to compare any number of tuned models with it.
+
+    `grams[layer]` are the minibatches' centred Gram matrices as vectors, stacked as in `dealt`, and
+    `batches` the batch of each. `states` are the last hidden states at the positions asked about, a
+    tensor (positions, hidden size) a batch. `head` is the output embedding, (vocabulary, hidden
+    size): the base's own tensor, or a copy.
+    """
+
+    passages: Sequence[Passage]
+    plan: list[list[int]]
+    layers: tuple[str, ...]
+    head: torch.Tensor
+    head_sample: torch.Tensor
+    grams: list[list[torch.Tensor]]
+    batches: list[int] = field(default_factory=list)
+    states: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        kept = [*self.states, *(gram for layer in self.grams for gram in layer)]
+        return sum(tensor.nbytes for tensor in kept)
+
+
+# ------------------------------------------------------------------------- base and checkpoints
+
+
+def layer_names(blocks: int) -> tuple[str, ...]:
+    """Names of what Transformers calls hidden_states, in its order.
+
+    The embeddings, the residual stream after every block but the last, and after the last block
+    and the final norm: what the output embedding reads.
+    """
+    return ("embeddings", *(f"block {number}" for number in range(1, blocks)), "final norm")
+
+
+def limited(passages: Sequence[Passage], tokens: int) -> list[Passage]:
+    """The first passages that have at most so many tokens together."""
+    total = np.cumsum([len(passage.tokens) for passage in passages])
+    return list(passages[: int((total <= tokens).sum())])
+
+
+def observe(
+    base: Any,
+    passages: Sequence[Passage],
+    token_budget: int = TOKEN_BUDGET,
+    copy_head: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Reference:
+    """Read the base once: a causal language model, or a PeftModel inside `disable_adapter()`.
+
+    `copy_head` keeps a copy of the output embedding, for a base whose weights will be overwritten
+    by those of full fine-tuning; without it, `compare` refuses such a model. Passages go longest
+    first in batches of `token_budget` padded tokens. Many short passages (of 128 tokens, say) serve
+    CKA better than a few long ones: a batch should hold several. Raises ValueError for an empty
+    passage, or a position that is not in it or stands there twice.
+    """
+    import torch
+
+    for passage in passages:
+        positions = list(passage.asked)
+        inside = all(0 <= position < len(passage.tokens) for position in positions)
+        if not passage.tokens or not inside or len(set(positions)) < len(positions):
+            raise ValueError("a passage needs tokens, and positions in it, each but once")
+    head = base.get_output_embeddings().weight.detach()
+    layers = layer_names(len(base.get_decoder().layers))
+    reference = Reference(
+        passages=passages,
+        plan=list(batches([len(p.tokens) for p in passages], token_budget)),
+        layers=layers,
+        head=head.clone() if copy_head else head,
+        head_sample=head[:, 0].clone(),
+        grams=[[] for _ in layers],
+    )
+
+    def keep(layer: int, features: torch.Tensor) -> None:
+        reference.grams[layer] += map(centred_gram, dealt(features))
+
+    with torch.inference_mode():
+        for batch, (rows, states) in enumerate(_read(base, reference, keep)):
+            reference.states.append(states)
+            minibatches = sum(map(len, reference.grams[0]))
+            reference.batches += [batch] * (minibatches - len(reference.batches))
+            progress(len(rows))
+    return reference
+
+
+def compare(
+    reference: Reference, tuned: Any, progress: Callable[[int], None] = lambda done: None
+) -> Drift:
+    """Drift of a tuned model, over the same passages in the same batches as the base.
+
+    So a model that computes what the base does has KL 0, agreement 1 and CKA 1, all exactly.
+    Raises FloatingPointError for a model whose logits are not finite, and ValueError if the base's
+    output embedding was overwritten since it was observed.
+    """
+    import torch
+
+    if not torch.equal(reference.head[:, 0], reference.head_sample):
+        raise ValueError("the base's output embedding has changed: observe it with copy_head=True")
+    terms: list[list[torch.Tensor]] = [[] for _ in reference.layers]
+
+    def take(layer: int, features: torch.Tensor) -> None:
+        for part in dealt(features):
+            base = reference.grams[layer][len(terms[layer])]
+            terms[layer].append(hsic_terms(base, centred_gram(part)))
+
+    kl, agreed = np.zeros((2, len(reference.passages)))
+    base_states = iter(reference.states)
+    with torch.inference_mode():
+        for rows, states in _read(tuned, reference, take):
+            owners = np.repeat(rows, [len(reference.passages[row].asked) for row in rows])
+            divergences, same = _divergences(reference.head, next(base_states), tuned, states)
+            np.add.at(kl, owners, divergences)
+            np.add.at(agreed, owners, same)
+            progress(len(rows))
+    found = np.zeros((len(reference.batches), len(terms), 3))
+    for layer, parts in enumerate(terms):
+        if parts:
+            found[:, layer] = torch.cat(parts).cpu().numpy()
+    if not np.isfinite(kl).all() or not np.isfinite(found).all():
+        raise FloatingPointError("the model's states or logits are not finite")
+    return Drift(
+        kl=kl,
+        agreed=agreed,
+        tokens=np.array([len(passage.asked) for passage in reference.passages], dtype=float),
+        layers=reference.layers,
+        terms=found,
+        batches=np.array(reference.batches, dtype=int),
+    )
+
+
+# --------------------------------------------------------------------------------- inside
+
+
+def _read(
+    model: Any, reference: Reference, take: Callable[[int, torch.Tensor], None]
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Every batch's rows, and the last states at the positions asked about, row by row.
+
+    `take` gets every layer's states, (tokens, size), at all positions but the first. Rows are
+    padded on the right and have no mask: in a causal model nothing sees what follows it.
+    """
+    import torch
+
+    decoder, device = model.get_decoder(), model.device
+    for rows in reference.plan:
+        passages = [reference.passages[row] for row in rows]
+        width = max(len(passage.tokens) for passage in passages)
+        input_ids = torch.zeros((len(rows), width), dtype=torch.long)
+        inside = torch.zeros_like(input_ids, dtype=torch.bool)
+        asked = torch.zeros_like(inside)
+        for row, passage in enumerate(passages):
+            input_ids[row, : len(passage.tokens)] = torch.tensor(passage.tokens)
+            # the first token's states are up to a thousand times as large as all others' (massive
+            # activations, Sun et al. 2024, arXiv:2402.17762): CKA would be that of one token
+            inside[row, 1 : len(passage.tokens)] = True
+            asked[row, list(passage.asked)] = True
+        with _tapped(decoder, inside.to(device), take):
+            states = decoder(input_ids=input_ids.to(device), use_cache=False).last_hidden_state
+        yield rows, states[asked.to(device)]
+
+
+@contextmanager
+def _tapped(
+    decoder: Any, inside: torch.Tensor, take: Callable[[int, torch.Tensor], None]
+) -> Iterator[None]:
+    """Hand every layer's states at the positions inside on while they are there.
+
+    The tuple that Transformers returns holds the states of all layers at once: as much memory as
+    the forward pass itself.
+    """
+    modules = (decoder.embed_tokens, *decoder.layers[:-1], decoder.norm)
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, at=at: take(at, output[inside]))
+        for at, module in enumerate(modules)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _divergences(
+    head: torch.Tensor, base_states: torch.Tensor, tuned: Any, tuned_states: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """KL(base || tuned) in nats and whether the most likely token is the same, (positions,) each.
+
+    Logits are fp32, also under autocast, where their steps would be larger than most divergences;
+    their log-softmax is fp64, or a KL below 1e-6 would be rounding. Every chunk writes into the
+    same tensors: the C library does not reuse those of the chunk before, and grows by 400 MB.
+    """
+    import torch
+
+    output = tuned.get_output_embeddings()
+    plain = type(output) is torch.nn.Linear and output.bias is None
+    heads = (head, output.weight if plain else output)
+    shape = (min(CHUNK, len(base_states)), len(head))
+    logits = torch.empty(shape, dtype=head.dtype, device=head.device)
+    wide, *log_probs = (torch.empty_like(logits, dtype=widest(head)) for _ in range(3))
+    kl, same = [np.zeros(0)], [np.zeros(0, dtype=bool)]
+    with torch.autocast(head.device.type, enabled=False):
+        for chunk in zip(base_states.split(CHUNK), tuned_states.split(CHUNK), strict=True):
+            rows, best = slice(len(chunk[0])), []
+            for states, weight, log_prob in zip(chunk, heads, log_probs, strict=True):
+                _project(states, weight, logits[rows])
+                best.append(logits[rows].argmax(-1))
+                torch.log_softmax(wide[rows].copy_(logits[rows]), -1, out=log_prob[rows])
+            same.append((best[0] == best[1]).cpu().numpy())
+            base, ratio = (log_prob[rows] for log_prob in log_probs)
+            torch.sub(base, ratio, out=ratio)
+            kl.append(torch.einsum("pv,pv->p", base.exp_(), ratio).cpu().double().numpy())
+    return np.concatenate(kl), np.concatenate(same)
+
+
+def _project(states: torch.Tensor, head: Any, out: torch.Tensor) -> None:
+    """Logits of the states, from the head's weight or, with an adapter on it, its module."""
+    import torch
+
+    if isinstance(head, torch.Tensor):
+        torch.mm(states.to(head.dtype), head.mT, out=out)
+    else:
+        out.copy_(head(states.to(head.weight.dtype)))
+
+
+def _ratio(totals: np.ndarray, counts: np.ndarray) -> float:
+    return float(totals.sum() / counts.sum()) if counts.sum() else float("nan")

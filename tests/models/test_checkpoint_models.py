@@ -1,0 +1,277 @@
+"""Many checkpoints over one base: each is itself, and what is broken is named."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import ROOT, settings_for
+
+from config import UserError
+from lora_tradeoffs.files import write_manifest
+from lora_tradeoffs.models.base import load_base, prepare_base
+from lora_tradeoffs.models.checkpoint_models import (
+    Checkpoint,
+    checkpoint_models,
+    checkpoints_in,
+    scaled_updates,
+)
+
+PROMPT = torch.tensor([[5, 17, 400, 23]])
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return prepare_base(settings_for(model=str(tiny)))
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(PROMPT).logits
+
+
+def make_adapter(base, folder, rank=4, seed=0, modules=("q_proj", "v_proj"), **options):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), **options)
+    config.init_lora_weights = False  # random B, so that the adapter does something
+    model = get_peft_model(load_base(base), config).eval()
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return logits_of(model)
+
+
+def make_full(base, folder, seed=0, untied=False):
+    torch.manual_seed(seed)
+    model = load_base(base).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    if untied:  # some tools write the tied lm_head, too
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, path, metadata={"format": "pt"})
+    return logits_of(model)
+
+
+def collect(base, folders):
+    wanted = [Checkpoint("run", i, folder) for i, folder in enumerate(folders)]
+    found = {}
+    for checkpoint, model in checkpoint_models(base, wanted):
+        key = checkpoint.folder.name if checkpoint else "base"
+        found[key] = str(model) if isinstance(model, UserError) else logits_of(model)
+    return found
+
+
+def test_every_checkpoint_is_itself_whatever_came_before(base, tmp_path):
+    expected = {
+        "a": make_adapter(base, tmp_path / "a", 4, seed=1),
+        "b": make_adapter(base, tmp_path / "b", 8, seed=2, modules=("q_proj", "o_proj")),
+        "full": make_full(base, tmp_path / "full", seed=3),
+        "untied": make_full(base, tmp_path / "untied", seed=4, untied=True),
+        "c": make_adapter(base, tmp_path / "c", 2, seed=5),
+        "base": logits_of(load_base(base).eval()),
+    }
+    folders = [tmp_path / name for name in ("full", "a", "b", "untied", "c")]
+    found = collect(base, folders)
+    assert list(found) == ["base", "a", "b", "c", "full", "untied"]  # adapters first
+    for name, logits in expected.items():
+        assert torch.allclose(found[name], logits, atol=1e-5), name
+    assert not torch.allclose(found["a"], found["base"], atol=1e-3)
+
+
+def test_linears_stored_in_bf16_give_autocast_the_same_bits(base, tmp_path):
+    make_adapter(base, tmp_path / "adapter", 4, seed=1)
+    make_full(base, tmp_path / "full", seed=3)
+    make_full(base, tmp_path / "untied", seed=4, untied=True)
+    wanted = [checkpoints_in(tmp_path / name)[0] for name in ("adapter", "full", "untied")]
+    with torch.autocast("cpu", torch.bfloat16):
+        stored, plain = (
+            [logits_of(model) for _, model in checkpoint_models(base, wanted, bf16=bf16)]
+            for bf16 in (True, False)
+        )
+    assert len(stored) == 4
+    for ours, theirs in zip(stored, plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_broken_checkpoints_are_named_and_the_others_are_done(base, tmp_path):
+    whole = make_adapter(base, tmp_path / "whole", seed=1)
+    full = make_full(base, tmp_path / "full", seed=2)
+    for name in ("lacks", "extra", "truncated", "pickled", "other", "bare"):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+    weights = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    first = min(weights)
+    fewer = {name: weight for name, weight in weights.items() if name != first}
+    save_file(fewer, tmp_path / "lacks" / "adapter_model.safetensors")
+    more = {**weights, first.replace("layers.0", "layers.7"): weights[first].clone()}
+    save_file(more, tmp_path / "extra" / "adapter_model.safetensors")
+    path = tmp_path / "truncated" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    (tmp_path / "pickled" / "adapter_model.safetensors").rename(tmp_path / "pickled" / "a.bin")
+    config = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**config, "r": 9}))
+    (tmp_path / "bare" / "adapter_config.json").write_text("{")
+    shutil.copytree(tmp_path / "full", tmp_path / "short")
+    weights = load_file(tmp_path / "full" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "short" / "model.safetensors", metadata={"format": "pt"})
+
+    names = ["lacks", "other", "whole", "extra", "truncated", "pickled", "bare", "short", "full"]
+    found = collect(base, [tmp_path / name for name in names])
+    assert "1 are missing" in found["lacks"] and "1 are unexpected" in found["extra"]
+    assert "corrupt" in found["truncated"] and "pickled" in found["pickled"]
+    assert "size mismatch" in found["other"] or "does not fit" in found["other"]
+    assert "corrupt or does not fit" in found["bare"]
+    assert "lacks model.layers.1.mlp.up_proj.weight" in found["short"]
+    for text in (v for v in found.values() if isinstance(v, str)):
+        assert "\n" not in text and str(tmp_path) in text
+    assert torch.allclose(found["whole"], whole, atol=1e-5)
+    assert torch.allclose(found["full"], full, atol=1e-5)
+
+
+def test_a_half_written_checkpoint_of_ours_is_named(base, tmp_path):
+    for name in ("checkpoint-1", "checkpoint-2"):
+        make_adapter(base, tmp_path / name)
+    (tmp_path / "run.json").write_text("{}")
+    write_manifest(tmp_path / "checkpoint-2", step=2)
+    found = collect(base, [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"])
+    assert "its saving did not end" in found["checkpoint-1"]
+    assert isinstance(found["checkpoint-2"], torch.Tensor)
+
+
+def test_runs_and_foreign_folders_are_found(base, tmp_path):
+    run = tmp_path / "run"
+    for step in (100, 20, 3):
+        make_adapter(base, run / f"checkpoint-{step}")
+    assert [(c.run, c.step) for c in checkpoints_in(run)] == [("run", 3), ("run", 20), ("run", 100)]
+    alone = checkpoints_in(run / "checkpoint-20")
+    assert [(c.run, c.step, c.is_adapter) for c in alone] == [("run", 20, True)]
+    make_full(base, tmp_path / "mine")
+    assert [(c.run, c.step, c.is_adapter) for c in checkpoints_in(tmp_path / "mine")] == [
+        ("mine", 0, False)
+    ]
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoints_in(tmp_path / "nothing")
+
+
+def models_of(base, folder):
+    """The checkpoint and its model, as checkpoint_models gives them."""
+    wanted = [Checkpoint("run", 1, folder)]
+    return next((c, m) for c, m in checkpoint_models(base, wanted) if c is not None)
+
+
+def test_scaled_adapters_run_from_the_base_to_the_checkpoint(base, tmp_path):
+    before = logits_of(load_base(base).eval())
+    options = {"use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}}
+    for name, extra in (("plain", {}), ("other", options)):
+        make_adapter(base, tmp_path / name, seed=1, **extra)
+        checkpoint, model = models_of(base, tmp_path / name)
+        whole = logits_of(model)
+        found = {}
+        for t, scaled in scaled_updates(base, checkpoint, model, [0, 0.5, 1, 1.25, 1]):
+            assert scaled is model
+            found.setdefault(t, []).append(logits_of(scaled))
+        assert torch.equal(found[0][0], before)
+        assert all(torch.equal(logits, whole) for logits in found[1])
+        assert torch.equal(logits_of(model), whole)
+        weights = load_file(tmp_path / name / "adapter_model.safetensors")
+        for key in weights:
+            if "lora_B" in key:
+                weights[key] *= 0.5
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}_half")
+        save_file(weights, tmp_path / f"{name}_half" / "adapter_model.safetensors")
+        half = logits_of(models_of(base, tmp_path / f"{name}_half")[1])
+        assert torch.allclose(found[0.5][0], half, atol=1e-6)
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_scaled_weights_run_from_the_base_to_the_checkpoint(base, tmp_path, untied):
+    make_full(base, tmp_path / "full", seed=3, untied=untied)
+    start = load_base(base).state_dict()
+    end = load_file(tmp_path / "full" / "model.safetensors")
+    checkpoint, model = models_of(base, tmp_path / "full")
+    for t, scaled in scaled_updates(base, checkpoint, model, [0.5, 0, 1.25, 1, 0.5, 0]):
+        weights = scaled.state_dict()
+        for name, tensor in end.items():
+            expected = {0: start[name], 1: tensor}.get(t)
+            if expected is None:
+                expected = start[name] + t * (tensor - start[name])
+                assert torch.allclose(weights[name], expected, rtol=1e-5, atol=1e-7), (t, name)
+            else:
+                assert torch.equal(weights[name].view(torch.int32), expected.view(torch.int32))
+        assert scaled.lm_head.weight is scaled.model.embed_tokens.weight
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in end.items())
+
+
+def test_a_scaled_update_that_is_left_early_is_whole_again(base, tmp_path):
+    make_full(base, tmp_path / "full", seed=3)
+    make_adapter(base, tmp_path / "adapter", seed=1)
+    for name in ("full", "adapter"):
+        checkpoint, model = models_of(base, tmp_path / name)
+        whole = logits_of(model)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in scaled_updates(base, checkpoint, model, [0, 0.5]):
+                raise KeyboardInterrupt
+        assert torch.equal(logits_of(model), whole)
+
+
+def test_updates_that_cannot_be_scaled_are_refused(base, tmp_path):
+    for name, options in (
+        ("DoRA", {"use_dora": True}),
+        ("biases", {"bias": "lora_only"}),
+        ("in full", {"modules_to_save": ["norm"]}),
+    ):
+        make_adapter(base, tmp_path / name, **options)
+        checkpoint, model = models_of(base, tmp_path / name)
+        assert not isinstance(model, UserError), model
+        with pytest.raises(UserError, match=f"{name}.*cannot be scaled"):
+            next(scaled_updates(base, checkpoint, model, [0.5]))
+    make_full(base, tmp_path / "full")
+    checkpoint, model = models_of(base, tmp_path / "full")
+    with pytest.raises(ValueError, match="finite"):
+        next(scaled_updates(base, checkpoint, model, [0, float("nan")]))
+    path = tmp_path / "full" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="is corrupt"):
+        next(scaled_updates(base, checkpoint, model, [0.5]))
+
+
+def test_ten_full_checkpoints_need_the_memory_of_one(tmp_path):
+    """A model of 28 million parameters, in a process of its own for each count."""
+    code = """
+import sys
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+from lora_tradeoffs.models.checkpoint_models import checkpoint_models, checkpoints_in
+from lora_tradeoffs.models.base import Base
+from lora_tradeoffs.hardware import (peak_memory, reset_peak_memory)
+run, count = Path(sys.argv[1]), int(sys.argv[2])
+if not run.exists():
+    config = LlamaConfig(vocab_size=32000, hidden_size=512, intermediate_size=1024,
+        num_hidden_layers=4, num_attention_heads=8, tie_word_embeddings=True)
+    for step in range(1, 11):
+        LlamaForCausalLM(config).save_pretrained(run / f"checkpoint-{step}")
+found = checkpoints_in(run)[:count]
+base = Base("base", found[0].folder, found[0].folder, {})
+reset_peak_memory("cpu")
+for checkpoint, model in checkpoint_models(base, found):
+    assert not isinstance(model, Exception), model
+print(peak_memory("cpu"))
+"""
+
+    def peak(count):
+        command = [sys.executable, "-c", code, str(tmp_path / "run"), str(count)]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        return int(process.stdout.split()[-1])
+
+    peak(1)  # writes them
+    assert peak(10) < 1.1 * peak(1)
+    assert Path(tmp_path / "run" / "checkpoint-10").exists()

@@ -1,0 +1,214 @@
+"""What an adapter's or a checkpoint's update is, and which are refused by name."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import settings_for
+
+from config import UserError
+from lora_tradeoffs.models.base import load_base, prepare_base
+from lora_tradeoffs.models.weights import Adapter, FullCheckpoint, Weights
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return prepare_base(settings_for(model=str(tiny)))
+
+
+@pytest.fixture(scope="module")
+def weights(base):
+    return Weights(base.folder)
+
+
+def make_adapter(base, folder, **fields):
+    """A PEFT folder with random B; the update of each of its layers, as PEFT has it."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    torch.manual_seed(0)
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **fields}
+    config = LoraConfig(init_lora_weights=False, **fields)
+    model = get_peft_model(load_base(base), config)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix): module.get_delta_weight("default").detach()
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and module.get_base_layer().weight.ndim == 2
+    }
+
+
+def change_config(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def change_tensors(folder, change, name=ADAPTER):
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5}},
+        {"rank_pattern": {"v_proj": 3}, "use_rslora": True},
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": r".*layers\.1\.self_attn\.[kv]_proj"},
+        {"target_modules": ["o_proj"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": ["mlp.up_proj"]},
+    ],
+    ids=str,
+)
+def test_the_update_is_pefts_own(base, weights, tmp_path, fields):
+    deltas = make_adapter(base, tmp_path, **fields)
+    adapter = Adapter(tmp_path, weights)
+    assert {matrix.name for matrix in adapter.matrices} == set(deltas)
+    for matrix in adapter.matrices:
+        A, B, scale = adapter.factors(matrix)
+        assert torch.allclose(scale * B @ A, deltas[matrix.name], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "outside the layers"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "outside the layers"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "replicated layers"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_is_more_than_low_rank_is_refused_by_name(
+    base, weights, tmp_path, fields, named
+):
+    make_adapter(base, tmp_path, **fields)
+    with pytest.raises(UserError, match=named) as error:
+        Adapter(tmp_path, weights)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"peft_type": "IA3"}, "type IA3"),
+        ({"init_lora_weights": "pissa_niter_4"}, "starts from pissa"),
+        ({"init_lora_weights": "olora"}, "changes the base"),
+        ({"use_qalora": True}, "QALoRA"),
+        ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+        ({"r": 0}, "has rank 0"),
+        ({"r": 5}, "do not fit rank 5"),
+        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "no weight for layer 0 o_proj"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_does_not_fit_is_refused(base, weights, tmp_path, fields, named):
+    make_adapter(base, tmp_path)
+    change_config(tmp_path, **fields)
+    with pytest.raises(UserError, match=named):
+        Adapter(tmp_path, weights)
+
+
+def test_an_adapter_with_broken_tensors_is_refused(base, weights, tmp_path):
+    key = "base_model.model.model.layers.1.self_attn.{}.lora_{}.weight".format
+
+    def refused(name, change, message):
+        make_adapter(base, tmp_path / name)
+        change_tensors(tmp_path / name, change)
+        with pytest.raises(UserError, match=message):
+            Adapter(tmp_path / name, weights)
+
+    refused("half", lambda t: t.pop(key("v_proj", "B")), "layer 1 v_proj has no lora_B")
+    refused("shape", lambda t: t.update({key("q_proj", "B"): torch.zeros(7, 4)}), "do not fit")
+    refused(
+        "empty",
+        lambda t: t.update({key("q_proj", "A"): torch.zeros(0, 32)}),
+        "layer 1 q_proj has rank 0",
+    )
+    refused(
+        "layers",
+        lambda t: t.update({key("q_proj", f).replace("1", "9"): torch.zeros(1) for f in "AB"}),
+        "layer 9 q_proj: the base has no such matrix",
+    )
+    refused("other", lambda t: t.update({"some.weight": torch.zeros(1)}), "no factor of LoRA")
+    path = tmp_path / "cut" / ADAPTER
+    make_adapter(base, path.parent)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="is corrupt"):
+        Adapter(path.parent, weights)
+    path.unlink()
+    with pytest.raises(UserError, match="a pickled adapter is not loaded"):
+        Adapter(path.parent, weights)
+
+
+def save_full(base, folder, shard="10MB", noise=0.01):
+    torch.manual_seed(1)
+    model = load_base(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    model.save_pretrained(folder, max_shard_size=shard)
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+@pytest.mark.parametrize("shard", ["10MB", "20KB"])
+def test_a_full_checkpoint_gives_matrices_and_norms_whole_or_sharded(
+    base, weights, tmp_path, shard, monkeypatch
+):
+    monkeypatch.setattr("lora_tradeoffs.models.weights.BLOCK", 5000)
+    tuned = save_full(base, tmp_path, shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
+    start = {name: tensor.detach() for name, tensor in load_base(base).named_parameters()}
+    checkpoint = FullCheckpoint(tmp_path, weights)
+    assert checkpoint.tensors == sorted(tuned)
+    for name, weight in tuned.items():
+        update, square = checkpoint.squares(name)
+        assert update == pytest.approx(float((weight - start[name]).double().square().sum()))
+        assert square == pytest.approx(float(start[name].double().square().sum()))
+    assert len(checkpoint.matrices) == 14  # seven in each of two layers
+    for matrix in checkpoint.matrices:
+        assert torch.equal(checkpoint.weight(matrix), tuned[matrix.tensor])
+
+
+@pytest.mark.parametrize("kept", ["both", "head"])
+def test_a_tied_head_counts_once_under_either_name(base, weights, tmp_path, kept):
+    save_full(base, tmp_path)
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        if kept == "head":
+            del tensors["model.embed_tokens.weight"]
+
+    change_tensors(tmp_path, change, "model.safetensors")
+    checkpoint = FullCheckpoint(tmp_path, weights)
+    assert "lm_head.weight" not in checkpoint.tensors
+    assert checkpoint.squares("model.embed_tokens.weight")[0] > 0
+
+
+def test_a_checkpoint_of_another_model_is_refused(base, weights, tmp_path):
+    name = "model.layers.1.self_attn.v_proj.weight"
+
+    def refused(folder, change, message):
+        save_full(base, tmp_path / folder)
+        change_tensors(tmp_path / folder, change, "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            FullCheckpoint(tmp_path / folder, weights)
+
+    refused("less", lambda t: t.pop(name), f"lacks {name}")
+    refused("more", lambda t: t.update({name + "2": torch.zeros(1)}), "the base has not")
+    refused(
+        "other", lambda t: t.update({name: torch.zeros(8, 32)}), r"is \(8, 32\), not \(16, 32\)"
+    )
+    with pytest.raises(UserError, match="holds no"):
+        FullCheckpoint(tmp_path, weights)

@@ -1,0 +1,429 @@
+"""Findings on made-up studies: a known effect of either sign, none, too few seeds, the demo."""
+
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_effects import ARMS, Bench, arm_fields, write_scored
+from synthetic_records import kept, record, write_study
+
+from config import FAMILIES
+from lora_tradeoffs.measuring.results import adaptation_items, retention_items
+from lora_tradeoffs.report.findings import as_markdown, as_table, findings
+from lora_tradeoffs.report.wording import ADAPTS, FORGETS, GOES_WITH, MATCHED, RANK, TRANSFER
+from lora_tradeoffs.statistics.comparisons import compare_methods
+from lora_tradeoffs.statistics.contrasts import Part, by_seed, contrast
+from lora_tradeoffs.tables.frames import load_records
+from lora_tradeoffs.tables.learning_rates import at_chosen_rates
+from lora_tradeoffs.tables.transfer import transfer_table
+
+SEEDS = (42, 43, 44)
+SURE = 0.0005  # spread of the seeds, at which three of them tell .05 after Holm over 30
+VAGUE = 0.02
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """Records of adaptation where LoRA scores `effect(rank)` above full fine-tuning."""
+
+    def make(effect, spread=SURE, seeds=SEEDS, arms=tuple(ARMS), families=tuple(FAMILIES)):
+        rng, records = np.random.default_rng(0), []
+        for family in families:
+            for task in FAMILIES[family]:
+                unit = 100 if task == "codexglue" else 1
+                for arm in arms:
+                    method, rank = ARMS[arm]
+                    for seed in seeds:
+                        value = 0.6 + (effect(rank) if rank else 0) + rng.normal(0, spread)
+                        own = dict(method=method, rank=rank, seed=seed, split="test")
+                        run = f"{family}_{arm}_seed{seed}"
+                        records.append(record(run, task, unit * value, **own))
+        return load_records(write_study(tmp_path, records, "study"))
+
+    return make
+
+
+@pytest.fixture
+def kept_frame(tmp_path):
+    """Records of retention where an arm's mean forgetting is `lost(rank)` (rank 0: full)."""
+
+    def make(lost, spread=SURE, seeds=SEEDS, matched=None):
+        rng, records = np.random.default_rng(1), []
+        for family in FAMILIES:
+            for arm, (method, rank) in ARMS.items():
+                for seed in seeds:
+                    run = f"{family}_{arm}_seed{seed}"
+                    own = dict(method=method, rank=rank, seed=seed)
+                    value = lost(rank) + rng.normal(0, spread)
+                    records.append(kept(run, "mean", "forgetting", value, family, **own))
+                    if matched and rank:
+                        own |= {"other_run": f"{family}_full_seed{seed}", "score": 0.6}
+                        value = matched(rank) + rng.normal(0, spread)
+                        one = kept(run, "mean", "matched_forgetting", value, family, 2e-3, **own)
+                        records.append(one)
+        path = write_study(tmp_path, records, "study", script="retention")
+        return load_records(path)
+
+    return make
+
+
+def asked(found, question):
+    return [f for f in found if f.question == question]
+
+
+def numbers(text):
+    return [float(n) for n in re.findall(r"-?\d*\.\d+", text)]
+
+
+# --------------------------------------------------------------------- the confirmatory family
+
+
+@pytest.mark.parametrize("effect, word", [(0.05, "higher"), (-0.05, "lower")])
+def test_a_known_effect_is_found_in_its_direction(adapted, effect, word):
+    tests = asked(findings(adapted(lambda rank: effect), None, None, None, "study"), ADAPTS)
+    assert len(tests) == 30
+    for f in tests:
+        assert (f.kind, f.verdict, f.seeds) == ("confirmatory", word, 3)
+        assert f"{f.arm} scores" in f.sentence and f"{word} than full fine-tuning" in f.sentence
+        assert "after Holm over 30 tests, 3 seeds" in f.sentence
+        unit = 100 if f.about == "codexglue" else 1
+        assert f.effect == pytest.approx(unit * effect, abs=unit * 0.002)
+        assert f.low < f.effect < f.high and f.corrected < 0.05
+        assert f.detectable > abs(f.high - f.effect)  # stricter than one test's interval
+
+
+def test_fields_that_all_runs_share_part_no_arms(adapted, kept_frame):
+    frames = [adapted(lambda rank: 0.05), kept_frame(lambda rank: 0.1 + 0.01 * rank)]
+    plain = findings(*frames, None, None, "study")
+    named = [
+        f.assign(run=f["run"].str.replace("_seed", "_steps40_seed"), arm=f["arm"] + " (steps40)")
+        for f in frames
+    ]
+    first, *others = findings(*named, None, None, "study")
+    assert first.sentence.startswith("All runs were made with steps40")
+    assert as_markdown(others) == as_markdown(plain)
+    # one run of the grid itself: now the words part the arms, and the other arms are not the grid's
+    mixed = pd.concat([named[0], frames[0].query("arm == 'full'")])
+    found = findings(mixed, named[1], None, None, "study")
+    assert not any("All runs" in f.sentence for f in found)
+    assert not any(f.verdict for f in asked(found, ADAPTS))
+
+
+def test_the_figures_are_those_of_the_test_over_seeds(adapted):
+    frame = adapted(lambda rank: 0.01, VAGUE)
+    found = asked(findings(frame, None, None, None, "study"), ADAPTS)
+    f = next(f for f in found if (f.arm, f.about) == ("LoRA r=16", "mnli"))
+    rows = frame[frame["task"] == "mnli"]
+    sides = [rows[rows["arm"] == arm].set_index("seed")["value"] for arm in ("LoRA r=16", "full")]
+    theirs = compare_methods(*map(dict, sides))
+    assert (f.effect, f.low, f.high) == pytest.approx((theirs.difference, theirs.low, theirs.high))
+    assert f.p_value == pytest.approx(theirs.p_value, rel=1e-6)
+    smallest = min(t.p_value for t in found)
+    assert min(t.corrected for t in found) == pytest.approx(min(1, 30 * smallest))
+
+
+def test_no_effect_is_not_distinguishable_with_what_could_have_been_missed(adapted):
+    tests = asked(findings(adapted(lambda rank: 0.0, VAGUE), None, None, None, "study"), ADAPTS)
+    assert {f.verdict for f in tests} == {"not distinguishable"}
+    for f in tests:
+        assert "are not distinguishable on" in f.sentence
+        assert re.search(r"differences below \d+\.\d+ could have been missed", f.sentence)
+        digits = 1 if f.about == "codexglue" else 3
+        shown = numbers(f.sentence)
+        assert round(f.effect, digits) in shown and round(f.detectable, digits) in shown
+
+
+def test_equal_arms_are_rarely_told_apart(adapted):
+    wrong = 0
+    for seed in range(8):
+        frame = adapted(lambda rank: 0.0, VAGUE, families=("similar",))
+        rng = np.random.default_rng(seed)
+        frame = frame.assign(value=0.6 + rng.normal(0, VAGUE, len(frame)))
+        found = asked(findings(frame, None, None, None, "study"), ADAPTS)
+        wrong += any(f.verdict in ("higher", "lower") for f in found)
+    assert wrong <= 2  # a family-wise error of 5 % in 8 studies
+
+
+@pytest.mark.parametrize("seeds, said", [((42,), "share 1 seed,"), ((42, 43), "share 2 seeds,")])
+def test_too_few_seeds_claim_nothing_and_say_how_many_are_needed(adapted, seeds, said):
+    frame = adapted(lambda rank: 0.3, seeds=seeds)
+    found = asked(findings(frame, None, None, None, "study"), ADAPTS)
+    assert [f.family for f in found] == ["similar", "dissimilar"]
+    for f in found:
+        assert f.kind == "missing" and f.verdict == "" and math.isnan(f.effect)
+        assert "nothing can be claimed about methods" in f.sentence
+        assert said in f.sentence and "at least 3 are needed" in f.sentence
+
+
+def test_arms_that_are_not_there_still_count_in_the_family(adapted):
+    frame = adapted(lambda rank: -0.05, arms=("lora_r8", "full"))
+    found = asked(findings(frame, None, None, None, "study"), ADAPTS)
+    tested = [f for f in found if f.kind == "confirmatory"]
+    assert len(tested) == 6 and {f.arm for f in tested} == {"LoRA r=8"}
+    assert all("over 30 tests" in f.sentence for f in tested)
+    rest = [f.sentence for f in found if f.kind == "missing"]
+    assert len(rest) == 2 and all("not tested: LoRA r=4, LoRA r=16" in s for s in rest)
+    assert all("share no seeds" in s for s in rest)
+
+
+def test_validation_is_not_taken_for_test(adapted):
+    frame = adapted(lambda rank: 0.3)
+    frame = frame.assign(split="validation")
+    found = asked(findings(frame, None, None, None, "study"), ADAPTS)
+    assert {f.kind for f in found} == {"missing"}
+
+
+def test_with_items_the_interval_counts_them_too(tmp_path):
+    runs = []
+    for task in FAMILIES["similar"]:
+        bench = Bench(items=500, rest=0.1)
+        for seed in SEEDS:
+            for arm, ability in (("lora_r8", 0.5), ("full", 1.0)):
+                fields = arm_fields(arm, seed) | {"task": task}
+                runs.append((fields, bench.answers(ability)))
+    path, results = write_scored(tmp_path, runs)
+    frame = load_records(path)
+    both = findings(frame, None, None, None, "study", adaptation_items(results))
+    alone = findings(frame, None, None, None, "study")
+    for f, g in zip(asked(both, ADAPTS)[:3], asked(alone, ADAPTS)[:3]):
+        assert f.effect == pytest.approx(g.effect)
+        assert f.high - f.low > g.high - g.low and f.p_value > g.p_value
+        assert "over seeds and items" in f.sentence and "on these items" in g.sentence
+
+
+def test_runs_that_were_measured_on_other_items_are_not_tested(tmp_path):
+    runs = []
+    for arm, items in (("lora_r8", 100), ("full", 200)):
+        for seed in SEEDS:
+            fields = arm_fields(arm, seed) | {"task": "sst2"}
+            runs.append((fields, Bench(items=items).answers(0.5)))
+    path, results = write_scored(tmp_path, runs)
+    found = findings(load_records(path), None, None, None, "study", adaptation_items(results))
+    (f, *_) = asked(found, ADAPTS)
+    assert (f.kind, f.verdict, f.about) == ("missing", "", "sst2")
+    assert "LoRA r=8, sst2: not tested" in f.sentence and "numbers of items" in f.sentence
+
+
+def test_a_swept_arm_is_tested_at_its_chosen_rate(tmp_path):
+    records, rates = [], {"": (1e-4, 0.9), "_lr5e-4": (5e-4, 0.5)}
+    for seed in SEEDS:
+        noise = 1e-4 * (seed - 42) ** 2
+        full = dict(method="full", rank=0, seed=seed, split="test")
+        records.append(record(f"similar_full_seed{seed}", "sst2", 0.7, **full))
+        for name, (rate, value) in rates.items():
+            own = dict(seed=seed, split="test", learning_rate=rate)
+            records.append(
+                record(f"similar_lora_r8{name}_seed{seed}", "sst2", value + noise, **own)
+            )
+    frame = load_records(write_study(tmp_path, records, "study"))
+    choice = {"family": "similar", "arm": "similar_lora_r8", "method": "lora", "rank": 8}
+    choice |= {"learning_rate": 5e-4, "chosen": True}
+    found = findings(at_chosen_rates(frame, [choice]), None, None, None, "study")
+    (tested,) = [f for f in asked(found, ADAPTS) if f.kind == "confirmatory"]
+    assert (tested.arm, tested.verdict) == ("LoRA r=8", "lower")
+    assert tested.effect == pytest.approx(-0.2, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------- exploratory
+
+
+@pytest.mark.parametrize("sign, word", [(1, "more"), (-1, "less")])
+def test_forgetting_is_told_in_either_direction(kept_frame, sign, word):
+    retention = kept_frame(lambda rank: 0.05 + (sign * 0.03 if rank else 0))
+    found = asked(findings(None, retention, None, None, "study"), FORGETS)
+    assert len(found) == 10 and {f.kind for f in found} == {"exploratory"}
+    for f in found:
+        assert re.search(rf"{f.arm} forgets 0\.0[23]\d {word} than full fine-tuning", f.sentence)
+        assert f.effect == pytest.approx(sign * 0.03, abs=0.002)
+        assert f.verdict == ("higher" if sign > 0 else "lower")
+
+
+def test_no_difference_in_forgetting_is_said_to_be_none(kept_frame):
+    retention = kept_frame(lambda rank: 0.05, VAGUE)
+    found = asked(findings(None, retention, None, None, "study"), FORGETS)
+    assert {f.verdict for f in found} == {"not distinguishable"}
+    assert all("not distinguishable in what they forget" in f.sentence for f in found)
+
+
+def test_forgetting_of_one_seed_claims_nothing(kept_frame):
+    found = findings(None, kept_frame(lambda rank: 0.05, seeds=(42,)), None, None, "study")
+    assert all("nothing can be claimed" in f.sentence for f in asked(found, FORGETS))
+
+
+@pytest.mark.parametrize("sign, word", [(1, "more"), (-1, "less")])
+def test_matched_forgetting_is_told_in_either_direction(kept_frame, sign, word):
+    retention = kept_frame(lambda rank: 0.05, matched=lambda rank: sign * 0.05)
+    found = asked(findings(None, retention, None, None, "study"), MATCHED)
+    assert len(found) == 10
+    assert all(
+        f"{word} than full fine-tuning where both score the same" in f.sentence for f in found
+    )
+    assert {f.over for f in found} == {"seeds and items"}
+    without = asked(findings(None, kept_frame(lambda rank: 0.05), None, None, "study"), MATCHED)
+    assert [f.kind for f in without] == ["missing"] and "--scale-update" in without[0].sentence
+
+
+@pytest.mark.parametrize("sign, word", [(1, "rises"), (-1, "falls")])
+def test_a_trend_over_ranks_is_told_in_either_direction(adapted, kept_frame, sign, word):
+    slope = sign * 0.01
+    frame = adapted(lambda rank: slope * math.log2(rank) if rank else 0.0)
+    retention = kept_frame(lambda rank: slope * math.log2(rank) if rank else 0.0)
+    found = asked(findings(frame, retention, None, None, "study"), RANK)
+    assert [(f.family, f.about) for f in found] == [
+        (family, about) for family in FAMILIES for about in ("score", "forgetting")
+    ]
+    for f in found:
+        assert f.effect == pytest.approx(slope, abs=5e-4)
+        assert f"{word} by 0.0" in f.sentence and "doubling" in f.sentence
+
+
+def test_without_a_trend_none_is_told(adapted):
+    found = asked(findings(adapted(lambda rank: 0.1, VAGUE), None, None, None, "study"), RANK)
+    assert all("no trend" in f.sentence and f.verdict == "not distinguishable" for f in found)
+    two = adapted(lambda rank: 0.1, arms=("lora_r4", "lora_r8", "full"))
+    (missing,) = asked(findings(two, None, None, None, "study"), RANK)
+    assert "fewer than 3 ranks" in missing.sentence
+
+
+@pytest.mark.parametrize("together, word", [(1.2, "higher"), (0.4, "lower")])
+def test_transfer_is_told_in_either_direction(tmp_path, together, word):
+    bench, runs = Bench(items=2000, rest=0.05), []
+    for seed in SEEDS:
+        for tasks, ability in (("similar", together), ("sst2", 0.8)):
+            fields = arm_fields("lora_r8", seed, tasks) | {"task": "sst2"}
+            runs.append((fields, bench.answers(ability)))
+    path, results = write_scored(tmp_path, runs)
+    table = transfer_table(load_records(path), adaptation_items(results))
+    (f,) = asked(findings(None, None, None, table, "study"), TRANSFER)
+    assert (f.verdict, f.kind, f.over) == (word, "exploratory", "seeds and items")
+    assert f"{word} on sst2 (accuracy) when trained on the whole family" in f.sentence
+    one = transfer_table(load_records(path).query("seed == 42"), adaptation_items(results))
+    (f,) = asked(findings(None, None, None, one, "study"), TRANSFER)
+    assert "the single-task control share 1 seed, and at least 3 are needed" in f.sentence
+    mixed = pd.concat([table, one.assign(task="mnli")], ignore_index=True)
+    (f, rest) = asked(findings(None, None, None, mixed, "study"), TRANSFER)
+    assert "after Holm over 2 tests" in f.sentence and rest.kind == "missing"
+
+
+def test_forgetting_with_items_is_the_difference_of_the_benchmarks_scores(tmp_path):
+    runs, bench = [], Bench(items=200)
+    for arm, ability in (("lora_r8", 0.9), ("full", 0.5)):
+        for seed in SEEDS:
+            fields = arm_fields(arm, seed) | {"task": "sst2"}
+            runs.append((fields, bench.answers(ability)))
+    path, results = write_scored(tmp_path, runs)
+    for unit in list((tmp_path / "items").iterdir()):  # as retention_eval.py names them
+        unit.rename(unit.with_name(unit.name.replace("-sst2-test", "-sst2")))
+    rows = load_records(path)
+    read = retention_items(results)
+    assert all(read(row) is not None for row in rows.itertuples())
+    sides = [by_seed(rows[rows["arm"] == arm]) for arm in ("LoRA r=8", "full")]
+    found = contrast([[Part(-1, sides[0]), Part(1, sides[1])]], read)
+    means = rows.groupby("arm")["value"].mean()
+    assert found.found.difference == pytest.approx(means["full"] - means["LoRA r=8"])
+    assert found.over == "seeds and items"
+
+
+def test_forgetting_of_runs_on_fewer_items_is_that_against_the_base(tmp_path):
+    """Their scores are not on the same items, the differences from the base are."""
+    records, noise = [], np.random.default_rng(3)
+    for arm, n, score, lost in (("lora_r8", 50, 0.3, 0.02), ("full", 200, 0.5, 0.05)):
+        for seed in SEEDS:
+            method, rank = ARMS[arm]
+            own = dict(method=method, rank=rank, seed=seed, n=n)
+            run, off = f"similar_{arm}_seed{seed}", noise.normal(0, SURE)
+            records.append(kept(run, "hellaswag", "acc_norm", score + off, **own))
+            records += [
+                kept(run, task, "forgetting", lost + off, **own) for task in ("hellaswag", "mean")
+            ]
+    retention = load_records(write_study(tmp_path, records, "study", script="retention"))
+    for items in (None, lambda row: None):
+        found = findings(None, retention, None, None, "study", None, items)
+        (f, *_) = asked(found, FORGETS)
+        assert f.effect == pytest.approx(-0.03, abs=0.002) and f.arm == "LoRA r=8"
+
+
+def test_a_run_that_was_not_compared_with_the_base_is_not_held_against_one_that_was(kept_frame):
+    rows = kept_frame(lambda rank: 0.05)
+    scores = rows.assign(task="hellaswag", metric="acc_norm")
+    lost = rows[~((rows["rank"] == 8) & (rows["seed"] == 42))]
+    frame = pd.concat([lost, scores], ignore_index=True)
+    found = findings(None, frame, None, None, "study", None, lambda row: None)
+    few = [f.sentence for f in asked(found, FORGETS) if f.kind == "missing"]
+    assert len(few) == 2 and all("LoRA r=8 and full" in s and "2 seeds" in s for s in few)
+
+
+def with_kl(retention, value):
+    """The records with KL on held-out text, `value(forgetting)` of each run."""
+    lost = retention[retention["task"] == "mean"]
+    kl = lost.assign(task="text", metric="kl", value=[value(v) for v in lost["value"]])
+    return pd.concat([retention, kl], ignore_index=True)
+
+
+@pytest.mark.parametrize("sign, word", [(1, "more"), (-1, "less")])
+def test_what_goes_with_forgetting_is_told_in_either_direction(kept_frame, sign, word):
+    retention = kept_frame(lambda rank: 0.05, VAGUE)
+    frame = with_kl(retention, lambda lost: sign * lost + 3)
+    found = asked(findings(None, frame, None, None, "study"), GOES_WITH["forgetting"])
+    assert "svd_analysis.py" in found[0].sentence
+    for f in found[1:]:
+        assert f.kind == "exploratory" and f.over == "18 runs"
+        assert f"across 18 runs of 6 arms more KL on held-out text goes with {word} forgetting" in (
+            f.sentence
+        )
+        assert f.verdict == ("higher" if sign > 0 else "lower")
+        assert f.effect == pytest.approx(sign)
+
+
+def test_a_predictor_of_nothing_is_said_to_be_unrelated(kept_frame):
+    noise = np.random.default_rng(12)
+    frame = with_kl(kept_frame(lambda rank: 0.05, VAGUE), lambda lost: noise.normal())
+    found = asked(findings(None, frame, None, None, "study"), GOES_WITH["forgetting"])[1:]
+    for f in found:
+        assert f.verdict == "not distinguishable" and "from unrelated" in f.sentence
+        assert f"correlations below {f.detectable:.2f} could have been missed" in f.sentence
+
+
+def test_a_few_runs_have_a_correlation_and_no_p_value(kept_frame):
+    frame = with_kl(kept_frame(lambda rank: 0.05, VAGUE, seeds=(42,)), lambda lost: lost + 1)
+    found = asked(findings(None, frame, None, None, "study"), GOES_WITH["forgetting"])[1:]
+    for f in found:
+        assert "6 runs: no p-value below 8" in f.sentence and math.isnan(f.p_value)
+        assert f.verdict == ""
+
+
+def test_too_few_runs_are_one_sentence(kept_frame):
+    frame = with_kl(kept_frame(lambda rank: 0.05, VAGUE, seeds=(42,)), lambda lost: lost + 1)
+    frame = frame[frame["rank"].isin([0, 4])]
+    found = asked(findings(None, frame, None, None, "study"), GOES_WITH["forgetting"])[1:]
+    assert [f.kind for f in found] == ["missing"] * 2
+    assert "nothing can be said of KL on held-out text: 4 runs are needed, here 2" in (
+        found[0].sentence
+    )
+
+
+# ------------------------------------------------------------------------------ what is not there
+
+
+def test_the_demo_has_no_findings_and_says_why(adapted, kept_frame):
+    frame, retention = adapted(lambda rank: 0.3), kept_frame(lambda rank: 0.3)
+    (only,) = findings(frame, retention, None, None, "demo")
+    assert only.kind == "missing" and only.sentence.startswith("No findings: this is the demo")
+
+
+def test_stages_that_were_not_run_are_named():
+    said = as_markdown(findings(None, None, None, None, "study"))
+    for command in ("eval.py", "retention_eval.py", "--single-task-controls"):
+        assert command in said
+    assert "(confirmatory)" not in said
+
+
+def test_the_report_groups_sentences_below_their_questions(adapted):
+    found = findings(adapted(lambda rank: -0.05), None, None, None, "study")
+    said = as_markdown(found)
+    assert said.startswith(f"**{ADAPTS}** (confirmatory)\n\n- similar: LoRA r=4 scores 0.0")
+    assert all(f"- {f.sentence}" in said for f in found)
+    table = as_table(found)
+    assert len(table) == len(found) and {"effect", "corrected", "detectable"} <= set(table.columns)

@@ -1,0 +1,192 @@
+"""The report: one page that needs nothing else, in a real browser."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from unittest.mock import Mock
+
+import pandas as pd
+import pytest
+from support import assert_one_line_error
+from synthetic_drift import write_drift
+from synthetic_records import retention_study, study, write_study
+
+from config import UserError
+from lora_tradeoffs.report import html as report
+from lora_tradeoffs.report.notebook import Report
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+REPORT = ("-m", "lora_tradeoffs.report.html")
+
+
+@pytest.fixture(scope="module")
+def page(workspace, tmp_path_factory):
+    """The report of a made-up study, and the folder that it lies in."""
+    folder = tmp_path_factory.mktemp("report")
+    grid = [("lora", 8), ("full", 0)]
+    write_study(folder, study(grid=grid, points=2, families=("similar",)))
+    write_study(
+        folder, retention_study(grid=grid, points=2, families=("similar",)), script="retention"
+    )
+    write_drift(folder, grid, families=("similar",), points=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OUTPUT_DIR", str(folder))
+        patch.setenv("PRESET", "demo")
+        assert report.main(["--preset", "demo", "--study", "demo"]) == 0
+    path = folder / "outputs" / "demo" / "report.html"
+    return path.read_text(encoding="utf-8"), path
+
+
+def test_the_page_fetches_nothing_and_hides_the_code(page):
+    text, _ = page
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text)
+    assert "<script" not in text and "@import" not in text and "url(" not in text
+    assert "STUDY =" not in text and "resolve_settings" not in text
+    assert text.count("data:image/png;base64,") >= 12
+
+
+def test_the_contents_lead_to_every_heading(page):
+    text, _ = page
+    listed = re.findall(r'<li><a href="#([^"]+)">', text)
+    assert listed == re.findall(r'<h2 id="([^"]+)"', text) and len(listed) > 8
+    assert text.index("<h1") < text.index("<nav") < text.index("<h2")
+
+
+def test_every_figure_says_what_it_is(page):
+    text, _ = page
+    images = re.findall(r"<img [^>]*>", text)
+    alternatives = [re.search(r'alt="([^"]*)"', image) for image in images]
+    assert all(found and len(found[1]) > 10 for found in alternatives)
+    assert not any("No description" in found[1] for found in alternatives)
+    captions = re.findall(r'<p class="caption">(.*?)</p>', text)
+    assert captions == [found[1] for found in alternatives]
+
+
+def test_a_browser_shows_every_figure_without_an_error(page, tmp_path):
+    if BROWSER is None:
+        pytest.skip("no Chromium")
+    text, _ = page
+    count = (
+        "<script>window.onload = () => { const all = [...document.images];"
+        " document.title = `${all.filter(i => i.naturalWidth > 100).length} of ${all.length}"
+        " wide ${document.documentElement.scrollWidth <= window.innerWidth}`; }</script>"
+    )
+    counted = tmp_path / "report.html"
+    counted.write_text(text.replace("</body>", count + "</body>"), encoding="utf-8")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr")
+    offline = ("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}")
+    found = subprocess.run(
+        [BROWSER, *options, *offline, "--window-size=390,800", "--dump-dom", counted.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    title = re.search(r"<title>(\d+) of (\d+) wide (\w+)</title>", found.stdout)
+    assert title and title[1] == title[2] == str(text.count("<img ")), found.stderr[-2000:]
+    assert title[3] == "true"  # nothing is wider than a phone
+    assert "CONSOLE" not in found.stderr
+
+
+def test_a_study_without_results_still_has_a_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    assert report.main(["--preset", "demo", "--study", "empty"]) == 0
+    text = (tmp_path / "outputs" / "empty" / "report.html").read_text(encoding="utf-8")
+    assert "python eval.py --study empty" in text and "<img " not in text
+
+
+BROKEN_KERNEL = (
+    "import sys; from lora_tradeoffs.report import html as report;"
+    " report.KERNEL = sys.argv[1]; sys.exit(report.main(sys.argv[2:]))"
+)
+
+
+@pytest.mark.parametrize("kernel, said", [("no-such", "no Jupyter kernel"), ("dead", "not start")])
+def test_a_kernel_that_is_missing_or_broken_is_one_line(script, tmp_path, kernel, said):
+    folder = tmp_path / "kernels" / "dead"
+    folder.mkdir(parents=True)
+    spec = {"argv": ["false", "{connection_file}"], "display_name": "dead", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    command = ("-c", BROKEN_KERNEL, kernel, "--preset", "demo", "--study", "kernelless")
+    process = script(*command, JUPYTER_PATH=str(tmp_path))
+    assert_one_line_error(process, said, "ipykernel")
+
+
+def test_a_results_file_that_was_edited_is_one_line_that_names_it(script, tmp_path):
+    path = write_study(tmp_path, study(grid=[("lora", 8)], points=1, families=("similar",)))
+    document = json.loads(path.read_text())
+    document["records"][5]["value"] = "NaN"
+    path.write_text(json.dumps(document))
+    process = script(
+        "-m", "lora_tradeoffs.report.html", "--study", "demo", OUTPUT_DIR=str(tmp_path)
+    )
+    assert_one_line_error(process, str(path), "value of record 5 is 'NaN'", "eval.py --study demo")
+
+
+@pytest.mark.parametrize(
+    "edit, said",
+    [
+        (lambda d: d["records"][1].update(value=math.nan), "value of record 1 is nan"),
+        (lambda d: d["records"][1].update(stderr="0.1"), "stderr of record 1 is '0.1'"),
+        (lambda d: d["records"][1].update(rank=None), "rank of record 1 is None"),
+        (lambda d: d["records"][1].update(seed=True), "seed of record 1 is True"),
+        (lambda d: d["records"][1].update(run=7), "run of record 1 is 7"),
+        (lambda d: d["records"][1].update(method="Lora"), "method of record 1 is 'Lora'"),
+        (lambda d: d["records"][1].pop("value"), "record 1 lacks value"),
+        (lambda d: d["records"].append([1]), "is [1]"),
+        (lambda d: d["records"].append({**d["records"][3], "value": 0.9}), "records 3 and "),
+        (lambda d: d["records"][-1].update(seed=43), "another arm or seed"),
+        (lambda d: d.update(records={}), "no meta and records"),
+        (lambda d: d["meta"].pop("preset"), "preset is None"),
+        (lambda d: d["meta"].update(preset="stduy"), "preset is 'stduy'"),
+    ],
+)
+def test_nonsense_in_a_results_file_is_told_from_what_scripts_write(
+    tmp_path, monkeypatch, edit, said
+):
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    path = write_study(tmp_path, study(grid=[("lora", 8)], points=1, families=("similar",)))
+    assert Report("demo").adaptation is not None
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError) as error:
+        Report("demo")
+    assert str(path) in str(error.value) and said in str(error.value)
+
+
+def test_small_and_large_numbers_of_a_table_keep_their_figures(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr("IPython.display.display", shown := Mock())
+    rows = pd.DataFrame({"rate": [4.9e-5] * 100, "n": 7, "x": [math.nan, 123456.0] * 50})
+    Report("demo").table("rates", rows)
+    text = shown.call_args.args[0].to_html()
+    assert text.count(">4.9e-05<") == 100 and text.count(">123,456<") == 50 and "nan" not in text
+    assert len((tmp_path / "outputs/demo/tables/rates.csv").read_text().splitlines()) == 101
+
+
+def test_a_table_says_once_what_all_runs_share(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr("IPython.display.display", display := Mock())
+    records = study(grid=[("lora", 8), ("full", 0)], points=1, families=("similar",))
+    for r in records:
+        r["run"] = r["run"].replace("_seed", "_steps40_seed")
+    write_study(tmp_path, records)
+    report = Report("demo")
+    means = report.adaptation.groupby("arm")["value"].mean()
+    for name, rows, index in (("by", means.to_frame(), True), ("in", means.reset_index(), False)):
+        display.reset_mock()
+        report.table(name, rows, index)
+        shown, note = (call.args[0] for call in display.call_args_list)
+        assert "steps40" not in shown.to_html() and ">LoRA r=8<" in shown.to_html()
+        assert "All runs: steps40." in note.data
+        saved = (tmp_path / f"outputs/demo/tables/{name}.csv").read_text()
+        assert "LoRA r=8 (steps40)" in saved
+
+
+def test_wrong_arguments_are_one_line(script):
+    assert_one_line_error(script(*REPORT, "--study", "../up"), "study", "allowed")

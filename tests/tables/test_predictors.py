@@ -1,0 +1,304 @@
+"""Rank correlations of forgetting with measures of drift: by hand, known, none, too few."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+from synthetic_drift import checkpoint
+from synthetic_records import kept, record
+
+from lora_tradeoffs.tables.frames import load_records
+from lora_tradeoffs.tables.predictors import ENOUGH_FOR_P, across_runs, predictor_table, within_runs
+
+ARM = {"method": "lora", "rank": 8}
+
+
+def measured(x, y, family="similar", steps=None, arms=None):
+    """A predictor table of runs with predictor x and forgetting y, (runs,) or (runs, steps)."""
+    x, y = (np.asarray(v, dtype=float).reshape(len(v), -1) for v in (x, y))
+    rows = [
+        {
+            **{"run": f"run{i}", "family": family, "arm": f"LoRA r={i if arms is None else arms}"},
+            **{"step": j, "fraction": (j + 1) / x.shape[1], "is_last": j + 1 == x.shape[1]},
+            **{"size": x[i, j], "forgetting": y[i, j], "gain": np.nan, "seed": 42},
+        }
+        for i in range(x.shape[0])
+        for j in range(x.shape[1])
+    ]
+    return pd.DataFrame(rows)
+
+
+def the_row(found, outcome="forgetting"):
+    (row,) = found[found["outcome"] == outcome].itertuples()
+    return row
+
+
+@pytest.fixture(autouse=True)
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# -------------------------------------------------------------------------- across runs
+
+
+def test_across_runs_it_is_spearmans_correlation():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=15)
+    y = np.round(x + rng.normal(size=15), 0)  # with ties
+    row = the_row(across_runs(measured(x, y)))
+    theirs = spearmanr(x, y)
+    assert row.rho == pytest.approx(theirs.statistic)
+    assert row.p_value == pytest.approx(theirs.pvalue, abs=0.01)
+    assert row.low < row.rho < row.high
+    assert (row.runs, row.checkpoints, row.reason) == (15, 1, "")
+
+
+def test_by_hand():
+    # ranks 1 2 3 4 against 2 1 4 3: 1 - 6 * (1 + 1 + 1 + 1) / (4 * 15) = .6
+    assert the_row(across_runs(measured([1, 2, 3, 4], [20, 10, 40, 30]))).rho == pytest.approx(0.6)
+
+
+def test_only_last_checkpoints_count():
+    x, y = np.random.default_rng(1).normal(size=(2, 9, 4))
+    row = the_row(across_runs(measured(x, y)))
+    assert row.rho == pytest.approx(spearmanr(x[:, -1], y[:, -1]).statistic)
+    assert row.runs == 9
+
+
+def test_a_strong_relation_is_found_in_either_direction_and_none_is_not():
+    rng = np.random.default_rng(2)
+    x, noise = rng.normal(size=(2, 18))
+    for sign in (1, -1):
+        row = the_row(across_runs(measured(x, sign * x + 0.3 * noise)))
+        assert sign * row.rho > 0.8 and row.p_value < 0.001 and sign * row.low * 1.0 > 0
+    none = the_row(across_runs(measured(x, noise)))
+    assert none.p_value > 0.05 and none.low < 0 < none.high
+
+
+def test_the_permutation_test_is_wrong_about_unrelated_runs_in_five_percent():
+    rng, studies = np.random.default_rng(3), 200
+    found = [
+        the_row(across_runs(measured(*rng.normal(size=(2, 9))), 10, 300)).p_value <= 0.05
+        for _ in range(studies)
+    ]
+    assert np.mean(found) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / studies)
+
+
+def test_below_eight_runs_there_is_no_p_value():
+    x = np.arange(ENOUGH_FOR_P, dtype=float)
+    y = x + np.array([0, 3, 0, -3, 0, 3, 0, 0])
+    assert the_row(across_runs(measured(x, y))).p_value < 0.05
+    row = the_row(across_runs(measured(x[:7], y[:7])))
+    assert math.isnan(row.p_value) and math.isnan(row.corrected) and math.isnan(row.detectable)
+    assert row.low < row.rho and row.reason == "7 runs: no p-value below 8"
+
+
+@pytest.mark.parametrize(
+    "x, y, reason",
+    [
+        ([1, 2, 3], [1, 2, 3], "4 runs are needed, here 3"),
+        ([2] * 9, range(9), "the predictor is the same in all runs"),
+        (range(9), [0] * 9, "the outcome is the same in all runs"),
+        ([math.nan] * 9, range(9), "4 runs are needed, here 0"),
+        ([1, 2, 3, 4, math.nan], range(5), "4 runs: no p-value below 8"),
+    ],
+)
+def test_what_cannot_be_correlated_says_why(x, y, reason):
+    row = the_row(across_runs(measured(x, list(y))))
+    assert reason in row.reason
+    assert math.isnan(row.rho) == ("no p-value" not in row.reason)
+
+
+def test_perfect_order_is_no_perfect_certainty():
+    row = the_row(across_runs(measured(range(10), range(10))))
+    assert row.rho == pytest.approx(1)
+    assert math.isnan(row.low) and "resampling knows no other" in row.reason
+    assert 0 < row.p_value < 0.01
+
+
+def test_the_same_seed_gives_the_same_figures():
+    table = measured(*np.random.default_rng(4).normal(size=(2, 12)))
+    pd.testing.assert_frame_equal(across_runs(table), across_runs(table))
+    assert not across_runs(table).equals(across_runs(table, seed=1))
+
+
+def test_p_values_are_corrected_over_predictors_and_families():
+    x, y = np.random.default_rng(5).normal(size=(2, 12))
+    both = pd.concat([measured(x, y), measured(x, x + y, "dissimilar")])
+    found = across_runs(both.assign(rho=both["size"] ** 2))
+    found = found[found["outcome"] == "forgetting"].sort_values("p_value")
+    assert len(found) == 4
+    assert found["corrected"].iloc[0] == pytest.approx(min(1, 4 * found["p_value"].iloc[0]))
+    # Fieller's error sqrt(1.06 / 9); 2.4977 is the normal's .05 / 8 point, .8416 its 80 %
+    expected = math.tanh((2.4977 + 0.8416) * math.sqrt(1.06 / 9))
+    assert found["detectable"].iloc[0] == pytest.approx(expected, abs=1e-4)
+
+
+# -------------------------------------------------------------------------- within runs
+
+
+def course(runs=9, steps=6, seed=6):
+    """What rises with the step in every run, each run at a level of its own; and two noises."""
+    rng = np.random.default_rng(seed)
+    common = np.arange(steps) * 2.0
+    level = rng.normal(0, 1, (runs, 1))
+    return common + level, *rng.normal(size=(2, runs, steps))
+
+
+def test_the_step_alone_is_no_relation_within_runs():
+    trend, noise, other = course()
+    pooled = np.corrcoef((trend + other).ravel(), (trend + noise).ravel())[0, 1]
+    assert pooled > 0.9  # what all checkpoints as so many rows would say
+    row = the_row(within_runs(measured(trend + noise, trend + other)))
+    assert row.p_value > 0.05 and row.low < 0 < row.high
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_relation_beside_the_step_is_found(sign):
+    trend, noise, other = course()
+    row = the_row(within_runs(measured(trend + noise, trend + sign * noise + 0.3 * other)))
+    assert sign * row.rho > 0.6 and row.p_value < 0.01
+    assert (row.runs, row.checkpoints) == (9, 6)
+
+
+def test_within_runs_it_is_the_correlation_of_ranks_at_a_checkpoint_less_the_runs_own():
+    x, y = np.random.default_rng(7).normal(size=(2, 8, 5))
+    table = measured(x, y)
+    row = the_row(within_runs(table))
+    # an independent version, by pandas
+    ranks = table.groupby("step")[["size", "forgetting"]].rank()
+    left = ranks - ranks.groupby(table["run"]).transform("mean")
+    assert row.rho == pytest.approx(left.corr().iloc[0, 1])
+
+
+def test_runs_that_part_at_their_own_rates_are_not_taken_for_a_relation():
+    rates = np.linspace(1, 3, 9)[:, None] * np.arange(1, 7)
+    _, noise, other = course()
+    row = the_row(within_runs(measured(rates**2 + 3 * noise, rates + other)))
+    assert abs(row.rho) < 0.4 and row.p_value > 0.05
+
+
+def test_a_run_that_lacks_a_checkpoint_takes_it_from_all():
+    x, y = np.random.default_rng(8).normal(size=(2, 8, 5))
+    table = measured(x, y)
+    row = the_row(within_runs(table[~((table["run"] == "run0") & (table["step"] == 2))]))
+    whole = the_row(within_runs(table[table["step"] != 2]))
+    assert (row.rho, row.checkpoints) == (pytest.approx(whole.rho), 4)
+
+
+def test_runs_that_keep_their_order_say_nothing_within():
+    x = np.arange(6)[None] + 10.0 * np.arange(8)[:, None]
+    row = the_row(within_runs(measured(x, np.random.default_rng(9).normal(size=(8, 6)))))
+    assert row.reason == "the predictor never changes the runs' order"
+    one = the_row(within_runs(measured(range(8), range(8))))
+    assert "all runs have are needed, here 1" in one.reason and math.isnan(one.rho)
+
+
+# -------------------------------------------------------------------------- from the records
+
+
+def written(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"meta": {"preset": "study"}, "records": records}))
+    return load_records(path)
+
+
+RUN = "similar_lora_r8_seed42"
+
+
+@pytest.fixture
+def frames(tmp_path):
+    """Retention, drift and adaptation of one run with two checkpoints."""
+    both = [dict(step=20 * i, fraction=i / 2, rank=8) for i in (1, 2)]
+    base = dict(method="base", step=0, fraction=0.0)
+    retention = [kept("base", "mean", "adaptation", 0.5, **base)]
+    drift = []
+    for i, at in enumerate(both, start=1):
+        retention += [
+            kept(RUN, "mean", "forgetting", 0.01 * i, **at),
+            kept(RUN, "mean", "adaptation", 0.5 + 0.1 * i, **at),
+            kept(RUN, "mean", "forgetting", 9.0, **at, **{"update_scale": 0.5}),
+            kept(RUN, "text", "kl", 0.5 * i, **at),
+            *(kept(RUN, task, "kl", i + j, **at) for j, task in enumerate(("sst2", "mnli"))),
+            *(kept(RUN, "text", "cka", 1 - 0.1 * layer, **at, layer=layer) for layer in (0, 1, 2)),
+        ]
+        rows = checkpoint("similar", "lora", 8, 42, at["step"], at["fraction"])
+        common = {**rows[0], "module": "both", "layer": -1, "side": "", "eps": None}
+        rows += [
+            {**common, "metric": "rho", "value": v, "k": k} for v, k in ((0.7 * i, 10), (9, 4))
+        ]
+        drift += rows
+    control = {"rank": 8, "step": 40, "fraction": 1.0}
+    retention.append(kept("sst2_lora_r8_seed42", "mean", "forgetting", 5.0, **control))
+    return written(tmp_path / "retention.json", retention), written(tmp_path / "drift.json", drift)
+
+
+def test_the_table_reads_each_measure_where_it_is_kept(frames):
+    retention, drift = frames
+    table = predictor_table(retention, drift)
+    assert list(table["run"]) == [RUN, RUN]  # no scaled update, no control
+    first, last = table.itertuples()
+    assert (first.is_last, last.is_last, last.arm) == (False, True, "LoRA r=8")
+    assert (last.forgetting, last.gain) == (pytest.approx(0.02), pytest.approx(0.2))
+    assert last.kl_text == pytest.approx(1.0)
+    assert last.kl_tasks == pytest.approx((2 + 3) / 2)
+    assert last.cka_loss == pytest.approx(0.1)
+    assert (first.rho, last.rho) == pytest.approx((0.7, 1.4))
+    rows = drift[(drift["layer"] == -1) & (drift["step"] == 40)]
+    both = rows[rows["module"] == "both"]
+    size = rows[(rows["metric"] == "relative_frobenius") & (rows["module"] == "all")]
+    assert last.size == pytest.approx(size["value"].item())
+    phi = both[(both["metric"] == "phi") & (both["side"] == "left")]
+    assert last.rotation == pytest.approx(1 - phi["value"].item())
+    count = both[(both["metric"] == "intruders") & (both["k"] == 10) & (both["eps"] == 0.5)]
+    assert last.intruders == pytest.approx(count["value"].item())
+
+
+def test_without_drift_or_gain_the_rest_is_there(frames):
+    retention, _ = frames
+    table = predictor_table(retention[retention["metric"] != "adaptation"])
+    assert "size" not in table and table["gain"].isna().all()
+    assert table["cka_loss"].notna().all()
+    empty = predictor_table(retention[retention["metric"] != "forgetting"])
+    assert empty.empty and across_runs(empty).empty and within_runs(empty).empty
+
+
+def test_gains_may_come_from_adaptation(frames, tmp_path):
+    retention, _ = frames
+    tasks = {"sst2": 0.7, "mnli": 0.6, "qqp": 0.8}
+    rows = [
+        record(run, task, value - lower, step=step, **others)
+        for task, value in tasks.items()
+        for run, step, lower, others in (
+            ("base", 0, 0.3, {"method": "base", "fraction": 0.0}),
+            (RUN, 40, 0.0, {}),
+        )
+    ]
+    path = tmp_path / "adaptation.json"
+    adaptation = written(path, rows)
+    table = predictor_table(retention[retention["metric"] != "adaptation"], None, adaptation)
+    assert table["gain"].iloc[1] == pytest.approx(0.3)
+
+
+def test_sizes_of_two_kinds_are_not_compared(frames):
+    retention, drift = frames
+    other = drift[drift["module"] != "all"].assign(run="similar_lora_r8_seed43", seed=43)
+    lost = retention[retention["metric"] == "forgetting"]
+    lost = pd.concat([lost, lost.assign(run="similar_lora_r8_seed43", seed=43)])
+    table = predictor_table(lost, pd.concat([drift, other]))
+    both = drift[(drift["module"] == "both") & (drift["metric"] == "relative_frobenius")]
+    sizes = table[table["run"] == RUN]["size"]
+    assert list(sizes) == pytest.approx(list(both["value"]))
+
+
+def test_what_could_not_be_tested_is_no_test_of_the_correction():
+    x, y = np.random.default_rng(5).normal(size=(2, 12))
+    found = across_runs(measured(x, y).assign(rho=1.0, intruders=np.nan))
+    (row,) = found[(found["outcome"] == "forgetting") & found["p_value"].notna()].itertuples()
+    assert row.corrected == row.p_value  # one test of three predictors
