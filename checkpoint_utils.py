@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_tradeoffs.files import checkpoint_step, checkpoints, newest_whole_checkpoint
-from lora_tradeoffs.models.checkpoint_models import Checkpoint, checkpoint_models
+from lora_tradeoffs.files import (
+    Checkpoint,
+    checkpoint_step,
+    checkpoints,
+    newest_whole_checkpoint,
+)
+from lora_tradeoffs.models.checkpoint_models import checkpoint_models
 
 __all__ = [
     "Checkpoint",

@@ -120,8 +120,8 @@ class _Analysis:
     def seconds(self, run: str, is_last: bool) -> float:
         """Of one checkpoint, from its manifest to its records."""
         from lora_tradeoffs.drift.analysis import write
+        from lora_tradeoffs.files import Checkpoint
         from lora_tradeoffs.measuring.subjects import Subject, no_arm
-        from lora_tradeoffs.models.checkpoint_models import Checkpoint
 
         fields = {"base_model": "made-up", "study": "benchmark", **no_arm(run.split("_")[0])}
         checkpoint = Checkpoint(run, 0, self.folder / run)
@@ -132,7 +132,7 @@ class _Analysis:
 
     def reading(self, run: str) -> float:
         """What confirming a full checkpoint and the norms of all of its tensors take of that."""
-        from lora_tradeoffs.models.checkpoint_models import Checkpoint, check_whole
+        from lora_tradeoffs.files import Checkpoint, check_whole
         from lora_tradeoffs.models.weights import FullCheckpoint
 
         start = time.perf_counter()

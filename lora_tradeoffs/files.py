@@ -1,11 +1,15 @@
-"""Where runs and checkpoints are: atomic writes, manifests, verification."""
+"""Files and checkpoints on disk: written whole, listed in a manifest, verified."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +23,41 @@ RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 # ------------------------------------------------------------------------------- files
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, also after a crash."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write a file or a folder to; rename it to `path` after the block.
+
+    A reader sees the old content or the whole new one, also after a crash, and two processes do
+    not write to the same file. If the block fails, `path` is unchanged and nothing else is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield temporary
+        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+            if file.is_file():
+                sync(file)
+        if temporary.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed onto a full one
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file's content is on the disk."""
+    with path.open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with written_whole(path) as temporary:
+        text = json.dumps(value, indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -54,12 +83,24 @@ def file_record(path: Path) -> dict[str, Any]:
 # -------------------------------------------------------------------------- checkpoints
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk; its step is 0 if the folder's name has none."""
+
+    run: str
+    step: int
+    folder: Path
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.folder / "adapter_config.json").is_file()
+
+
 def write_manifest(checkpoint: Path, **extra: Any) -> None:
     """List the checkpoint's files with sizes and sha256. Written last: it makes it whole."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
     for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())  # Trainer does not; a manifest must not outlive its files
+        sync(path)  # Trainer does not; a manifest must not outlive its files
     listing = {str(p.relative_to(checkpoint)): file_record(p) for p in files}
     write_json(checkpoint / MANIFEST, {**extra, "files": listing})
 
@@ -84,6 +125,30 @@ def checkpoint_problem(checkpoint: Path, suffix: str = "") -> str | None:
     return None
 
 
+def check_whole(checkpoint: Checkpoint, suffix: str = "") -> None:
+    """Raise UserError for a checkpoint of ours whose manifest does not confirm it.
+
+    With `suffix` only files of that ending are looked at.
+    """
+    made_here = (checkpoint.folder.parent / "run.json").is_file()
+    if made_here or (checkpoint.folder / MANIFEST).is_file():
+        problem = checkpoint_problem(checkpoint.folder, suffix)
+        if problem:
+            raise UserError(problem)
+
+
+def weights_key(folder: Path) -> dict[str, Any]:
+    """What tells a checkpoint's weights from others: the manifest's sha256, else size and time."""
+    if (folder / MANIFEST).is_file():
+        try:
+            files = read_json(folder / MANIFEST)["files"]
+        except UserError:  # not measured, then; `check_whole` says what is wrong
+            return {}
+        return {name: r["sha256"] for name, r in files.items() if name.endswith(".safetensors")}
+    found = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
 def checkpoint_step(checkpoint: Path) -> int:
     """The optimizer step in a folder's name, `checkpoint-<step>`; -1 for another folder."""
     prefix, _, step = checkpoint.name.rpartition("-")
@@ -95,6 +160,21 @@ def checkpoints(run_dir: Path) -> list[Path]:
     if not run_dir.is_dir():
         return []
     return sorted((p for p in run_dir.iterdir() if checkpoint_step(p) >= 0), key=checkpoint_step)
+
+
+def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
+    """The checkpoints of a run's folder, or the folder itself if it is one; by step.
+
+    Any PEFT or Transformers folder is taken, also one that was not made here; `name` is the run's,
+    else its folder's. Raises UserError for a folder that holds none.
+    """
+    found = [Checkpoint(name or folder.name, checkpoint_step(p), p) for p in checkpoints(folder)]
+    if found:
+        return found
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no checkpoint-<step> folder and no *.safetensors")
+    run = folder.parent.name if checkpoint_step(folder) >= 0 else folder.name
+    return [Checkpoint(name or run, max(0, checkpoint_step(folder)), folder)]
 
 
 def newest_whole_checkpoint(run_dir: Path) -> Path | None:

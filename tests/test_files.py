@@ -1,4 +1,4 @@
-"""Checkpoints: whole ones are found, broken ones named."""
+"""Files are written whole; whole checkpoints are found, broken ones named."""
 
 import json
 
@@ -11,7 +11,31 @@ from lora_tradeoffs.files import (
     newest_whole_checkpoint,
     write_json,
     write_manifest,
+    written_whole,
 )
+
+
+def write_content(path, text, as_folder):
+    with written_whole(path) as temporary:
+        if as_folder:
+            temporary.mkdir()
+            (temporary / "content").write_text(text)
+        else:
+            temporary.write_text(text)
+        if text == "half":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_a_write_that_fails_leaves_the_old_content_alone(tmp_path, as_folder):
+    path = tmp_path / "new" / "result"
+    content = path / "content" if as_folder else path
+    write_content(path, "one", as_folder)
+    write_content(path, "two", as_folder)
+    with pytest.raises(KeyboardInterrupt):
+        write_content(path, "half", as_folder)
+    assert content.read_text() == "two"
+    assert [p.name for p in path.parent.iterdir()] == ["result"]
 
 
 def make_checkpoint(run, step, resumable=True):

@@ -15,7 +15,7 @@ from synthetic_records import record
 
 from gradient_conflict import MatchedBatches, Unit, main
 from lora_tradeoffs.figures.gradients import FIGURES
-from lora_tradeoffs.files import read_json
+from lora_tradeoffs.files import Checkpoint, read_json
 from lora_tradeoffs.gradients.conflict import (
     Products,
     conflict_records,
@@ -25,7 +25,6 @@ from lora_tradeoffs.gradients.conflict import (
     place_of,
 )
 from lora_tradeoffs.measuring.subjects import Subject, weights_of
-from lora_tradeoffs.models.checkpoint_models import Checkpoint
 from lora_tradeoffs.tables.frames import load_records
 from lora_tradeoffs.training.row_order import CompletionCollator
 from multi_task_training import main as train

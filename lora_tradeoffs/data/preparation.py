@@ -31,6 +31,7 @@ from lora_tradeoffs.data.sources import (
     source_identity,
 )
 from lora_tradeoffs.data.splits import overlap
+from lora_tradeoffs.files import written_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -129,17 +130,12 @@ def _prepare_task(
         if overwrite:
             shutil.rmtree(folder, ignore_errors=True)
         if not (folder / REPORT).is_file():
-            partial = parent / f".{fingerprint}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
-                report = _make(description, tokenizer, source, partial, made_from)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-            report = {"fingerprint": fingerprint, **report}
-            (partial / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)  # without a report it is no data of ours
-            os.replace(partial, folder)
+            for leftover in parent.glob(f".{fingerprint}.*"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            with written_whole(folder) as temporary:
+                report = _make(description, tokenizer, source, temporary, made_from)
+                report = {"fingerprint": fingerprint, **report}
+                (temporary / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     return PreparedTask(description.name, folder, report)
 

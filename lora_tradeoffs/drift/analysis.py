@@ -9,7 +9,6 @@ row of every matrix, Parquet), `spectra/` (singular values and largest cosines),
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,10 +28,10 @@ from lora_tradeoffs.drift.matrix import (
     measure,
     whole_model,
 )
+from lora_tradeoffs.files import check_whole, weights_key, written_whole
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.models.checkpoint_models import check_whole, weights_key
 from lora_tradeoffs.models.weights import Matrix, Weights, model_tensors, read_checkpoint
 
 Squares = dict[str, tuple[float, float]]
@@ -146,8 +145,8 @@ def is_done(results: Results, subject: Subject, request: dict[str, Any]) -> bool
 def write(results: Results, subject: Subject, request: dict[str, Any], drift: Drift) -> None:
     """Write the tables, then the records, so that a record without tables cannot be."""
     layers, spectra, similarities, *directions = _tables(results.folder, subject)
-    _write_whole(layers, _layer_table(drift).to_parquet)
-    _write_whole(spectra, _spectrum_table(drift).to_parquet)
+    _write_table(layers, _layer_table(drift))
+    _write_table(spectra, _spectrum_table(drift))
     shown = {m.name: d.similarity.half() for m, d in drift.matrices.items()}
     _save_tensors(similarities, shown, {})
     for path in directions:
@@ -203,14 +202,13 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
-def _write_whole(path: Path, save: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save(partial)
-    os.replace(partial, path)
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    with written_whole(path) as temporary:
+        table.to_parquet(temporary)
 
 
 # ---------------------------------------------------------------------------------- records
@@ -255,5 +253,5 @@ def join_layers(folder: Path) -> Path:
         table = pd.concat(parts, ignore_index=True)
         for name in ("run", "module", "decomposition", "metric", "side"):
             table[name] = table[name].astype("category")
-        _write_whole(path, table.to_parquet)
+        _write_table(path, table)
     return path

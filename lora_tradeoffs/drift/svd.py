@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from lora_tradeoffs.files import written_whole
 
 CACHE_FORMAT = "1"
 
@@ -118,15 +117,8 @@ def cached_svd(weight: torch.Tensor, folder: Path) -> SVD:
     tensors = {"U": found.U.cpu(), "S": found.S.cpu(), "Vh": found.Vh.cpu()}
     content = _digest(list(tensors.values()))
     metadata = {"format": CACHE_FORMAT, "weight": key, "content": content}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    os.close(handle)
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(partial)
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
     return found
 
 

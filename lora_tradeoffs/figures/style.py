@@ -8,7 +8,6 @@ are dotted. Figures are matplotlib's Figure objects, without pyplot: they draw o
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_tradeoffs.files import written_whole
 from lora_tradeoffs.tables.frames import KINDS, LABEL, arm_order, is_demo, is_trained
 
 if TYPE_CHECKING:
@@ -121,15 +121,12 @@ def palette(arms: Iterable[str]) -> dict[str, str]:
 
 def save(figure: Figure, path: Path, pdf: bool = False) -> Path:
     """Write the figure as PNG, with `pdf` also as PDF beside it, each whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "pdf")[: 1 + pdf]:
         target = path.with_suffix(f".{kind}")
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        with styled():
+        with written_whole(target) as temporary, styled():
             dates = {"CreationDate": None} if kind == "pdf" else None  # the same bytes every time
-            figure.savefig(partial, format=kind, dpi=200, metadata=dates)
+            figure.savefig(temporary, format=kind, dpi=200, metadata=dates)
             figure.set_layout_engine("none")  # its places are found, and finding them takes longest
-        os.replace(partial, target)
     return path.with_suffix(".png")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import UserError
-from lora_tradeoffs.files import read_json, write_json
+from lora_tradeoffs.files import read_json, write_json, written_whole
 
 if TYPE_CHECKING:
     from lora_tradeoffs.statistics.contrasts import Items
@@ -64,7 +64,6 @@ class Results:
         write_json(self.unit_file(unit), document)
 
     def _write_items(self, unit: str, scores: Sequence[Scores], groups: np.ndarray | None) -> None:
-        import os
 
         import pandas as pd
 
@@ -82,10 +81,8 @@ class Results:
             for s in scores
         ]
         path = self.folder / "items" / f"{unit}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        pd.concat(tables, ignore_index=True).to_parquet(partial)
-        os.replace(partial, path)
+        with written_whole(path) as temporary:
+            pd.concat(tables, ignore_index=True).to_parquet(temporary)
 
     def items(self, unit: str, by_group: bool = False) -> dict[str, Scores]:
         """The unit's per-item statistics by metric; none where all its figures are a corpus's.

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from config import Settings, UserError
-from lora_tradeoffs.files import checkpoint_step, read_json
+from lora_tradeoffs.files import (
+    Checkpoint,
+    checkpoint_step,
+    checkpoints_in,
+    read_json,
+    weights_key,
+)
 from lora_tradeoffs.hub import fetch_checkpoints, is_hub_id
 from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.models.checkpoint_models import Checkpoint, checkpoints_in
 
 ARM = ("method", "rank", "alpha", "scaling", "target_modules", "learning_rate", "seed")
 
@@ -36,8 +41,6 @@ class Subject:
 
 def weights_of(subject: Subject, base: Base) -> dict[str, Any]:
     """What tells the measured weights from others: the name of a run can come back."""
-    from lora_tradeoffs.models.checkpoint_models import weights_key
-
     own = weights_key(subject.checkpoint.folder) if subject.checkpoint else {}
     return {"base": base.digest, "weights": own}
 

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import importlib.util
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from unittest.mock import patch
 from filelock import FileLock
 
 from config import EMBEDDED_MODEL, Settings, UserError
-from lora_tradeoffs.files import file_record, file_sha256, read_json, write_json
+from lora_tradeoffs.files import file_record, file_sha256, read_json, write_json, written_whole
 from lora_tradeoffs.hub import fetch_config, fetch_model
 
 if TYPE_CHECKING:
@@ -290,10 +289,8 @@ def _save_tokenizer(base: Base) -> None:
     except (OSError, ValueError, TypeError) as error:
         message = str(error).splitlines()[0]
         raise UserError(f"{base.folder} holds no tokenizer that can be read: {message}") from None
-    partial = base.tokenizer_folder.with_name(f".{base.name}.{os.getpid()}.partial")
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(base.tokenizer_folder, ignore_errors=True)
-    os.replace(partial, base.tokenizer_folder)
+    with written_whole(base.tokenizer_folder) as temporary:
+        tokenizer.save_pretrained(temporary)
 
 
 def _check_safetensors(folder: Path) -> None:

@@ -8,50 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import UserError
-from lora_tradeoffs.files import (
-    MANIFEST,
-    checkpoint_problem,
-    checkpoint_step,
-    checkpoints,
-    read_json,
-)
+from lora_tradeoffs.files import Checkpoint, check_whole
 from lora_tradeoffs.models.base import Base, load_base, store_frozen_linears_in_bf16
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER_FILE = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk; step 0 where its folder's name says none."""
-
-    run: str
-    step: int
-    folder: Path
-
-    @property
-    def is_adapter(self) -> bool:
-        return (self.folder / "adapter_config.json").is_file()
-
-
-def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
-    """The checkpoints of a run's folder, or the folder itself if it is one; by step.
-
-    Any PEFT or Transformers folder is taken, also one that was not made here; `name` is the run's,
-    else its folder's. Raises UserError for a folder that holds none.
-    """
-    found = [Checkpoint(name or folder.name, checkpoint_step(p), p) for p in checkpoints(folder)]
-    if found:
-        return found
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no checkpoint-<step> folder and no *.safetensors")
-    run = folder.parent.name if checkpoint_step(folder) >= 0 else folder.name
-    return [Checkpoint(name or run, max(0, checkpoint_step(folder)), folder)]
 
 
 def checkpoint_models(
@@ -158,30 +123,6 @@ def _mix_weights(model: Any, start: Path, end: Path, t: float) -> None:
         _copy_weights(model, end if t else start)
     else:
         _copy_weights(model, end, start, t)
-
-
-def check_whole(checkpoint: Checkpoint, suffix: str = "") -> None:
-    """Raise UserError for a checkpoint of ours whose manifest does not confirm it.
-
-    With `suffix` only files of that ending are looked at.
-    """
-    made_here = (checkpoint.folder.parent / "run.json").is_file()
-    if made_here or (checkpoint.folder / MANIFEST).is_file():
-        problem = checkpoint_problem(checkpoint.folder, suffix)
-        if problem:
-            raise UserError(problem)
-
-
-def weights_key(folder: Path) -> dict[str, Any]:
-    """What tells a checkpoint's weights from others: the manifest's sha256, else size and time."""
-    if (folder / MANIFEST).is_file():
-        try:
-            files = read_json(folder / MANIFEST)["files"]
-        except UserError:  # not measured, then; `check_whole` says what is wrong
-            return {}
-        return {name: r["sha256"] for name, r in files.items() if name.endswith(".safetensors")}
-    found = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
 def _swap_adapter(model: Any, checkpoint: Checkpoint, name: str) -> Any:

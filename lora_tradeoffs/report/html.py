@@ -24,6 +24,7 @@ from config import (
     guarded,
     resolve_settings,
 )
+from lora_tradeoffs.files import written_whole
 
 NOTEBOOK = ROOT / "plot_results.ipynb"
 KERNEL = "python3"
@@ -140,10 +141,8 @@ def write_report(settings: Settings) -> Path:
     """Execute the notebook on the study and write report.html; its path."""
     path = settings.output_dir / "outputs" / settings.study / "report.html"
     text = page(execute(settings), settings.study)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 

@@ -12,10 +12,10 @@ from lora_tradeoffs.drift import solver as spectral_solver
 from lora_tradeoffs.drift.analysis import DriftAnalysis, join_layers, threads, write
 from lora_tradeoffs.drift.matrix import Asked, BaseSpectra, measure
 from lora_tradeoffs.drift.svd import SVD
+from lora_tradeoffs.files import Checkpoint
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.measuring.subjects import Subject, no_arm
 from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.models.checkpoint_models import Checkpoint
 from lora_tradeoffs.models.weights import Weights, read_checkpoint
 from svd_analysis import methods_line
 

@@ -12,14 +12,9 @@ from safetensors.torch import load_file, save_file
 from support import ROOT, settings_for
 
 from config import UserError
-from lora_tradeoffs.files import write_manifest
+from lora_tradeoffs.files import Checkpoint, checkpoints_in, write_manifest
 from lora_tradeoffs.models.base import load_base, prepare_base
-from lora_tradeoffs.models.checkpoint_models import (
-    Checkpoint,
-    checkpoint_models,
-    checkpoints_in,
-    scaled_updates,
-)
+from lora_tradeoffs.models.checkpoint_models import checkpoint_models, scaled_updates
 
 PROMPT = torch.tensor([[5, 17, 400, 23]])
 
@@ -249,7 +244,8 @@ def test_ten_full_checkpoints_need_the_memory_of_one(tmp_path):
 import sys
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-from lora_tradeoffs.models.checkpoint_models import checkpoint_models, checkpoints_in
+from lora_tradeoffs.files import checkpoints_in
+from lora_tradeoffs.models.checkpoint_models import checkpoint_models
 from lora_tradeoffs.models.base import Base
 from lora_tradeoffs.hardware import (peak_memory, reset_peak_memory)
 run, count = Path(sys.argv[1]), int(sys.argv[2])
