@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference import Allocations, plain_score
 from support import ROOT, assert_one_line_error, settings_for
-from test_representation_drift import Allocations
-from test_scoring import plain_score
 
 from config import UserError
 from lora_tradeoffs.data.sources import held_out_texts, read_jsonl

@@ -1,12 +1,11 @@
 """Drift of predictions and states: against plain dense computations, and exactly none for none."""
 
 import copy
-import weakref
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from reference import Allocations
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_tradeoffs.retention.cka import MINIBATCH, centred_gram, cka, hsic_terms, linear_cka
@@ -279,43 +278,6 @@ def test_passages_are_limited_by_their_tokens():
 
 
 # ---------------------------------------------------------------------------------- memory
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of all tensors alive that were made inside, at the peak; the largest tensor's size.
-
-    Views of the model's weights are none.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        # one reference that is never dropped
-        self.references = {parameter.data_ptr(): 1 for parameter in model.parameters()}
-        self.live, self.peak, self.largest = 0, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        outputs = function(*args, **(kwargs or {}))
-        for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-            if isinstance(output, torch.Tensor):
-                self._count(output)
-        return outputs
-
-    def _count(self, tensor):
-        storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key not in self.references:
-            self.references[key] = 0
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            self.largest = max(self.largest, tensor.numel())
-        self.references[key] += 1
-        weakref.finalize(tensor, self._drop, key, size)
-
-    def _drop(self, key, size):
-        self.references[key] -= 1
-        if not self.references[key]:
-            del self.references[key]
-            self.live -= size
 
 
 def test_memory_is_that_of_the_forward_pass_and_what_is_kept_of_the_base():

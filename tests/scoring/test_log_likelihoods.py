@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference import plain_score
 from support import settings_for
 
 from config import FAMILIES
@@ -34,16 +35,6 @@ def random_items(count=23, seed=0):
         return torch.randint(5, 40_000, (length,), generator=random).tolist()
 
     return [Item(tokens(1, 40), [tokens(1, 9) for _ in range(1 + i % 4)]) for i in range(count)]
-
-
-def plain_score(model, context, continuation):
-    with torch.no_grad():
-        logits = model(torch.tensor([[*context, *continuation]])).logits[0]
-    # in fp32, as lm-eval: over 49,152 logits it is off by 1e-5 a token, to one side
-    log_probs = logits[len(context) - 1 : -1].log_softmax(-1)
-    ids = torch.tensor(continuation)
-    total = log_probs[torch.arange(len(ids)), ids].sum().item()
-    return total, bool((log_probs.argmax(-1) == ids).all())
 
 
 def assert_plain(model, items, scores, tolerance=1e-4):

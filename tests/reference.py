@@ -1,0 +1,53 @@
+"""What results are compared with: log-likelihoods without batches, and memory that tensors take."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def plain_score(model, context, continuation):
+    with torch.no_grad():
+        logits = model(torch.tensor([[*context, *continuation]])).logits[0]
+    # in fp32, as lm-eval: over 49,152 logits it is off by 1e-5 a token, to one side
+    log_probs = logits[len(context) - 1 : -1].log_softmax(-1)
+    ids = torch.tensor(continuation)
+    total = log_probs[torch.arange(len(ids)), ids].sum().item()
+    return total, bool((log_probs.argmax(-1) == ids).all())
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all tensors alive that were made inside, at the peak; the largest tensor's size.
+
+    Views of the model's weights are none.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        # one reference that is never dropped
+        self.references = {parameter.data_ptr(): 1 for parameter in model.parameters()}
+        self.live, self.peak, self.largest = 0, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
+            if isinstance(output, torch.Tensor):
+                self._count(output)
+        return outputs
+
+    def _count(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key not in self.references:
+            self.references[key] = 0
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            self.largest = max(self.largest, tensor.numel())
+        self.references[key] += 1
+        weakref.finalize(tensor, self._drop, key, size)
+
+    def _drop(self, key, size):
+        self.references[key] -= 1
+        if not self.references[key]:
+            del self.references[key]
+            self.live -= size
