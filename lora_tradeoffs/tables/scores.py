@@ -1,17 +1,22 @@
-"""What each analysis prints at its end: the last checkpoints, a line a run."""
+"""The table that each analysis prints when it ends: every run at its last checkpoint.
+
+print(adaptation_table(document["records"]))
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from config import FAMILIES, INTRUDER_EPSILON, INTRUDER_K
+from config import FAMILIES, INTRUDER_EPSILON, INTRUDER_K, TASKS
 from dataset_descriptions import describe
 from lora_tradeoffs.records import BOTH, MEAN, OVERALL, TEXT
 
-DRIFT_COLUMNS = {
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+DRIFT_COLUMNS = {  # title, metric, format
+    "share": ("update_share", ".1%"),
     "|dW|/|W0|": ("relative_frobenius", ".2e"),
     "stable rank": ("stable_rank", ".1f"),
     "rank90": ("rank90", ".1f"),
@@ -19,181 +24,157 @@ DRIFT_COLUMNS = {
     "intruders": ("intruders", ".2f"),
 }
 
+NO_RECORDS = "no records: no checkpoint could be measured"
+
 
 def adaptation_table(records: list[dict[str, Any]]) -> str:
-    """Runs against tasks: the primary metric at the last checkpoint, test where it was read."""
-    last: dict[str, int] = {}
-    for r in records:
-        last[r["run"]] = max(last.get(r["run"], 0), r["step"])
-    cells: dict[tuple[str, str], dict[str, Any]] = {}
-    for r in records:
-        primary = describe(r["task"]).metrics[0]
-        if r["metric"] != primary or r["step"] != last[r["run"]] or r["prompt"]:
-            continue
-        row = r["run"] + (f" ({r['shots']} shots)" if r["shots"] else "")
-        if (row, r["task"]) not in cells or r["split"] == "test":
-            cells[row, r["task"]] = r
-    rows = list(dict.fromkeys(row for row, _ in cells))
-    tasks = [t for tasks in FAMILIES.values() for t in tasks if any(t == k[1] for k in cells)]
-    best: dict[tuple[str, bool], float] = {}  # of scores on one split: v is not held against test
-    for (_, task), c in cells.items():
-        key = (task, c["split"] == "validation")
-        best[key] = max(best.get(key, c["value"]), c["value"])
-    width = max(map(len, rows))
-    lines = [" " * width + "".join(f"  {t + ' ' + describe(t).metrics[0]:>24}" for t in tasks)]
-    for row in rows:
-        texts = []
-        for task in tasks:
-            c = cells.get((row, task))
-            validated = bool(c) and c["split"] == "validation"
-            mark = "*" if c and c["value"] == best[task, validated] else " "
-            split = " v" if validated else "  "
-            texts.append(f"{c['value']:.3f} +- {c['stderr']:.3f}{mark}{split}" if c else "-   ")
-        lines.append(f"{row:<{width}}" + "".join(f"  {text:>24}" for text in texts))
-    lines += _spread_over_prompts(records, last)
-    lines.append(
-        "value +- standard error over items; v: validation, else test; * the highest of its split"
-    )
-    return "\n".join(lines)
+    """Runs by tasks: the primary metric, on test where it was measured."""
+    rows = _last_checkpoints(records)
+    rows = rows[rows["metric"] == [describe(task).metrics[0] for task in rows["task"]]]
+    scores = rows[rows["prompt"] == 0]
+    shots = scores["shots"].map(lambda n: f" ({n:.0f} shots)" if n else "")
+    scores = scores.assign(row=scores["run"] + shots)
+    order = scores["row"].unique()
+    scores = scores.sort_values("split", key=lambda split: split != "test", kind="stable")
+    scores = scores.drop_duplicates(["row", "task"])
+    is_validation = scores["split"] == "validation"
+    best = scores.groupby(["task", is_validation])["value"].transform("max")
+    cells = scores["value"].map("{:.3f}".format) + " +- " + scores["stderr"].map("{:.3f}".format)
+    cells += (scores["value"] == best).map({True: "*", False: " "})
+    cells += is_validation.map({True: " v", False: "  "})
+    tasks = [task for task in TASKS if task in set(scores["task"])]
+    titles = {task: f"{task} {describe(task).metrics[0]}" for task in tasks}
+    scores = scores.assign(cell=cells, column=scores["task"].map(titles))
+    note = "value +- standard error over items; v: validation, else test; *: highest on its split"
+    return "\n".join([_as_text(scores, order, titles.values()), *_prompt_lines(rows), note])
 
 
-def _spread_over_prompts(records: list[dict[str, Any]], last: dict[str, int]) -> list[str]:
-    """Mean and standard deviation of the primary metric over prompts, where there are several."""
-    values: dict[tuple[str, str, str], list[float]] = {}
-    for r in records:
-        primary = r["metric"] == describe(r["task"]).metrics[0]
-        if primary and r["step"] == last[r["run"]] and not r["shots"]:
-            values.setdefault((r["run"], r["task"], r["split"]), []).append(r["value"])
+def _prompt_lines(rows: DataFrame) -> list[str]:
+    """Mean and standard deviation of a score over prompts, where several were used."""
+    prompts = rows[rows["shots"] == 0].groupby(["run", "task", "split"], sort=False)["value"]
+    spread = prompts.agg(["size", "mean", "std"])
     return [
-        f"over {len(v)} prompts: {run} {task} {split}"
-        f" mean {np.mean(v):.3f}, sd {np.std(v, ddof=1):.3f}"
-        for (run, task, split), v in values.items()
-        if len(v) > 1
+        f"over {n} prompts: {' '.join(key)} mean {mean:.3f}, sd {sd:.3f}"
+        for key, n, mean, sd in spread[spread["size"] > 1].itertuples()
     ]
 
 
 def retention_table(records: list[dict[str, Any]], shots: int = 0) -> str:
-    """Runs against tasks at the last checkpoint: score and forgetting, with standard errors.
+    """Runs by tasks: the score, and its change against the base with the standard error.
 
-    Benchmarks are those with so many examples before a question.
+    `shots` chooses the benchmarks' records with so many in-context examples.
     """
-    records = [r for r in records if r["shots"] == shots or r["task"].startswith(TEXT)]
-    last: dict[str, int] = {}
-    for r in records:
-        last[r["run"]] = max(last.get(r["run"], 0), r["step"])
-    scores: dict[tuple[str, str], dict[str, Any]] = {}
-    losses: dict[tuple[str, str], dict[str, Any]] = {}
-    for r in records:
-        if r["step"] != last[r["run"]] or r["update_scale"] != 1:
-            continue
-        key = (r["run"], r["task"])
-        if r["metric"] == "forgetting":
-            losses[key] = r
-        elif r["metric"] in ("acc_norm", "retention", "log_likelihood"):
-            scores[key] = r
-        elif r["metric"] == "acc":
-            scores.setdefault(key, r)
-    tasks = sorted({task for _, task in scores}, key=lambda t: (t.startswith(TEXT), t == "mean", t))
-    width = max(map(len, last))
-    lines = [" " * width + "".join(f"  {task:>27}" for task in tasks)]
-    for run in last:
-        texts = []
-        for task in tasks:
-            score, loss = scores.get((run, task)), losses.get((run, task))
-            text = f"{score['value']:.3f}" if score else "-"
-            if loss and loss["stderr"] is not None:
-                mark = "*" if loss["p_value"] < 0.05 else " "
-                text += f" ({-loss['value']:+.3f} +- {loss['stderr']:.3f}{mark})"
-            texts.append(text)
-        lines.append(f"{run:<{width}}" + "".join(f"  {text:>27}" for text in texts))
-    flat = sorted({t for (_, t), r in losses.items() if r.get("at_chance")})
-    if flat:
-        lines.append(f"the base guesses (within two standard errors): {', '.join(flat)}; it has")
-        lines[-1] += " nothing there that could be forgotten"
-    cut: dict[str, int] = {}
-    for r in records:
-        if r.get("truncated"):
-            cut[r["task"]] = max(cut.get(r["task"], 0), r["truncated"])
-    if cut:
-        counts = ", ".join(f"{n} of {task}" for task, n in sorted(cut.items()))
-        lines.append(f"contexts longer than the model's window, cut from the left: {counts}")
-    lines.append(
-        "in brackets: change against the base on the same items +- standard error; * p < .05 of the"
-        " paired test, uncorrected; text: nats a token"
+    import pandas as pd
+
+    frame = pd.DataFrame(records)
+    frame = frame[(frame["shots"] == shots) | frame["task"].str.startswith(TEXT)]
+    rows = _last_checkpoints(frame)
+    rows = rows[rows["update_scale"] == 1]
+    names = ["acc_norm", "retention", "log_likelihood", "acc"]  # acc where there is no acc_norm
+    scores = rows[rows["metric"].isin(names)].sort_values("metric", key=lambda m: m == "acc")
+    cells = scores.drop_duplicates(["run", "task"]).set_index(["run", "task"])["value"]
+    cells = cells.map("{:.3f}".format)
+    losses = rows[rows["metric"] == "forgetting"]
+    if len(losses):
+        known = losses.dropna(subset=["stderr"]).set_index(["run", "task"])
+        marks = (known["p_value"] < 0.05).map({True: "*)", False: " )"})
+        changes = (-known["value"]).map(" ({:+.3f}".format) + known["stderr"].map(
+            " +- {:.3f}".format
+        )
+        cells = cells.add(changes + marks, fill_value="")
+    tasks = sorted(set(scores["task"]), key=lambda t: (t.startswith(TEXT), t == MEAN, t))
+    cells = cells.rename_axis(["row", "column"]).rename("cell").reset_index()
+    note = (
+        "in brackets: change against the base on the same items +- standard error; *: p < .05 in"
+        " the paired test, uncorrected; text: nats per token"
     )
-    return "\n".join(lines)
+    table = _as_text(cells, frame["run"].unique(), tasks)
+    return "\n".join([table, *_retention_notes(frame, losses), note])
+
+
+def _retention_notes(frame: DataFrame, losses: DataFrame) -> list[str]:
+    """Benchmarks on which nothing can be forgotten, and contexts that had to be cut."""
+    notes = []
+    if "at_chance" in losses and losses["at_chance"].eq(True).any():
+        names = ", ".join(sorted(set(losses["task"][losses["at_chance"].eq(True)])))
+        notes.append(
+            f"the base is at chance (within two standard errors) on {names}: forgetting cannot be"
+            " measured there"
+        )
+    if "truncated" in frame and frame["truncated"].fillna(0).any():
+        cut = frame[frame["truncated"] > 0].groupby("task")["truncated"].max()
+        counts = ", ".join(f"{n:.0f} of {task}" for task, n in cut.items())
+        notes.append(f"contexts longer than the model's window, cut from the left: {counts}")
+    return notes
 
 
 def drift_table(records: list[dict[str, Any]]) -> str:
-    """The last checkpoint of every run, a line a module; intruders: mean number a matrix."""
-    last: dict[str, int] = {}
-    for r in records:
-        last[r["run"]] = max(last.get(r["run"], 0), r["step"])
-    cells: dict[tuple[str, str], dict[str, float]] = {}
-    for r in records:
-        published = r["k"] in (None, INTRUDER_K) and r["eps"] in (None, INTRUDER_EPSILON)
-        if r["layer"] < 0 and published and r["step"] == last[r["run"]]:
-            cells.setdefault((r["run"], r["module"]), {})[r["metric"]] = r["value"]
-    width = max((len(run) for run, _ in cells), default=3)
-    head = f"{'run':<{width}}  {'module':>12}{'share':>8}"
-    lines = [head + "".join(f"{name:>13}" for name in DRIFT_COLUMNS)]
-    for (run, module), found in cells.items():
-        if "relative_frobenius" not in found:
-            continue
-        share = f"{found['update_share']:8.1%}" if "update_share" in found else " " * 8
-        texts = [
-            format(found.get(metric, math.nan), form).replace("nan", "")
-            for metric, form in DRIFT_COLUMNS.values()
-        ]
-        lines.append(f"{run:<{width}}  {module:>12}{share}" + "".join(f"{t:>13}" for t in texts))
-    lines.append(
+    """Runs and modules: the size of the update and its spectrum; intruders per matrix."""
+    if not records:
+        return NO_RECORDS
+    rows = _last_checkpoints(records)
+    k, epsilon = rows["k"], rows["eps"]
+    published = (k.isna() | (k == INTRUDER_K)) & (epsilon.isna() | (epsilon == INTRUDER_EPSILON))
+    rows = rows[published & (rows["layer"] < 0)]
+    table = rows.pivot_table(
+        index=["run", "module"], columns="metric", values="value", aggfunc="last", sort=False
+    )
+    metrics = [metric for metric, _ in DRIFT_COLUMNS.values()]
+    table = table.reindex(columns=metrics).dropna(subset=["relative_frobenius"])
+    table.columns = list(DRIFT_COLUMNS)
+    for title, (_, form) in DRIFT_COLUMNS.items():
+        table[title] = table[title].map(f"{{:{form}}}".format, na_action="ignore").fillna("")
+    note = (
         f"share: of ||dW||^2 of all tensors; rho, intruders: k = {INTRUDER_K}, eps ="
         f" {INTRUDER_EPSILON}, mean over the matrices"
     )
-    return "\n".join(lines)
+    return f"{table.reset_index('module').rename_axis(None).to_string()}\n{note}"
 
 
 def gradient_table(records: list[dict[str, Any]]) -> str:
-    """Runs against pairs of tasks at the last checkpoint, over all layers; a part a family."""
-    last: dict[str, int] = {}
-    for r in records:
-        last[r["run"]] = max(last.get(r["run"], 0), r["step"])
-    found: dict[str, dict[tuple[str, str, str], dict[str, Any]]] = {}
-    for r in records:
-        if (r["layer"], r["module"], r["step"]) == (OVERALL, BOTH, last[r["run"]]):
-            pair = "within" if r["task"] == r["other"] != MEAN else f"{r['task']} {r['other']}"
-            pair = MEAN if r["task"] == MEAN else pair
-            key = (r["run"], pair, r["metric"])
-            found.setdefault(r["family"], {}).setdefault(key, []).append(r)
-    lines = []
-    for family in (f for f in FAMILIES if f in found):
-        cells = found[family]
-        runs = dict.fromkeys(run for run, _, _ in cells)
-        pairs = dict.fromkeys(pair for _, pair, _ in cells)
-        pairs = sorted(pairs, key=_column_order)
-        width = max(map(len, [*runs, family]))
-        lines.append(f"{family:<{width}}" + "".join(f"  {pair:>24}" for pair in pairs))
-        for run in runs:
-            texts = [_cell(cells, run, pair) for pair in pairs]
-            lines.append(f"{run:<{width}}" + "".join(f"  {text:>24}" for text in texts))
-    lines.append(
+    """For each family, runs by pairs of tasks: the gradients' cosine over all layers."""
+    if not records:
+        return NO_RECORDS
+    import pandas as pd
+
+    rows = _last_checkpoints(records)
+    rows = rows[(rows["layer"] == OVERALL) & (rows["module"] == BOTH)]
+    known = rows.dropna(subset=["value"])
+    keys = ["family", "run", "task", "other"]
+    within = known[known["metric"] == "within_cosine"].groupby(keys[:2])["value"].mean()
+    within = within.map("{:+.3f}".format).rename("cell").reset_index().assign(column="within")
+    cosines = known[known["metric"] == "gradient_cosine"]
+    shares = known[known["metric"] == "gradient_conflict"][[*keys, "value"]]
+    pairs = cosines.merge(shares, on=keys, suffixes=("", "_share"))
+    errors = pairs["stderr"].map(" +- {:.3f}".format, na_action="ignore").fillna("")
+    pairs["cell"] = pairs["value"].map("{:+.3f}".format) + errors
+    pairs["cell"] += pairs["value_share"].map(" ({:4.0%})".format)
+    names = pairs["task"] + " " + pairs["other"]
+    pairs["column"] = names.where(pairs["task"] != MEAN, MEAN)
+    cells = pd.concat([pairs, within]).rename(columns={"run": "row"})
+    tables = []
+    for family in (f for f in FAMILIES if f in set(cells["family"])):
+        own = cells[cells["family"] == family]
+        columns = sorted(set(own["column"]), key=lambda c: (c == "within", c == MEAN, c))
+        order = rows[rows["family"] == family]["run"].unique()
+        tables.append(f"{family}\n{_as_text(own, order, columns)}")
+    note = (
         "cosine +- standard error over batches (share of batches in conflict); within: of a task"
         " with itself, on halves of its batches, mean over the tasks: a reference for noise"
     )
-    return "\n".join(lines)
+    return "\n".join([*tables, note])
 
 
-def _column_order(pair: str) -> tuple[bool, bool, str]:
-    return pair == "within", pair == MEAN, pair
+def _last_checkpoints(records: Any) -> DataFrame:
+    """The records of each run's last measured checkpoint."""
+    import pandas as pd
+
+    frame = pd.DataFrame(records)
+    return frame[frame["step"] == frame.groupby("run")["step"].transform("max")]
 
 
-def _cell(cells: dict[tuple[str, str, str], list[dict[str, Any]]], run: str, pair: str) -> str:
-    metric = "within_cosine" if pair == "within" else "gradient_cosine"
-    cosines = [r for r in cells.get((run, pair, metric), []) if r["value"] is not None]
-    if not cosines:
-        return "-"
-    if pair == "within":
-        return f"{sum(r['value'] for r in cosines) / len(cosines):+.3f}"
-    error = "" if cosines[0]["stderr"] is None else f" +- {cosines[0]['stderr']:.3f}"
-    share = cells[run, pair, "gradient_conflict"][0]["value"]
-    return f"{cosines[0]['value']:+.3f}{error} ({share:4.0%})"
+def _as_text(cells: DataFrame, rows: Iterable[str], columns: Iterable[str]) -> str:
+    """The column `cell` as a table of `row` by `column`, in this order; "-" where there is none."""
+    table = cells.pivot(index="row", columns="column", values="cell")
+    table = table.reindex(index=list(rows), columns=list(columns))
+    return table.rename_axis(index=None, columns=None).fillna("-").to_string()
