@@ -182,12 +182,12 @@ def measure(
     batches: MatchedBatches, model: Any, unit: Unit, request: dict[str, Any], progress: Any
 ) -> list[dict[str, Any]]:
     """The unit's flat records."""
+    from lora_tradeoffs.data.collator import CompletionCollator
     from lora_tradeoffs.gradients.conflict import (
         conflict_records,
         gradient_products,
         measured_parameters,
     )
-    from lora_tradeoffs.training.row_order import CompletionCollator
 
     rows = {name: batches.rows(name) for name in unit.tasks}
     fewest = min(map(len, rows.values()))  # of the family's smallest task

@@ -18,6 +18,11 @@ OVERALL, BOTH = -1, "both"  # the layer, and the module, of records over all of 
 MEAN = "mean"  # the task of records over all pairs
 
 
+def metric_scale(metric: str) -> int:
+    """The upper end of a metric's scale: 100 for BLEU, 1 for every other."""
+    return 100 if "bleu" in metric else 1
+
+
 def forget(settings: Settings, run: str) -> int:
     """Remove what a study's analyses measured of a run of this name; the number of units.
 

@@ -25,7 +25,8 @@ ROOT_FOLDERS = {
 # Lowest first; a subpackage imports those of lower floors alone.
 FLOORS = (
     ("files", "hub", "hardware"),
-    ("records", "scoring", "statistics"),
+    ("records",),
+    ("scoring", "statistics"),
     ("data", "models", "tables"),
     ("training", "measuring"),
     ("adaptation", "drift", "gradients", "figures", "study"),

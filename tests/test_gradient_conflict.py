@@ -14,6 +14,7 @@ from support import assert_one_line_error, settings_for
 from synthetic_records import record
 
 from gradient_conflict import MatchedBatches, Unit, main
+from lora_tradeoffs.data.collator import CompletionCollator
 from lora_tradeoffs.figures.gradients import FIGURES
 from lora_tradeoffs.files import Checkpoint, read_json
 from lora_tradeoffs.gradients.conflict import (
@@ -26,7 +27,6 @@ from lora_tradeoffs.gradients.conflict import (
 )
 from lora_tradeoffs.measuring.subjects import Subject, weights_of
 from lora_tradeoffs.tables.frames import load_records
-from lora_tradeoffs.training.row_order import CompletionCollator
 from multi_task_training import main as train
 
 STUDY = "pulling"

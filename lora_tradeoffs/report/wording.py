@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lora_tradeoffs.records import metric_scale
 from lora_tradeoffs.statistics.comparisons import LEVEL, MIN_SEEDS
 from lora_tradeoffs.statistics.seed_intervals import SEEDS
 from lora_tradeoffs.tables.predictors import OUTCOMES, PREDICTORS
@@ -123,8 +124,8 @@ class Words(NamedTuple):
 
 
 def digits_of(metric: str) -> int:
-    """BLEU lies in [0, 100], all else in [0, 1]."""
-    return 1 if "bleu" in metric else 3
+    """Digits after the point: one on a scale of 0 to 100, three on 0 to 1."""
+    return 1 if metric_scale(metric) == 100 else 3
 
 
 def of_a_difference(draft: Any, corrected: float, tests: int) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from config import FAMILIES
-from lora_tradeoffs.records import TEXT
+from lora_tradeoffs.records import TEXT, metric_scale
 from lora_tradeoffs.retention.matched import Curve, matched_forgetting
 from lora_tradeoffs.statistics.comparisons import (
     Comparison,
@@ -185,7 +185,7 @@ def _mean_adaptation(tasks: Mapping[str, Any]) -> list[Record]:
         if not all(task in tasks for task in family):
             continue
         own = [tasks[task].record for task in family]
-        units = [100 if "bleu" in r["metric"] else 1 for r in own]
+        units = [metric_scale(r["metric"]) for r in own]
         value = float(np.mean([r["value"] / u for r, u in zip(own, units)]))
         errors = [r["stderr"] and r["stderr"] / u for r, u in zip(own, units)]
         records.append(_over(own, "adaptation", value, _error_of_mean(errors)))

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora_tradeoffs.records import metric_scale
 from lora_tradeoffs.statistics.comparisons import LEVEL, RESAMPLES, resampled
-from lora_tradeoffs.statistics.scores import Scores, mteval_bleu, smoothed_bleu
+from lora_tradeoffs.statistics.scores import Scores
 
 ENOUGH = 0.95  # share of resamples in which the difference has to exist
 
@@ -135,9 +136,10 @@ def _figures(
     total = 0
     for number, name in enumerate(names):
         scores = [s for curve in arms for s in getattr(curve, side)[name]]
-        unit = 100 if scores[0].aggregate in (smoothed_bleu, mteval_bleu) else 1
         draws = resampled(scores, resamples, seed + number)
-        total = total + np.column_stack([[s.value for s in scores], draws]) / unit
+        total = total + np.column_stack([[s.value for s in scores], draws]) / metric_scale(
+            scores[0].name
+        )
     return tuple(np.split(total / len(names), [len(arms[0].scales)]))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lora_tradeoffs.records import metric_scale
 from lora_tradeoffs.statistics.comparisons import (
     LEVEL,
     MIN_SEEDS,
@@ -96,9 +97,9 @@ def contrast(
 
 
 def _unit(part: Part, tasks: Sequence[Sequence[Part]]) -> float:
-    """The part's weight, in hundredths if it is of BLEU among other tasks."""
+    """The part's weight, over the metric's scale where several tasks are averaged."""
     row = next(iter(part.rows.values()))
-    return part.weight / (100 if len(tasks) > 1 and "bleu" in row.metric else 1)
+    return part.weight / (metric_scale(row.metric) if len(tasks) > 1 else 1)
 
 
 def _scores(parts: Sequence[Part], seed: int, items: Items | None) -> list[Scores] | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES, RANKS, SPLITS, TARGET_MODULES, TASKS, UserError
 from dataset_descriptions import DESCRIPTIONS
+from lora_tradeoffs.records import metric_scale
 from training_configs import rate_name
 
 if TYPE_CHECKING:
@@ -305,7 +306,7 @@ def score_table(frame: DataFrame) -> DataFrame:
     rows = last_checkpoints(scores(frame))
     table = summarise(rows[rows["prompt"] == 0], by=("split",))
     for row in table.sort_values("split").itertuples():  # test before validation
-        digits = 1 if "bleu" in DESCRIPTIONS[row.task].metrics[0] else 3
+        digits = 1 if metric_scale(DESCRIPTIONS[row.task].metrics[0]) == 100 else 3
         text = f"{row.value:.{digits}f}"
         text += "" if math.isnan(row.stderr) else f" ± {row.stderr:.{digits}f}"
         text += f" ({row.seeds} seeds)" if row.seeds > 1 else ""

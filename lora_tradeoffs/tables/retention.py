@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import BENCHMARKS, FAMILIES
 from dataset_descriptions import DESCRIPTIONS
+from lora_tradeoffs.records import metric_scale
 from lora_tradeoffs.tables.frames import (
     RUN_NAME,
     arm_order,
@@ -249,8 +250,7 @@ def family_means(adaptation: DataFrame) -> DataFrame:
     rows = rows[(rows["split"] == "validation") & (rows["shots"] == 0) & (rows["prompt"] == 0)]
     family = rows["task"].map({task: d.family for task, d in DESCRIPTIONS.items()})
     rows = rows[(rows["method"] != "baseline") & (rows["family"] == family)].copy()
-    hundredths = rows["metric"].str.contains("bleu")
-    rows.loc[hundredths, ESTIMATE] /= 100
+    rows[ESTIMATE] = rows[ESTIMATE].div(rows["metric"].map(metric_scale).astype(float), axis=0)
     tasks = rows[rows["method"] == "base"].groupby("family")["task"].nunique()
     groups = rows.groupby(["run", "family", "method", "step"])
     means = groups.agg(

@@ -1,4 +1,4 @@
-"""The order of a whole run's rows, laid out beforehand, and the collator.
+"""The order of a whole run's rows, laid out beforehand.
 
 The order is a function of the seed alone: every arm of a seed sees the same batches, and a resumed
 run sees what the uninterrupted one would have seen.
@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import torch
-
 # Batches in a window. The tasks keep their proportions in each; lengths are grouped inside it.
 WINDOW = 50
-IGNORED = -100  # torch's cross-entropy skips this label
 
 
 def task_shares(rows: Sequence[int], mixing: str, temperature: float = 1.0) -> np.ndarray:
@@ -81,36 +76,3 @@ def _apportion(shares: np.ndarray, drawn: np.ndarray, rows: int) -> np.ndarray:
     for _ in range(rows):
         counts[np.argmax(target - counts)] += 1
     return counts - drawn
-
-
-@dataclass
-class CompletionCollator:
-    """Pads rows on the right and marks what is learned: the completion, end of text included.
-
-    `labels` are built from spans, so EOS is learned also where it is the padding token.
-    `logits_to_keep` is a bool mask (rows, tokens) of the positions that predict a label; the model
-    then computes logits there alone, shape (supervised tokens, vocabulary), row by row.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        import torch
-
-        width = max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.full((len(rows), width), self.pad_token_id)
-        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-        labels = torch.full((len(rows), width), IGNORED)
-        for i, row in enumerate(rows):
-            ids, start = torch.as_tensor(row["input_ids"]), row["prompt_length"]
-            input_ids[i, : len(ids)] = ids
-            attention_mask[i, : len(ids)] = 1
-            labels[i, start : len(ids)] = ids[start:]
-        keep = torch.zeros_like(labels, dtype=torch.bool)
-        keep[:, :-1] = labels[:, 1:] != IGNORED
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "logits_to_keep": keep,
-        }

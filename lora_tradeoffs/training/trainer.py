@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from config import Diverged, UserError
+from lora_tradeoffs.data.collator import IGNORED, CompletionCollator
 from lora_tradeoffs.files import (
     checkpoint_step,
     checkpoints,
@@ -29,7 +30,6 @@ from lora_tradeoffs.files import (
 from lora_tradeoffs.models.base import Base, load_base, store_frozen_linears_in_bf16
 from lora_tradeoffs.scoring.log_likelihoods import completion_losses, label_predictions, mean_by_row
 from lora_tradeoffs.training.costs import trainable_shapes
-from lora_tradeoffs.training.row_order import IGNORED, CompletionCollator
 from training_configs import TrainingConfig
 
 

@@ -7,6 +7,7 @@ from support import settings_for
 
 from config import FAMILIES
 from dataset_descriptions import describe
+from lora_tradeoffs.data.collator import IGNORED, CompletionCollator
 from lora_tradeoffs.data.encoding import encode, label_token_ids, text_ids
 from lora_tradeoffs.data.sources import read_jsonl
 from lora_tradeoffs.models.base import load_base, prepare_base
@@ -19,7 +20,6 @@ from lora_tradeoffs.scoring.log_likelihoods import (
     mean_by_row,
     shared_rows,
 )
-from lora_tradeoffs.training.row_order import IGNORED, CompletionCollator
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])

@@ -1,12 +1,10 @@
-"""The order of a run's rows, and the collator."""
+"""The order of a run's rows."""
 
 import numpy as np
 import pytest
-import torch
 
 from lora_tradeoffs.training.row_order import (
     WINDOW,
-    CompletionCollator,
     lay_out,
     steps_for,
     task_shares,
@@ -82,20 +80,3 @@ def test_a_tiny_share_and_more_steps_than_rows_are_laid_out():
     )
     assert order.shape == (1204,)
     assert 6 <= (order < 3).sum() <= 12
-
-
-def test_collator_learns_the_completion_and_its_eos_even_where_eos_is_the_padding():
-    eos = pad = 2
-    rows = [
-        {"input_ids": [1, 5, 6, 7, eos], "prompt_length": 3},
-        {"input_ids": [5, 8, eos], "prompt_length": 1},
-    ]
-    batch = CompletionCollator(pad)(rows)
-    assert batch["labels"].tolist() == [[-100, -100, -100, 7, 2], [-100, 8, 2, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    # the position before each label predicts it
-    assert batch["logits_to_keep"].tolist() == [
-        [False, False, True, True, False],
-        [True, True, False, False, False],
-    ]
-    assert batch["logits_to_keep"].dtype == torch.bool

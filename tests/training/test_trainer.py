@@ -7,6 +7,7 @@ import torch
 from support import settings_for
 
 from config import FAMILIES, UserError
+from lora_tradeoffs.data.collator import CompletionCollator
 from lora_tradeoffs.models.base import (
     empty_model,
     load_base,
@@ -15,7 +16,6 @@ from lora_tradeoffs.models.base import (
 )
 from lora_tradeoffs.scoring.log_likelihoods import completion_losses, label_predictions, mean_by_row
 from lora_tradeoffs.training.costs import Cost, check_room, expected_cost
-from lora_tradeoffs.training.row_order import CompletionCollator
 from lora_tradeoffs.training.trainer import (
     CompletionLoss,
     MultiTaskTrainer,
