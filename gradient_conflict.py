@@ -30,9 +30,9 @@ from config import (
 )
 from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.files import read_json
+from lora_tradeoffs.measuring.loop import add_analysis_arguments
 from lora_tradeoffs.measuring.subjects import (
     Subject,
-    add_analysis_arguments,
     find_subjects,
     weights_of,
 )
@@ -52,7 +52,6 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--batch-size", type=int, default=8, help="rows of each task in a batch (default 8)"
     )
-    group.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     return parser
 
 
@@ -220,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device()
     print(settings.headline(device), flush=True)
     base = prepare_base(settings)
-    units, alone = plan_units(find_subjects(args, settings, base))
+    units, alone = plan_units(find_subjects(settings, base, args.runs, args.checkpoints))
     if alone:
         print(f"left out, of a single task, which has no other to conflict: {', '.join(alone)}")
     if args.batches < GRADIENT_BATCHES:

@@ -30,9 +30,9 @@ from config import (
 )
 from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.files import read_json
+from lora_tradeoffs.measuring.loop import add_analysis_arguments
 from lora_tradeoffs.measuring.subjects import (
     Subject,
-    add_analysis_arguments,
     find_subjects,
     weights_of,
 )
@@ -47,7 +47,7 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Measure what every checkpoint kept of the pretrained ability.")
     add_common_arguments(parser)
-    group = add_analysis_arguments(parser)
+    group = add_analysis_arguments(parser, limit=True)
     group.add_argument(
         "--tasks",
         nargs="+",
@@ -57,11 +57,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--num-fewshot", type=int, default=0, help="examples before every question")
     group.add_argument(
-        "--limit",
-        type=int,
-        help=f"the first N items of a benchmark (mid-training: {MID_TRAINING_LIMIT}; else all)",
-    )
-    group.add_argument(
         "--scale-update",
         nargs="*",
         type=float,
@@ -69,7 +64,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="measure the last checkpoint with its update scaled by T, too: adaptation and"
         f" retention (without T: {' '.join(f'{t:g}' for t in SCALES)})",
     )
-    group.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     group.add_argument(
         "--batch-scale", type=float, default=1.0, metavar="X", help="batches X times as large"
     )
@@ -232,10 +226,10 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device()
     print(settings.headline(device), flush=True)
     base = prepare_base(settings)
-    subjects = find_subjects(args, settings, base)
+    subjects = find_subjects(settings, base, args.runs, args.checkpoints)
     check_scaled(args, subjects)
     bf16 = pick_precision(args.dtype, device) == "bf16"
-    retention = Retention(settings, load_tokenizer(base), device, bf16, args.batch_scale)
+    retention = Retention(settings, base, load_tokenizer(base), device, bf16, args.batch_scale)
     results = Results(settings.document("retention").parent)
     final = args.limit or 0
     tasks = retention.expanded(args.tasks, args.num_fewshot, final, subjects[0])

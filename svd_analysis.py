@@ -31,9 +31,9 @@ from config import (
 )
 from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.files import read_json
+from lora_tradeoffs.measuring.loop import add_analysis_arguments
 from lora_tradeoffs.measuring.subjects import (
     Subject,
-    add_analysis_arguments,
     find_subjects,
     no_runs,
 )
@@ -54,7 +54,7 @@ BETWEEN = "between-runs"  # the unit of what compares runs
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Measure how far every checkpoint moved from the base.")
     add_common_arguments(parser)
-    group = add_analysis_arguments(parser)
+    group = add_analysis_arguments(parser, dtype=False)
     group.add_argument(
         "--top-k",
         nargs="+",
@@ -184,7 +184,9 @@ def main(argv: list[str] | None = None) -> int:
     from lora_tradeoffs.models.base import prepare_base
 
     base = prepare_base(settings)
-    subjects = [s for s in find_subjects(args, settings, base) if s.checkpoint]
+    subjects = [
+        s for s in find_subjects(settings, base, args.runs, args.checkpoints) if s.checkpoint
+    ]
     if not subjects:
         raise no_runs(settings)
     for warning in other_bases(subjects, base):

@@ -96,7 +96,7 @@ def test_what_is_there_is_not_measured_again_and_what_is_missing_is(folder, mode
     lost.unlink()
     assert main([*model, "--dtype", "fp32", "--shots", "2"]) == 0
     assert (
-        f"{len(files)} measurements, {len(files) - 1} of them are there" in capsys.readouterr().out
+        f"{len(files)} measurements: {len(files) - 1} cached, 1 to run" in capsys.readouterr().out
     )
     changed = [p for p, stamp in files.items() if p.stat().st_mtime_ns != stamp]
     assert changed == [lost] and lost.read_text() == text
@@ -200,20 +200,20 @@ def test_other_weights_under_the_same_name_are_measured_again(folder, model, tmp
 
     def there(*more):
         assert main([*argv, *more]) == 0
-        return capsys.readouterr().out.partition(" of them are there")[0].rpartition("\n")[2]
+        return capsys.readouterr().out.partition(" cached")[0].rpartition("\n")[2]
 
-    assert there(*model[:2]) == "2 measurements, 0"
-    assert there(*model[:2]) == "2 measurements, 2"
+    assert there(*model[:2]) == "2 measurements: 0"
+    assert there(*model[:2]) == "2 measurements: 2"
     weights = load_file(foreign / "adapter_model.safetensors")
     scaled = {name: 3 * weight for name, weight in weights.items()}
     save_file(scaled, foreign / "adapter_model.safetensors", metadata={"format": "pt"})
-    assert there(*model[:2]) == "2 measurements, 1"
+    assert there(*model[:2]) == "2 measurements: 1"
     other = tmp_path / "other"
     shutil.copytree(model[1], other)
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    assert there("--model", str(other)) == "2 measurements, 0"
+    assert there("--model", str(other)) == "2 measurements: 0"
 
 
 def test_checkpoints_from_elsewhere_are_fractions_of_their_last(folder, model, tmp_path, capsys):
@@ -254,10 +254,14 @@ def test_one_item_of_a_task_is_enough_to_evaluate(folder, model):
 
 
 def test_questions_about_a_passage_are_resampled_together(tiny, tmp_path):
-    from lora_tradeoffs.adaptation.analysis import Evaluator, Unit, records_of
+    from lora_tradeoffs.adaptation.analysis import (
+        Adaptation,
+        AdaptationOptions,
+        TaskUnit,
+        records_of,
+    )
     from lora_tradeoffs.adaptation.metrics import score
     from lora_tradeoffs.measuring.subjects import Subject
-    from lora_tradeoffs.models.base import load_tokenizer
 
     for split, count in (("train", 2), ("validation", 2), ("test", 40)):
         rows = [squad_row(split, i // 2, i) for i in range(2 * count)]
@@ -265,14 +269,14 @@ def test_questions_about_a_passage_are_resampled_together(tiny, tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = settings_for(study="passages", data=str(tmp_path))
-    tokenizer = load_tokenizer(prepare_base(settings_for(model=str(tiny))))
-    evaluator = Evaluator(settings, tokenizer, "cpu", False, 1.0)
+    options = AdaptationOptions(dtype="fp32")
+    analysis = Adaptation(settings, prepare_base(settings_for(model=str(tiny))), options)
     base = Subject("base", 0, None, {}, None, True, True)
     for prompt in range(4):
-        groups = evaluator.groups(Unit(base, "test", "squad_v2", 0, 0, prompt))
+        groups = analysis.groups(TaskUnit(base, "test", "squad_v2", 0, 0, prompt))
         assert groups.tolist() == [i // 2 for i in range(80)]
-    assert evaluator.groups(Unit(base, "validation", "squad_v2", 0, 0, 0)) is None  # too few
-    unit = Unit(base, "test", "squad_v2", 0, 0, 0)
+    assert analysis.groups(TaskUnit(base, "validation", "squad_v2", 0, 0, 0)) is None  # too few
+    unit = TaskUnit(base, "test", "squad_v2", 0, 0, 0)
     # both questions about a passage are right, or none: half as many items as it seems
     right = np.repeat(np.arange(40) % 2, 2)
     scores = score("squad_v2", ["x" if hit else "y" for hit in right], [["x"]] * 80)
@@ -305,7 +309,7 @@ def test_bad_input_is_one_line(folder, model, inside, tmp_path):
     assert_one_line_error(run("--runs", "none"), "no run 'none'")
     assert_one_line_error(run("--checkpoints", "7"), "its steps are 3, 6")
     assert_one_line_error(run("--checkpoints", "first"), "write all, last, or steps")
-    assert_one_line_error(run("--limit", "0"), "--limit takes at least 1")
+    assert_one_line_error(run("--limit", "0"), "--limit must be 1 or more")
     assert_one_line_error(run("--tasks", "sst3"), "unknown task 'sst3'")
     other = tmp_path / "other"
     shutil.copytree(model[1], other)

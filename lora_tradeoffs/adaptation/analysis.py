@@ -1,35 +1,61 @@
-"""One checkpoint on one split of one task: predictions, scores, records."""
+"""Adaptation: a checkpoint on one split of one task, its predictions, scores and records."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from config import DATA_SEED, Settings, UserError
-from dataset_descriptions import describe
+from config import DATA_SEED, FAMILIES, MID_TRAINING_LIMIT, SPLITS, UserError
+from dataset_descriptions import DESCRIPTIONS, describe
 from lora_tradeoffs.data.splits import group_by_key
-from lora_tradeoffs.measuring.subjects import Subject
+from lora_tradeoffs.measuring.loop import Analysis, Measurement
+from lora_tradeoffs.measuring.subjects import Subject, no_arm
 from lora_tradeoffs.statistics.comparisons import MIN_GROUPS, estimate, grouped
+from lora_tradeoffs.tables.scores import adaptation_table
 
-SHOWN = 8  # items of each unit that are kept as text
+SAMPLES = 8  # items of each unit that are written as text
 SHOT_SEPARATOR = "\n\n"
 # Tasks whose items hang together, many to a passage. A passage that was cut counts as another.
 PASSAGES = {"squad_v2": "context"}
 
 
 @dataclass(frozen=True)
-class Unit:
+class AdaptationOptions:
+    """What eval.py measures. Its flags have these names and defaults."""
+
+    splits: tuple[str, ...] | None = None  # None: validation, and test where `is_final`
+    tasks: tuple[str, ...] | None = None  # None: those of the run's family
+    cross_family: bool = False
+    limit: int | None = None
+    shots: int = 4  # a zero-shot base mostly lacks the format
+    prompts: int = 0
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        most = min(len(d.paraphrases) for d in DESCRIPTIONS.values())
+        if not 0 <= self.prompts <= most or self.shots < 0:
+            raise UserError(f"--prompts must be 0 to {most}, --shots 0 or more")
+        if self.limit is not None and self.limit < 1:
+            raise UserError("--limit must be 1 or more")
+        for task in self.tasks or ():
+            describe(task)
+
+
+@dataclass(frozen=True)
+class TaskUnit:
     """One measurement: a subject on one split of one task."""
 
     subject: Subject
     split: str
     task: str
-    limit: int
-    shots: int
-    prompt: int  # 0: the description's own template, k: its k-th paraphrase
+    limit: int = 0  # 0: all items
+    shots: int = 0
+    prompt: int = 0  # 0: the description's template, k: its k-th paraphrase
 
     @property
     def name(self) -> str:
@@ -38,31 +64,101 @@ class Unit:
         return f"{self.subject.run}-{self.subject.step}-{self.task}-{self.split}{variant}"
 
 
-class Evaluator:
-    """Measures a model on a split of a task, batched; keeps the data between calls."""
+class Adaptation(Analysis):
+    """Evaluates the base and checkpoints on the tasks."""
 
-    def __init__(self, settings: Settings, tokenizer: Any, device: str, bf16: bool, room: float):
-        """`room` multiplies the tokens that a batch may hold."""
-        self.settings, self.tokenizer, self.device = settings, tokenizer, device
-        self.bf16, self.room = bf16, room * (8 if device == "cuda" else 1)
-        self.prepared: dict[tuple[str, int], Any] = {}
+    name = "adaptation"
 
-    def task(self, name: str, prompt: int = 0) -> Any:
-        """The prepared task, under its own prompt or a paraphrase."""
-        from lora_tradeoffs.data.preparation import prepare
+    def units(self, subjects: Sequence[Subject]) -> list[TaskUnit]:
+        """Validation of every subject, test of those that are final, with the options' variants."""
+        trained = {s.family for s in subjects if s.family} or set(FAMILIES)
+        units: dict[str, TaskUnit] = {}
+        for subject in subjects:
+            families = [subject.family] if subject.family else sorted(trained, reverse=True)
+            if self.options.cross_family:
+                families = list(FAMILIES)
+            tasks = [task for family in families for task in FAMILIES[family]]
+            for task in self.options.tasks or tasks:
+                for unit in self._units_of(subject, task):
+                    units.setdefault(unit.name, unit)
+        return list(units.values())
 
-        if (name, prompt) not in self.prepared:
-            description = describe(name)
-            if prompt:
-                template = description.paraphrases[prompt - 1]
-                description = dataclasses.replace(description, template=template)
-            length = self.settings.preset.max_length[description.family]
-            count = self.settings.examples_per_task
-            made = prepare(self.settings, self.tokenizer, [description], length, count)
-            self.prepared[name, prompt] = made[name]
-        return self.prepared[name, prompt]
+    def _units_of(self, subject: Subject, task: str) -> Iterable[TaskUnit]:
+        options = self.options
+        limit = options.limit or (0 if subject.is_final else MID_TRAINING_LIMIT)
+        shots = (0, options.shots) if subject.checkpoint is None and options.shots else (0,)
+        splits = options.splits or (("validation", "test") if subject.is_final else ("validation",))
+        for split in splits:
+            units = [TaskUnit(subject, split, task, limit, n) for n in shots]
+            paraphrased = range(1, options.prompts + 1)
+            units += [TaskUnit(subject, split, task, limit, 0, k) for k in paraphrased]
+            for unit in units:
+                yield unit
+                if split == "test":  # and the task's further test splits: MNLI's mismatched genres
+                    further = [s for s in self.task(task).splits if s not in SPLITS]
+                    yield from (dataclasses.replace(unit, split=name) for name in further)
 
-    def rows(self, unit: Unit) -> Any:
+    def request(self, unit: TaskUnit) -> dict[str, Any]:
+        """What makes two measurements the same, beside the weights."""
+        description = describe(unit.task)
+        return {
+            "data": self.task(unit.task, unit.prompt).fingerprint,
+            "limit": unit.limit,
+            "shots": unit.shots,
+            "precision": self.precision,
+            "generation": [description.max_new_tokens, description.stop],
+        }
+
+    def batch_tokens(self, unit: TaskUnit) -> int:
+        from lora_tradeoffs.scoring.generation import GENERATION_BUDGET
+        from lora_tradeoffs.scoring.log_likelihoods import TOKEN_BUDGET
+
+        budget = TOKEN_BUDGET if describe(unit.task).is_classification else GENERATION_BUDGET
+        return budget * (8 if self.device == "cuda" else 1)
+
+    def measure(self, model: Any, unit: TaskUnit, batch_tokens: int) -> Measurement:
+        """The unit's records; with the base's also those of the predictions without a model."""
+        scores, shares, samples = self.scores(model, unit, batch_tokens)
+        groups = self.groups(unit)
+        records = records_of(unit, scores, shares, groups)
+        if unit.subject.checkpoint is None and not unit.shots and not unit.prompt:
+            name, baseline_scores = self.baseline(unit)
+            fields = {**no_arm("baseline"), "run": name}
+            records += [{**r, **fields} for r in records_of(unit, baseline_scores, {}, groups)]
+        return Measurement(records, scores, groups, samples)
+
+    def table(self, records: list[dict[str, Any]]) -> str:
+        return adaptation_table(records)
+
+    def outputs(self) -> dict[str, Path]:
+        return {"items and samples": self.results.folder}
+
+    def warnings(self) -> list[str]:
+        names = self.measured_otherwise()
+        return names and [
+            f"{len(names)} measurements, such as {names[0]}, have a different base, precision,"
+            " limit or data than the base's: measure them again with the same flags"
+        ]
+
+    def measured_otherwise(self) -> list[str]:
+        """Units with another base, precision, data, or items of test than the base's unit has."""
+        units = dict(self.results.units())
+        names = []
+        for name, document in units.items():
+            for record in document["records"][:1]:
+                base = f"base-0-{record['task']}-{record['split']}"
+                base += f"-prompt{record['prompt']}" if record["prompt"] else ""
+                request, of_base = (units.get(n, {}).get("request", {}) for n in (name, base))
+                # intermediate checkpoints have fewer items of validation by design
+                fields = ["base", "data", "precision", "generation"]
+                fields += ["limit"] * record["split"].startswith("test")
+                if of_base and any(request.get(f) != of_base.get(f) for f in fields):
+                    names.append(name)
+        return names
+
+    # ---------------------------------------------------------------------- one unit's items
+
+    def rows(self, unit: TaskUnit) -> Any:
         """The unit's items: all, or `limit` of them, the same for every checkpoint."""
         rows = self.task(unit.task, unit.prompt).split(unit.split)
         if not unit.limit or unit.limit >= len(rows):
@@ -70,18 +166,7 @@ class Evaluator:
         drawn = np.random.default_rng(DATA_SEED).permutation(len(rows))[: unit.limit]
         return rows.select(np.sort(drawn))
 
-    def request(self, unit: Unit) -> dict[str, Any]:
-        """What makes a measurement the same one."""
-        description = describe(unit.task)
-        return {
-            "data": self.task(unit.task, unit.prompt).fingerprint,
-            "limit": unit.limit,
-            "shots": unit.shots,
-            "precision": "bf16 autocast" if self.bf16 else "fp32",
-            "generation": [description.max_new_tokens, description.stop],
-        }
-
-    def groups(self, unit: Unit) -> np.ndarray | None:
+    def groups(self, unit: TaskUnit) -> np.ndarray | None:
         """The number of the passage that an item shares with others, shape (items,).
 
         Items are resampled by it. None where they share none, or where passages are too few.
@@ -95,42 +180,43 @@ class Evaluator:
         passages = group_by_key(p.rsplit("\n", tail.count("\n"))[0] for p in prompts)
         return passages if passages.max() + 1 >= MIN_GROUPS else None
 
-    def measure(self, model: Any, unit: Unit) -> tuple[list[Any], dict[str, float], list[dict]]:
-        """Scores, other figures (class shares), and some items as text."""
+    def scores(
+        self, model: Any, unit: TaskUnit, batch_tokens: int
+    ) -> tuple[list[Any], dict[str, float], list[dict]]:
+        """Scores of a model's predictions, the share of each class, and some items as text."""
         import torch
 
         from lora_tradeoffs.adaptation.metrics import score
 
-        rows = self.rows(unit)
+        rows, description = self.rows(unit), describe(unit.task)
         prompts = self._prompts(rows, unit)
-        description = describe(unit.task)
         longest = max(map(len, prompts)) + description.max_new_tokens
         window = getattr(model.config, "max_position_embeddings", longest)
         if longest > window:
             raise UserError(
-                f"{unit.name}: prompt and answer take {longest:,} tokens, the model reads"
-                f" {window:,}: lower --shots"
+                f"prompt and answer take {longest:,} tokens, and the model reads {window:,}:"
+                " lower --shots"
             )
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             if description.is_classification:
-                predictions = self._classify(model, prompts, description)
+                predictions = self._classify(model, prompts, description, batch_tokens)
                 references = rows["label"][:]
                 outputs = [description.label_words[p] for p in predictions]
             else:
-                predictions = outputs = self._generate(model, prompts, description)
+                predictions = outputs = self._generate(model, prompts, description, batch_tokens)
                 references = rows["references"][:]
         shares = {
             f"share_{name}": float(np.mean(np.array(predictions) == i))
             for i, name in enumerate(description.label_names)
         }
-        shown = [
-            {"row": rows[i]["row"], "prompt": rows[i]["prompt"], "output": outputs[i]}
-            | {"references": rows[i]["references"]}
-            for i in range(min(SHOWN, len(rows)))
+        samples = [
+            {"row": row["row"], "prompt": row["prompt"], "output": output}
+            | {"references": row["references"]}
+            for row, output in zip(rows.select(range(min(SAMPLES, len(rows)))), outputs)
         ]
-        return score(unit.task, predictions, references), shares, shown
+        return score(unit.task, predictions, references), shares, samples
 
-    def baseline(self, unit: Unit) -> tuple[str, list[Any]]:
+    def baseline(self, unit: TaskUnit) -> tuple[str, list[Any]]:
         """Name and scores of the predictions that need no model, on the unit's items."""
         from lora_tradeoffs.adaptation.baselines import (
             always_abstain,
@@ -153,10 +239,10 @@ class Evaluator:
             return "lead_3", score(name, [lead(a) for a in articles], references)
         train = self.task(name).split("train")
         code = [c.strip() for c in train["completion"][:]]
-        found = retrieved_code(rows["prompt"][:], train["prompt"][:], code)
-        return "nearest_description", score(name, found, references)
+        predictions = retrieved_code(rows["prompt"][:], train["prompt"][:], code)
+        return "nearest_description", score(name, predictions, references)
 
-    def _prompts(self, rows: Any, unit: Unit) -> list[list[int]]:
+    def _prompts(self, rows: Any, unit: TaskUnit) -> list[list[int]]:
         from lora_tradeoffs.data.encoding import bos_ids, text_ids
 
         ids, starts = rows["input_ids"][:], rows["prompt_length"][:]
@@ -172,47 +258,47 @@ class Evaluator:
         bos = bos_ids(self.tokenizer)
         return [bos + text_ids(self.tokenizer, text) + prompt[len(bos) :] for prompt in prompts]
 
-    def _classify(self, model: Any, prompts: list[list[int]], description: Any) -> list[int]:
+    def _classify(
+        self, model: Any, prompts: list[list[int]], description: Any, batch_tokens: int
+    ) -> list[int]:
         from lora_tradeoffs.data.encoding import label_token_ids
-        from lora_tradeoffs.scoring.log_likelihoods import TOKEN_BUDGET, Item, log_likelihoods
+        from lora_tradeoffs.scoring.log_likelihoods import Item, log_likelihoods
 
         words = [[i] for i in label_token_ids(self.tokenizer, description)]
-        budget = int(self.room * TOKEN_BUDGET)
-        found = log_likelihoods(model, [Item(p, words) for p in prompts], budget)
-        values = np.array([[s.log_likelihood for s in row] for row in found])
+        rows = log_likelihoods(model, [Item(p, words) for p in prompts], batch_tokens)
+        values = np.array([[score.log_likelihood for score in row] for row in rows])
         if not np.isfinite(values).all():
             raise UserError(f"{description.name}: the model's logits are not finite")
         return values.argmax(axis=1).tolist()
 
-    def _generate(self, model: Any, prompts: list[list[int]], description: Any) -> list[str]:
-        from lora_tradeoffs.scoring.generation import GENERATION_BUDGET, generate_greedily
+    def _generate(
+        self, model: Any, prompts: list[list[int]], description: Any, batch_tokens: int
+    ) -> list[str]:
+        from lora_tradeoffs.scoring.generation import generate_greedily
 
-        stop = description.stop
-        decode = self.tokenizer.decode
+        stop, decode = description.stop, self.tokenizer.decode
 
         def stopped(tokens: list[int]) -> bool:
             return stop in decode(tokens[-8:]).lstrip()
 
-        eos, budget = [self.tokenizer.eos_token_id], int(self.room * GENERATION_BUDGET)
+        eos, most = [self.tokenizer.eos_token_id], description.max_new_tokens
         try:
-            found = generate_greedily(
-                model, prompts, description.max_new_tokens, eos, stopped, budget
-            )
+            outputs = generate_greedily(model, prompts, most, eos, stopped, batch_tokens)
         except FloatingPointError as error:
             raise UserError(f"{description.name}: {error}") from None
-        return [decode(tokens).lstrip().partition(stop)[0].strip() for tokens in found]
+        return [decode(tokens).lstrip().partition(stop)[0].strip() for tokens in outputs]
 
 
 def records_of(
-    unit: Unit, scores: list[Any], shares: dict[str, float], groups: np.ndarray | None = None
+    unit: TaskUnit, scores: list[Any], shares: dict[str, float], groups: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
-    """The unit's flat records; errors and intervals are over `groups` of items where there are."""
-    family = describe(unit.task).family
+    """The unit's flat records; errors and intervals are over `groups` of items where given."""
+    subject = unit.subject
     common = {
-        **unit.subject.fields,
-        "run": unit.subject.run,
-        "family": unit.subject.family or family,
-        "step": unit.subject.step,
+        **subject.fields,
+        "run": subject.run,
+        "family": subject.family or describe(unit.task).family,
+        "step": subject.step,
         "split": unit.split,
         "task": unit.task,
         "shots": unit.shots,

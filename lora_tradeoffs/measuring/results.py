@@ -49,9 +49,11 @@ class Results:
         records: list[dict[str, Any]],
         scores: Sequence[Scores] = (),
         groups: np.ndarray | None = None,
+        batch_tokens: int = 0,
     ) -> None:
         """Write a unit, its items first, so that a record without items cannot be.
 
+        `batch_tokens`, the tokens of its batches, are noted and identify nothing.
         `groups`, shape (items,), has one number for items that hang together. Raises UserError
         rather than write over what another version of the suite wrote.
         """
@@ -60,7 +62,9 @@ class Results:
         if scores:
             self._write_items(unit, scores, groups)
         records = [_strict(record) for record in records]
-        document = {"record_version": RECORD_VERSION, "request": request, "records": records}
+        document = {"record_version": RECORD_VERSION, "request": request}
+        document |= {"batch_tokens": batch_tokens} if batch_tokens else {}
+        document["records"] = records
         write_json(self.unit_file(unit), document)
 
     def _write_items(self, unit: str, scores: Sequence[Scores], groups: np.ndarray | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,36 +45,27 @@ def weights_of(subject: Subject, base: Base) -> dict[str, Any]:
     return {"base": base.digest, "weights": own}
 
 
-def add_analysis_arguments(parser: argparse.ArgumentParser) -> Any:
-    """Flags that the scripts which analyse checkpoints share; their group."""
-    group = parser.add_argument_group("what to measure")
-    group.add_argument(
-        "--runs",
-        nargs="+",
-        metavar="RUN",
-        help="names of runs, folders, or Hub repositories with checkpoints; default: the study's",
-    )
-    group.add_argument("--checkpoints", nargs="+", default=["all"], help="all | last | steps")
-    group.add_argument("--overwrite", action="store_true", help="measure again what is there")
-    group.add_argument("--pdf", action="store_true", help="figures as PDF, too")
-    group.add_argument("--no-figures", action="store_true", help="draw none")
-    return group
+def find_subjects(
+    settings: Settings,
+    base: Base,
+    runs: Sequence[str] | None = None,
+    checkpoints: Sequence[str] = ("all",),
+) -> list[Subject]:
+    """The base, then the chosen checkpoints of the chosen runs.
 
-
-def find_subjects(args: argparse.Namespace, settings: Settings, base: Base) -> list[Subject]:
-    """The base, then the checkpoints that `--runs` and `--checkpoints` ask for.
-
-    Raises UserError for a run that is not there, is of another base, lacks the checkpoint or has
-    the name of another. A study without runs gives the base alone; `no_runs` says how to make one.
+    `runs` are names of the study's runs, folders, or Hub repositories (default: all runs of the
+    study), `checkpoints` "all", "last", or steps. Raises UserError for a run that does not exist,
+    has another base, lacks the checkpoint or has the name of another run. A study without runs
+    gives the base alone; `no_runs` says how to make one.
     """
     fields = {"base_model": base.name, "study": settings.study}
     subjects = [Subject("base", 0, None, {**fields, **no_arm("base")}, None, True, True)]
     homes = {"base": base.folder}
-    for name, folder in _run_folders(args, settings):
+    for name, folder in _run_folders(runs, settings):
         arm, family, steps = _arm(folder, base)
         found = checkpoints_in(folder, name)
         chosen = _chosen_step(folder)
-        kept = [c for c in found if _is_asked(c.step, found[-1].step, args.checkpoints)]
+        kept = [c for c in found if _is_asked(c.step, found[-1].step, checkpoints)]
         if not kept:
             listed = ", ".join(str(c.step) for c in found)
             raise UserError(f"{folder} has no such checkpoint; its steps are {listed}")
@@ -116,13 +107,13 @@ def no_arm(method: str) -> dict[str, Any]:
     return {**arm, "learning_rate": 0.0, "seed": 0, "fraction": 0.0}
 
 
-def _run_folders(args: argparse.Namespace, settings: Settings) -> list[tuple[str | None, Path]]:
+def _run_folders(runs: Sequence[str] | None, settings: Settings) -> list[tuple[str | None, Path]]:
     """Folders of runs, each with the name that it goes by where that is not the folder's."""
-    if not args.runs:
+    if not runs:
         found = sorted(p.parent for p in settings.runs_dir.glob("*/run.json"))
         return [(None, folder) for folder in found if any(folder.glob("checkpoint-*"))]
     folders: list[tuple[str | None, Path]] = []
-    for run in args.runs:
+    for run in runs:
         if (settings.runs_dir / run).is_dir():
             folders.append((None, settings.runs_dir / run))
         elif Path(run).is_dir():
@@ -181,7 +172,7 @@ def _chosen_step(folder: Path) -> int:
     return min(entries, key=lambda e: e["eval_loss"])["step"] if entries else -1
 
 
-def _is_asked(step: int, last: int, asked: list[str]) -> bool:
+def _is_asked(step: int, last: int, asked: Sequence[str]) -> bool:
     for word in asked:
         if word not in ("all", "last") and not word.isdigit():
             raise UserError(f"--checkpoints {word}: write all, last, or steps")

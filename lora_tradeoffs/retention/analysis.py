@@ -12,8 +12,7 @@ import numpy as np
 
 from config import DATA_SEED, FAMILIES, Settings, UserError
 from dataset_descriptions import describe
-from lora_tradeoffs.adaptation.analysis import Evaluator
-from lora_tradeoffs.adaptation.analysis import Unit as Task
+from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions, TaskUnit
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.retention.forgetting import (
     TEXT,
@@ -59,7 +58,13 @@ class Retention:
     """Measures units on models; benchmarks, texts and the base's side are made once and kept."""
 
     def __init__(
-        self, settings: Settings, tokenizer: Any, device: str, bf16: bool, room: float = 1.0
+        self,
+        settings: Settings,
+        base: Any,
+        tokenizer: Any,
+        device: str,
+        bf16: bool,
+        room: float = 1.0,
     ):
         """`room` multiplies the tokens that a batch may hold."""
         self.settings, self.tokenizer, self.device = settings, tokenizer, device
@@ -68,7 +73,8 @@ class Retention:
         self.texts_by_source: dict[str, list[str]] = {}
         self.passages_by_family: dict[str | None, dict[str, list[Any]]] = {}
         self.references: dict[str, Any] = {}
-        self.evaluator = Evaluator(settings, tokenizer, device, bf16, room)
+        options = AdaptationOptions(dtype="bf16" if bf16 else "fp32")
+        self.evaluator = Adaptation(settings, base, options)
 
     @property
     def precision(self) -> str:
@@ -160,7 +166,8 @@ class Retention:
 
     def _adaptation(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
         """The primary metric of one of the tasks that were trained, on validation."""
-        found, _, _ = self.evaluator.measure(model, _task(unit))
+        task = _task(unit)
+        found, _, _ = self.evaluator.scores(model, task, self.evaluator.batch_tokens(task))
         (scores,) = (s for s in found if s.name == describe(unit.task).metrics[0])
         record = {**unit.fields, "split": "validation", "task": unit.task, "metric": scores.name}
         return [record | figures(scores)], [scores]
@@ -239,9 +246,9 @@ class Retention:
         return records, []
 
 
-def _task(unit: Unit) -> Task:
+def _task(unit: Unit) -> TaskUnit:
     """The adaptation that is measured beside retention: the unit's task on validation."""
-    return Task(unit.subject, "validation", unit.task, unit.limit, 0, 0)
+    return TaskUnit(unit.subject, "validation", unit.task, unit.limit, 0, 0)
 
 
 def _cut(tokens: Sequence[int]) -> Iterator[list[int]]:
