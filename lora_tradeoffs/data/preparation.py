@@ -96,6 +96,27 @@ def prepare(
     return prepared
 
 
+def find_prepared(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Sequence[str],
+    max_length: int,
+    examples_per_task: int,
+    limit: int = 0,
+) -> dict[str, PreparedTask] | None:
+    """The tasks' prepared data by name as `prepare` would return them; None if any are missing."""
+    prepared = {}
+    for task in tasks:
+        made_from = _made_from(
+            settings, tokenizer, describe(task), max_length, examples_per_task, limit
+        )
+        folder = settings.prepared_dir / task / _fingerprint(made_from)
+        if not (folder / REPORT).is_file():
+            return None
+        prepared[task] = _read_prepared(task, folder)
+    return prepared
+
+
 def _prepare_task(
     settings: Settings,
     tokenizer: PreTrainedTokenizerFast,
@@ -110,19 +131,8 @@ def _prepare_task(
     if description.is_classification:
         label_token_ids(tokenizer, description)
     source = source_folder(settings)
-    made_from = {
-        "format": FORMAT,
-        "source": source_identity(source, description),
-        "description": {name: getattr(description, name) for name in ROW_FIELDS},
-        "tokenizer": _tokenizer_digest(tokenizer),
-        "max_length": max_length,
-        "examples_per_task": examples_per_task,
-        "limit": limit,
-        "seed": DATA_SEED,
-        "validation_rows": VALIDATION_ROWS,
-    }
-    text = json.dumps(made_from, sort_keys=True)
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    made_from = _made_from(settings, tokenizer, description, max_length, examples_per_task, limit)
+    fingerprint = _fingerprint(made_from)
     parent = settings.prepared_dir / description.name
     folder = parent / fingerprint
     parent.mkdir(parents=True, exist_ok=True)
@@ -136,8 +146,39 @@ def _prepare_task(
                 report = _make(description, tokenizer, source, temporary, made_from)
                 report = {"fingerprint": fingerprint, **report}
                 (temporary / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return _read_prepared(description.name, folder)
+
+
+def _made_from(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    description: DatasetDescription,
+    max_length: int,
+    examples_per_task: int,
+    limit: int,
+) -> dict[str, Any]:
+    """All that decides what the prepared rows are."""
+    return {
+        "format": FORMAT,
+        "source": source_identity(source_folder(settings), description),
+        "description": {name: getattr(description, name) for name in ROW_FIELDS},
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "max_length": max_length,
+        "examples_per_task": examples_per_task,
+        "limit": limit,
+        "seed": DATA_SEED,
+        "validation_rows": VALIDATION_ROWS,
+    }
+
+
+def _fingerprint(made_from: dict[str, Any]) -> str:
+    text = json.dumps(made_from, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_prepared(name: str, folder: Path) -> PreparedTask:
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    return PreparedTask(description.name, folder, report)
+    return PreparedTask(name, folder, report)
 
 
 def _make(

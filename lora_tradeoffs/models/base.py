@@ -67,6 +67,13 @@ def prepare_base(settings: Settings) -> Base:
     return _stored_base(settings, settings.model.replace("/", "--"), fetch_model)
 
 
+def base_is_here(settings: Settings) -> bool:
+    """Whether `prepare_base` has nothing to fetch or unpack."""
+    name = settings.model.replace("/", "--")
+    stored = (settings.bases_dir / name / BASE_FILE).is_file()
+    return stored or Path(settings.model).expanduser().is_dir()
+
+
 def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
     """The base's tokenizer, from tokenizer/<base>/."""
     from transformers import AutoTokenizer

@@ -58,18 +58,22 @@ def _task_weights(
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What differs between two records of a run: what forbids going on, and what is a warning."""
-    hard = _changed(old["compared"], new["compared"])
-    if old["base"]["digest"] != new["base"]["digest"]:
-        hard.append(f"base model {old['base']['name']} -> {new['base']['name']}, other weights")
-    hard += _changed(
-        {f"data of {task}": report["fingerprint"] for task, report in old["data"].items()},
-        {f"data of {task}": report["fingerprint"] for task, report in new["data"].items()},
-    )
     environments = [
         {**record["environment"], **record["environment"]["versions"], "versions": None}
         for record in (old, new)
     ]
-    return hard, _changed(*environments)
+    return different_settings(old, new), _changed(*environments)
+
+
+def different_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings, base and data in which two records of a run differ."""
+    changes = _changed(old["compared"], new["compared"])
+    if old["base"]["digest"] != new["base"]["digest"]:
+        changes.append(f"base model {old['base']['name']} -> {new['base']['name']}, other weights")
+    return changes + _changed(
+        {f"data of {task}": report["fingerprint"] for task, report in old["data"].items()},
+        {f"data of {task}": report["fingerprint"] for task, report in new["data"].items()},
+    )
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
