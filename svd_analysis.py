@@ -41,14 +41,14 @@ from lora_tradeoffs.tables.scores import drift_table
 
 if TYPE_CHECKING:
     from lora_tradeoffs.drift.analysis import DriftAnalysis
-    from lora_tradeoffs.drift.matrix import Asked
+    from lora_tradeoffs.drift.matrix import DriftSettings
     from lora_tradeoffs.measuring.results import Results
     from lora_tradeoffs.models.base import Base
 
 TOP_K = (4, 8, 16, 32, 64, 128, 256)
 EPSILONS = tuple(i / 10 for i in range(1, 10))
 MOST_WORKERS = 8  # each holds a decomposition of the base and some copies of a matrix
-BETWEEN = "between-runs"  # the unit of what compares runs
+BETWEEN_RUNS = "between-runs"  # the unit that compares runs with each other
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,10 +97,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--workers takes at least 1")
 
 
-def asked_for(args: argparse.Namespace, base: Base) -> Asked:
+def drift_settings(args: argparse.Namespace, base: Base) -> DriftSettings:
     """What is measured of every matrix. Raises UserError for a k that the user gave and that is
     larger than every matrix of the base."""
-    from lora_tradeoffs.drift.matrix import Asked
+    from lora_tradeoffs.drift.matrix import DriftSettings
     from lora_tradeoffs.models.weights import Weights
 
     shapes = Weights(base.folder)
@@ -108,7 +108,7 @@ def asked_for(args: argparse.Namespace, base: Base) -> Asked:
     if args.top_k is not TOP_K and max(args.top_k) > largest:
         raise UserError(f"--top-k {max(args.top_k)}: the base's matrices have {largest} at most")
     ks = sorted(k for k in {INTRUDER_K, *args.top_k} if k <= largest)
-    return Asked(tuple(ks), tuple(sorted({INTRUDER_EPSILON, *args.epsilon})), args.dense)
+    return DriftSettings(tuple(ks), tuple(sorted({INTRUDER_EPSILON, *args.epsilon})), args.dense)
 
 
 def default_workers() -> int:
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     check_arguments(args)
     settings = resolve_settings(args)
     print(settings.headline("cpu"), flush=True)
-    from lora_tradeoffs.drift.analysis import DriftAnalysis, is_done, join_layers, threads
+    from lora_tradeoffs.drift.analysis import DriftAnalysis, is_done, join_layers, worker_threads
     from lora_tradeoffs.drift.matrix import AGGREGATION
     from lora_tradeoffs.drift.subspaces import last_directions, records_between
     from lora_tradeoffs.measuring.results import Results
@@ -192,10 +192,10 @@ def main(argv: list[str] | None = None) -> int:
     for warning in other_bases(subjects, base):
         print(warning, file=sys.stderr)
     results = Results(settings.document("drift").parent)
-    with threads(args.workers or default_workers()) as spread:
-        asked = asked_for(args, base)
+    with worker_threads(args.workers or default_workers()) as parallel_map:
+        drift_options = drift_settings(args, base)
         cache = results.folder.parent / "base" / base.name
-        analysis = DriftAnalysis(base, asked, args.target_modules, cache, spread)
+        analysis = DriftAnalysis(base, drift_options, args.target_modules, cache, parallel_map)
         pending = [
             s for s in subjects if args.overwrite or not is_done(results, s, analysis.request(s))
         ]
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         broken, methods = measure_all(analysis, results, pending)
     meta = {"study": settings.study, "base_model": base.name, "preset": settings.preset.name}
     with results.joining():
-        results.write(BETWEEN, {}, records_between(last_directions(results.folder)))
+        results.write(BETWEEN_RUNS, {}, records_between(last_directions(results.folder)))
         path = results.join("drift", {**meta, "aggregation": AGGREGATION})
         layers = join_layers(results.folder)
     if methods:

@@ -100,22 +100,22 @@ def _save(folder: Path, name: str, tensors: dict[str, Any], config: dict | None 
 class _Analysis:
     """The script's analysis of that folder, timed."""
 
-    def __init__(self, folder: Path, k: int, spread: Any) -> None:
+    def __init__(self, folder: Path, k: int, parallel_map: Any) -> None:
         from lora_tradeoffs.drift.analysis import DriftAnalysis
-        from lora_tradeoffs.drift.matrix import Asked
+        from lora_tradeoffs.drift.matrix import DriftSettings
         from lora_tradeoffs.measuring.results import Results
         from lora_tradeoffs.models.base import Base
         from svd_analysis import EPSILONS
 
-        self.folder, self.spread = folder, spread
+        self.folder, self.parallel_map = folder, parallel_map
         base = Base("made-up", folder / "base", folder, {"digest": ""})
-        asked = Asked(tuple(each for each in TOP_K if each <= k), EPSILONS)
-        self.drift = DriftAnalysis(base, asked, None, folder / "cache", spread)
+        settings = DriftSettings(tuple(each for each in TOP_K if each <= k), EPSILONS)
+        self.drift = DriftAnalysis(base, settings, None, folder / "cache", parallel_map)
         self.results = Results(folder / f"results_{k}")
 
     def decompose(self, matrix: Any) -> None:
         """A matrix of the base; what is kept of it is up to the analysis."""
-        self.drift.spectra.of(matrix)
+        self.drift.spectra.svd(matrix)
 
     def seconds(self, run: str, is_last: bool) -> float:
         """Of one checkpoint, from its manifest to its records."""
@@ -138,19 +138,19 @@ class _Analysis:
         start = time.perf_counter()
         check_whole(Checkpoint(run, 0, self.folder / run), ".safetensors")
         full = FullCheckpoint(self.folder / run, self.drift.weights)
-        self.spread(full.squares, full.tensors)
+        self.parallel_map(full.squares, full.tensors)
         return time.perf_counter() - start
 
 
 def analyse_study(folder: Path, k: int, layers: int) -> dict[str, Any]:
     """Seconds of every kind of checkpoint, the slower size of update, and the study's."""
-    from lora_tradeoffs.drift.analysis import threads
+    from lora_tradeoffs.drift.analysis import worker_threads
     from lora_tradeoffs.hardware import peak_memory
 
-    with threads(WORKERS) as spread:
-        analysis = _Analysis(folder, k, spread)
+    with worker_threads(WORKERS) as parallel_map:
+        analysis = _Analysis(folder, k, parallel_map)
         start = time.perf_counter()
-        spread(analysis.decompose, analysis.drift.weights.matrices())
+        parallel_map(analysis.decompose, analysis.drift.weights.matrices())
         base = time.perf_counter() - start
         analysis.seconds(f"lora_r{RANKS[0]}_{SIZES[0]:g}", False)  # imports, and the base's norms
         lora = {

@@ -163,7 +163,7 @@ def errors_of(found: Any, dense: tuple, k: int) -> dict[str, float]:
 
     Raises UserError where they are above 1e-9 and 1e-6, or the intruders are not the same.
     """
-    from lora_tradeoffs.drift.svd import max_cosines
+    from lora_tradeoffs.drift.measures import max_cosines
 
     values = dense[0]
     value_error = float(((found.values - values) / values).abs().max())
@@ -178,8 +178,8 @@ def errors_of(found: Any, dense: tuple, k: int) -> dict[str, float]:
 
 
 def count_intruders(base: Any, A: Any, B: Any, k: int) -> int:
+    from lora_tradeoffs.drift.measures import intruders, max_cosines
     from lora_tradeoffs.drift.solver import top_triplets_lora
-    from lora_tradeoffs.drift.svd import intruders, max_cosines
 
     return intruders(max_cosines(top_triplets_lora(base, A, B, 1.0, k).cosines), k)
 

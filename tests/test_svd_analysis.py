@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import assert_one_line_error, settings_for
 
-from lora_tradeoffs.drift.svd import random_similarity
+from lora_tradeoffs.drift.measures import random_similarity
 from lora_tradeoffs.models.base import load_base, prepare_base
 from multi_task_training import main as train
 from svd_analysis import main
@@ -426,7 +426,7 @@ def test_a_base_that_is_not_finite_is_named(base, tiny, tmp_path, capsys):
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     argv = ["--model", str(broken), "--study", "nan-base", "--runs", str(tmp_path / "lora")]
     assert main(argv) == 1
-    assert "layer 0 q_proj: of the base, the matrix holds values" in capsys.readouterr().err
+    assert "layer 0 q_proj: in the base, the matrix holds values" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_base_or_kind_is_told(base, model, tmp_path, capsys):

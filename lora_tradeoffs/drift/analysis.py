@@ -1,9 +1,9 @@
-"""One checkpoint's drift: every matrix of it against the base, its records, and its tables.
+"""The drift of one checkpoint: every matrix against the base, its records and its tables.
 
-Beside the records of a checkpoint lie, for the figures and for other questions: `layers/` (every
-row of every matrix, Parquet), `spectra/` (singular values and largest cosines), `similarities/`
-(cosines between leading vectors of base and tuned matrix) and, of a run's last checkpoint,
-`directions/` (the update's singular vectors).
+Four tables are written beside a checkpoint's records: `layers/` (every row of every matrix,
+Parquet), `spectra/` (singular values and largest cosines), `similarities/` (cosines between leading
+vectors of base and tuned matrix) and, for a run's last checkpoint, `directions/` (the update's
+singular vectors).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ import torch
 
 from config import INTRUDER_EPSILON, INTRUDER_K, RANKS, TARGET_MODULES, UserError
 from lora_tradeoffs.drift.matrix import (
-    Asked,
     BaseSpectra,
+    DriftSettings,
     MatrixDrift,
     aggregate,
     measure,
@@ -32,28 +32,34 @@ from lora_tradeoffs.files import check_whole, weights_key, written_whole
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.models.weights import Matrix, Weights, model_tensors, read_checkpoint
+from lora_tradeoffs.models.weights import (
+    Adapter,
+    FullCheckpoint,
+    Matrix,
+    Weights,
+    model_tensors,
+    read_checkpoint,
+)
 
-Squares = dict[str, tuple[float, float]]
-Spread = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
+ParallelMap = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
 
 
 @dataclass(frozen=True)
-class Drift:
-    """A checkpoint's: matrix by matrix, and ||dW||_F^2 and ||W0||_F^2 of every tensor."""
+class CheckpointDrift:
+    """The drift of every matrix, and ||dW||_F^2 and ||W0||_F^2 of every tensor."""
 
     matrices: dict[Matrix, MatrixDrift]
-    squares: Squares
+    squares: dict[str, tuple[float, float]]
 
 
 @contextmanager
-def threads(count: int) -> Iterator[Spread]:
-    """A map over lists on so many threads, each with its own core for the linear algebra."""
+def worker_threads(count: int) -> Iterator[ParallelMap]:
+    """A map over lists on `count` threads, each of which uses one core for linear algebra."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(count)
 
-    def spread(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+    def parallel_map(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
         futures = [pool.submit(function, item) for item in items]
         try:
             return [future.result() for future in futures]
@@ -62,7 +68,7 @@ def threads(count: int) -> Iterator[Spread]:
                 future.cancel()
 
     try:
-        yield spread
+        yield parallel_map
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
@@ -71,54 +77,69 @@ def threads(count: int) -> Iterator[Spread]:
 class DriftAnalysis:
     """Measures checkpoints against one base."""
 
-    def __init__(self, base: Base, asked: Asked, place: str | None, cache: Path, spread: Spread):
-        """`place`: only these of TARGET_MODULES; else an adapter's own, of a dense update qv."""
-        self.base, self.asked, self.place, self.spread = base, asked, place, spread
+    def __init__(
+        self,
+        base: Base,
+        settings: DriftSettings,
+        target_modules: str | None,
+        cache: Path,
+        parallel_map: ParallelMap,
+    ):
+        """`target_modules`, a key of TARGET_MODULES; None: those of an adapter, else qv."""
+        self.base, self.settings, self.target_modules = base, settings, target_modules
+        self.parallel_map = parallel_map
         self.weights = Weights(base.folder)
         self.spectra = BaseSpectra(self.weights, cache)
         self._base_squares: dict[str, float] = {}
 
     def request(self, subject: Subject) -> dict[str, Any]:
-        """What makes a measurement the same one."""
+        """What a stored measurement must have in common with this one to be reused."""
         return {
             "base": self.base.digest,
             "weights": weights_key(subject.checkpoint.folder),
-            "top_k": self.asked.ks,
-            "epsilon": self.asked.epsilons,
-            "target_modules": self.place,
-            "dense": self.asked.dense,
+            "top_k": self.settings.ks,
+            "epsilon": self.settings.epsilons,
+            "target_modules": self.target_modules,
+            "dense": self.settings.dense,
         }
 
-    def measure(self, subject: Subject) -> Drift:
+    def measure(self, subject: Subject) -> CheckpointDrift:
         """Raises UserError for a checkpoint that is broken or cannot be analysed."""
         check_whole(subject.checkpoint, ".safetensors")
         checkpoint = read_checkpoint(subject.checkpoint.folder, self.weights)
-        place = self.place or (None if checkpoint.is_low_rank else "qv")
-        found = checkpoint.matrices
-        matrices = [m for m in found if place is None or m.module in TARGET_MODULES[place]]
-        if not matrices:
-            raise UserError(f"{checkpoint.folder} has none of {', '.join(TARGET_MODULES[place])}")
-        keep = max(RANKS) if subject.is_last else 0
-        asked = Asked(self.asked.ks, self.asked.epsilons, self.asked.dense, keep)
+        matrices = self._matrices(checkpoint)
+        settings = replace(self.settings, directions=max(RANKS) if subject.is_last else 0)
         drifts = self._each(
-            matrices, lambda m: m.label, lambda m: measure(checkpoint, m, self.spectra, asked)
+            matrices, lambda m: m.label, lambda m: measure(checkpoint, m, self.spectra, settings)
         )
         if not checkpoint.is_low_rank:
-            return Drift(drifts, self._each(checkpoint.tensors, str, checkpoint.squares))
-        if len(matrices) < len(found):
-            return Drift(drifts, {})  # the others would count as unmoved
+            return CheckpointDrift(drifts, self._each(checkpoint.tensors, str, checkpoint.squares))
+        if len(matrices) < len(checkpoint.matrices):
+            return CheckpointDrift(drifts, {})  # the other matrices would count as unmoved
         if not self._base_squares:
             stored = model_tensors(self.weights)
             self._base_squares = self._each(
                 list(stored), str, lambda name: self.weights.square(stored[name])
             )
         moved = {matrix.tensor: drift.squares[0] for matrix, drift in drifts.items()}
-        return Drift(drifts, {n: (moved.get(n, 0.0), s) for n, s in self._base_squares.items()})
+        squares = {n: (moved.get(n, 0.0), s) for n, s in self._base_squares.items()}
+        return CheckpointDrift(drifts, squares)
+
+    def _matrices(self, checkpoint: Adapter | FullCheckpoint) -> list[Matrix]:
+        """The matrices to measure. Raises UserError if the checkpoint has none of them."""
+        target_modules = self.target_modules or (None if checkpoint.is_low_rank else "qv")
+        if target_modules is None:
+            return checkpoint.matrices
+        modules = TARGET_MODULES[target_modules]
+        matrices = [matrix for matrix in checkpoint.matrices if matrix.module in modules]
+        if not matrices:
+            raise UserError(f"{checkpoint.folder} has none of {', '.join(modules)}")
+        return matrices
 
     def _each(
         self, items: list, label: Callable[[Any], str], compute: Callable[[Any], Any]
     ) -> dict:
-        """What `compute` gives for each item, on the threads; a ValueError names its item."""
+        """`compute` of each item, on the threads; a ValueError becomes a UserError with a label."""
 
         def named(item: Any) -> Any:
             try:
@@ -126,10 +147,10 @@ class DriftAnalysis:
             except ValueError as error:
                 raise UserError(f"{label(item)}: {error}") from None
 
-        return dict(zip(items, self.spread(named, items)))
+        return dict(zip(items, self.parallel_map(named, items)))
 
 
-# ------------------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------------- records and tables
 
 
 def unit_of(subject: Subject) -> str:
@@ -137,13 +158,15 @@ def unit_of(subject: Subject) -> str:
 
 
 def is_done(results: Results, subject: Subject, request: dict[str, Any]) -> bool:
-    """Whether records and tables are there, just as they are asked for now."""
+    """Whether records and tables of this very measurement exist."""
     files = _tables(results.folder, subject)
     return all(p.is_file() for p in files) and results.is_done(unit_of(subject), request)
 
 
-def write(results: Results, subject: Subject, request: dict[str, Any], drift: Drift) -> None:
-    """Write the tables, then the records, so that a record without tables cannot be."""
+def write(
+    results: Results, subject: Subject, request: dict[str, Any], drift: CheckpointDrift
+) -> None:
+    """Write the tables, then the records, so that no record lacks its tables."""
     layers, spectra, similarities, *directions = _tables(results.folder, subject)
     _write_table(layers, _layer_table(drift))
     _write_table(spectra, _spectrum_table(drift))
@@ -169,20 +192,20 @@ def _tables(folder: Path, subject: Subject) -> list[Path]:
     return tables
 
 
-def _layer_table(drift: Drift) -> pd.DataFrame:
+def _layer_table(drift: CheckpointDrift) -> pd.DataFrame:
     """Every row of every matrix: layer, module, decomposition (see Triplets.method), metric, k,
     eps, side, value."""
     rows = [
-        {"layer": matrix.layer, "module": matrix.module, "decomposition": found.method, **row}
-        for matrix, found in drift.matrices.items()
-        for row in found.rows
+        {"layer": matrix.layer, "module": matrix.module, "decomposition": d.method, **row}
+        for matrix, d in drift.matrices.items()
+        for row in d.rows
     ]
     table = pd.DataFrame(rows)
     table["k"] = table["k"].astype("Int32")
     return table.astype({"eps": float, "value": float})
 
 
-def _spectrum_table(drift: Drift) -> pd.DataFrame:
+def _spectrum_table(drift: CheckpointDrift) -> pd.DataFrame:
     """Singular values by matrix and index, from 1: base, tuned, update; max_cosine of u_j."""
     parts = []
     for matrix, d in drift.matrices.items():
@@ -211,12 +234,9 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
         table.to_parquet(temporary)
 
 
-# ---------------------------------------------------------------------------------- records
-
-
-def records_of(subject: Subject, drift: Drift) -> list[dict[str, Any]]:
-    """Flat records: over the layers (layer -1) at every k and, of the published k, every epsilon;
-    of each layer at the published ones alone. The whole grid is in `layers/`."""
+def records_of(subject: Subject, drift: CheckpointDrift) -> list[dict[str, Any]]:
+    """Flat records. Over the layers (layer -1): every k, and every epsilon at the published k. Of
+    each layer: the published k and epsilon alone. The whole grid is in `layers/`."""
     common = common_fields(subject)
     rows = [
         row
@@ -225,25 +245,24 @@ def records_of(subject: Subject, drift: Drift) -> list[dict[str, Any]]:
     ]
     rows += whole_model(drift.squares) if drift.squares else []
     records = [{**common, "layer": -1, **row} for row in rows]
-    for matrix, found in drift.matrices.items():
-        own = {**common, "layer": matrix.layer, "module": matrix.module, "n": 1}
-        own["decomposition"] = found.method
+    for matrix, d in drift.matrices.items():
+        about = {"layer": matrix.layer, "module": matrix.module, "n": 1, "decomposition": d.method}
         records += [
-            {**own, **row}
-            for row in found.rows
+            {**common, **about, **row}
+            for row in d.rows
             if row["k"] in (None, INTRUDER_K) and row["eps"] in (None, INTRUDER_EPSILON)
         ]
     return records
 
 
 def common_fields(subject: Subject) -> dict[str, Any]:
-    """What all records of a checkpoint say; drift is of no task and no split."""
-    own = {"run": subject.run, "family": subject.family or "", "step": subject.step}
-    return {**subject.fields, **own, "split": "", "task": ""}
+    """The columns that all records of a checkpoint share; drift has no task and no split."""
+    about = {"run": subject.run, "family": subject.family or "", "step": subject.step}
+    return {**subject.fields, **about, "split": "", "task": ""}
 
 
 def join_layers(folder: Path) -> Path:
-    """Write all checkpoints' rows into one table, `<folder>/drift_layers.parquet`; its path."""
+    """Join the rows of all checkpoints in `<folder>/drift_layers.parquet`; its path."""
     parts = []
     for path in sorted((folder / "layers").glob("*.parquet")):
         run, _, step = path.stem.rpartition("-")

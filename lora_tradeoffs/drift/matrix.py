@@ -1,7 +1,7 @@
-"""What is measured of one tuned matrix against its base, and of a checkpoint's matrices together.
+"""The drift of one tuned matrix from its base, and the aggregates over a checkpoint's matrices.
 
-A measurement is a flat row: metric, k, eps, side, value. k is the number of leading triplets that
-it is about, eps the threshold of intruder dimensions, side which singular vectors it compares.
+A measurement is a flat row: metric, k, eps, side, value. k is the number of leading triplets, eps
+the threshold of intruder dimensions, side the singular vectors that are compared, left or right.
 """
 
 from __future__ import annotations
@@ -15,32 +15,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_tradeoffs.drift.solver import Triplets, top_triplets_dense, top_triplets_lora
-from lora_tradeoffs.drift.svd import (
-    SVD,
-    cached_svd,
+from config import TARGET_MODULES
+from lora_tradeoffs.drift.measures import (
     effective_rank,
-    intruder_counts,
+    intruders,
     legacy_drift,
-    lora_update_svd,
     max_cosines,
     rank90,
     relative_frobenius,
     relative_spectral,
-    singular_values,
     stable_rank,
-    svd,
     threshold_ratio,
     value_shift,
 )
+from lora_tradeoffs.drift.solver import Triplets, top_triplets_dense, top_triplets_lora
+from lora_tradeoffs.drift.svd import SVD, cached_svd, lora_update_svd, singular_values, svd
 
 if TYPE_CHECKING:
     from lora_tradeoffs.models.weights import Adapter, FullCheckpoint, Matrix, Weights
 
-SHOWN = 64  # leading vectors of base and tuned matrix whose cosines are kept for the figure
-NEGLIGIBLE = 1e-10  # a singular value of an update below this share of the first is rounding
-PAIR = ("q_proj", "v_proj")
-SIZES: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
+SHOWN = 64  # leading vectors of base and tuned matrix whose cosines are stored for the figure
+NEGLIGIBLE = 1e-10  # singular values of an update below this share of the first are rounding
+SVD_MEMORY = 1 << 29  # bytes of the base's decompositions that stay in memory
+PAIR = TARGET_MODULES["qv"]
+SIZE_MEASURES: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
     "relative_frobenius": relative_frobenius,
     "relative_spectral": relative_spectral,
     "stable_rank": lambda update, base: stable_rank(update),
@@ -57,18 +55,18 @@ AGGREGATION = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked of every matrix; `dense` is the reference path."""
+class DriftSettings:
+    """What is measured of every matrix."""
 
     ks: tuple[int, ...]
     epsilons: tuple[float, ...]
-    dense: bool = False
-    directions: int = 0  # of a dense update's singular vectors, how many are kept
+    dense: bool = False  # the reference path: a dense SVD of every tuned matrix
+    directions: int = 0  # how many of a dense update's singular vectors to return
 
 
 @dataclass(frozen=True)
 class MatrixDrift:
-    """One matrix: its rows, and what the figures need beside them."""
+    """One matrix: its rows, and what else the figures need."""
 
     rows: list[dict[str, Any]]
     squares: tuple[float, float]  # ||dW||_F^2 and ||W0||_F^2
@@ -82,69 +80,73 @@ class MatrixDrift:
 
 
 class BaseSpectra:
-    """The decompositions of the base's matrices: kept on disk, and in memory as far as `room`."""
+    """The decompositions of the base's matrices, cached on disk and, up to a limit, in memory."""
 
-    def __init__(self, weights: Weights, folder: Path, room: int = 1 << 29) -> None:
+    def __init__(self, weights: Weights, folder: Path) -> None:
         self.weights, self.folder = weights, folder
-        self._kept: dict[str, SVD] = {}
-        self._room, self._lock = room, threading.Lock()
+        self._in_memory: dict[str, SVD] = {}
+        self._bytes_left, self._lock = SVD_MEMORY, threading.Lock()
 
-    def of(self, matrix: Matrix) -> SVD:
+    def svd(self, matrix: Matrix) -> SVD:
         """W0 = U0 S0 V0^T. Raises ValueError if W0 is not finite."""
-        if matrix.tensor in self._kept:
-            return self._kept[matrix.tensor]
+        if matrix.tensor in self._in_memory:
+            return self._in_memory[matrix.tensor]
         try:
-            found = cached_svd(self.weights.tensor(matrix.tensor), self.folder)
+            base = cached_svd(self.weights.tensor(matrix.tensor), self.folder)
         except ValueError as error:
-            raise ValueError(f"of the base, {error}") from None
-        size = 8 * sum(part.numel() for part in (found.U, found.S, found.Vh))
+            raise ValueError(f"in the base, {error}") from None
+        size = 8 * sum(factor.numel() for factor in (base.U, base.S, base.Vh))
         with self._lock:
-            if size <= self._room:
-                self._room -= size
-                self._kept[matrix.tensor] = found
-        return found
+            if size <= self._bytes_left:
+                self._bytes_left -= size
+                self._in_memory[matrix.tensor] = base
+        return base
 
 
 def measure(
-    checkpoint: Adapter | FullCheckpoint, matrix: Matrix, spectra: BaseSpectra, asked: Asked
+    checkpoint: Adapter | FullCheckpoint,
+    matrix: Matrix,
+    spectra: BaseSpectra,
+    settings: DriftSettings,
 ) -> MatrixDrift:
     """One matrix of a checkpoint. Raises ValueError for values that are not finite."""
-    base = spectra.of(matrix)
-    k = max((k for k in asked.ks if k <= len(base.S)), default=len(base.S))
-    if checkpoint.is_low_rank and not asked.dense:
+    base = spectra.svd(matrix)
+    k = max((k for k in settings.ks if k <= len(base.S)), default=len(base.S))
+    if checkpoint.is_low_rank and not settings.dense:
         A, B, scale = checkpoint.factors(matrix)
         update = lora_update_svd(A, B, scale)
-        return _drift(base, update, top_triplets_lora(base, A, B, scale, k), asked, update.S)
+        return _drift(base, update, top_triplets_lora(base, A, B, scale, k), settings, update.S)
     start = spectra.weights.tensor(matrix.tensor).double()
     if checkpoint.is_low_rank:
         A, B, scale = checkpoint.factors(matrix)
         change, rank = scale * B.double() @ A.double(), len(A)
-        weight, kept = start + change, min(rank, *change.shape)
+        weight, directions = start + change, min(rank, *change.shape)
     else:
-        weight, kept = checkpoint.weight(matrix).double(), asked.directions
+        weight, directions = checkpoint.weight(matrix).double(), settings.directions
         change = weight - start
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds values that are not finite")
-    triplets = dense_triplets(base, weight, k) if asked.dense else None
-    triplets = triplets or top_triplets_dense(base, weight, k)
-    update, values = _update(change, kept)
-    return _drift(base, update, triplets, asked, values)
+    top_triplets = dense_triplets if settings.dense else top_triplets_dense
+    triplets = top_triplets(base, weight, k)
+    update, values = _update(change, directions)
+    return _drift(base, update, triplets, settings, values)
 
 
-def _update(change: torch.Tensor, kept: int) -> tuple[SVD, torch.Tensor]:
-    """The leading `kept` triplets of a dense update, and all of its singular values."""
-    if kept:
-        whole = svd(change)
-        return SVD(whole.U[:, :kept], whole.S[:kept], whole.Vh[:kept]), whole.S
+def _update(change: torch.Tensor, directions: int) -> tuple[SVD, torch.Tensor]:
+    """The leading triplets of a dense update, so many as `directions`; all singular values."""
+    if directions:
+        full = svd(change)
+        leading = SVD(full.U[:, :directions], full.S[:directions], full.Vh[:directions])
+        return leading, full.S
     values = singular_values(change)
     m, n = change.shape
     return SVD(change.new_zeros(m, 0), values[:0], change.new_zeros(0, n)), values
 
 
 def dense_triplets(base: SVD, weight: torch.Tensor, k: int) -> Triplets:
-    """The k leading triplets of W by a dense decomposition: the reference of `--dense`.
+    """The k leading triplets of W from a dense decomposition: the reference for `--dense`.
 
-    Their residual is measured; the vectors' distance from the true ones is not bounded.
+    Their residual is measured; the distance of the vectors from the true ones is not bounded.
     """
     tuned = svd(weight)
     left, right = tuned.U[:, :k], tuned.Vh[:k].T
@@ -161,17 +163,16 @@ def dense_triplets(base: SVD, weight: torch.Tensor, k: int) -> Triplets:
 
 
 def _drift(
-    base: SVD, update: SVD, tuned: Triplets, asked: Asked, update_values: torch.Tensor
+    base: SVD, update: SVD, tuned: Triplets, settings: DriftSettings, update_values: torch.Tensor
 ) -> MatrixDrift:
-    rows = [_row(name, size(update_values, base.S)) for name, size in SIZES.items()]
+    rows = [_row(name, size(update_values, base.S)) for name, size in SIZE_MEASURES.items()]
     rows.append(_row("residual", tuned.residual))
     maxima = max_cosines(tuned.cosines)
-    for k in (k for k in asked.ks if k <= len(tuned.values)):
+    for k in (k for k in settings.ks if k <= len(tuned.values)):
         rows += _leading_rows(base, tuned, update_values, k)
-        counts = intruder_counts(maxima, [k], asked.epsilons)[0].tolist()
-        rows += [_row("intruders", n, k, eps) for n, eps in zip(counts, asked.epsilons)]
+        rows += [_row("intruders", intruders(maxima, k, e), k, e) for e in settings.epsilons]
     strong = int((NEGLIGIBLE * update.S.max() < update.S).sum()) if len(update.S) else 0
-    # copies, since a part would keep the whole alive, be it in memory or a mapped file
+    # copies: a slice would keep the whole tensor, or its mapped file, alive
     return MatrixDrift(
         rows,
         (float(update_values.square().sum()), float(base.S.square().sum())),
@@ -188,20 +189,20 @@ def _drift(
 def _leading_rows(
     base: SVD, tuned: Triplets, update_values: torch.Tensor, k: int
 ) -> list[dict[str, Any]]:
-    """What is said of the k leading triplets; in the base's coordinates U0 and V0 are e_1 ..."""
+    """The rows about the k leading triplets, in coordinates in which U0 and V0 are identities."""
     left = tuned.left[:, :k]
     unit = torch.eye(len(left), k, dtype=left.dtype)
     return [
         _row("rho", threshold_ratio(update_values, base.S, k), k),
-        _row("phi", _kept_share(tuned.cosines, k), k, side="left"),
-        _row("phi", _kept_share(tuned.right_cosines, k), k, side="right"),
+        _row("phi", _overlap(tuned.cosines, k), k, side="left"),
+        _row("phi", _overlap(tuned.right_cosines, k), k, side="right"),
         _row("value_shift", value_shift(tuned.values[:k], base.S), k),
         _row("legacy_drift", legacy_drift(left, unit), k, side="left"),
     ]
 
 
-def _kept_share(cosines: torch.Tensor, k: int) -> float:
-    """phi(k, k) of the leading vectors with the base's: 1 where the subspace stayed."""
+def _overlap(cosines: torch.Tensor, k: int) -> float:
+    """phi(k, k) of the leading vectors with the base's: 1 if the subspace did not move."""
     return float(cosines[:k, :k].square().sum() / k)
 
 
@@ -217,7 +218,7 @@ def _row(
 def aggregate(drifts: dict[Matrix, MatrixDrift]) -> list[dict[str, Any]]:
     """Rows over the layers, with `module` and the number n of matrices; see AGGREGATION.
 
-    "both" stands for q_proj and v_proj, where the checkpoint has them, whatever else it has.
+    Module "both" is q_proj and v_proj, if the checkpoint has both of them.
     """
     modules = sorted({matrix.module for matrix in drifts})
     groups = {name: [m for m in drifts if m.module == name] for name in modules}
@@ -231,21 +232,21 @@ def aggregate(drifts: dict[Matrix, MatrixDrift]) -> list[dict[str, Any]]:
                 key = row["metric"], row["k"], row["eps"], row["side"]
                 values.setdefault(key, []).append(row["value"])
         squares = [drifts[matrix].squares for matrix in matrices]
-        for key, found in values.items():
-            if len(found) == len(matrices):  # k may be larger than some of them
-                value = _joined(key[0], found, squares)
-                rows.append({**_row(key[0], value, *key[1:]), "module": module, "n": len(found)})
+        for key, by_matrix in values.items():
+            if len(by_matrix) == len(matrices):  # some matrices may be smaller than k
+                row = _row(key[0], _aggregate(key[0], by_matrix, squares), *key[1:])
+                rows.append({**row, "module": module, "n": len(by_matrix)})
     return rows
 
 
-def _joined(metric: str, values: list[float], squares: list[tuple[float, float]]) -> float:
+def _aggregate(metric: str, values: list[float], squares: list[tuple[float, float]]) -> float:
     if metric == "relative_frobenius":
         return relative_norm(squares)
     return max(values) if metric == "residual" else sum(values) / len(values)
 
 
 def relative_norm(squares: Iterable[tuple[float, float]]) -> float:
-    """||dW||_F / ||W0||_F of tensors that are taken as one, from the squares of each."""
+    """||dW||_F / ||W0||_F over several tensors, from ||dW||_F^2 and ||W0||_F^2 of each."""
     update, base = (sum(part) for part in zip(*squares))
     if update == 0:
         return 0.0
@@ -253,13 +254,13 @@ def relative_norm(squares: Iterable[tuple[float, float]]) -> float:
 
 
 def whole_model(squares: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
-    """Of the norms of all tensors: that of the model, and the share of ||dW||_F^2 by module.
+    """Rows over all tensors: the model's relative norm and each module's share of ||dW||_F^2.
 
-    Measured only where LoRA may move, drift would flatter full fine-tuning.
+    Comparing only q_proj and v_proj would understate how far full fine-tuning moves.
     """
     groups: dict[str, list[float]] = {"both": []}
     for name, (update, _) in squares.items():
-        module = _kind(name)
+        module = _tensor_group(name)
         groups.setdefault(module, []).append(update)
         if module in PAIR:
             groups["both"].append(update)
@@ -273,10 +274,10 @@ def whole_model(squares: dict[str, tuple[float, float]]) -> list[dict[str, Any]]
     return rows
 
 
-def _kind(tensor: str) -> str:
+def _tensor_group(tensor: str) -> str:
     """q_proj ... down_proj, embed_tokens, lm_head, norms, or biases."""
-    name, _, part = tensor.rpartition(".")
+    name, _, parameter = tensor.rpartition(".")
     module = name.rpartition(".")[2]
-    if part == "bias":
+    if parameter == "bias":
         return "biases"
     return "norms" if "norm" in module else module

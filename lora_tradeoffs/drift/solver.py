@@ -1,50 +1,51 @@
-"""The leading singular triplets of W0 + dW without a dense decomposition of it.
+"""The leading singular triplets of W = W0 + dW without a dense decomposition of W.
 
-Everything happens in the coordinates of the base's decomposition W0 = U0 diag(S0) V0^T, computed
-once. There M = U0^T W V0 is diag(S0) plus the update: of low rank for LoRA, nearly nothing for a
-short full fine-tuning. The left singular vectors of M *are* the cosines between W's and W0's.
+The solver works in the coordinates of the base's decomposition W0 = U0 diag(S0) V0^T, computed
+once. There M = U0^T W V0 is diag(S0) plus the update: of low rank for LoRA, small for a short full
+fine-tuning. The left singular vectors of M *are* the cosines between W's and W0's.
 
-The search space is the first coordinate vectors e_1 ... e_K, whole, and a few directions of the
-remaining coordinates, the tail. Rayleigh and Ritz give the best triplets in it; as the space holds
-e_1 ... e_K, their residuals lie in the tail, where M is close to diag(S0) and S0 is below what is
-looked for, so that (sigma^2 - S0^2)^-1 of the residual is nearly the missing part (the generalised
-Davidson method, Morgan and Scott 1986). It joins the space; three to six rounds do.
+The search space holds the first coordinate vectors e_1 ... e_K and a few directions of the
+remaining coordinates, the tail. The Rayleigh-Ritz procedure gives the best triplets in it. As the
+space holds e_1 ... e_K, their residuals lie in the tail, where M is close to diag(S0) and S0 is
+below the wanted singular values. So (sigma^2 - S0^2)^-1 times the residual is nearly the missing
+part (the generalised Davidson method, Morgan and Scott 1986), and it is added to the space. Three
+to six rounds are enough.
 
-What is returned was checked: `_errors` bounds the distance of every vector from the true one, and
-`_missed` tells whether a triplet was overlooked. Where a check fails, and where it is not expected
-to be faster (`_pays`), the answer comes from a dense decomposition.
+Every result is checked: `_errors` bounds the distance of every vector from the true one, `_missed`
+says whether a triplet may have been overlooked. If a check fails, or if the iteration is not
+expected to be faster (`_pays`), a dense decomposition is used.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from lora_tradeoffs.drift.coordinates import NOISE, PROBES, Dense, LowRank, product, random_block
 from lora_tradeoffs.drift.svd import SVD, finite, lora_factors, thin_svd
 
-# On the distance of a vector from the true one, so on the error of every cosine. The values' error
-# is its square.
+# Bound of a vector's distance from the true one, so of the error of every cosine. The error of the
+# singular values is its square.
 TOLERANCE = 1e-6
-IMPROVED = TOLERANCE / 8  # errors above it are worked on: some more directions save a last round
-GUARD = 16  # triplets beyond k whose residuals are looked at in every round
+IMPROVED = TOLERANCE / 8  # larger errors are corrected: a few more directions save a last round
+GUARD = 16  # triplets after the k-th whose residuals are computed in every round
 SAME = 1e-9  # relative: values that differ by less count as equal
-DROP = 1e-3  # of the largest error: a round improves by about that, so weaker directions can wait
+DROP = 1e-3  # of the largest error, about what a round gains: weaker directions can wait
 ABANDON = 0.6  # of min(m, n): a larger search space costs more than a dense decomposition
 
 
 @dataclass(frozen=True)
 class Triplets:
-    """The k leading singular triplets of W, m x n, in the coordinates of the base's p = min(m, n).
+    """The k leading singular triplets of W, m x n, in the base's coordinates; p = min(m, n).
 
     `values` (k,); `cosines` (p, k) = U0^T U and `right_cosines` (p, k) = V0^T V, signed;
     `left_outside` (m, k) and `right_outside` (n, k) are the parts of U and V outside the spans of
-    U0 and V0, with no rows where there is no outside (m <= n, n <= m). `residual` is the largest
-    (||W v - sigma u||^2 + ||W^T u - sigma v||^2)^1/2 / sigma_1; `error` bounds the distance of any
-    returned vector from the true one. `method` is `unchanged`, `iterative`, `dense`, or
-    `dense after iterative` where the iteration failed its checks.
+    U0 and V0, without rows where these span the whole space (m <= n, n <= m). `residual` is the
+    largest (||W v - sigma u||^2 + ||W^T u - sigma v||^2)^1/2 / sigma_1; `error` bounds the distance
+    of any returned vector from the true one. `method` is `unchanged`, `iterative`, `dense`, or
+    `dense after iterative` if the iteration failed its checks.
     """
 
     values: torch.Tensor
@@ -56,33 +57,10 @@ class Triplets:
     error: float
     method: str
 
-    def leading(self, k: int) -> Triplets:
-        """The first k of these triplets; the bounds are those of all."""
-        if not 1 <= k <= len(self.values):
-            raise ValueError(f"k = {k}, but {len(self.values)} triplets are known")
-        names = ("cosines", "right_cosines", "left_outside", "right_outside")
-        parts = {name: getattr(self, name)[:, :k] for name in names}
-        return replace(self, values=self.values[:k], **parts)
-
     @property
     def left(self) -> torch.Tensor:
         """U in orthonormal coordinates in which U0 is the identity's first columns."""
         return torch.cat([self.cosines, self.left_outside])
-
-    @property
-    def right(self) -> torch.Tensor:
-        """V in orthonormal coordinates in which V0 is the identity's first columns."""
-        return torch.cat([self.right_cosines, self.right_outside])
-
-    def left_vectors(self, base: SVD) -> torch.Tensor:
-        """U itself, (m, k)."""
-        vectors = base.U @ self.cosines
-        return vectors + self.left_outside if len(self.left_outside) else vectors
-
-    def right_vectors(self, base: SVD) -> torch.Tensor:
-        """V itself, (n, k)."""
-        vectors = base.Vh.T @ self.right_cosines
-        return vectors + self.right_outside if len(self.right_outside) else vectors
 
 
 def top_triplets_lora(
@@ -95,7 +73,7 @@ def top_triplets_lora(
     """
     A, B = lora_factors(A, B, scale)
     if (B.shape[0], A.shape[1]) != base.shape:
-        raise ValueError(f"an update of {B.shape[0]} x {A.shape[1]} on {_size(base)}")
+        raise ValueError(f"an update of {B.shape[0]} x {A.shape[1]} for {_size(base)}")
     _check_k(base, k)
     return _top_triplets(LowRank(base, A, B, scale), k)
 
@@ -104,12 +82,12 @@ def top_triplets_dense(base: SVD, weight: torch.Tensor, k: int) -> Triplets:
     """The k leading singular triplets of a tuned weight of the base's shape, m x n.
 
     Raises ValueError for NaN or infinity, another shape, and a k that is not in 1 ... min(m, n).
-    That nothing was overlooked is checked by random probes, not proved: a direction of the update
-    that touches none of the leading ones and makes a singular value a few per cent above the
-    others outside the search space may be missed.
+    Random probes check that no triplet was overlooked; this is no proof. A direction of the update
+    may be missed if it touches none of the leading ones and its singular value is only a few per
+    cent above the others outside the search space.
     """
     if tuple(weight.shape) != base.shape:
-        raise ValueError(f"a weight of {tuple(weight.shape)} on {_size(base)}")
+        raise ValueError(f"a weight of {tuple(weight.shape)} for {_size(base)}")
     _check_k(base, k)
     return _top_triplets(Dense(base, finite(weight)), k)
 
@@ -127,7 +105,10 @@ def _check_k(base: SVD, k: int) -> None:
 
 
 class Search:
-    """The search space e_1 ... e_width and `left`, `right` in the tail; M and M^T of all of it."""
+    """The search space, e_1 ... e_width and `left`, `right` in the tail, and its images.
+
+    `images` is M times the right space, `coimages` M^T times the left space.
+    """
 
     def __init__(self, matrix: LowRank | Dense, width: int):
         self.matrix, self.width = matrix, width
@@ -136,7 +117,7 @@ class Search:
         self.left, self.right = (head[:, :0] for head in self.heads)
 
     def extend(self, left: torch.Tensor, right: torch.Tensor, drop: float) -> None:
-        """Add directions of the tail; those weaker than `drop` are left out."""
+        """Add directions of the tail that are stronger than `drop`."""
         left = _orthonormal(left, (self.heads[0], self.left), drop)
         right = _orthonormal(right, (self.heads[1], self.right), drop)
         self.left, self.right = torch.cat([self.left, left], 1), torch.cat([self.right, right], 1)
@@ -149,22 +130,22 @@ class Search:
         return self.width + max(self.left.shape[1], self.right.shape[1])
 
     def project(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The singular value decomposition of M between the spaces: X, the Ritz values, Y."""
+        """The singular value decomposition of M restricted to the spaces: X, Ritz values, Y."""
         w = self.width
         below = torch.cat([self.coimages[:w, w:].T, self.left.T @ self.images[w:, w:]], 1)
         X, values, Yh = thin_svd(torch.cat([self.images[:w], below]))
         return X, values, Yh.T
 
     def ritz(self, X: torch.Tensor, values: torch.Tensor, Y: torch.Tensor) -> _Ritz:
-        """Vectors and residuals of the Ritz triplets whose columns of X and Y are given."""
-        w, known = self.width, values[: X.shape[1]]
+        """Vectors and residuals of the Ritz triplets given by columns of X and Y."""
+        w, leading = self.width, values[: X.shape[1]]
         u, v = product(self.left, X[w:]), product(self.right, Y[w:])
-        left = product(self.images[w:], Y) - known * u
-        right = product(self.coimages[w:], X) - known * v
+        left = product(self.images[w:], Y) - leading * u
+        right = product(self.coimages[w:], X) - leading * v
         return _Ritz(values, torch.cat([X[:w], u]), torch.cat([Y[:w], v]), left, right)
 
     def probe(self, count: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Directions outside the space that M stretches most, and by how much, from below."""
+        """The directions outside the space that M stretches most; by how much, from below."""
         w, matrix = self.width, self.matrix
         bases = tuple(zip(self.heads, (self.left, self.right)))
         right = random_block((len(self.right), count), self.right)
@@ -179,7 +160,7 @@ class Search:
 
 @dataclass(frozen=True)
 class _Ritz:
-    """Values of all Ritz triplets; vectors and tails of residuals of the first ones."""
+    """Values of all Ritz triplets; vectors, and tails of the residuals, of the first ones."""
 
     values: torch.Tensor
     left: torch.Tensor
@@ -197,15 +178,15 @@ def _orthonormal(
 ) -> torch.Tensor:
     """An orthonormal basis of the block's span outside `bases`, down to the strength `drop`."""
     block = _outside(block, *bases)
-    # a Gram matrix has half the digits, which does for choosing directions
+    # a Gram matrix has half the digits, which is enough to choose directions
     strengths, mixes = torch.linalg.eigh(block.T @ block)
-    kept = strengths > (1e-15 * strengths[-1:]).clamp(min=drop**2)
-    block = block @ (mixes[:, kept] / strengths[kept].sqrt())
+    strong = strengths > (1e-15 * strengths[-1:]).clamp(min=drop**2)
+    block = block @ (mixes[:, strong] / strengths[strong].sqrt())
     return torch.linalg.qr(_outside(block, *bases))[0]
 
 
 def _outside(block: torch.Tensor, *bases: torch.Tensor) -> torch.Tensor:
-    """What of the block is orthogonal to the bases, which are orthonormal, also to each other."""
+    """The part of the block orthogonal to the bases, which are orthonormal, also to each other."""
     for basis in bases:
         block = block - product(basis, product(basis.T, block))
     return block
@@ -215,26 +196,26 @@ def _errors(ritz: _Ritz, k: int, ceiling: float) -> torch.Tensor:
     """Bounds, shape (k,), of the distance of each Ritz vector from the true singular vector.
 
     In the symmetric form [[0, M], [M^T, 0]] a Ritz vector with residual r misses, outside the
-    search space, at most |r| / delta: delta is its distance from `ceiling`, the norm of M there.
-    Inside, the outside mixes it with the Ritz vector i, whose residual is r_i, by at most
-    |r| |r_i| / (delta gap_i), so close singular values do harm only to second order. A bound where
-    the residuals of all Ritz vectors are known, else nearly one.
+    search space, at most |r| / delta, where delta is the distance of its value from `ceiling`, the
+    norm of M there. Inside, it is mixed with the Ritz vector i, whose residual is r_i, by at most
+    |r| |r_i| / (delta gap_i), so close singular values matter only to second order. This is a bound
+    if the residuals of all Ritz vectors are known, else nearly one.
     """
-    known = ritz.residuals / 2**0.5
-    residuals, values = known[:k], ritz.values[:k]
+    all_residuals = ritz.residuals / 2**0.5
+    residuals, values = all_residuals[:k], ritz.values[:k]
     delta = (values - ceiling).clamp(min=0)
-    mixing = known / (values[:, None] - ritz.values[: len(known)])
+    mixing = all_residuals / (values[:, None] - ritz.values[: len(all_residuals)])
     mixing.diagonal().zero_()
     mixing = mixing.nan_to_num(0, posinf=math.inf, neginf=math.inf)  # 0 / 0: nothing mixes
     errors = 2**0.5 * residuals / delta * (1 + mixing.norm(dim=1))
-    # at the level of rounding no method knows better, and repeated values have no vectors
+    # residuals at the level of rounding cannot be improved; repeated values have no unique vectors
     return torch.where(residuals <= NOISE * ritz.values[0], NOISE, errors)
 
 
 def _span_update(search: Search, value: float) -> float:
-    """Put a LoRA update's own directions into the search space; bound M's norm outside of it.
+    """Add a LoRA update's directions to the search space; the norm of M outside it.
 
-    With the tails of P and Q in the space, what is left of M outside is S0's tail alone.
+    With the tails of P and Q in the space, M outside it is S0's tail alone.
     """
     matrix, width = search.matrix, search.width
     tails = matrix.P[width:], matrix.Q[width:]
@@ -243,10 +224,10 @@ def _span_update(search: Search, value: float) -> float:
 
 
 def _probe(search: Search, value: float) -> float:
-    """Probe outside the search space for directions as strong as `value`; M's norm there.
+    """Probe outside the search space for directions as strong as `value`; the norm of M there.
 
     The norm is estimated from below, by subspace iteration on random vectors. Strong directions
-    join the space, and what is left is probed again.
+    are added to the space, and the rest is probed again.
     """
     tail = float(search.matrix.S[search.width])
     for _ in range(4):
@@ -259,7 +240,7 @@ def _probe(search: Search, value: float) -> float:
 
 
 def _iterate(matrix: LowRank | Dense, k: int, width: int) -> tuple[_Ritz, float] | None:
-    """The Ritz triplets once their errors are within the tolerance, and the largest error."""
+    """The Ritz triplets and their largest error; None if it does not reach the tolerance."""
     search = Search(matrix, width)
     prepare = _span_update if isinstance(matrix, LowRank) else _probe
     ceiling = prepare(search, float(matrix.S[k - 1]))
@@ -282,7 +263,7 @@ def _iterate(matrix: LowRank | Dense, k: int, width: int) -> tuple[_Ritz, float]
 
 
 def _doubtful(ritz: _Ritz, k: int, ceiling: float) -> torch.Tensor:
-    """Which of the Ritz triplets after the k-th could, once converged, overtake it: indices."""
+    """Indices of the Ritz triplets after the k-th that could overtake it once converged."""
     values, residuals = ritz.values[k : k + GUARD], ritz.residuals[k : k + GUARD] / 2**0.5
     gain = torch.minimum(residuals, residuals.square() / (values - ceiling).clamp(min=0))
     return k + (values + gain > ritz.values[k - 1] * (1 + SAME)).nonzero()[:, 0]
@@ -294,23 +275,23 @@ def _missed(
     """Whether M may have a singular value above the k-th Ritz value that is not among the k."""
     last, following = float(ritz.values[k - 1]), float(ritz.values[k])
     if last <= 0 or (count := matrix.count_above((last + following) / 2)) is None:
-        # without residuals the vectors are right, and yet one outside may be the larger
+        # even if the vectors have no residual, one outside the space may have a larger value
         return last <= ceiling or len(doubtful) > 0
-    # the next one may have been taken for too small, or be as large as the k-th
+    # the value after the k-th may be estimated too small, or equal the k-th
     level = last * (1 + SAME)
     return count != k and matrix.count_above(level) > int((ritz.values[:k] > level).sum())
 
 
 def _expand(search: Search, ritz: _Ritz, errors: torch.Tensor, doubtful: torch.Tensor) -> None:
-    """Add what the vectors with errors, and the doubtful ones, miss, by what is at stake."""
-    wrong = torch.cat([(errors > IMPROVED).nonzero()[:, 0], doubtful])
-    residuals = ritz.left_residuals[:, wrong], ritz.right_residuals[:, wrong]
-    missing = search.matrix.corrections(ritz.values[wrong], *residuals, search.width)
+    """Add what inaccurate and doubtful vectors miss, each direction as strong as the error."""
+    inaccurate = torch.cat([(errors > IMPROVED).nonzero()[:, 0], doubtful])
+    residuals = ritz.left_residuals[:, inaccurate], ritz.right_residuals[:, inaccurate]
+    missing = search.matrix.corrections(ritz.values[inaccurate], *residuals, search.width)
     size = (missing[0].square().sum(0) + missing[1].square().sum(0)).sqrt()
-    stakes = errors.clamp(IMPROVED, 1)
-    worst = stakes.max()
-    weights = torch.cat([stakes, worst.expand(GUARD)])[wrong] / size
-    # the least stake is above the drop, so every round adds something
+    strengths = errors.clamp(IMPROVED, 1)
+    worst = strengths.max()
+    weights = torch.cat([strengths, worst.expand(GUARD)])[inaccurate] / size
+    # the least strength is above the drop, so every round adds a direction
     search.extend(
         *(block * weights for block in missing), drop=max(DROP * float(worst), TOLERANCE / 30)
     )
@@ -320,16 +301,16 @@ def _expand(search: Search, ritz: _Ritz, errors: torch.Tensor, doubtful: torch.T
 
 
 def _width(S: torch.Tensor, k: int) -> int:
-    """Coordinates to keep whole: until S has fallen by a tenth from the k-th, up to twice k."""
-    fallen = len(S) - int((0.9 * S[k - 1] >= S).sum())
-    return max(k + GUARD, min(fallen, 2 * (k + GUARD)))
+    """Length of the head: where S is a tenth below the k-th value, but at most about 2 k."""
+    above = len(S) - int((0.9 * S[k - 1] >= S).sum())
+    return max(k + GUARD, min(above, 2 * (k + GUARD)))
 
 
 def _pays(matrix: LowRank | Dense, k: int, width: int) -> bool:
-    """Whether the search space is expected to stay small enough to beat a dense decomposition.
+    """Whether the search space should stay small enough to be faster than a dense decomposition.
 
     Measured for p = 192 to 2048, ranks 1 to 64, k up to p / 2 and updates of 1 and 10 % of the
-    base's norm: a space of p / 2 is where both take equally long, somewhat less where p is small.
+    base's norm: both take equally long at a space of p / 2, a little less where p is small.
     """
     return width + matrix.growth(k, width) <= 0.5 * len(matrix.S) - 70
 
@@ -338,33 +319,32 @@ def _top_triplets(matrix: LowRank | Dense, k: int) -> Triplets:
     if matrix.unchanged():
         return _unchanged(matrix, k)
     width = _width(matrix.S, k)
-    method, found = "dense", None
-    if width < len(matrix.S) and _pays(matrix, k, width):
-        found = _iterate(matrix, k, width)
-        method = "iterative" if found else "dense after iterative"
-    if found is None:
-        return _densely(matrix, k, method)
-    ritz, error = found
+    if width >= len(matrix.S) or not _pays(matrix, k, width):
+        return _densely(matrix, k, "dense")
+    converged = _iterate(matrix, k, width)
+    if converged is None:
+        return _densely(matrix, k, "dense after iterative")
+    ritz, error = converged
     residual = float(ritz.residuals[:k].max() / ritz.values[0])
     parts = matrix.in_base(ritz.left[:, :k], ritz.right[:, :k], width)
-    return Triplets(ritz.values[:k], *parts, residual, error, method)
+    return Triplets(ritz.values[:k], *parts, residual, error, "iterative")
 
 
 def _unchanged(matrix: LowRank | Dense, k: int) -> Triplets:
-    """The base's own triplets, exactly."""
+    """The base's triplets, exactly."""
     units = torch.eye(k, dtype=matrix.S.dtype, device=matrix.S.device)
     vectors = [torch.cat([units, units.new_zeros((len(h), k))]) for h in matrix.heads(k)]
     return Triplets(matrix.S[:k], *matrix.in_base(*vectors, k), 0.0, 0.0, "unchanged")
 
 
 def _densely(matrix: LowRank | Dense, k: int, method: str) -> Triplets:
-    """A dense decomposition; the residual is measured on up to 16 of its triplets."""
+    """The triplets of a dense decomposition; the residual is that of up to 16 of them."""
     left, values, right = matrix.decompose(k)
-    some = torch.linspace(0, k - 1, min(k, 16)).round().long()
+    sample = torch.linspace(0, k - 1, min(k, 16)).round().long()
     residuals = torch.cat(
         [
-            matrix.times(right[:, some], 0) - values[some] * left[:, some],
-            matrix.transposed_times(left[:, some], 0) - values[some] * right[:, some],
+            matrix.times(right[:, sample], 0) - values[sample] * left[:, sample],
+            matrix.transposed_times(left[:, sample], 0) - values[sample] * right[:, sample],
         ]
     )
     worst = float(residuals.norm(dim=0).max())

@@ -1,16 +1,17 @@
-"""The rows of one matrix: what changes none of them, and how they say they were found."""
+"""The rows of one matrix: what leaves them unchanged, and the method that they record."""
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_tradeoffs.drift import solver as spectral_solver
-from lora_tradeoffs.drift.analysis import DriftAnalysis, join_layers, threads, write
-from lora_tradeoffs.drift.matrix import Asked, BaseSpectra, measure
+from lora_tradeoffs.drift import solver
+from lora_tradeoffs.drift.analysis import DriftAnalysis, join_layers, worker_threads, write
+from lora_tradeoffs.drift.matrix import BaseSpectra, DriftSettings, measure
 from lora_tradeoffs.drift.svd import SVD
 from lora_tradeoffs.files import Checkpoint
 from lora_tradeoffs.measuring.results import Results
@@ -20,8 +21,8 @@ from lora_tradeoffs.models.weights import Weights, read_checkpoint
 from svd_analysis import methods_line
 
 SHAPES = {"q_proj": (320, 320), "v_proj": (120, 320)}
-ASKED = Asked((4, 10), (0.3, 0.5, 0.9))
-ZERO = {"phi": 1}  # of an unchanged matrix; all others are 0
+SETTINGS = DriftSettings((4, 10), (0.3, 0.5, 0.9))
+UNCHANGED = {"phi": 1}  # the values of an unchanged matrix; all others are 0
 
 
 def normal(*shape, seed):
@@ -66,69 +67,69 @@ def folder(tmp_path_factory):
 class FlippedSpectra(BaseSpectra):
     """Another SVD of the same weights: some pairs of singular vectors have other signs."""
 
-    def of(self, matrix):
-        found = super().of(matrix)
-        signs = normal(len(found.S), seed=40).sign()
-        return SVD(found.U * signs, found.S, signs[:, None] * found.Vh)
+    def svd(self, matrix):
+        base = super().svd(matrix)
+        signs = normal(len(base.S), seed=40).sign()
+        return SVD(base.U * signs, base.S, signs[:, None] * base.Vh)
 
 
-def drifts(folder, run, cache, spectra=BaseSpectra, asked=ASKED):
+def drifts(folder, run, cache, spectra=BaseSpectra, settings=SETTINGS):
     weights = Weights(folder / "base")
     checkpoint = read_checkpoint(folder / run, weights)
     base = spectra(weights, cache)
-    return {m.module: measure(checkpoint, m, base, asked) for m in checkpoint.matrices}
+    return {m.module: measure(checkpoint, m, base, settings) for m in checkpoint.matrices}
 
 
 @pytest.mark.parametrize("is_dense", [False, True], ids=["fast", "dense"])
 @pytest.mark.parametrize("run", ["lora", "full"])
 def test_signs_of_the_cached_vectors_change_nothing(folder, tmp_path, run, is_dense):
-    asked = Asked(ASKED.ks, ASKED.epsilons, is_dense, 8)
-    first = drifts(folder, run, tmp_path, asked=asked)
-    second = drifts(folder, run, tmp_path, FlippedSpectra, asked)
+    settings = replace(SETTINGS, dense=is_dense, directions=8)
+    first = drifts(folder, run, tmp_path, settings=settings)
+    second = drifts(folder, run, tmp_path, FlippedSpectra, settings)
     assert first["q_proj"].method == ("dense" if is_dense else "iterative")
-    for module, found in first.items():
+    for module, drift in first.items():
         again = second[module]
-        (residual,) = (row["value"] for row in found.rows if row["metric"] == "residual")
-        assert 0 < residual < (1e-13 if found.method == "dense" else 1e-6)
-        assert again.method == found.method
-        assert len(found.rows) == len(again.rows) > 20
-        for row, other in zip(found.rows, again.rows):
+        (residual,) = (row["value"] for row in drift.rows if row["metric"] == "residual")
+        assert 0 < residual < (1e-13 if drift.method == "dense" else 1e-6)
+        assert again.method == drift.method
+        assert len(drift.rows) == len(again.rows) > 20
+        for row, other in zip(drift.rows, again.rows):
             assert abs(row["value"] - other["value"]) <= 1e-12 * max(1, abs(row["value"])), row
             assert row | {"value": 0} == other | {"value": 0}
-        assert (found.tuned_values - again.tuned_values).abs().max() <= 1e-12
-        assert (found.similarity - again.similarity).abs().max() <= 1e-9
+        assert (drift.tuned_values - again.tuned_values).abs().max() <= 1e-12
+        assert (drift.similarity - again.similarity).abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize("spectra", [BaseSpectra, FlippedSpectra])
 @pytest.mark.parametrize("run", ["still_lora", "still_full"])
 def test_an_unchanged_matrix_has_no_drift_whatever_the_signs(folder, tmp_path, run, spectra):
-    for found in drifts(folder, run, tmp_path, spectra).values():
-        assert found.method == "unchanged"
-        for row in found.rows:
-            assert abs(row["value"] - ZERO.get(row["metric"], 0)) <= 1e-12, row
+    for drift in drifts(folder, run, tmp_path, spectra).values():
+        assert drift.method == "unchanged"
+        for row in drift.rows:
+            assert abs(row["value"] - UNCHANGED.get(row["metric"], 0)) <= 1e-12, row
 
 
-def test_a_matrix_smaller_than_every_k_has_its_sizes_alone(folder, tmp_path):
-    found = drifts(folder, "lora", tmp_path, asked=Asked((200,), (0.5,)))
-    assert {row["k"] for row in found["q_proj"].rows} == {None, 200}
-    assert {row["k"] for row in found["v_proj"].rows} == {None}
+def test_a_matrix_smaller_than_every_k_has_its_size_measures_alone(folder, tmp_path):
+    measured = drifts(folder, "lora", tmp_path, settings=DriftSettings((200,), (0.5,)))
+    assert {row["k"] for row in measured["q_proj"].rows} == {None, 200}
+    assert {row["k"] for row in measured["v_proj"].rows} == {None}
 
 
-def test_a_fallback_is_recorded_and_told(folder, tmp_path, monkeypatch):
+def test_a_fallback_is_recorded_and_printed(folder, tmp_path, monkeypatch):
     base = Base("made-up", folder / "base", folder, {"digest": ""})
     results = Results(tmp_path / "results")
     checkpoint = Checkpoint("lora", 0, folder / "lora")
     subject = Subject("lora", 0, checkpoint, no_arm("lora"), None, False, False)
-    with threads(1) as spread:
-        analysis = DriftAnalysis(base, ASKED, None, tmp_path, spread)
+    with worker_threads(1) as parallel_map:
+        analysis = DriftAnalysis(base, SETTINGS, None, tmp_path, parallel_map)
         with monkeypatch.context() as patch:
-            patch.setattr(spectral_solver, "TOLERANCE", 0.0)  # never reached
+            patch.setattr(solver, "TOLERANCE", 0.0)  # never reached
             drift = analysis.measure(subject)
         write(results, subject, analysis.request(subject), drift)
     ((_, unit),) = results.units()
     records = pd.DataFrame(unit["records"]).query("layer == 0")
     for table in (records, pd.read_parquet(join_layers(results.folder))):
-        told = table.groupby("module", observed=True)["decomposition"].unique().map(list)
-        assert told.to_dict() == {"q_proj": ["dense after iterative"], "v_proj": ["dense"]}
-    line = methods_line(Counter(found.method for found in drift.matrices.values()))
+        methods = table.groupby("module", observed=True)["decomposition"].unique().map(list)
+        assert methods.to_dict() == {"q_proj": ["dense after iterative"], "v_proj": ["dense"]}
+    line = methods_line(Counter(matrix.method for matrix in drift.matrices.values()))
     assert line == "2 decompositions: 1 dense, 1 dense after iterative"
