@@ -97,7 +97,7 @@ def test_what_is_there_is_not_measured_again(folder, model, capsys):
     text = lost.read_text()
     lost.unlink()
     assert main([*model, *FEW, "--scale-update", "0.5", "1.5"]) == 0
-    assert f", {len(files) - 1} of them are there" in capsys.readouterr().out
+    assert f": {len(files) - 1} cached, 1 to run" in capsys.readouterr().out
     changed = [p for p, stamp in files.items() if p.stat().st_mtime_ns != stamp]
     assert changed == [lost] and lost.read_text() == text
 
@@ -265,11 +265,11 @@ def test_bad_input_is_one_line(folder, model, inside):
         return inside(main, *model, *argv)
 
     assert_one_line_error(run("--tasks", "helaswag"), "hellaswag")
-    assert_one_line_error(run("--limit", "0"), "--limit takes at least 1")
+    assert_one_line_error(run("--limit", "0"), "--limit must be 1 or more")
     assert_one_line_error(run("--scale-update", "nan"), "--scale-update")
     assert_one_line_error(run("--runs", "none"), "no run 'none'")
     scaled = run("--runs", RUN, "--checkpoints", "3", "--scale-update")
-    assert_one_line_error(scaled, "of those asked for none is one")
+    assert_one_line_error(scaled, "none of the chosen checkpoints is one")
     empty = ["--data", str(ROOT / "tests")]
     assert_one_line_error(run(*empty), "hellaswag needs its split validation")
 

@@ -1,35 +1,67 @@
-"""One checkpoint's retention: benchmarks, held-out text, and drift of what the model computes."""
+"""Retention: a checkpoint on benchmarks and held-out text, and its distance from the base."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from config import DATA_SEED, FAMILIES, Settings, UserError
+from config import DATA_SEED, FAMILIES, MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions, TaskUnit
+from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject
+from lora_tradeoffs.models.base import Base
+from lora_tradeoffs.records import TEXT
 from lora_tradeoffs.retention.forgetting import (
-    TEXT,
     Record,
     benchmark_records,
+    derived_records,
     figures,
     item_scores,
 )
+from lora_tradeoffs.tables.scores import retention_table
 
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # of --scale-update without values
 TEXT_CHARACTERS = 4_000  # of each document's beginning: about a window's worth of tokens
 TEXT_WINDOW = 1_024  # tokens
-PROMPT_TOKENS = 1_000  # of each task, on which what the model computes is compared
+PROMPT_TOKENS = 1_000  # of each task, on which base and tuned model are compared
 PASSAGE = 128  # tokens
 
 
 @dataclass(frozen=True)
-class Unit:
+class RetentionOptions:
+    """What retention_eval.py measures. Its flags have these names and defaults."""
+
+    tasks: tuple[str, ...] = ("hellaswag", "arc_challenge", "winogrande")
+    num_fewshot: int = 0
+    limit: int | None = None
+    scale_update: tuple[float, ...] | None = None  # (): SCALES
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError("--limit must be 1 or more")
+        if self.num_fewshot < 0:
+            raise UserError("--num-fewshot must be 0 or more")
+        for t in self.scale_update or ():
+            if not math.isfinite(t) or not 0 <= t <= 10:
+                raise UserError(f"--scale-update {t:g}: write numbers from 0 to 10")
+
+    @property
+    def scales(self) -> list[float]:
+        """The scales that are measured: 0 is the base, 1 the checkpoint itself."""
+        return sorted({*(self.scale_update or SCALES)} - {0.0, 1.0})
+
+
+@dataclass(frozen=True)
+class RetentionUnit:
     """One measurement: a subject, its update scaled, on a benchmark, a text, or for its drift."""
 
     subject: Subject
@@ -47,182 +79,201 @@ class Unit:
 
     @property
     def fields(self) -> Record:
-        """What all records of the unit have in common."""
+        """The fields that all records of the unit share."""
         s = self.subject
         family = s.family or (describe(self.task).family if self.kind == "adaptation" else "both")
-        own = {"run": s.run, "family": family, "step": s.step}
-        return {**s.fields, **own, "shots": self.shots, "prompt": 0, "update_scale": self.scale}
-
-
-class Retention:
-    """Measures units on models; benchmarks, texts and the base's side are made once and kept."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        base: Any,
-        tokenizer: Any,
-        device: str,
-        bf16: bool,
-        room: float = 1.0,
-    ):
-        """`room` multiplies the tokens that a batch may hold."""
-        self.settings, self.tokenizer, self.device = settings, tokenizer, device
-        self.bf16, self.room = bf16, room
-        self.made: dict[tuple[str, int, int], Any] = {}
-        self.texts_by_source: dict[str, list[str]] = {}
-        self.passages_by_family: dict[str | None, dict[str, list[Any]]] = {}
-        self.references: dict[str, Any] = {}
-        options = AdaptationOptions(dtype="bf16" if bf16 else "fp32")
-        self.evaluator = Adaptation(settings, base, options)
+        fields = {**s.fields, "run": s.run, "family": family, "step": s.step}
+        return {**fields, "shots": self.shots, "prompt": 0, "update_scale": self.scale}
 
     @property
-    def precision(self) -> str:
-        return "bf16 autocast" if self.bf16 else "fp32"
+    def as_task(self) -> TaskUnit:
+        """The adaptation that is measured beside retention: the task on validation."""
+        return TaskUnit(self.subject, "validation", self.task, self.limit)
 
-    def benchmark(self, unit: Unit) -> Any:
-        """The unit's benchmark: loaded, its prompts tokenised."""
-        from lora_tradeoffs.retention.benchmarks import Benchmarks
 
-        key = (unit.task, unit.shots, unit.limit)
-        if key not in self.made:
-            self.made[key] = Benchmarks(
-                self.settings, self.tokenizer, [unit.task], unit.shots, unit.limit
+class Retention(Analysis):
+    """Measures benchmarks, held-out text and drift; the base's side is computed once."""
+
+    name = "retention"
+
+    def __init__(self, settings: Settings, base: Base, options: RetentionOptions) -> None:
+        super().__init__(settings, base, options)
+        self.adaptation = Adaptation(settings, base, AdaptationOptions(dtype=options.dtype))
+        self.uncompared: list[str] = []  # units that differ in more than weights from the base's
+        self._benchmarks: dict[tuple[str, int], Any] = {}
+        self._texts: dict[str, list[str]] = {}
+        self._passages: dict[str | None, dict[str, list[Any]]] = {}
+        self._references: dict[str, Any] = {}  # of the base, by task
+
+    # ------------------------------------------------------------------------------ units
+
+    def units(self, subjects: Sequence[Subject]) -> list[RetentionUnit]:
+        """Every measurement that the options ask for, the base's first."""
+        options, units = self.options, []
+        tasks = self._expanded_tasks()
+        scaled = (
+            [s for s in subjects if _can_be_scaled(s)] if options.scale_update is not None else []
+        )
+        if options.scale_update is not None and len(subjects) > 1 and not scaled:
+            raise UserError(
+                "--scale-update needs the last checkpoint of a run of this suite, and none of the"
+                " chosen checkpoints is one"
             )
-        return self.made[key]
+        for subject in subjects:
+            limit = options.limit or (0 if subject.is_final else MID_TRAINING_LIMIT)
+            shots = options.num_fewshot
+            units += [RetentionUnit(subject, "benchmark", task, limit, shots) for task in tasks]
+            units += [RetentionUnit(subject, "text", TEXT + source) for source in self.texts()]
+            if subject.checkpoint is not None:
+                units.append(RetentionUnit(subject, "drift", "drift"))
+            if subject in scaled:
+                units += self._scaled_units(subject, {subject.family}, options.scales, tasks, limit)
+            elif subject.checkpoint is None:
+                units += self._scaled_units(subject, {s.family for s in scaled}, [], tasks, limit)
+        return units
 
-    def expanded(self, names: Sequence[str], shots: int, limit: int, subject: Subject) -> list[str]:
-        """The names; in place of a tag, or of a group without a mean, its tasks.
+    def _scaled_units(
+        self, subject: Subject, families: set, scales: Sequence[float], tasks: list[str], limit: int
+    ) -> Iterator[RetentionUnit]:
+        """Adaptation as it is and at every scale, and the benchmarks at every scale."""
+        trained = [task for family in FAMILIES if family in families for task in FAMILIES[family]]
+        few = self.options.limit or MID_TRAINING_LIMIT
+        for t in (1.0, *scales):
+            yield from (RetentionUnit(subject, "adaptation", task, few, 0, t) for task in trained)
+        shots = self.options.num_fewshot
+        for t in scales:
+            yield from (RetentionUnit(subject, "benchmark", b, limit, shots, t) for b in tasks)
+
+    def _expanded_tasks(self) -> list[str]:
+        """The options' tasks, each tag, or group without a mean, replaced by its tasks.
 
         A unit is one benchmark.
         """
         tasks: dict[str, None] = {}
-        for name in names:
-            made = self.benchmark(Unit(subject, "benchmark", name, limit, shots))
-            group = made.loaded["groups"].get(name)
-            one = name in made.tasks or (group is not None and group.has_aggregation)
-            tasks |= dict.fromkeys([name] if one else made.tasks)
+        for name in self.options.tasks:
+            benchmarks = self.benchmarks(name, self.options.limit or 0)
+            group = benchmarks.loaded["groups"].get(name)
+            is_one = name in benchmarks.tasks or (group is not None and group.has_aggregation)
+            tasks |= dict.fromkeys([name] if is_one else benchmarks.tasks)
         return list(tasks)
 
-    def other_shots(self) -> dict[str, tuple[int, int]]:
-        """Tasks defined with another number of examples than is shown: that number, and this."""
-        return {k: v for made in self.made.values() for k, v in made.other_shots.items()}
+    def benchmarks(self, task: str, limit: int) -> Any:
+        """The benchmark, loaded, with its prompts tokenised."""
+        from lora_tradeoffs.retention.benchmarks import Benchmarks
+
+        if (task, limit) not in self._benchmarks:
+            self._benchmarks[task, limit] = Benchmarks(
+                self.settings, self.tokenizer, [task], self.options.num_fewshot, limit
+            )
+        return self._benchmarks[task, limit]
 
     def texts(self) -> dict[str, list[str]]:
         """Beginnings of held-out documents by source."""
         from lora_tradeoffs.data.sources import held_out_texts
 
-        if not self.texts_by_source:
-            found = held_out_texts(self.settings, self.settings.preset.held_out_documents)
-            for source, texts in found.items():
-                self.texts_by_source[source] = [text[:TEXT_CHARACTERS] for text in texts]
-        return self.texts_by_source
+        if not self._texts:
+            sources = held_out_texts(self.settings, self.settings.preset.held_out_documents)
+            for source, texts in sources.items():
+                self._texts[source] = [text[:TEXT_CHARACTERS] for text in texts]
+        return self._texts
 
-    def request(self, unit: Unit) -> dict[str, Any]:
-        """What makes a measurement the same one."""
-        asked: dict[str, Any] = {"precision": self.precision, "limit": unit.limit}
+    def request(self, unit: RetentionUnit) -> dict[str, Any]:
+        """What makes two measurements the same, beside the weights."""
+        request: dict[str, Any] = {"precision": self.precision, "limit": unit.limit}
         if unit.kind == "benchmark":
-            return asked | {"benchmark": self.benchmark(unit).identities}
+            return request | {"benchmark": self.benchmarks(unit.task, unit.limit).identities}
         if unit.kind == "text":
-            return asked | {"texts": _digest(self.texts()[unit.task.removeprefix(TEXT)])}
+            return request | {"texts": _digest(self.texts()[unit.task.removeprefix(TEXT)])}
         if unit.kind == "adaptation":
-            return asked | self.evaluator.request(_task(unit))
+            return request | self.adaptation.request(unit.as_task)
         passages = self.passages(unit.subject.family)
-        tokens = {name: [list(p.tokens) for p in found] for name, found in passages.items()}
-        return asked | {"passages": _digest(tokens)}
+        tokens = {name: [list(p.tokens) for p in parts] for name, parts in passages.items()}
+        return request | {"passages": _digest(tokens)}
 
     # ------------------------------------------------------------------------ measurements
 
-    def measure(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
-        """The unit's records, and the per-item statistics behind them.
+    def batch_tokens(self, unit: RetentionUnit) -> int:
+        """0 for drift: its minibatches are those in which the base was observed."""
+        from lora_tradeoffs.retention.shared_prefix_lm import default_batch_tokens
 
-        Raises UserError for a model that gives no finite numbers.
-        """
-        kinds = {"benchmark": self._benchmark, "text": self._text, "adaptation": self._adaptation}
-        try:
-            return kinds.get(unit.kind, self._drift)(model, unit)
-        except (UserError, FloatingPointError) as error:
-            raise UserError(f"{unit.name}: {error}") from None
+        if unit.kind == "drift":
+            return 0
+        if unit.kind == "adaptation":
+            return self.adaptation.batch_tokens(unit.as_task)
+        return default_batch_tokens(self.device)
 
-    def _benchmark(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
-        benchmarks = self.benchmark(unit)
-        (result,) = benchmarks.measure(model, room=self.room, bf16=self.bf16)
-        definition = next(iter(benchmarks.tasks.values())).config
-        split = definition.test_split or definition.validation_split
-        common = {**unit.fields, "split": split}
-        return benchmark_records(common, result), item_scores(result.items)
-
-    def _text(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
-        from lora_tradeoffs.retention.benchmarks import text_log_likelihoods
-
-        texts = self.texts()[unit.task.removeprefix(TEXT)]
-        found = text_log_likelihoods(
-            model, self.tokenizer, texts, max_length=TEXT_WINDOW, room=self.room, bf16=self.bf16
-        )
-        items = {"log_likelihood": found.log_likelihoods, "tokens": found.tokens}
-        (scores,) = item_scores(items)
-        record = {**unit.fields, "split": "test", "task": unit.task, "metric": scores.name}
-        return [record | figures(scores) | {"n": len(texts)}], [scores]
-
-    def _adaptation(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
-        """The primary metric of one of the tasks that were trained, on validation."""
-        task = _task(unit)
-        found, _, _ = self.evaluator.scores(model, task, self.evaluator.batch_tokens(task))
-        (scores,) = (s for s in found if s.name == describe(unit.task).metrics[0])
-        record = {**unit.fields, "split": "validation", "task": unit.task, "metric": scores.name}
-        return [record | figures(scores)], [scores]
-
-    # ------------------------------------------------------------------------------- drift
-
-    def passages(self, family: str | None) -> dict[str, list[Any]]:
-        """What base and tuned model are compared on: held-out text, and the family's prompts.
-
-        Of text every position but the first counts, of a prompt the last: its answer is read there.
-        """
-        if family not in self.passages_by_family:
-            self.passages_by_family[family] = self._passages(family)
-        return self.passages_by_family[family]
-
-    def _passages(self, family: str | None) -> dict[str, list[Any]]:
-        from lora_tradeoffs.retention.representation import Passage, limited
-
-        sources = [self._passages_of(texts) for texts in self.texts().values()]
-        each = self.settings.preset.drift_tokens // len(sources)
-        own = [p for found in sources for p in limited(found, each)]
-        passages = {"text": own}
-        for task in FAMILIES.get(family or "", ()):
-            rows = self.evaluator.task(task).split("validation")
-            rows = rows.select(range(min(200, len(rows))))
-            prompts = (row["input_ids"][: row["prompt_length"]] for row in rows)
-            found = [Passage(ids, [len(ids) - 1]) for ids in prompts]
-            passages[task] = limited(found, PROMPT_TOKENS) or found[:1]
-        return passages
-
-    def _passages_of(self, texts: Sequence[str]) -> list[Any]:
-        from lora_tradeoffs.data.encoding import bos_ids, text_ids
-        from lora_tradeoffs.retention.representation import Passage
-
-        bos = bos_ids(self.tokenizer)
-        ids = (text_ids(self.tokenizer, text) for text in texts)
-        found = [Passage(bos + part) for tokens in ids for part in _cut(tokens)]
-        # hidden states are compared within a batch: it should hold many documents, not one
-        return [found[i] for i in np.random.default_rng(DATA_SEED).permutation(len(found))]
-
-    def observe(self, base: Any, families: Sequence[str | None], overwritten: bool) -> None:
-        """Keep the base's side of the drift; `overwritten`: its weights will be replaced later."""
+    def before_checkpoints(self, base_model: Any, units: list[RetentionUnit]) -> None:
+        """Observe the base on the passages on which checkpoints will be compared with it."""
         import torch
 
         from lora_tradeoffs.retention.representation import observe
 
-        wanted: dict[str, list[Any]] = {}
-        for family in families:
-            wanted |= self.passages(family)
+        subjects = [unit.subject for unit in units if unit.kind == "drift"]
+        # full fine-tuning's weights are copied over the base's
+        is_overwritten = not all(subject.checkpoint.is_adapter for subject in subjects)
+        passages: dict[str, list[Any]] = {}
+        for subject in subjects:
+            passages |= self.passages(subject.family)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            self.references = {
-                name: observe(base, found, copy_head=overwritten) for name, found in wanted.items()
+            self._references = {
+                name: observe(base_model, parts, copy_head=is_overwritten)
+                for name, parts in passages.items()
             }
 
-    def _drift(self, model: Any, unit: Unit) -> tuple[list[Record], list[Any]]:
+    def variants(
+        self, model: Any, checkpoint: Any, units: list[RetentionUnit]
+    ) -> Iterator[tuple[RetentionUnit, Any]]:
+        """The units of the checkpoint as it is, then those of its scaled updates."""
+        from lora_tradeoffs.models.checkpoint_models import scaled_updates
+
+        yield from ((unit, model) for unit in units if unit.scale == 1)
+        scales = sorted({unit.scale for unit in units} - {1.0})
+        if scales:
+            for t, scaled in scaled_updates(self.base, checkpoint, model, scales):
+                yield from ((unit, scaled) for unit in units if unit.scale == t)
+
+    def measure(self, model: Any, unit: RetentionUnit, batch_tokens: int) -> Measurement:
+        """Raises UserError for a model that gives no finite numbers."""
+        try:
+            if unit.kind == "benchmark":
+                return self._measure_benchmark(model, unit, batch_tokens)
+            if unit.kind == "text":
+                return self._measure_text(model, unit, batch_tokens)
+            if unit.kind == "adaptation":
+                return self._measure_adaptation(model, unit, batch_tokens)
+            return self._measure_drift(model, unit)
+        except FloatingPointError as error:
+            raise UserError(str(error)) from None
+
+    def _measure_benchmark(self, model: Any, unit: RetentionUnit, batch_tokens: int) -> Measurement:
+        benchmarks = self.benchmarks(unit.task, unit.limit)
+        (result,) = benchmarks.measure(model, token_budget=batch_tokens, bf16=self.bf16)
+        definition = next(iter(benchmarks.tasks.values())).config
+        split = definition.test_split or definition.validation_split
+        records = benchmark_records({**unit.fields, "split": split}, result)
+        return Measurement(records, item_scores(result.items))
+
+    def _measure_text(self, model: Any, unit: RetentionUnit, batch_tokens: int) -> Measurement:
+        from lora_tradeoffs.retention.benchmarks import text_log_likelihoods
+
+        texts = self.texts()[unit.task.removeprefix(TEXT)]
+        options = {"max_length": TEXT_WINDOW, "token_budget": batch_tokens, "bf16": self.bf16}
+        result = text_log_likelihoods(model, self.tokenizer, texts, **options)
+        items = {"log_likelihood": result.log_likelihoods, "tokens": result.tokens}
+        (scores,) = item_scores(items)
+        record = {**unit.fields, "split": "test", "task": unit.task, "metric": scores.name}
+        return Measurement([record | figures(scores) | {"n": len(texts)}], [scores])
+
+    def _measure_adaptation(
+        self, model: Any, unit: RetentionUnit, batch_tokens: int
+    ) -> Measurement:
+        """The primary metric of one of the tasks that were trained, on validation."""
+        metrics, _, _ = self.adaptation.scores(model, unit.as_task, batch_tokens)
+        (scores,) = (s for s in metrics if s.name == describe(unit.task).metrics[0])
+        record = {**unit.fields, "split": "validation", "task": unit.task, "metric": scores.name}
+        return Measurement([record | figures(scores)], [scores])
+
+    def _measure_drift(self, model: Any, unit: RetentionUnit) -> Measurement:
         import torch
 
         from lora_tradeoffs.retention.representation import compare
@@ -231,30 +282,86 @@ class Retention:
         records = []
         for task in ("text", *FAMILIES.get(unit.subject.family or "", ())):
             with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-                found = compare(self.references[task], model)
-            common = {**unit.fields, "split": "test" if task == "text" else "validation"}
-            common |= {"task": task}
-            for metric, sums in (("kl", found.kl), ("agreement", found.agreed)):
-                scores = Scores(metric, np.stack([sums, found.tokens], 1), mean)
+                drift = compare(self._references[task], model)
+            split = "test" if task == "text" else "validation"
+            common = {**unit.fields, "split": split, "task": task}
+            for metric, sums in (("kl", drift.kl), ("agreement", drift.agreed)):
+                scores = Scores(metric, np.stack([sums, drift.tokens], 1), mean)
                 records.append({**common, "metric": metric, **figures(scores)})
             if task == "text":
-                common |= {"metric": "cka", "n": len(found.terms)}
+                common |= {"metric": "cka", "n": len(drift.terms)}
                 records += [
                     {**common, "value": float(value), "layer": layer, "of": name}
-                    for layer, (name, value) in enumerate(zip(found.layers, found.cka))
+                    for layer, (name, value) in enumerate(zip(drift.layers, drift.cka))
                 ]
-        return records, []
+        return Measurement(records)
+
+    # ------------------------------------------------------------------- passages of drift
+
+    def passages(self, family: str | None) -> dict[str, list[Any]]:
+        """What base and tuned model are compared on: held-out text, and the family's prompts.
+
+        Of text every position but the first counts, of a prompt the last: its answer is read there.
+        """
+        from lora_tradeoffs.retention.representation import Passage, limited
+
+        if family in self._passages:
+            return self._passages[family]
+        sources = [self._text_passages(texts) for texts in self.texts().values()]
+        each = self.settings.preset.drift_tokens // len(sources)
+        passages = {"text": [p for parts in sources for p in limited(parts, each)]}
+        for task in FAMILIES.get(family or "", ()):
+            rows = self.adaptation.task(task).split("validation")
+            rows = rows.select(range(min(200, len(rows))))
+            prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+            prompts = [Passage(ids, [len(ids) - 1]) for ids in prompts]
+            passages[task] = limited(prompts, PROMPT_TOKENS) or prompts[:1]
+        self._passages[family] = passages
+        return passages
+
+    def _text_passages(self, texts: Sequence[str]) -> list[Any]:
+        """Stretches of PASSAGE tokens; a short rest is left out."""
+        from lora_tradeoffs.data.encoding import bos_ids, text_ids
+        from lora_tradeoffs.retention.representation import Passage
+
+        bos, passages = bos_ids(self.tokenizer), []
+        for tokens in (text_ids(self.tokenizer, text) for text in texts):
+            for start in range(0, len(tokens) - PASSAGE // 2, PASSAGE):
+                passages.append(Passage(bos + list(tokens[start : start + PASSAGE])))
+        # hidden states are compared within a batch: it should hold many documents, not one
+        order = np.random.default_rng(DATA_SEED).permutation(len(passages))
+        return [passages[i] for i in order]
+
+    # ------------------------------------------------------------------------------ report
+
+    def derived_records(self) -> list[Record]:
+        records, self.uncompared = derived_records(self.results)
+        return records
+
+    def table(self, records: list[Record]) -> str:
+        return retention_table(records, self.options.num_fewshot)
+
+    def outputs(self) -> dict[str, Path]:
+        return {"items": self.results.folder / "items"}
+
+    def warnings(self) -> list[str]:
+        shots = {k: v for b in self._benchmarks.values() for k, v in b.other_shots.items()}
+        messages = [
+            f"{task} is defined with {defined} in-context examples and was measured with {shown}"
+            for task, (defined, shown) in shots.items()
+        ]
+        if names := self.uncompared:
+            messages.append(
+                f"{len(names)} measurements, such as {names[0]}, have a different precision, limit"
+                " or data than the base's and are not compared with it: measure them again with"
+                " the same flags"
+            )
+        return messages
 
 
-def _task(unit: Unit) -> TaskUnit:
-    """The adaptation that is measured beside retention: the unit's task on validation."""
-    return TaskUnit(unit.subject, "validation", unit.task, unit.limit, 0, 0)
-
-
-def _cut(tokens: Sequence[int]) -> Iterator[list[int]]:
-    """Stretches of PASSAGE tokens; a short rest is left out."""
-    for start in range(0, len(tokens) - PASSAGE // 2, PASSAGE):
-        yield list(tokens[start : start + PASSAGE])
+def _can_be_scaled(subject: Subject) -> bool:
+    """Whether it is a last checkpoint, and its run has tasks on which its adaptation shows."""
+    return subject.checkpoint is not None and subject.is_last and subject.family is not None
 
 
 def _digest(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""lm-eval's model interface on scoring.py: requests that begin alike share a row of the batch."""
+"""lm-eval's model interface, scored by scoring/: requests that begin alike share a row."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from lora_tradeoffs.scoring.log_likelihoods import TOKEN_BUDGET, log_likelihoods
 TOKEN_BUDGETS = {"cpu": 1_024, "cuda": 8 * TOKEN_BUDGET}
 
 
+def default_batch_tokens(device: str) -> int:
+    return TOKEN_BUDGETS.get(device, TOKEN_BUDGET)
+
+
 class SharedPrefixLM(HFLM):
     """lm-eval's HFLM with the scoring of tokenised requests replaced, for its own evaluator too.
 
-    room: batches so many times as large. bf16: under autocast. max_length: the window, by default
-    the model's. encoded: tokens by text, kept for the next model. progress is called with the rows
-    done; items that share a row count once.
+    token_budget: padded tokens of a batch (default: `default_batch_tokens` of the device). bf16:
+    under autocast. max_length: the window (default: the model's). encoded: tokens by text, kept for
+    the next model. progress is called with the rows done; items that share a row count once.
     """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        room: float = 1.0,
+        token_budget: int | None = None,
         bf16: bool = False,
         max_length: int | None = None,
         encoded: dict[Any, Any] | None = None,
@@ -38,7 +42,7 @@ class SharedPrefixLM(HFLM):
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=1 << 30, max_length=max_length
         )
-        self.token_budget = int(room * TOKEN_BUDGETS.get(self.device.type, TOKEN_BUDGET))
+        self.token_budget = token_budget or default_batch_tokens(self.device.type)
         self.bf16, self.progress = bf16, progress
         self.encoded = {} if encoded is None else encoded
         self.truncated: set[tuple[str, str]] = set()
@@ -73,8 +77,8 @@ class SharedPrefixLM(HFLM):
             texts.append((text, len(continuation)))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             rows = shared_rows(texts)
-            found = log_likelihoods(self.model, rows, self.token_budget, self.progress)
-        pairs = [(score.log_likelihood, score.is_greedy) for row in found for score in row]
+            scores = log_likelihoods(self.model, rows, self.token_budget, self.progress)
+        pairs = [(score.log_likelihood, score.is_greedy) for row in scores for score in row]
         # lm-eval would take the first choice in silence
         if not np.isfinite([log_likelihood for log_likelihood, _ in pairs]).all():
             raise UserError("the model's logits are not finite")
