@@ -1,7 +1,7 @@
-"""Every path, shared constant and preset of the suite; reads `.env` once. Imports no torch.
+"""Paths, shared constants, presets and settings, and the flags that every command shares.
 
-A value is looked up in this order: command-line flag, environment variable, `.env`, preset.
-`.env.example` documents every variable.
+A setting is looked up in this order: command-line flag, environment variable, `.env`, preset.
+`.env.example` documents every variable. Imports no torch, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dotenv import dotenv_values
 
@@ -29,53 +29,51 @@ FAMILIES = {
 TASKS = FAMILIES["similar"] + FAMILIES["dissimilar"]
 RANKS = (4, 8, 16, 32, 64)
 SPLITS = ("train", "validation", "test")
-# Retention benchmarks: training rows are checked for overlap with them.
+# Retention benchmarks (Hub id, configuration, split); training rows are checked for overlap.
 BENCHMARKS = {
     "hellaswag": ("Rowan/hellaswag", None, "validation"),
     "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
     "winogrande": ("allenai/winogrande", "winogrande_xl", "validation"),
     "wikitext": ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"),
 }
-# Names that modules get in LlamaForCausalLM, by what --target-modules calls them.
+# The projections of LlamaForCausalLM that each value of --target-modules selects.
 TARGET_MODULES = {
     "qv": ("q_proj", "v_proj"),
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
-# The document that each analysis makes of a study, below OUTPUT_DIR; its units lie beside it.
+# The document that each analysis writes, relative to OUTPUT_DIR.
 DOCUMENTS = {
     "adaptation": "performance_analysis/{study}/adaptation.json",
     "retention": "outputs/{study}/retention.json",
     "drift": "drift_analysis_plots/{study}/drift.json",
     "gradients": "performance_analysis/{study}/gradients/gradients.json",
 }
-# The published setting of intruder dimensions: so many leading vectors, this threshold.
+# Intruder dimensions as published: the number of leading singular vectors, and the threshold.
 INTRUDER_K, INTRUDER_EPSILON = 10, 0.5
 MID_TRAINING_LIMIT = 1_000  # items of a task or benchmark at intermediate checkpoints
-GRADIENT_BATCHES = 32  # the fewest that the study reports
-# Data are split, capped and sampled with this seed, never with a run's own, so that all runs of a
-# study see the same rows.
+GRADIENT_BATCHES = 32  # the fewest on which the study reports gradient conflict
+# Data are split, capped and sampled with this seed, never with a run's seed, so that all runs of
+# a study see the same rows.
 DATA_SEED = 42
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 RESERVED_STUDIES = ("base", "sample")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-
-
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that says what is wrong, where, and what to do."""
+    """An error that the user can fix: one line saying what is wrong, where, and what to do."""
 
 
 class Diverged(UserError):
-    """A run's loss is no longer a number: its learning rate is too high."""
+    """The loss of a run became NaN or infinite: its learning rate is too high."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Budgets that differ between the demo and the study. Lengths are in tokens."""
+    """Defaults that differ between the demo and the study. Lengths are in tokens."""
 
     name: str
     model: str
@@ -86,12 +84,12 @@ class Preset:
     arms: dict[str, tuple[tuple[str, int], ...]]  # (method, rank) that run_study.py trains
     epochs: float
     checkpoints: int
-    lora_rate_factor: float  # of LoRA's learning rate over full fine-tuning's
-    batch_size: dict[str, int]  # rows an optimizer step, by family
-    micro_batch_size: dict[str, int]  # rows a device holds at once, by family
+    lora_rate_factor: float  # LoRA's default learning rate over full fine-tuning's
+    batch_size: dict[str, int]  # rows per optimizer step, by family
+    micro_batch_size: dict[str, int]  # rows per forward pass on a device, by family
     max_length: dict[str, int]  # prompt and completion together, by family
-    held_out_documents: int  # of each source of held-out text
-    drift_tokens: int  # of the held-out text on which what the model computes is compared
+    held_out_documents: int  # documents of each held-out source
+    drift_tokens: int  # held-out tokens on which activations and outputs are compared
 
 
 PRESETS = {
@@ -134,7 +132,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a script runs on, resolved; `sources` says where each value came from."""
+    """The resolved settings of a command; `sources` says where each value came from."""
 
     preset: Preset
     model: str
@@ -148,7 +146,7 @@ class Settings:
 
     @property
     def runs_dir(self) -> Path:
-        """Where the study's runs lie, `models/<study>/`."""
+        """The folder of the study's runs, `models/<study>/`."""
         return self.output_dir / "models" / self.study
 
     @property
@@ -161,7 +159,7 @@ class Settings:
 
     @property
     def prepared_dir(self) -> Path:
-        """Where the study's tokenised data lie, `data/<study>/`."""
+        """The folder of the study's tokenised data, `data/<study>/`."""
         return self.data_dir / self.study
 
     @property
@@ -169,11 +167,11 @@ class Settings:
         return self.output_dir / "logs" / self.study
 
     def document(self, analysis: str) -> Path:
-        """What an analysis (a key of DOCUMENTS) wrote of the study, or will write."""
+        """The path of the document that an analysis (a key of DOCUMENTS) writes for the study."""
         return self.output_dir / DOCUMENTS[analysis].format(study=self.study)
 
     def headline(self, device: str) -> str:
-        """The line that every script prints first."""
+        """The line that every command prints first."""
         parts = [
             f"{name} {getattr(self, name)} ({self.sources[name]})"
             for name in ("model", "data", "study")
@@ -182,28 +180,46 @@ class Settings:
         line += f" | device {device}"
         if self.preset.name == "demo":
             line += (
-                "\nThis is the demo: a small instruct model, first steps only, not evidence."
+                "\nThis is the demo: a small instruct model trained for a few steps, not evidence."
                 " For the study: cp .env.example .env"
             )
         return line
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and exit code 2."""
+    """An argparse parser with errors of one line, and exit code 2; line breaks in texts stay."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} ({self.prog} --help lists all)\n")
+        message = message.removeprefix("argument ").replace(": must be", " must be", 1)
+        self.exit(2, f"error: {message} ({self.prog} --help lists all flags)\n")
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
+    return number
+
+
+positive_int.__name__ = "int"  # argparse quotes it: invalid int value
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that every script shares."""
-    group = parser.add_argument_group("what to run on (flag, then environment, .env, preset)")
-    group.add_argument("--preset", help="study | demo (PRESET; default demo)")
-    group.add_argument("--study", help="name of the study's folders (STUDY_NAME; default: preset)")
-    group.add_argument("--model", help="Hub id or folder of a LlamaForCausalLM (MODEL_NAME)")
-    group.add_argument(
-        "--data", help="hub, sample, or a folder of <task>/<split>.jsonl (DATA_SOURCE)"
+    """Add the flags that every command shares."""
+    group = parser.add_argument_group(
+        "model, data and study (a flag beats the environment, .env and the preset)"
     )
+    for flag, metavar, text in (
+        ("--preset", "{study,demo}", "defaults for all else (variable PRESET; default demo)"),
+        ("--study", "NAME", "name of the study's folders (STUDY_NAME; default: the preset's name)"),
+        ("--model", "ID_OR_FOLDER", "base model: a LlamaForCausalLM (MODEL_NAME)"),
+        ("--data", "SOURCE", "hub, sample, or a folder of <task>/<split>.jsonl (DATA_SOURCE)"),
+    ):
+        group.add_argument(flag, metavar=metavar, help=text)
 
 
 def resolve_settings(args: argparse.Namespace) -> Settings:
@@ -231,21 +247,17 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
             f"preset is {preset_name!r} ({sources['preset']}); allowed: {', '.join(PRESETS)}"
         )
     preset = PRESETS[preset_name]
+
+    def count(name: str, variable: str) -> int:
+        return _count(look_up(name, variable, getattr(preset, name)), variable)
+
     return Settings(
         preset=preset,
         model=_model_name(str(look_up("model", "MODEL_NAME", preset.model)), env_file),
         data=_data_source(str(look_up("data", "DATA_SOURCE", preset.data)), sources["data"]),
         study=check_study(str(look_up("study", "STUDY_NAME", preset.name)), sources["study"]),
-        examples_per_task=_count(
-            look_up("examples_per_task", "EXAMPLES_PER_TASK", preset.examples_per_task),
-            "EXAMPLES_PER_TASK",
-        ),
-        eval_examples_per_task=_count(
-            look_up(
-                "eval_examples_per_task", "EVAL_EXAMPLES_PER_TASK", preset.eval_examples_per_task
-            ),
-            "EVAL_EXAMPLES_PER_TASK",
-        ),
+        examples_per_task=count("examples_per_task", "EXAMPLES_PER_TASK"),
+        eval_examples_per_task=count("eval_examples_per_task", "EVAL_EXAMPLES_PER_TASK"),
         data_dir=_folder(look_up("data_dir", "DATA_DIR", ROOT / "data"), "DATA_DIR"),
         output_dir=_folder(look_up("output_dir", "OUTPUT_DIR", ROOT), "OUTPUT_DIR"),
         sources=sources,
@@ -258,7 +270,7 @@ def _env_file() -> dict[str, str]:
 
 
 def _model_name(name: str, env_file: dict[str, str]) -> str:
-    """A bare name that is neither the embedded model nor a folder belongs to HF_USERNAME."""
+    """Prefix HF_USERNAME to a bare name that is neither the embedded model nor a folder."""
     username = os.environ.get("HF_USERNAME") or env_file.get("HF_USERNAME")
     if name == EMBEDDED_MODEL or "/" in name or Path(name).exists() or not username:
         return name
@@ -270,17 +282,17 @@ def _data_source(value: str, source: str) -> str:
         return value
     path = Path(value).expanduser()
     if source.endswith(".env") and not path.is_absolute():
-        path = ROOT / path  # a file's relative path must not depend on where the user stands
+        path = ROOT / path  # a relative path in .env must not depend on the working folder
     if not path.is_dir():
         raise UserError(
-            f"data is {value!r} ({source}), which is no folder; allowed: hub, sample,"
+            f"data is {value!r} ({source}), which is not a folder; allowed: hub, sample,"
             " or a folder of <task>/<split>.jsonl"
         )
     return str(path.resolve())
 
 
 def check_study(name: str, source: str = "--study") -> str:
-    """The name of a study. Raises UserError if it is reserved or could be a path."""
+    """The study's name. Raises UserError if it is reserved or could be a path."""
     if not NAME_PATTERN.fullmatch(name) or ".." in name or name in RESERVED_STUDIES:
         raise UserError(
             f"study is {name!r} ({source}); allowed: letters, digits, '.', '_', '+' and '-', not a"
@@ -290,13 +302,9 @@ def check_study(name: str, source: str = "--study") -> str:
 
 
 def _count(value: object, variable: str) -> int:
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = 0
-    if number < 1:
+    if not re.fullmatch(r"0*[1-9][0-9]*", str(value)):
         raise UserError(f"{variable} is {value!r}; allowed: a whole number of at least 1")
-    return number
+    return int(str(value))
 
 
 def _folder(value: object, variable: str) -> Path:
@@ -310,7 +318,7 @@ def _folder(value: object, variable: str) -> Path:
 def guarded(main: Callable[..., int]) -> Callable[..., int]:
     """Turn a UserError into one line on stderr and exit code 2, and Ctrl-C into 130.
 
-    What takes a second or more says last how long.
+    A command that takes a second or more ends by printing how long it took.
     """
 
     @functools.wraps(main)
@@ -322,22 +330,21 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
                 print(f"{time.monotonic() - start:.0f} s", flush=True)
             return code
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            message = str(error)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            what = f"{error.strerror}{f': {error.filename}' * bool(error.filename)}"
-            print(f"error: {what}; free some room and run the same command", file=sys.stderr)
-            return 2
+            message = f"{error.strerror}{f': {error.filename}' * bool(error.filename)}"
+            message += "; free disk space, then run the same command to resume"
         except KeyboardInterrupt:
-            print("interrupted; run the same command to go on", file=sys.stderr)
+            print("interrupted; run the same command to resume", file=sys.stderr)
             return 130
         except Exception as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's; it is not loaded for this
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            told = "what is done is kept; make the batches smaller (--help says how), and go on"
-            print(f"error: the device's memory ran out; {told}", file=sys.stderr)
-            return 2
+            message = "the device's memory ran out; choose smaller batches (see --help) and run"
+            message += " the same command to resume: finished results are kept"
+        print(f"error: {message}", file=sys.stderr)
+        return 2
 
     return wrapper

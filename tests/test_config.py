@@ -96,3 +96,15 @@ def test_memory_that_ran_out_is_one_line(capsys):
     assert guarded(main)([]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the device's memory ran out") and "smaller" in line
+
+
+def test_a_count_below_one_is_refused_by_its_flag(capsys):
+    parser = config.Parser(prog="command")
+    parser.add_argument("--limit", type=config.positive_int)
+    assert parser.parse_args(["--limit", "3"]).limit == 3
+    for value, message in (("0", "--limit must be 1 or more, not 0"), ("x", "invalid int value")):
+        with pytest.raises(SystemExit) as exit:
+            parser.parse_args(["--limit", value])
+        assert exit.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --limit") and message in line

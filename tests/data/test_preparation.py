@@ -197,7 +197,7 @@ def test_the_script_refuses_in_one_line(inside, tmp_path, smollm2):
         return inside(data_preprocessing.main, *command)
 
     assert_one_line_error(run("sst3"), "unknown task 'sst3'", "sst2")
-    assert_one_line_error(run("--data", tmp_path / "none"), "no folder", "--data")
+    assert_one_line_error(run("--data", tmp_path / "none"), "not a folder", "--data")
     assert_one_line_error(run("sst2", "--data", tmp_path), "sst2/train.jsonl cannot be read")
     assert_one_line_error(run("--study", "../up"), "study is '../up'")
 
