@@ -19,7 +19,7 @@ from lora_tradeoffs.study.estimates import training_need
 from lora_tradeoffs.study.plan import plan_runs, plan_steps
 from lora_tradeoffs.study.processes import duration
 from lora_tradeoffs.study.steps import Stamps
-from lora_tradeoffs.training.learning_rates import Search, records_of, write_rates
+from lora_tradeoffs.training.learning_rates import Search, search_records, write_rates
 from run_study import build_parser, main
 
 DOCUMENTS = {
@@ -280,7 +280,7 @@ def test_a_sweep_is_planned_at_the_rates_that_are_known(workspace, short):
     tried = {rate: [1.0 + abs(rate - 2 * default)] for rate in (default, 2 * default, 4 * default)}
     search = Search(tried, 2 * default)
     arm = later.runs[0].arm
-    write_rates(settings.runs_dir, arm, records_of(arm, later.runs[0].config, default, search))
+    write_rates(settings.runs_dir, arm, search_records(arm, later.runs[0].config, default, search))
     assert [run.config.learning_rate for run in later.runs] == [2 * default]
     assert {run.config.learning_rate for run in searches[1].runs} == set(tried)
     measured = [

@@ -16,7 +16,7 @@ from typing import Any
 
 from config import Settings
 from lora_tradeoffs.files import write_json
-from lora_tradeoffs.training.learning_rates import grid, read_rates
+from lora_tradeoffs.training.learning_rates import rates_around, read_rates
 from lora_tradeoffs.training.run import Run
 
 # stage: its script
@@ -55,7 +55,7 @@ class Sweep:
         own = [r for r in read_rates(planned.folder.parent) if r["arm"] == planned.arm]
         if planned.config.seed == self.seed:
             rates = [r["learning_rate"] for r in own]
-            rates = rates or grid(planned.default.learning_rate, self.factors)
+            rates = rates or rates_around(planned.default.learning_rate, self.factors)
         elif own:
             rates = [r["learning_rate"] for r in own if r["chosen"]]
         else:

@@ -1,4 +1,4 @@
-"""What a run costs before it runs: parameters, memory, disk; and whether that is there."""
+"""Expected cost of a run before it starts: parameters, memory and disk; checks against both."""
 
 from __future__ import annotations
 
@@ -14,38 +14,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GB = 1e9
-# Bytes of activations that a token leaves for the backward pass in a layer, per hidden unit and per
-# MLP unit, under bf16 autocast (twice that in fp32); fitted to measured peaks, rounded up.
+# Bytes of activations kept for the backward pass per token and layer: per hidden unit, and per MLP
+# unit, under bf16 autocast (twice that in fp32); fitted to measured peaks, rounded up.
 ACTIVATION_BYTES = (40, 16)
-# Eager attention leaves the heads' weights too: bytes for each pair of tokens, head and layer.
-EAGER_BYTES = 14
-# The interpreter and its libraries.
-PROCESS_BYTES = 700_000_000
-# The masked logits live in bf16 and fp32 with their gradients, and the softmax.
-LOGIT_BYTES = 16
+EAGER_BYTES = 14  # eager attention's weights, per pair of tokens, head and layer
+PROCESS_BYTES = 700_000_000  # the interpreter and its libraries
+LOGIT_BYTES = 16  # a supervised logit in bf16 and fp32, their gradients, and the softmax
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Expected needs of a run; bytes. Memory is a device's, disk the whole run's."""
+    """Expected needs of a run, in bytes: memory per device, disk for the whole run."""
 
     parameters: int
     trainable: int
     memory: int
     disk: int
 
-    def __str__(self) -> str:
-        share = self.trainable / self.parameters
-        return (
-            f"{self.trainable:,} trainable parameters ({share:.2%}), memory up to about"
-            f" {self.memory / GB:.1f} GB, disk {self.disk / GB:.2f} GB"
-        )
-
 
 def trainable_shapes(model: PreTrainedModel, config: TrainingConfig) -> list[tuple[int, int]]:
     """(out, in) of every linear layer that LoRA or full_qv trains.
 
-    Raises UserError for a rank above the smallest matrix, where B A could be any update.
+    Raises UserError for a rank above the smallest dimension, where B A has no lower rank.
     """
     import torch
 
@@ -70,9 +60,9 @@ def expected_cost(
     longest: int = 0,
     eager: bool = False,
 ) -> Cost:
-    """The run's cost from the architecture alone (a model on the meta device will do).
+    """The run's cost from the architecture alone (a model on the meta device).
 
-    `longest` is the longest row in tokens; before the data are read, 0: the run's max_length.
+    `longest` is the longest row in tokens, or 0 for the configuration's max_length.
     """
     import torch
 
@@ -97,38 +87,33 @@ def expected_cost(
     if config.activation_checkpointing:
         activations //= c.num_hidden_layers
     supervised = config.micro_batch_size * (2 if config.family == "similar" else 128)
-    memory = (
-        PROCESS_BYTES
-        + weights
-        + 12 * trainable
-        + activations
-        + LOGIT_BYTES * supervised * c.vocab_size
-    )
+    logits = LOGIT_BYTES * supervised * c.vocab_size
+    memory = PROCESS_BYTES + weights + 12 * trainable + activations + logits
     saved = 4 * (trainable if config.method == "lora" else total)
     disk = config.checkpoints * saved + 2 * 8 * trainable  # Adam's state in the two newest
     return Cost(total, trainable, int(memory), disk)
 
 
 def check_room(cost: Cost, folder: Path, device: str) -> None:
-    """Raise UserError if the disk or the memory is smaller than what the run needs."""
+    """Raise UserError if the run needs more disk or memory than is free."""
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < cost.disk:
         raise UserError(
             f"{folder} has {free / GB:.1f} GB free and the run needs {cost.disk / GB:.1f} GB; free"
-            " some, set OUTPUT_DIR to another disk, or --set checkpoints=N lower"
+            " some space, set OUTPUT_DIR to another disk, or lower --set checkpoints=N"
         )
     available = free_memory(device)
     if available < cost.memory:
         raise UserError(
             f"{device} has {available / GB:.1f} GB of memory free and the run needs about"
             f" {cost.memory / GB:.1f} GB; try --set micro_batch_size=N, --set"
-            " activation_checkpointing=true, or LoRA in place of full fine-tuning"
+            " activation_checkpointing=true, or LoRA instead of full fine-tuning"
         )
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on the device now."""
+    """Bytes of memory free on the device."""
     if device == "cuda":
         import torch
 

@@ -1,49 +1,51 @@
-"""The search for an arm's learning rate: grid, choice, edge, and `learning_rates.json`.
+"""The learning-rate sweep: the search for every arm's rate, and `learning_rates.json`.
 
-The best rate depends on the arm (with alpha = 2r on the rank, too) and its ratio to full
-fine-tuning's on the run's length, so every arm is searched by itself, in runs of full length. A
-grid is made of factors of the arm's default rate. A rate is chosen only if half and twice of it
-were trained and neither is better, whatever the grid: so an optimum at the edge widens the grid,
-and a coarse grid is refined. Three rates are the fewest that can hold such an optimum, and every
-further one is trained where it is needed: five at once would train two that tell little. Steps of
-two are the finest that one seed can mostly tell apart.
+The best rate depends on the arm (with alpha = 2r also on the rank), and its ratio to full
+fine-tuning's on the length of the run, so every arm is searched separately, in runs of full length.
+The search starts with factors of the arm's default rate. A rate is chosen only if half and twice
+that rate were trained and neither is better: so a best rate at the edge widens the search, and
+coarse factors are refined. Three rates are the fewest that can enclose an optimum, and more are
+trained only where needed. Factors of two are the finest that one seed can usually distinguish.
 
-The choice is by validation loss at the last checkpoint, the mean over tasks and seeds.
+The choice is by validation loss at the last checkpoint, averaged over tasks and seeds. A trained
+rate is a run like any other, in the study's folder and named after its rate: it is resumed, skipped
+when done, and measured by the analyses like the rest.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import FAMILIES, UserError
+from config import FAMILIES, Settings, UserError
 from lora_tradeoffs.files import read_json, write_json
+from lora_tradeoffs.training.run import Run, is_main
 from training_configs import TrainingConfig, rate_name
 
 FACTORS = (0.5, 1.0, 2.0)
-# A grid is widened this many times either way: with the default's, down to 1/16 of the arm's rate
-# and up to 16 times. An optimum beyond speaks of the run (its length, its data), not of the rate.
+# The search goes this factor beyond the first rates: with the default factors from 1/16 of the
+# arm's default to 16 times. An optimum beyond says more about the run (its length, its data).
 REACH = 8.0
 FILE = "learning_rates.json"
-# These may differ between a choice and the run that uses it: what is searched and averaged over,
-# and how numbers are computed.
+# These may differ between the sweep's runs and the run that uses the chosen rate.
 FREE = ("learning_rate", "seed", "dtype")
 
-# What figures and runs take from a record of a sweep.
+# The types of the fields that figures and runs read from a record.
 FIELDS = {
     **dict.fromkeys(("arm", "family", "method", "problem"), str),
     **{"rank": int, "learning_rate": float, "loss": (int, float, type(None)), "chosen": bool},
 }
 
-Losses = dict[float, list[float]]  # of each rate: a validation loss a seed, inf if it diverged
+Losses = dict[float, list[float]]  # by rate: the seeds' validation losses, inf if diverged
 
 
 @dataclass(frozen=True)
 class Search:
-    """The rates that were trained, and the one that was chosen, or why there is none."""
+    """The losses of the trained rates, and the chosen rate, or the problem that left none."""
 
     losses: Losses
     rate: float | None
@@ -53,24 +55,24 @@ class Search:
 # ------------------------------------------------------------------------------ the search
 
 
-def grid(default: float, factors: Iterable[float] = FACTORS) -> list[float]:
-    """Rates by factors of the default, rising, of four figures. Raises UserError for a factor."""
+def rates_around(default: float, factors: Iterable[float] = FACTORS) -> list[float]:
+    """Factors times the default, rising, to four figures. Raises UserError for a bad factor."""
     for factor in factors:
         if not 0 < factor < math.inf:
-            raise UserError(f"--lr-sweep {factor:g}: a factor of the learning rate is above 0")
+            raise UserError(f"--lr-sweep {factor:g}: a factor must be finite and above 0")
     return sorted({_rounded(default * factor) for factor in factors})
 
 
 def mean_losses(losses: Mapping[float, Sequence[float]]) -> dict[float, float]:
     """The mean over seeds by rate, rising; infinite where any seed diverged."""
-    means = {rate: sum(found) / len(found) for rate, found in sorted(losses.items())}
+    means = {rate: sum(values) / len(values) for rate, values in sorted(losses.items())}
     return {rate: mean if math.isfinite(mean) else math.inf for rate, mean in means.items()}
 
 
 def best_rate(losses: Mapping[float, Sequence[float]]) -> float | None:
-    """The rate of the lowest mean loss; None if every rate diverged.
+    """The rate with the lowest mean loss; None if every rate diverged.
 
-    Of equal rates the lowest, which moves the model least.
+    Ties go to the lowest rate, which moves the model least.
     """
     means = mean_losses(losses)
     best = min(means, key=lambda rate: (means[rate], rate))
@@ -78,17 +80,17 @@ def best_rate(losses: Mapping[float, Sequence[float]]) -> float | None:
 
 
 def untried(losses: Mapping[float, Sequence[float]]) -> list[float]:
-    """What is to be tried next: half and twice the best rate; half the lowest if all diverged."""
+    """The rates to try next: half and twice the best rate; half the lowest if all diverged."""
     best = best_rate(losses)
     wanted = [min(losses) / 2] if best is None else [best / 2, best * 2]
     return [_rounded(r) for r in wanted if not any(_is_same(r, tried) for tried in losses)]
 
 
 def search(rates: Sequence[float], train: Callable[[list[float]], Losses]) -> Search:
-    """Train the grid, then half and twice the best rate until neither is better.
+    """Train the given rates, then half and twice the best rate until neither is better.
 
-    `train` returns the losses of the rates it is given. The search goes no further than REACH
-    beyond the grid's ends, and has no rate if the best one is still unchecked there.
+    `train` returns the losses of the rates that it is given. The search stops at REACH beyond the
+    given rates, and chooses none if the best rate still lies at that edge.
     """
     low, high = min(rates) / REACH, max(rates) * REACH
     losses = train(list(rates))
@@ -117,13 +119,86 @@ def _is_same(rate: float, other: float) -> bool:
     return math.isclose(rate, other, rel_tol=0.01)
 
 
+# -------------------------------------------------------------------------------- the sweep
+
+
+def sweep(
+    runs: Sequence[Run], settings: Settings, train_run: Callable[[Run], bool], overwrite: bool
+) -> int:
+    """Search the rate of every arm, starting with its planned runs; 1 if an arm gets none.
+
+    `train_run` trains a run unless it is done, and returns whether it is done then. Every choice is
+    written to models/<study>/learning_rates.json as soon as it is made.
+    """
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(run.arm, []).append(run)
+    problems = []
+    for arm, arm_runs in arms.items():
+        try:
+            result = _search_arm(arm_runs, train_run, overwrite)
+        except UserError as error:
+            problems.append(f"{arm}: {error}")
+            continue
+        problems += [f"{arm}: {result.problem}"] * bool(result.problem)
+        if is_main():
+            default = arm_runs[0].default.learning_rate
+            records = search_records(arm, arm_runs[0].config, default, result)
+            write_rates(settings.runs_dir, arm, records)
+    if is_main():
+        print(rates_table([r for r in read_rates(settings.runs_dir) if r["arm"] in arms]))
+        path = settings.runs_dir / FILE
+        print(f"chosen rates: {path}; train with them with --swept-rates", flush=True)
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _search_arm(runs: Sequence[Run], train_run: Callable[[Run], bool], overwrite: bool) -> Search:
+    """The search of one arm. Raises UserError for a run that failed without diverging."""
+    by_seed = {run.config.seed: run for run in runs}
+
+    def losses(rates: Sequence[float]) -> Losses:
+        return {
+            rate: [_loss(run.at_rate(rate), train_run, overwrite) for run in by_seed.values()]
+            for rate in rates
+        }
+
+    return search(sorted({run.config.learning_rate for run in runs}), losses)
+
+
+def _loss(run: Run, train_run: Callable[[Run], bool], overwrite: bool) -> float:
+    """The run's final validation loss, infinite if it diverged, now or before."""
+    if run.has_diverged and not overwrite:
+        if is_main():
+            print(f"{run.name} diverged before: {run.folder} (--overwrite retrains it)", flush=True)
+        return math.inf
+    is_done = train_run(run)
+    _wait_for_all()
+    if run.has_diverged:
+        return math.inf
+    if not is_done:
+        raise UserError(f"no learning rate can be chosen, since {run.name} could not be trained")
+    return run.final_loss()
+
+
+def _wait_for_all() -> None:
+    """Wait until the main process has written what the others are about to read."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 # ------------------------------------------------------------------------- learning_rates.json
 
 
-def records_of(arm: str, config: TrainingConfig, default: float, found: Search) -> list[dict]:
-    """Flat records of an arm's search, one a rate.
+def search_records(
+    arm: str, config: TrainingConfig, default: float, result: Search
+) -> list[dict[str, Any]]:
+    """Flat records of an arm's search, one per rate.
 
-    `loss` is None where a seed diverged; `chosen` is true at one rate, or at none and `problem`
+    `loss` is None if a seed diverged; `chosen` is true at one rate, or at none, and then `problem`
     says why.
     """
     settings = _settings(config)
@@ -133,23 +208,23 @@ def records_of(arm: str, config: TrainingConfig, default: float, found: Search) 
             **settings,
             "learning_rate": rate,
             "factor": _rounded(rate / default),
-            "seeds": len(found.losses[rate]),
+            "seeds": len(result.losses[rate]),
             "loss": loss if math.isfinite(loss) else None,
-            "chosen": rate == found.rate,
-            "problem": found.problem,
+            "chosen": rate == result.rate,
+            "problem": result.problem,
         }
-        for rate, loss in mean_losses(found.losses).items()
+        for rate, loss in mean_losses(result.losses).items()
     ]
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:
-    """What a choice holds for: all that a run learns with, but rate, seed and precision."""
+    """The settings that a choice is valid for: all but learning rate, seed and precision."""
     values = {k: v for k, v in config.compared().items() if k not in FREE}
     return values | {"tasks": "+".join(config.tasks)}
 
 
 def read_rates(runs_dir: Path) -> list[dict[str, Any]]:
-    """The records of the study's sweep, empty if there was none. Raises UserError for others."""
+    """The records of the study's sweep, [] if there was none. Raises UserError for other files."""
     path = runs_dir / FILE
     if not path.is_file():
         return []
@@ -160,22 +235,22 @@ def read_rates(runs_dir: Path) -> list[dict[str, Any]]:
             return records
     except (KeyError, TypeError, ValueError):
         pass
-    raise UserError(f"{path} is no record of a sweep; delete it and sweep again (--lr-sweep)")
+    raise UserError(f"{path} is not a sweep's file; delete it and sweep again (--lr-sweep)")
 
 
 def write_rates(runs_dir: Path, arm: str, records: list[dict[str, Any]]) -> Path:
-    """Put an arm's records in the place of its old ones; sweeps of other arms may run beside."""
+    """Replace an arm's records; other processes may write those of other arms meanwhile."""
     from filelock import FileLock
 
     path = runs_dir / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{FILE}.lock")):
         others = [record for record in read_rates(runs_dir) if record["arm"] != arm]
-        write_json(path, {"records": sorted(others + records, key=_place)})
+        write_json(path, {"records": sorted(others + records, key=_sort_key)})
     return path
 
 
-def _place(record: dict[str, Any]) -> tuple[str, str, int, str, float]:
+def _sort_key(record: dict[str, Any]) -> tuple[str, str, int, str, float]:
     names = (record["family"], record["method"], record["rank"], record["arm"])
     return *names, record["learning_rate"]
 
@@ -183,16 +258,16 @@ def _place(record: dict[str, Any]) -> tuple[str, str, int, str, float]:
 def chosen_rate(runs_dir: Path, arm: str, config: TrainingConfig) -> float:
     """The rate that the study's sweep chose for the arm.
 
-    Raises UserError, naming the command, if it chose none or under other settings.
+    Raises UserError, naming the command, if there is none for these settings.
     """
-    own = [record for record in read_rates(runs_dir) if record["arm"] == arm]
-    chosen = next((record for record in own if record["chosen"]), None)
+    records = [record for record in read_rates(runs_dir) if record["arm"] == arm]
+    chosen = next((record for record in records if record["chosen"]), None)
     command = f"python multi_task_training.py --lr-sweep --study {runs_dir.name} {_flags(config)}"
     if chosen is None:
-        why = f" ({own[0]['problem']})" if own else ""
+        problem = f" ({records[0]['problem']})" if records else ""
         raise UserError(
-            f"no learning rate was chosen for {arm}{why}; sweep first, with the same other flags:"
-            f" {command}"
+            f"no learning rate was chosen for {arm}{problem}; sweep first, with the same other"
+            f" flags: {command}"
         )
     changed = [
         f"{name} {chosen.get(name)} -> {value}"
@@ -214,19 +289,21 @@ def _flags(config: TrainingConfig) -> str:
     return f"{tasks} {arms.get(config.method) or f'--lora {config.rank}'}"
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Arms by rates: factor of the default, validation loss, and which was chosen."""
-    width = max([len("arm"), *(len(record["arm"]) for record in records)])
-    lines = [f"{'arm':<{width}}  {'rate':>10}  {'of default':>10}  validation loss"]
-    last = ""
-    for r in records:
-        name = "" if r["arm"] == last else r["arm"]
-        loss = "diverged" if r["loss"] is None else f"{r['loss']:.4f}"
-        mark = "  chosen" if r["chosen"] else ""
-        rate = rate_name(r["learning_rate"]).removeprefix("lr")
-        lines.append(
-            f"{name:<{width}}  {rate:>10}  {'x' + format(r['factor'], 'g'):>10}  {loss}{mark}"
-        )
-        last = r["arm"]
+def rates_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Per arm its rates as factors of the default, their validation losses, and the choice."""
+    import pandas as pd
+
+    rows = [
+        {
+            "arm": r["arm"],
+            "rate": rate_name(r["learning_rate"]).removeprefix("lr"),
+            "of default": f"x{r['factor']:g}",
+            "validation loss": "diverged" if r["loss"] is None else f"{r['loss']:.4f}",
+            "": "chosen" if r["chosen"] else "",
+        }
+        for r in records
+    ]
+    table = pd.DataFrame(rows, columns=["arm", "rate", "of default", "validation loss", ""])
     problems = dict.fromkeys((r["arm"], r["problem"]) for r in records if r["problem"])
-    return "\n".join([*lines, *(f"no rate for {arm}: {problem}" for arm, problem in problems)])
+    lines = [f"no rate for {arm}: {problem}" for arm, problem in problems]
+    return "\n".join([table.to_string(index=False), *lines])

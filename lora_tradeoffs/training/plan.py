@@ -1,19 +1,23 @@
-"""Which runs a request stands for: task mixes x arms x seeds, each a configuration and a folder."""
+"""The runs that a request stands for: task mixes x arms x seeds, each with its configuration."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config import Settings, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.data.sources import source_folder
-from lora_tradeoffs.training.learning_rates import chosen_rate, grid
+from lora_tradeoffs.files import checkpoint_step, checkpoints
+from lora_tradeoffs.training.learning_rates import chosen_rate, rates_around
 from lora_tradeoffs.training.row_order import steps_for
 from lora_tradeoffs.training.run import Run
 from training_configs import TrainingConfig, default_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LORA_FIELDS = ("target_modules", "scaling", "lora_dropout")
 
@@ -30,13 +34,16 @@ def plan_runs(
 ) -> list[Run]:
     """A run for every task mix, arm (method, rank) and seed, in this order.
 
-    `values` replace fields of TrainingConfig; of dense arms beside LoRA those that are not LoRA's.
-    With `sweep`, factors of the default rate, every run is planned at each; with `swept_rates` at
-    the rate that a sweep chose. Raises UserError for what cannot be.
+    `values` replace fields of TrainingConfig; if LoRA is among the arms, its fields are left out
+    for the others. With `sweep`, factors of the default learning rate, every run is planned at each
+    of these rates; with `swept_rates`, at the rate that a sweep chose. Raises UserError for a
+    combination that is not allowed.
     """
     if "learning_rate" in values and (sweep is not None or swept_rates):
         flag = "--swept-rates" if swept_rates else "--lr-sweep"
-        raise UserError(f"{flag} and --set learning_rate both say the rate; leave one out")
+        raise UserError(
+            f"{flag} and --set learning_rate both set the learning rate; use one of them"
+        )
     has_lora = any(method == "lora" for method, _ in arms)
     dense_values = {k: v for k, v in values.items() if k not in LORA_FIELDS or not has_lora}
     runs = []
@@ -50,7 +57,7 @@ def plan_runs(
                 run = Run(name, config, settings.runs_dir / name, default)
                 rates = [config.learning_rate]
                 if sweep is not None:
-                    rates = grid(default.learning_rate, sweep)
+                    rates = rates_around(default.learning_rate, sweep)
                 elif swept_rates:
                     rates = [chosen_rate(settings.runs_dir, run.arm, config)]
                 runs += [run.at_rate(rate) for rate in rates]
@@ -58,7 +65,7 @@ def plan_runs(
 
 
 def expected_steps(config: TrainingConfig, settings: Settings) -> int:
-    """Steps from the number of rows before any is read: lines of a folder, official sizes."""
+    """Steps estimated before any row is read, from line counts or the data sets' official sizes."""
     source, rows = source_folder(settings), []
     for task in config.tasks:
         count = describe(task).rows["train"]
@@ -67,3 +74,31 @@ def expected_steps(config: TrainingConfig, settings: Settings) -> int:
                 count = sum(1 for _ in file)
         rows.append(min(count, config.examples_per_task, config.limit or count))
     return steps_for(rows, config.epochs, config.batch_size)
+
+
+def print_plan(
+    runs: Sequence[Run], settings: Settings, architecture: PreTrainedModel, bf16: bool
+) -> None:
+    """Print a table of the runs: state, steps, trainable parameters, expected memory and disk."""
+    import pandas as pd
+
+    from lora_tradeoffs.training.costs import GB, expected_cost
+
+    rows, disk = [], 0
+    for run in runs:
+        cost = expected_cost(architecture, run.config, bf16)
+        disk += 0 if run.is_done else cost.disk
+        saved = checkpoints(run.folder)
+        resumable = f"at step {checkpoint_step(saved[-1])}" if saved else "new"
+        row = {
+            "run": run.name,
+            "state": "done" if run.is_done else resumable,
+            "steps": run.config.max_steps or f"about {expected_steps(run.config, settings)}",
+            "trainable": f"{cost.trainable:,} ({cost.trainable / cost.parameters:.2%})",
+            "memory GB": f"{cost.memory / GB:.1f}",
+            "disk GB": f"{cost.disk / GB:.2f}",
+        }
+        rows.append(row)
+    print(f"{len(runs)} runs in {settings.runs_dir}")
+    print(pd.DataFrame(rows).to_string(index=False))
+    print(f"memory: expected peak of a device; disk for unfinished runs: {disk / GB:.1f} GB")

@@ -1,7 +1,7 @@
-"""The order of a whole run's rows, laid out beforehand.
+"""The order of all rows of a run, computed before it starts.
 
-The order is a function of the seed alone: every arm of a seed sees the same batches, and a resumed
-run sees what the uninterrupted one would have seen.
+The order depends on the data and the seed alone: every arm of a seed sees the same batches, and a
+resumed run sees the batches that an uninterrupted one would have seen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-# Batches in a window. The tasks keep their proportions in each; lengths are grouped inside it.
+# Batches per window. Each window has the tasks in their shares, and groups rows by length.
 WINDOW = 50
 
 
@@ -28,7 +28,7 @@ def steps_for(rows: Sequence[int], epochs: float, batch_size: int) -> int:
     return max(1, math.ceil(epochs * sum(rows) / batch_size))
 
 
-def lay_out(
+def order_rows(
     lengths: Sequence[np.ndarray],
     shares: np.ndarray,
     batch_size: int,
@@ -37,10 +37,11 @@ def lay_out(
 ) -> np.ndarray:
     """Indices into the tasks' concatenated rows, in training order, shape (steps * batch_size,).
 
-    `lengths` holds each task's row lengths in tokens. Each task is read epoch by epoch, every epoch
-    a new permutation. Windows of at most WINDOW batches, and at most one epoch, hold the tasks in
-    their shares (exact up to one row, carried on); within a window rows are grouped by length into
-    batches, whose order is random, and sorted inside a batch, so that micro-batches are tight too.
+    `lengths` holds each task's row lengths in tokens. Each task is read epoch by epoch, in a new
+    permutation each time. A window of at most WINDOW batches, and at most one epoch, holds the
+    tasks in their shares (to within one row, which is carried over). Within a window, rows are
+    grouped by length into batches in random order, and sorted by length within a batch, so that
+    micro-batches have little padding too.
     """
     random = np.random.default_rng(seed)
     offsets = np.cumsum([0, *map(len, lengths)])
@@ -70,7 +71,7 @@ def _epochs(rows: int, random: np.random.Generator) -> Any:
 
 
 def _apportion(shares: np.ndarray, drawn: np.ndarray, rows: int) -> np.ndarray:
-    """How many of the next `rows` rows each task gets: always one more for who lags most."""
+    """The tasks' numbers of rows among the next `rows`: each goes to the task furthest behind."""
     target = shares * (drawn.sum() + rows)
     counts = drawn.copy()
     for _ in range(rows):

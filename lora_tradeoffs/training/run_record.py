@@ -1,63 +1,62 @@
-"""What a run leaves about itself: its record, and how two records differ."""
+"""run.json: what decides a run's result, and how two such records differ; the run's summary."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from config import Settings
+
 if TYPE_CHECKING:
-    from lora_tradeoffs.data.preparation import PreparedTask
     from lora_tradeoffs.models.base import Base
-    from training_configs import TrainingConfig
+    from lora_tradeoffs.training.run import Run
+    from lora_tradeoffs.training.schedule import Schedule
 
 RECORD_VERSION = 1
 
 
-def run_record(
-    name: str,
-    config: TrainingConfig,
-    base: Base,
-    prepared: dict[str, PreparedTask],
-    shares: Any,
-    steps: int,
-    grid: list[int],
-) -> dict[str, Any]:
-    """The contents of run.json, but for the environment."""
+def run_record(name: str, base: Base, schedule: Schedule) -> dict[str, Any]:
+    """The contents of run.json, without the environment."""
+    config = schedule.config
     return {
         "record_version": RECORD_VERSION,
         "run": name,
         "config": config.record(),
         "compared": config.compared(),
         "base": base.record,
-        "steps": steps,
-        "checkpoint_steps": grid,
-        "task_weights": _task_weights(config, prepared, shares),
-        "data": {task: p.report for task, p in prepared.items()},
+        "steps": schedule.steps,
+        "checkpoint_steps": schedule.checkpoint_steps,
+        "task_weights": _task_weights(schedule),
+        "data": {task: prepared.report for task, prepared in schedule.prepared.items()},
     }
 
 
-def _task_weights(
-    config: TrainingConfig, prepared: dict[str, PreparedTask], shares: Any
-) -> dict[str, dict[str, float]]:
-    """Each task's share of the examples, of the supervised tokens, and so of the loss."""
+def _task_weights(schedule: Schedule) -> dict[str, dict[str, float]]:
+    """Each task's share of the examples, of the supervised tokens, and of the loss."""
     tokens = {}
-    for task, share in zip(config.tasks, shares):
-        train = prepared[task].report["splits"]["train"]
+    for (task, prepared), share in zip(schedule.prepared.items(), schedule.shares, strict=True):
+        train = prepared.report["splits"]["train"]
         tokens[task] = share * train["supervised_tokens"] / train["rows"]
-    total = sum(tokens.values())
-    return {
-        task: {
-            "examples": round(float(share), 4),
-            "supervised_tokens": round(float(tokens[task] / total), 4),
-            "loss": round(
-                float(share if config.loss_weighting == "example" else tokens[task] / total), 4
-            ),
-        }
-        for task, share in zip(config.tasks, shares)
-    }
+    weights = {}
+    for task, share in zip(tokens, schedule.shares, strict=True):
+        of_tokens = tokens[task] / sum(tokens.values())
+        of_loss = share if schedule.config.loss_weighting == "example" else of_tokens
+        shares = {"examples": share, "supervised_tokens": of_tokens, "loss": of_loss}
+        weights[task] = {name: round(float(value), 4) for name, value in shares.items()}
+    return weights
+
+
+def shares_line(name: str, weights: dict[str, dict[str, float]]) -> str:
+    """The tasks' shares as one line."""
+    parts = [
+        f"{task} {w['examples']:.0%} of the examples, {w['supervised_tokens']:.0%} of the"
+        f" supervised tokens, {w['loss']:.0%} of the loss"
+        for task, w in weights.items()
+    ]
+    return f"{name}: {'; '.join(parts)}"
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs between two records of a run: what forbids going on, and what is a warning."""
+    """The differences between two records of a run: those that forbid resuming, and the others."""
     environments = [
         {**record["environment"], **record["environment"]["versions"], "versions": None}
         for record in (old, new)
@@ -82,3 +81,27 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in {**old, **new}
         if old.get(key) != new.get(key)
     ]
+
+
+def summary(run: Run, training: dict[str, Any], settings: Settings) -> str:
+    """Validation loss and accuracy per task before and after, and where the files are."""
+    import pandas as pd
+
+    first, last = training["validation"][0], training["validation"][-1]
+    rows = {}
+    for task in run.config.tasks:
+        keys = {"loss": f"eval_{task}_loss", "accuracy": f"eval_{task}_accuracy"}
+        rows[task] = {
+            f"{name} before -> after": f"{first[key]:.3f} -> {last[key]:.3f}"
+            for name, key in keys.items()
+            if key in last
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("validation", axis=1)
+    table = table.fillna("-")
+    return (
+        f"{run.name}: {training['steps']} steps, {training['examples_per_second']:.1f} examples/s\n"
+        f"{table.to_string()}\n"
+        f"checkpoints, run.json, training.json: {run.folder}\n"
+        f"log and TensorBoard files: {settings.logs_dir / run.name}\n"
+        f"base model: {settings.bases_dir}; prepared data: {settings.prepared_dir}"
+    )

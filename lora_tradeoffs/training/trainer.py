@@ -1,7 +1,7 @@
-"""The Trainer of the study: one path for LoRA and for full fine-tuning.
+"""The Trainer of the study: its loss, validation, callback and arguments, the same for every arm.
 
-Weights are fp32 and computed with under bf16 autocast in every arm. The loss is taken on the
-completions alone, and logits are computed at their positions alone.
+Weights are fp32; the forward pass runs under bf16 autocast where the device supports it. Loss and
+logits are computed at the completions' tokens only.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from config import Diverged, UserError
 from lora_tradeoffs.data.collator import IGNORED, CompletionCollator
@@ -27,42 +27,12 @@ from lora_tradeoffs.files import (
     read_json,
     write_manifest,
 )
-from lora_tradeoffs.models.base import Base, load_base, store_frozen_linears_in_bf16
 from lora_tradeoffs.scoring.log_likelihoods import completion_losses, label_predictions, mean_by_row
-from lora_tradeoffs.training.costs import trainable_shapes
 from training_configs import TrainingConfig
 
-
-def build_model(base: Base, config: TrainingConfig, bf16: bool, attention: str) -> PreTrainedModel:
-    """The base in fp32 with what the arm trains made trainable; started from the run's seed."""
-    set_seed(config.seed)
-    model = load_base(base, attention=attention)
-    model.config.use_cache = False
-    shapes = trainable_shapes(model, config)
-    if config.method == "full":
-        return model
-    if config.method == "full_qv":
-        model.requires_grad_(False)
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in config.modules:
-                module.requires_grad_(True)
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    adapter = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.rank,
-        lora_alpha=config.alpha,
-        use_rslora=config.scaling == "rslora",
-        lora_dropout=config.lora_dropout,
-        target_modules=list(config.modules),
-    )
-    model = get_peft_model(model, adapter)
-    adapted = sum("lora_A" in name for name, _ in model.named_parameters())
-    assert adapted == len(shapes), f"{adapted} of {len(shapes)} layers got an adapter"
-    if bf16:
-        store_frozen_linears_in_bf16(model.get_base_model())
-    return model
+# Below this many tokens (95th percentile) eager attention trains faster than sdpa under bf16 on a
+# CPU, whose sdpa backward is slow: 15.4 against 10.9 examples/s at 56 tokens, 0.7 to 1.4 at 512.
+EAGER_BELOW = 350
 
 
 class CompletionLoss:
@@ -86,10 +56,10 @@ class CompletionLoss:
 
 
 class MultiTaskTrainer(Trainer):
-    """Trainer over rows in their laid-out order, with a validation of its own per task.
+    """A Trainer with CompletionLoss, and a validation per task in place of Trainer's.
 
-    `eval_dataset` maps a task to its validation rows, `label_ids` a classification task to the
-    tokens of its label words.
+    `eval_dataset` maps each task to its validation rows, `label_ids` each classification task to
+    the tokens of its label words.
     """
 
     def __init__(
@@ -106,17 +76,17 @@ class MultiTaskTrainer(Trainer):
         )
         self.config, self.label_ids = config, label_ids
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError("FSDP and DeepSpeed are not supported; accelerate launch --multi_gpu")
+            raise UserError("FSDP and DeepSpeed are not supported; launch with --multi_gpu")
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Per task the mean over rows of the row's mean token loss, and label accuracy."""
+        """Per task the mean over rows of the row's mean token loss, and the label accuracy."""
         self.model.eval()
         metrics = {}
         for task, rows in self.eval_dataset.items():
-            loss, hits, count = self._validate(task, rows)
+            loss, correct, count = self._validate(task, rows)
             metrics[f"eval_{task}_loss"] = loss / count
             if task in self.label_ids:
-                metrics[f"eval_{task}_accuracy"] = hits / count
+                metrics[f"eval_{task}_accuracy"] = correct / count
         metrics["eval_loss"] = sum(metrics[f"eval_{t}_loss"] for t in self.eval_dataset) / len(
             self.eval_dataset
         )
@@ -128,17 +98,13 @@ class MultiTaskTrainer(Trainer):
 
     @torch.no_grad()
     def _validate(self, task: str, rows: Dataset) -> tuple[float, float, float]:
-        """Sums over all devices of the rows' losses, of right labels, and of rows."""
-        size, rank, world = (
-            self.config.eval_batch_size,
-            self.args.process_index,
-            self.args.world_size,
-        )
-        mine = rows.select(range(rank, len(rows), world))
+        """Sums over all devices: the rows' losses, the correct labels, the rows."""
+        size, rank = self.config.eval_batch_size, self.args.process_index
+        rows = rows.select(range(rank, len(rows), self.args.world_size))
         sums = torch.zeros(3, dtype=torch.float64)
-        starts = range(0, len(mine), size)
+        starts = range(0, len(rows), size)
         for start in tqdm(starts, desc=f"validate {task}", leave=False, disable=rank > 0):
-            items = mine.select(range(start, min(start + size, len(mine)))).to_list()
+            items = rows.select(range(start, min(start + size, len(rows)))).to_list()
             batch = self._prepare_inputs(self.data_collator(items))
             labels = batch.pop("labels")
             with self.accelerator.autocast():
@@ -157,7 +123,7 @@ class MultiTaskTrainer(Trainer):
         return torch.float32 if self.args.device.type == "mps" else torch.float64
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Weights and configuration as safetensors; no tokenizer (tokenizer/ has it), no pickle."""
+        """Save weights as safetensors and the configuration; no tokenizer, no pickle."""
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
             # PEFT might otherwise ask the Hub whether the embeddings were changed
@@ -166,24 +132,25 @@ class MultiTaskTrainer(Trainer):
 
 
 class RunCallback(TrainerCallback):
-    """Saves and validates on the run's grid, seals checkpoints, keeps the log, obeys signals.
+    """Saves and validates at the checkpoint steps, writes manifests and the log, obeys signals.
 
-    `stopped` says whether the user asked to end; the newest state is then saved first. `seconds`
-    are of training alone, validating and saving left out; both counts are over all parts of a run.
+    Once `signals` holds a signal, the current state is saved and training stops. `seconds` counts
+    training only, without validation and saving; both clocks include the parts before a resume.
     """
 
     def __init__(
-        self, run_dir: Path, log_file: Path, grid: list[int], stopped: Callable[[], bool]
+        self, run_dir: Path, log_file: Path, checkpoint_steps: list[int], signals: list[int]
     ) -> None:
-        self.run_dir, self.log_file, self.grid, self.stopped = run_dir, log_file, grid, stopped
+        self.run_dir, self.log_file, self.signals = run_dir, log_file, signals
+        self.checkpoint_steps = checkpoint_steps
         self.trainer: MultiTaskTrainer | None = None
         self.seconds, self.wall_before = 0.0, 0.0
-        self.began: float | None = None  # the steps since the last pause
+        self.began: float | None = None  # when training started or went on after a checkpoint
         self.created = time.perf_counter()
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds with all that a run does beside training."""
+        """Seconds of the whole run, validation and saving included."""
         return self.wall_before + time.perf_counter() - self.created
 
     def resume_from(self, checkpoint: Path) -> None:
@@ -195,11 +162,11 @@ class RunCallback(TrainerCallback):
         self.began = self.began or time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        stop = self.stopped()
+        stop = bool(self.signals)
         if args.world_size > 1:  # a signal may reach the processes at different steps
             flag = torch.tensor(float(stop), device=args.device)
             stop = self.trainer.accelerator.reduce(flag, "sum").item() > 0
-        control.should_evaluate = state.global_step in self.grid
+        control.should_evaluate = state.global_step in self.checkpoint_steps
         control.should_save = control.should_evaluate or stop
         control.should_training_stop |= stop
         if control.should_save:
@@ -218,7 +185,7 @@ class RunCallback(TrainerCallback):
         for checkpoint in checkpoints(self.run_dir)[:-2]:
             drop_resume_state(checkpoint)
         for checkpoint in checkpoints(self.run_dir)[:-1]:
-            if checkpoint_step(checkpoint) not in self.grid:  # saved at a signal, outlived now
+            if checkpoint_step(checkpoint) not in self.checkpoint_steps:  # saved at a signal
                 _remove(checkpoint)
 
     def on_log(
@@ -238,19 +205,22 @@ class RunCallback(TrainerCallback):
 def _remove(checkpoint: Path) -> None:
     import shutil
 
-    (checkpoint / "manifest.json").unlink()  # first, so that what is left is not whole
+    (checkpoint / "manifest.json").unlink()  # first: without it the rest is not a checkpoint
     shutil.rmtree(checkpoint)
 
 
-def checkpoint_grid(steps: int, count: int) -> list[int]:
-    """The steps of `count` evenly spaced checkpoints, the last at the end."""
-    return sorted({max(1, round(steps * i / count)) for i in range(1, count + 1)})
+def pick_attention(requested: str, lengths: np.ndarray, device: str, bf16: bool) -> str:
+    """The requested attention; for `auto` the one that trains rows of these lengths faster."""
+    if requested != "auto":
+        return requested
+    is_short = np.percentile(lengths, 95) < EAGER_BELOW
+    return "eager" if device == "cpu" and bf16 and is_short else "sdpa"
 
 
 def training_arguments(
     config: TrainingConfig, run_dir: Path, steps: int, bf16: bool, device: str, world_size: int
 ) -> TrainingArguments:
-    """Trainer's arguments. Raises UserError if the batch cannot be cut for the devices."""
+    """Trainer's arguments. Raises UserError if the batch cannot be divided among the devices."""
     micro = min(config.micro_batch_size, max(1, config.batch_size // world_size))
     accumulation, rest = divmod(config.batch_size, micro * world_size)
     if rest:
@@ -258,11 +228,7 @@ def training_arguments(
             f"batch_size {config.batch_size} is not a multiple of micro_batch_size {micro} times"
             f" {world_size} device(s); change one with --set"
         )
-    recompute = "activation_checkpointing"
-    if not hasattr(TrainingArguments, recompute):
-        recompute = "gradient_checkpointing"  # its name before transformers 5.21
     arguments = TrainingArguments(
-        **{recompute: config.activation_checkpointing},
         output_dir=str(run_dir),
         max_steps=steps,
         num_train_epochs=1,
@@ -270,10 +236,11 @@ def training_arguments(
         gradient_accumulation_steps=accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
-        # a count, since Trainer reads 1.0 as one step and a share only below 1
+        # a count: Trainer takes values below 1 for a share, and 1.0 for one step
         warmup_steps=math.ceil(config.warmup * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        activation_checkpointing=config.activation_checkpointing,
         bf16=bf16,
         use_cpu=device == "cpu",
         seed=config.seed,
@@ -281,7 +248,7 @@ def training_arguments(
         remove_unused_columns=False,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,  # a NaN loss must be seen, not replaced by a mean
-        save_strategy="no",  # RunCallback saves and validates on the grid
+        save_strategy="no",  # RunCallback saves and validates
         eval_strategy="no",
         eval_on_start=True,
         report_to=config.report_to,

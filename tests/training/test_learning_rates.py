@@ -15,12 +15,12 @@ from lora_tradeoffs.training.learning_rates import (
     Search,
     best_rate,
     chosen_rate,
-    grid,
     mean_losses,
+    rates_around,
+    rates_table,
     read_rates,
-    records_of,
     search,
-    table,
+    search_records,
     untried,
     write_rates,
 )
@@ -51,16 +51,16 @@ def bowl(optimum):
 # -------------------------------------------------------------------------------- the grid
 
 
-def test_the_grid_is_made_of_factors_of_the_default():
-    assert grid(4.9e-5) == [2.45e-5, 4.9e-5, 9.8e-5]
-    assert grid(1e-3, [4, 0.25, 1, 4]) == [2.5e-4, 1e-3, 4e-3]
+def test_the_first_rates_are_factors_of_the_default():
+    assert rates_around(4.9e-5) == [2.45e-5, 4.9e-5, 9.8e-5]
+    assert rates_around(1e-3, [4, 0.25, 1, 4]) == [2.5e-4, 1e-3, 4e-3]
     assert 1 in FACTORS  # so that the arm's default run is a point of its sweep
 
 
 @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan])
 def test_a_factor_that_is_no_positive_number_is_refused(factor):
     with pytest.raises(UserError, match=r"--lr-sweep .* above 0"):
-        grid(1e-3, [1, factor])
+        rates_around(1e-3, [1, factor])
 
 
 # ------------------------------------------------------------------------------ the choice
@@ -154,7 +154,7 @@ def test_where_all_diverge_lower_rates_are_tried_and_then_it_is_said():
 def written(runs_dir, arm="similar_lora_r8", config=None, found=None):
     config, default = config or config_of()
     found = found or Search({1e-3: [1.2, 1.4], 2e-3: [1.0, 1.2], 4e-3: [math.inf, 1.0]}, 2e-3)
-    path = write_rates(runs_dir, arm, records_of(arm, config, default.learning_rate, found))
+    path = write_rates(runs_dir, arm, search_records(arm, config, default.learning_rate, found))
     assert path == runs_dir / FILE
     return json.loads(path.read_text())["records"]
 
@@ -239,11 +239,11 @@ def test_a_foreign_file_is_one_line(tmp_path, text):
 
 def test_the_table_marks_the_choice_and_says_what_diverged(tmp_path):
     records = written(tmp_path)
-    lines = table(records).splitlines()
+    lines = rates_table(records).splitlines()
     assert len(lines) == 4
     assert [line.split()[-1] for line in lines[1:]] == ["1.3000", "chosen", "diverged"]
     assert lines[1].startswith("similar_lora_r8 ") and "2e-3" in lines[2]
     found = Search({1e-4: [2.0], 2e-4: [1.0]}, None, "it is lowest at the edge")
     records = written(tmp_path, "similar_full", config_of("full", 0), found)
-    last = table(records).splitlines()[-1]
+    last = rates_table(records).splitlines()[-1]
     assert last == "no rate for similar_full: it is lowest at the edge"

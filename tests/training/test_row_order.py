@@ -5,7 +5,7 @@ import pytest
 
 from lora_tradeoffs.training.row_order import (
     WINDOW,
-    lay_out,
+    order_rows,
     steps_for,
     task_shares,
 )
@@ -23,7 +23,7 @@ def lengths():
 
 
 def order_of(lengths, steps=200, batch=16, seed=1, mixing="proportional"):
-    return lay_out(lengths, task_shares(ROWS, mixing), batch, steps, seed)
+    return order_rows(lengths, task_shares(ROWS, mixing), batch, steps, seed)
 
 
 def task_of(rows):
@@ -75,7 +75,7 @@ def test_batches_of_a_window_are_in_random_order(lengths):
 
 
 def test_a_tiny_share_and_more_steps_than_rows_are_laid_out():
-    order = lay_out(
+    order = order_rows(
         [np.full(3, 9), np.full(400, 5)], task_shares((3, 400), "proportional"), 4, 301, 0
     )
     assert order.shape == (1204,)

@@ -16,13 +16,13 @@ from lora_tradeoffs.models.base import (
 )
 from lora_tradeoffs.scoring.log_likelihoods import completion_losses, label_predictions, mean_by_row
 from lora_tradeoffs.training.costs import Cost, check_room, expected_cost
+from lora_tradeoffs.training.schedule import checkpoint_steps
 from lora_tradeoffs.training.trainer import (
     CompletionLoss,
     MultiTaskTrainer,
-    build_model,
-    checkpoint_grid,
     training_arguments,
 )
+from multi_task_training import build_model
 from training_configs import default_config
 
 
@@ -257,9 +257,9 @@ def test_several_gpus_without_a_launcher_are_not_a_larger_batch(tmp_path, monkey
 
 
 def test_checkpoints_are_evenly_spaced_and_the_last_is_the_end():
-    assert checkpoint_grid(100, 10) == list(range(10, 101, 10))
-    assert checkpoint_grid(7, 3) == [2, 5, 7]
-    assert checkpoint_grid(3, 10) == [1, 2, 3]
+    assert checkpoint_steps(100, 10) == list(range(10, 101, 10))
+    assert checkpoint_steps(7, 3) == [2, 5, 7]
+    assert checkpoint_steps(3, 10) == [1, 2, 3]
 
 
 def test_a_full_disk_and_a_small_memory_are_seen_before_the_run(tmp_path):
