@@ -1,18 +1,17 @@
 """Records of retention: what a model kept of its base, in paired comparisons with it.
 
-Retention is the mean of the benchmarks' scores, forgetting the base's score minus the tuned
-model's on the same items (Biderman et al. 2024, arXiv:2405.09673). Of a benchmark the score is
-acc_norm where it has one, else acc. Benchmarks are different items, so the variance of a mean over
-them is the sum of theirs.
+Retention is the mean of the benchmarks' scores; forgetting is the base's score minus the tuned
+model's on the same items (Biderman et al. 2024, arXiv:2405.09673). A benchmark's score is acc_norm
+where it has one, else acc. Benchmarks have different items, so their errors are independent.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,22 +27,13 @@ from lora_tradeoffs.statistics.comparisons import (
 from lora_tradeoffs.statistics.scores import Scores, mean
 
 if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
     from lora_tradeoffs.measuring.results import Results
 
 Record = dict[str, Any]
-Key = tuple[str, int, float]  # run, step, scale of the update
 
-BASE: Key = ("base", 0, 1.0)
-
-
-class Measured(NamedTuple):
-    """A unit on disk: its name, the record of its primary metric, and what was asked of it."""
-
-    unit: str
-    record: Record
-    request: dict[str, Any]
-
-
+KEY = ["run", "step", "update_scale"]  # a model: a checkpoint with its update scaled
 PRIMARY = ("acc_norm", "acc", "log_likelihood")
 Z = 1.959964  # of a normal 95 % interval
 
@@ -71,14 +61,14 @@ def figures(scores: Scores) -> Record:
 def benchmark_records(common: Record, result: Any) -> list[Record]:
     """A benchmark's metrics as lm-eval gives them, with intervals over its items.
 
-    `result` is a `BenchmarkResult` of lm_eval_backend.
+    `result` is a `BenchmarkResult` of retention/benchmarks.py.
     """
     scores = {s.name: s for s in item_scores(result.items)}
-    # a figure of the corpus alone (mcc) cannot be paired, nor held against guessing item by item
+    # a score of the corpus alone (mcc) can be neither paired nor compared with chance by item
     chance = result.chance if primary(result.metrics) in scores else math.nan
     records = []
     for metric, value in result.metrics.items():
-        found = estimate(scores[metric]) if metric in scores else None
+        interval = estimate(scores[metric]) if metric in scores else None
         records.append(
             {
                 **common,
@@ -86,16 +76,16 @@ def benchmark_records(common: Record, result: Any) -> list[Record]:
                 "metric": metric,
                 "value": value,
                 "stderr": result.stderrs.get(metric, math.nan),
-                "low": found.low if found else math.nan,
-                "high": found.high if found else math.nan,
+                "low": interval.low if interval else math.nan,
+                "high": interval.high if interval else math.nan,
                 "n": result.n,
                 "chance": chance,
                 "truncated": result.truncated,
             }
         )
     if "log_likelihood" in scores and "log_likelihood" not in result.metrics:  # perplexity tasks
-        own = figures(scores["log_likelihood"]) | {"n": result.n}
-        records.append({**records[0], "metric": "log_likelihood", **own})
+        likelihood = figures(scores["log_likelihood"]) | {"n": result.n}
+        records.append({**records[0], "metric": "log_likelihood", **likelihood})
     return records
 
 
@@ -114,111 +104,220 @@ def at_chance(record: Record) -> bool:
 
 
 def derived_records(results: Results) -> tuple[list[Record], list[str]]:
-    """Forgetting of every task, and means over the benchmarks, from the units that are there.
+    """Forgetting of every task, means over the benchmarks, and matched forgetting.
 
-    Benchmarks with other numbers of examples are other benchmarks: they are compared apart. Also
-    the units that could not be compared with the base's, since they were measured otherwise.
+    Benchmarks with different numbers of examples are different benchmarks: each number is compared
+    with the base's and averaged apart. Also the units that are not compared, since more than the
+    weights differs from the base's.
     """
-    found: dict[int, dict[Key, dict[str, Measured]]] = {}
-    plain: list[tuple[Key, Measured]] = []
+    import pandas as pd
+
+    units = _primary_records(results)
+    others = units[~units["is_benchmark"]].drop_duplicates([*KEY, "task"], keep="last")
+    records = [record for _, model in others.groupby(KEY) for record in _mean_adaptation(model)]
+    more, uncompared = _forgetting(results, others)
+    records += more
+    for _, benchmarks in units[units["is_benchmark"]].groupby("shots"):
+        base = benchmarks[_is_base(benchmarks)]
+        for _, model in benchmarks.groupby(KEY):
+            if set(model["task"]) == set(base["task"]):
+                records.append(_mean_record(model["record"], "retention"))
+        more, names = _forgetting(results, benchmarks)
+        records += more + _matched(results, pd.concat([benchmarks, others]))
+        uncompared += names
+    return records, uncompared
+
+
+def _primary_records(results: Results) -> DataFrame:
+    """A row for every unit that has a score: its primary metric's record, and its request."""
+    import pandas as pd
+
+    fields, rows = [*KEY, "family", "task", "shots"], []
     for unit, document in results.units():
-        records = [r for r in document["records"] if "layer" not in r and r["metric"] != "kl"]
-        metrics = [r["metric"] for r in records if r["metric"] != "agreement"]
-        if not metrics:
+        scores = [
+            record
+            for record in document["records"]
+            if "layer" not in record and record["metric"] not in ("kl", "agreement")
+        ]
+        if not scores:
             continue
-        record = next(r for r in records if r["metric"] == primary(metrics))
-        key = (record["run"], record["step"], record["update_scale"])
-        asked = {k: v for k, v in document["request"].items() if k != "weights"}
-        measured = Measured(unit, record, asked)
-        if _is_benchmark(record):
-            own = found.setdefault(record["shots"], {})
-            own.setdefault(key, {})[record["task"]] = measured
-        else:
-            plain.append((key, measured))
-    found = found or {0: {}}
-    for own in found.values():
-        for key, measured in plain:
-            own.setdefault(key, {})[measured.record["task"]] = measured
-    records, others = [], []
-    for number, shots in enumerate(sorted(found)):
-        own = found[shots]
-        base = own.get(BASE, {})
-        for key, tasks in own.items():
-            records += _mean_retention(tasks, base)
-            records += [] if number else _mean_adaptation(tasks)
-            if key != BASE:
-                once = {t: m for t, m in tasks.items() if not number or _is_benchmark(m.record)}
-                compared, uncompared = _forgetting(results, once, base)
-                records += compared
-                others += uncompared
-        records += _matched(results, own)
-    return records, others
+        metric = primary([record["metric"] for record in scores])
+        record = next(record for record in scores if record["metric"] == metric)
+        request = {k: v for k, v in document["request"].items() if k != "weights"}
+        # what cannot be guessed (text, perplexity tasks) has another scale: not in the mean
+        is_benchmark = record.get("chance") is not None
+        rows.append([*map(record.get, fields), unit, record, request, is_benchmark])
+    columns = [*fields, "unit", "record", "request", "is_benchmark"]
+    return pd.DataFrame(rows, columns=columns).astype({"is_benchmark": bool})
 
 
-def _benchmarks(tasks: Mapping[str, Any]) -> list[str]:
-    return [task for task, measured in tasks.items() if _is_benchmark(measured.record)]
+def _is_base(units: DataFrame) -> Series:
+    return units["run"] == "base"
 
 
-def _is_benchmark(record: Record) -> bool:
-    """Whether the mean over benchmarks is over it, too: what nobody can guess has another scale."""
-    return record.get("chance") is not None
+def _forgetting(results: Results, units: DataFrame) -> tuple[list[Record], list[str]]:
+    """Every tuned model's score against the base's on the same items; of benchmarks the mean, too.
+
+    Also the names of the units that are not compared.
+    """
+    records, uncompared = [], []
+    base, tuned = units[_is_base(units)], units[~_is_base(units)]
+    base = base[["task", "unit", "record", "request"]]
+    pairs = tuned.merge(base, on="task", suffixes=("", "_base"))
+    for _, model in pairs.groupby(KEY):
+        compared, comparisons = [], []
+        for pair in model.itertuples():
+            if not _is_retained(pair.record):
+                continue
+            if not _are_comparable(pair.request, pair.request_base):
+                uncompared.append(pair.unit)
+                continue
+            comparison, flips = _compare(results, pair)
+            if comparison is None:
+                continue
+            if pair.is_benchmark:
+                compared.append(pair.record)
+                comparisons.append(comparison)
+                flips["at_chance"] = at_chance(pair.record_base)
+            figures = asdict(comparison)
+            figures["value"] = figures.pop("difference")
+            common = _without_figures(pair.record) | {"of": pair.record["metric"]}
+            records.append({**common, "metric": "forgetting", **figures, **flips})
+        if compared and len(compared) == len(base):
+            records.append(_mean_forgetting(compared, comparisons))
+    return records, uncompared
+
+
+def _compare(results: Results, pair: Any) -> tuple[Comparison | None, Record]:
+    """The base minus the tuned model, and how many items flipped; None for a corpus's figure."""
+    metric = pair.record["metric"]
+    scores = results.items(pair.unit).get(metric)
+    if scores is None:
+        return None, {}
+    base = _shared_items(results.items(pair.unit_base)[metric], pair.request_base, pair.request)
+    flips = {}
+    if scores.items is not None:
+        flips = {
+            "forgotten": int((base.items > scores.items).sum()),
+            "gained": int((base.items < scores.items).sum()),
+        }
+    return compare_checkpoints(base, scores), flips
 
 
 def _is_retained(record: Record) -> bool:
-    """Whether it says what is left of the base: a benchmark, a perplexity task, held-out text."""
+    """Whether it shows what is left of the base: a benchmark, a perplexity task, held-out text."""
     return "chance" in record or record["task"].startswith(TEXT)
 
 
-def _mean_retention(tasks: Mapping[str, Any], base: Mapping[str, Any]) -> list[Record]:
-    names = _benchmarks(tasks)
-    if not names or set(names) != set(_benchmarks(base)):
-        return []
-    own = [tasks[name].record for name in names]
-    value = float(np.mean([r["value"] for r in own]))
-    return [_over(own, "retention", value, _error_of_mean([r["stderr"] for r in own]))]
+def _are_comparable(request: Record, base: Record) -> bool:
+    """Whether a unit was measured as the base's was, at most on its first items.
+
+    A limit takes the first items and changes the digest of the requests, so with another limit the
+    rows themselves cannot be compared; definition, examples and precision still can.
+    """
+    limit, most = request["limit"], base["limit"]
+    if limit == most:
+        return request == base
+    return (limit < most if most else limit > 0) and _without_rows(request) == _without_rows(base)
 
 
-def _mean_adaptation(tasks: Mapping[str, Any]) -> list[Record]:
-    """The mean of each family's primary metrics on validation, BLEU in hundredths."""
-    records = []
-    for family in FAMILIES.values():
-        if not all(task in tasks for task in family):
-            continue
-        own = [tasks[task].record for task in family]
-        units = [metric_scale(r["metric"]) for r in own]
-        value = float(np.mean([r["value"] / u for r, u in zip(own, units)]))
-        errors = [r["stderr"] and r["stderr"] / u for r, u in zip(own, units)]
-        records.append(_over(own, "adaptation", value, _error_of_mean(errors)))
-    return records
+def _without_rows(request: Record) -> Record:
+    benchmarks = {
+        name: {k: v for k, v in identity.items() if k not in ("requests", "items")}
+        for name, identity in request.get("benchmark", {}).items()
+    }
+    return {**request, "limit": 0, "benchmark": benchmarks}
 
 
-def _error_of_mean(errors: Sequence[float | None]) -> float:
-    """Standard error of a mean of independent figures; nan if one of them has none."""
-    if None in errors:
-        return math.nan
-    return math.sqrt(sum(error**2 for error in errors)) / len(errors)
+def _shared_items(scores: Scores, base: Record, request: Record) -> Scores:
+    """The base's items that a smaller limit leaves: the first of each task of a benchmark."""
+    if request["limit"] == base["limit"]:
+        return scores
+    rows: list[int] = []
+    start = 0
+    for name, identity in base["benchmark"].items():
+        rows += range(start, start + request["benchmark"][name]["items"])
+        start += identity["items"]
+    return Scores(scores.name, scores.statistics[rows], scores.aggregate)
 
 
-def _matched(results: Results, found: Mapping[Key, Mapping[str, Any]]) -> list[Record]:
+# ---------------------------------------------------------------------------- means of tasks
+
+
+def _mean_adaptation(model: DataFrame) -> list[Record]:
+    """A model's mean over each family whose tasks it has, BLEU in hundredths."""
+    by_task = model.set_index("task")["record"]
+    return [
+        _mean_record([by_task[task] for task in family], "adaptation")
+        for family in FAMILIES.values()
+        if set(family) <= set(by_task.index)
+    ]
+
+
+def _mean_forgetting(records: Sequence[Record], comparisons: Sequence[Comparison]) -> Record:
+    from scipy.stats import norm
+
+    figures = [{"value": c.difference, "stderr": c.stderr} for c in comparisons]
+    mean_record = _mean_record([r | f for r, f in zip(records, figures)], "forgetting")
+    value, stderr = mean_record["value"], mean_record["stderr"]
+    return mean_record | {
+        "test": "paired, normal, benchmarks' variances added",
+        "p_value": float(2 * norm.sf(abs(value) / stderr)) if stderr else float(value == 0),
+        "detectable": detectable_over_items(stderr) or math.nan,
+    }
+
+
+def _mean_record(records: Iterable[Record], metric: str) -> Record:
+    """The mean of independent figures, BLEU in hundredths; its error is nan if one has none."""
+    records = list(records)
+    scales = [metric_scale(r["metric"]) for r in records]
+    value = float(np.mean([r["value"] / scale for r, scale in zip(records, scales)]))
+    stderr = math.nan
+    if all(r["stderr"] is not None for r in records):
+        variances = ((r["stderr"] / scale) ** 2 for r, scale in zip(records, scales))
+        stderr = math.sqrt(sum(variances)) / len(records)
+    dropped = ("chance", "truncated", "split")
+    splits = {r["split"] for r in records}
+    return {name: v for name, v in records[0].items() if name not in dropped} | {
+        "split": splits.pop() if len(splits) == 1 else "mixed",
+        "task": "mean",
+        "metric": metric,
+        "value": value,
+        "stderr": stderr,
+        "low": value - Z * stderr,
+        "high": value + Z * stderr,
+        "n": sum(r["n"] for r in records),
+        "over": ",".join(r["task"] for r in records),
+    }
+
+
+def _without_figures(record: Record) -> Record:
+    dropped = ("metric", "value", "stderr", "low", "high", "n", "truncated", "chance")
+    return {name: v for name, v in record.items() if name not in dropped}
+
+
+# ------------------------------------------------------------------------ matched forgetting
+
+
+def _matched(results: Results, units: DataFrame) -> list[Record]:
     """Forgetting of two runs of a family at equal validation score, where updates were scaled.
 
     The interval is over items: it is about these runs.
     """
-    ends: dict[str, dict[str, list[tuple[float, int]]]] = {}
-    for (run, step, scale), tasks in found.items():
-        families = {m.record["family"] for m in tasks.values()} & set(FAMILIES)
-        if scale != 1 and len(families) == 1:
-            ends.setdefault(families.pop(), {}).setdefault(run, []).append((scale, step))
     records = []
-    for family, runs in ends.items():
-        curves = [_curve(results, found, family, run, sorted(ends)) for run, ends in runs.items()]
-        for one, other in combinations([c for c in curves if c], 2):
+    base = units[_is_base(units)]
+    scaled = units[(units["update_scale"] != 1) & units["family"].isin(FAMILIES)]
+    for family, of_family in scaled.groupby("family"):
+        curves = []
+        for run, points in of_family.groupby("run", sort=False):
+            model = units[(units["run"] == run) & (units["step"] == points["step"].max())]
+            if curve := _curve(results, base, model, family):
+                curves.append((curve, model[model["update_scale"] == 1].iloc[0]["record"]))
+        for (one, record), (other, _) in combinations(curves, 2):
             m = matched_forgetting(one, other)
-            step = runs[one.arm][0][1]
-            common = next(iter(found[one.arm, step, 1.0].values())).record
             records.append(
                 {
-                    **_without_figures(common),
+                    **_without_figures(record),
                     **{"task": "mean", "split": "mixed", "metric": "matched_forgetting"},
                     **{"other_run": other.arm, "value": m.difference, "stderr": m.stderr},
                     **{"low": m.low, "high": m.high, "score": m.score, "defined": m.defined},
@@ -228,141 +327,27 @@ def _matched(results: Results, found: Mapping[Key, Mapping[str, Any]]) -> list[R
     return records
 
 
-def _curve(
-    results: Results,
-    found: Mapping[Key, Mapping[str, Any]],
-    family: str,
-    run: str,
-    ends: Sequence[tuple[float, int]],
-) -> Curve | None:
-    """The run's curve from the base through its scaled updates.
+def _curve(results: Results, base: DataFrame, model: DataFrame, family: str) -> Curve | None:
+    """A checkpoint's curve from the base through its scaled updates.
 
     None if a part is missing, or was not measured as the base was: on other items, say.
     """
-    step = ends[0][1]
-    keys = {0.0: BASE, 1.0: (run, step, 1.0)} | {t: (run, step, t) for t, _ in ends}
-    scales = sorted(keys)
-    there = [found.get(keys[t], {}) for t in scales]
-    benchmarks = [b for b in _benchmarks(there[0]) if all(b in tasks for tasks in there)]
-    if not benchmarks or not all(task in tasks for task in FAMILIES[family] for tasks in there):
+    parts = {0.0: base, **dict(iter(model.groupby("update_scale")))}
+    scales = sorted(parts)
+    tables = [parts[t].drop_duplicates("task", keep="last").set_index("task") for t in scales]
+    shared = set.intersection(*(set(table.index) for table in tables))
+    benchmarks = [task for task in tables[0].index[tables[0]["is_benchmark"]] if task in shared]
+    trained = FAMILIES[family]
+    if 1.0 not in parts or not benchmarks or not shared.issuperset(trained):
         return None
-    for task in (*benchmarks, *FAMILIES[family]):
-        if any(tasks[task].request != there[0][task].request for tasks in there):
+    for task in (*benchmarks, *trained):
+        if any(table.at[task, "request"] != tables[0].at[task, "request"] for table in tables):
             return None
 
     def scores(task: str) -> list[Scores]:
-        own = (tasks[task] for tasks in there)
-        return [results.items(m.unit)[m.record["metric"]] for m in own]
+        rows = [table.loc[task] for table in tables]
+        return [results.items(row["unit"])[row["record"]["metric"]] for row in rows]
 
-    adaptation = {task: scores(task) for task in FAMILIES[family]}
+    adaptation = {task: scores(task) for task in trained}
+    run = model.iloc[0]["run"]
     return Curve(run, scales, adaptation, {name: scores(name) for name in benchmarks})
-
-
-def _over(own: Sequence[Record], metric: str, value: float, stderr: float) -> Record:
-    dropped = ("chance", "truncated", "split")
-    common = {name: v for name, v in own[0].items() if name not in dropped}
-    splits = {r["split"] for r in own}
-    reach = Z * stderr
-    return common | {
-        "split": splits.pop() if len(splits) == 1 else "mixed",
-        "task": "mean",
-        "metric": metric,
-        "value": value,
-        "stderr": stderr,
-        "low": value - reach,
-        "high": value + reach,
-        "n": sum(r["n"] for r in own),
-        "over": ",".join(r["task"] for r in own),
-    }
-
-
-def _forgetting(
-    results: Results, tasks: Mapping[str, Measured], base: Mapping[str, Measured]
-) -> tuple[list[Record], list[str]]:
-    """The base minus this model on the same items: every task, then the benchmarks' mean.
-
-    Also the units that were not measured as the base's were, and are not compared.
-    """
-    records, compared, others = [], {}, []
-    for task, (unit, record, request) in tasks.items():
-        if task not in base or not _is_retained(record):
-            continue
-        if not _comparable(request, base[task].request):
-            others.append(unit)
-            continue
-        metric = record["metric"]
-        ours = results.items(unit).get(metric)
-        if ours is None:
-            continue
-        theirs = _shared(results.items(base[task].unit)[metric], base[task].request, request)
-        found = compare_checkpoints(theirs, ours)
-        flips = {}
-        if ours.items is not None:
-            flips = {
-                "forgotten": int((theirs.items > ours.items).sum()),
-                "gained": int((theirs.items < ours.items).sum()),
-            }
-        if _is_benchmark(record):
-            compared[task] = found
-            flips["at_chance"] = at_chance(base[task].record)
-        records.append({**_without_figures(record), "of": metric, **_figures(found), **flips})
-    if set(compared) == set(_benchmarks(base)) and compared:
-        own = [tasks[task].record for task in compared]
-        records.append(_mean_forgetting(own, list(compared.values())))
-    return records, others
-
-
-def _comparable(request: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
-    """Whether a unit was measured as the base's was, at most on its first items.
-
-    A limit takes the first items and changes the digest of the requests, so with another limit the
-    rows themselves cannot be told apart; definition, examples and precision still can.
-    """
-    limit, most = request["limit"], base["limit"]
-    if limit == most:
-        return request == base
-    return (limit < most if most else limit > 0) and _without_rows(request) == _without_rows(base)
-
-
-def _without_rows(request: Mapping[str, Any]) -> dict[str, Any]:
-    benchmarks = {
-        name: {k: v for k, v in identity.items() if k not in ("requests", "items")}
-        for name, identity in request.get("benchmark", {}).items()
-    }
-    return {**request, "limit": 0, "benchmark": benchmarks}
-
-
-def _shared(scores: Scores, base: Mapping[str, Any], request: Mapping[str, Any]) -> Scores:
-    """The base's items that a smaller limit leaves: the first of each task of a benchmark."""
-    if request["limit"] == base["limit"]:
-        return scores
-    kept: list[int] = []
-    start = 0
-    for name, identity in base["benchmark"].items():
-        kept += range(start, start + request["benchmark"][name]["items"])
-        start += identity["items"]
-    return Scores(scores.name, scores.statistics[kept], scores.aggregate)
-
-
-def _without_figures(record: Record) -> Record:
-    dropped = ("metric", "value", "stderr", "low", "high", "n", "truncated", "chance")
-    return {name: v for name, v in record.items() if name not in dropped}
-
-
-def _figures(found: Comparison) -> Record:
-    figures = asdict(found)
-    figures["value"] = figures.pop("difference")
-    return {"metric": "forgetting", **figures}
-
-
-def _mean_forgetting(own: Sequence[Record], found: Sequence[Comparison]) -> Record:
-    from scipy.stats import norm
-
-    value = float(np.mean([c.difference for c in found]))
-    stderr = math.sqrt(sum(c.stderr**2 for c in found)) / len(found)
-    p_value = float(2 * norm.sf(abs(value) / stderr)) if stderr else float(value == 0)
-    return _over(own, "forgetting", value, stderr) | {
-        "test": "paired, normal, benchmarks' variances added",
-        "p_value": p_value,
-        "detectable": detectable_over_items(stderr) or math.nan,
-    }
