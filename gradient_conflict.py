@@ -36,6 +36,7 @@ from lora_tradeoffs.measuring.subjects import (
     find_subjects,
     weights_of,
 )
+from lora_tradeoffs.records import unit_name
 from lora_tradeoffs.tables.scores import gradient_table
 
 
@@ -66,8 +67,8 @@ class Unit:
     @property
     def name(self) -> str:
         """Of the base, and of what is of no family, with the family that is measured."""
-        own = f"{self.subject.run}-{self.subject.step}"
-        return own if self.subject.family else f"{own}-{self.family}"
+        family = "" if self.subject.family else self.family
+        return unit_name(self.subject.run, self.subject.step, family)
 
 
 # ----------------------------------------------------------------------------- what to measure

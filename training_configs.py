@@ -168,7 +168,7 @@ class TrainingConfig:
     def run_name(self, defaults: TrainingConfig) -> str:
         """Tasks, method, every field that differs from the defaults, and seed."""
         parts = [self.family if self.tasks == FAMILIES[self.family] else "+".join(self.tasks)]
-        parts.append(f"lora_r{self.rank}" if self.method == "lora" else self.method)
+        parts.append(method_name(self.method, self.rank))
         for f in fields(self):
             value = getattr(self, f.name)
             if f.metadata.get("identity") or f.metadata.get("operational"):
@@ -181,6 +181,27 @@ class TrainingConfig:
         """The run's name without learning rate and seed; a sweep chooses one rate for each."""
         at_default = dataclasses.replace(self, learning_rate=defaults.learning_rate)
         return at_default.run_name(defaults).removesuffix(f"_seed{self.seed}")
+
+
+def method_name(method: str, rank: int) -> str:
+    """Method and rank as names write them: lora_r8, full, full_qv."""
+    return f"lora_r{rank}" if method == "lora" else method
+
+
+def tasks_and_variant(run: str, config: typing.Mapping[str, typing.Any]) -> tuple[str, str]:
+    """What a run's name says of its tasks, and beside method, target modules, rate and seed.
+
+    ("similar", "steps4_fp32") for similar_lora_r8_lr1e-3_steps4_fp32_seed42, with its method, rank,
+    target_modules, learning_rate and seed in `config`. A run that is not named like this was made
+    elsewhere: its tasks are "", and its name is its variant.
+    """
+    method = method_name(config["method"], config["rank"])
+    tasks, _, rest = f"{run}_".partition(f"_{method}_")
+    words = rest.split("_")
+    if words[-2:] != [f"seed{config['seed']}", ""]:
+        return "", run
+    other = {config.get("target_modules"), rate_name(config.get("learning_rate") or 0)}
+    return tasks, "_".join(word for word in words[:-2] if word not in other)
 
 
 def rate_name(rate: float) -> str:

@@ -3,10 +3,50 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from config import DOCUMENTS, Settings
 from lora_tradeoffs.files import write_json
+from training_configs import tasks_and_variant
+
+Record = dict[str, Any]
+
+RECORD_VERSION = 2
+OLD_VERSIONS = (1,)  # without `tasks` and `variant`, which `updated` adds
+
+# -------------------------------------------------------------------- who a record is about
+
+# How a run was trained, as its configuration says it; 0 or "" for the base and baselines.
+TRAINED = ("method", "rank", "alpha", "scaling", "target_modules", "learning_rate", "seed")
+# `tasks` is the family's name for all of its tasks, else their names joined by "+"; `variant` is
+# what else the run's name says beside tasks, method, rate and seed: "steps4_fp32".
+SUBJECT = (
+    *("study", "base_model", "run", "family", "tasks", *TRAINED, "variant", "step", "fraction"),
+)
+
+
+def unit_name(run: str, step: int, *parts: str) -> str:
+    """The name of a unit's files: what was measured (`parts`, empty ones left out) of whom."""
+    return "-".join([run, str(step), *filter(None, parts)])
+
+
+def run_fields(run: str, config: Mapping[str, Any]) -> Record:
+    """The columns that say how a run was trained, from its name and its configuration."""
+    tasks, variant = tasks_and_variant(run, config)
+    return {name: config[name] for name in TRAINED} | {"tasks": tasks, "variant": variant}
+
+
+def updated(record: Record) -> Record:
+    """The record with `tasks` and `variant`, which records of version 1 lack."""
+    if "variant" in record:
+        return record
+    tasks = variant = ""
+    if record["method"] not in ("base", "baseline"):
+        tasks, variant = tasks_and_variant(record["run"], record)
+    return record | {"tasks": tasks, "variant": variant}
+
 
 # -------------------------------------------------------------------------------- retention
 

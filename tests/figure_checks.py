@@ -10,12 +10,12 @@ def panel(figure, task):
 
 
 def lines(ax, label):
-    return [line for line in ax.lines if line.get_label() == label]
+    return [line for line in ax.lines if line.get_label() == str(label)]
 
 
 def bars(ax, label, vertical=True):
     """The ends of an arm's error bars, from low to high."""
-    container = next(c for c in ax.containers if c.get_label() == label)
+    container = next(c for c in ax.containers if c.get_label() == str(label))
     segments = container.lines[2][-1 if vertical else 0].get_segments()
     return [tuple(segment[:, int(vertical)]) for segment in segments]
 

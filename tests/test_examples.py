@@ -15,7 +15,7 @@ KINDS = {"LoRA r=4", "LoRA r=8", "LoRA r=64", "full", "full qv"}
 @pytest.mark.parametrize("name", ["adaptation", "retention", "drift", "gradients"])
 def test_the_example_holds_every_arm(name):
     records = load_records(EXAMPLE / f"{name}.json")
-    assert {arm.split(" (")[0] for arm in records["arm"][is_trained(records)]} == KINDS
+    assert {arm.kind for arm in records["arm"][is_trained(records)]} == KINDS
 
 
 def test_the_example_names_no_place_of_the_machine_that_made_it():

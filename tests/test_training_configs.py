@@ -12,6 +12,7 @@ from training_configs import (
     default_config,
     default_learning_rate,
     parse_assignments,
+    tasks_and_variant,
 )
 
 
@@ -46,6 +47,23 @@ def test_a_name_says_what_differs_from_the_grid():
     assert name_of(learning_rate=1e-3, target_modules="all") == "similar_lora_r8_all_lr1e-3_seed42"
     assert name_of(max_steps=120, scaling="rslora") == "similar_lora_r8_rslora_steps120_seed42"
     assert name_of(micro_batch_size=2, report_to="none") == "similar_lora_r8_seed42"
+
+
+def test_a_name_gives_back_its_tasks_and_variant():
+    changes = [
+        ({}, "similar", ""),
+        ({"tasks": ("sst2", "qqp")}, "sst2+qqp", ""),
+        ({"method": "full", "rank": 0}, "similar", ""),
+        ({"method": "full_qv", "rank": 0, "max_steps": 4}, "similar", "steps4"),
+        ({"learning_rate": 1e-3, "target_modules": "all"}, "similar", ""),
+        ({"scaling": "rslora", "learning_rate": 2e-5, "dtype": "fp32"}, "similar", "rslora_fp32"),
+    ]
+    for change, tasks, variant in changes:
+        record = config_of(**change)[0].record()
+        assert tasks_and_variant(name_of(**change), record) == (tasks, variant)
+    outside = {"method": "lora", "rank": 8, "seed": 42}
+    assert tasks_and_variant("someone--adapter", outside) == ("", "someone--adapter")
+    assert tasks_and_variant("similar_lora_r4_seed42", outside) == ("", "similar_lora_r4_seed42")
 
 
 def test_two_configurations_that_learn_differently_have_two_names():

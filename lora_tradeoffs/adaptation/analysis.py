@@ -15,6 +15,7 @@ from dataset_descriptions import DESCRIPTIONS, describe
 from lora_tradeoffs.data.splits import group_by_key
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject, no_arm
+from lora_tradeoffs.records import unit_name
 from lora_tradeoffs.statistics.comparisons import MIN_GROUPS, estimate, grouped
 from lora_tradeoffs.tables.scores import adaptation_table
 
@@ -59,9 +60,9 @@ class TaskUnit:
 
     @property
     def name(self) -> str:
-        variant = f"-{self.shots}shot" if self.shots else ""
-        variant += f"-prompt{self.prompt}" if self.prompt else ""
-        return f"{self.subject.run}-{self.subject.step}-{self.task}-{self.split}{variant}"
+        shots = f"{self.shots}shot" if self.shots else ""
+        prompt = f"prompt{self.prompt}" if self.prompt else ""
+        return unit_name(self.subject.run, self.subject.step, self.task, self.split, shots, prompt)
 
 
 class Adaptation(Analysis):

@@ -40,6 +40,7 @@ from lora_tradeoffs.models.weights import (
     model_tensors,
     read_checkpoint,
 )
+from lora_tradeoffs.records import unit_name
 
 ParallelMap = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
 
@@ -154,7 +155,7 @@ class DriftAnalysis:
 
 
 def unit_of(subject: Subject) -> str:
-    return f"{subject.run}-{subject.step}"
+    return unit_name(subject.run, subject.step)
 
 
 def is_done(results: Results, subject: Subject, request: dict[str, Any]) -> bool:

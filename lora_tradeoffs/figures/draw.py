@@ -22,7 +22,8 @@ def draw(analysis: str, settings: Settings, pdf: bool) -> Path:
     A swept arm is shown at its chosen learning rate, and what all runs share is said once.
     """
     from lora_tradeoffs.figures.style import save
-    from lora_tradeoffs.tables.frames import load_records, with_plain_arms
+    from lora_tradeoffs.tables.arms import with_plain_arms
+    from lora_tradeoffs.tables.frames import load_records
     from lora_tradeoffs.tables.learning_rates import at_chosen_rates
     from lora_tradeoffs.training.learning_rates import read_rates
 

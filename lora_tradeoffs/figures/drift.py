@@ -20,7 +20,8 @@ from lora_tradeoffs.figures.style import (
     style_of,
     styled,
 )
-from lora_tradeoffs.tables.frames import LABEL, arm_order, last_checkpoints, load_records, summarise
+from lora_tradeoffs.tables.arms import Arm
+from lora_tradeoffs.tables.frames import last_checkpoints, load_records, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -224,11 +225,9 @@ def columns_of(rows: DataFrame) -> dict[str, tuple[str, str]]:
     }
 
 
-def chosen_arms(arms: Iterable[str]) -> list[str]:
+def chosen_arms(arms: Iterable[Arm]) -> list[Arm]:
     """At most MOST_ARMS of the arms, the grid's own first, in the order of legends."""
-    plain = [not LABEL.fullmatch(arm) or bool(LABEL.fullmatch(arm)["extra"]) for arm in arms]
-    found = sorted(set(zip(plain, arms)), key=lambda pair: (pair[0], arm_order(pair[1])))
-    return sorted((arm for _, arm in found[:MOST_ARMS]), key=arm_order)
+    return sorted(sorted(set(arms), key=lambda arm: (bool(arm.details), arm))[:MOST_ARMS])
 
 
 def grid(
@@ -289,7 +288,7 @@ def label_edges(axes: dict[tuple[str, str], Axes], x: str = "", y: Any = str) ->
             ax.set_xlabel(x)
 
 
-def _curves(ax: Axes, rows: DataFrame, x: str, start: bool = False) -> set[str]:
+def _curves(ax: Axes, rows: DataFrame, x: str, start: bool = False) -> set[Arm]:
     """A line an arm over `x`, the mean over seeds with its interval; from 0 on with `start`."""
     if rows.empty:
         return set()
@@ -304,12 +303,12 @@ def _curves(ax: Axes, rows: DataFrame, x: str, start: bool = False) -> set[str]:
     return set(table["arm"])
 
 
-def legend(figure: Figure, arms: Iterable[str]) -> None:
+def legend(figure: Figure, arms: Iterable[Arm]) -> None:
     """The arms above the panels."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], label=a, **style_of(a)) for a in sorted(set(arms), key=arm_order)]
-    place_legend(figure, handles)
+    arms = sorted(set(arms))
+    place_legend(figure, [Line2D([], [], label=arm, **style_of(arm)) for arm in arms], arms)
 
 
 def seeds_said(frame: DataFrame) -> list[str]:
@@ -331,8 +330,8 @@ def told(figure: Figure, frame: DataFrame, sentences: list[str]) -> Figure:
 
 
 def _left_out(rows: DataFrame, frame: DataFrame) -> str:
-    left = sorted(set(frame["arm"]) - set(rows["arm"]), key=arm_order)
-    return f" Left out: {', '.join(left)}." if left else ""
+    left = sorted(set(frame["arm"]) - set(rows["arm"]))
+    return f" Left out: {', '.join(map(str, left))}." if left else ""
 
 
 FIGURES = (

@@ -11,6 +11,7 @@ from lora_tradeoffs.figures.drift import chosen_arms, families_of, grid, label_e
 from lora_tradeoffs.figures.style import GREY, bars, nothing, spread, style_of, styled
 from lora_tradeoffs.records import BOTH, MEAN, OVERALL
 from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
+from lora_tradeoffs.tables.arms import BASE
 from lora_tradeoffs.tables.frames import (
     is_trained,
     last_checkpoints,
@@ -178,7 +179,7 @@ def _lines(ax: Axes, rows: DataFrame, x: str) -> set[str]:
     shift = spread(table["arm"], 0.02 if x == "fraction" else 0.25)
     for arm, points in table.groupby("arm"):
         style = style_of(arm)
-        if arm == "base" and x == "fraction":
+        if arm == BASE and x == "fraction":
             level = points.iloc[0]
             ax.axhline(level["value"], label=arm, **style | {"marker": "", "lw": 1.0})
             ax.axhspan(level["low"], level["high"], color=GREY, alpha=0.15, lw=0, zorder=0)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tradeoffs.figures.drift import grid, label_edges, told
 from lora_tradeoffs.figures.style import GREY, nothing, place_legend, style_of, styled
-from lora_tradeoffs.tables.frames import arm_order, is_trained, unfinished
+from lora_tradeoffs.tables.arms import FULL, Arm
+from lora_tradeoffs.tables.frames import is_trained, unfinished
 from lora_tradeoffs.tables.learning_rates import (
     NO_SWEEP,
-    arm_label,
     best_retaining,
+    searched_arm,
     sweep_table,
     swept_arms,
 )
@@ -73,7 +74,7 @@ def learning_rate_curves(
 def _with_losses(table: DataFrame, choices: Iterable[Mapping[str, Any]]) -> DataFrame:
     """The table with the validation loss of the sweep at each rate."""
     losses = {
-        (c["family"], arm_label(c), f"{c['learning_rate']:.3g}"): c["loss"]
+        (c["family"], searched_arm(c), f"{c['learning_rate']:.3g}"): c["loss"]
         for c in choices
         if c["loss"] is not None
     }
@@ -111,16 +112,16 @@ def _marks(ax: Axes, rows: DataFrame, measure: str, kept: Any) -> None:
         ax.plot(*at, label="best-retaining", **BLACK | RETAINING)
 
 
-def _legend(figure: Figure, arms: Iterable[str]) -> None:
+def _legend(figure: Figure, arms: Iterable[Arm]) -> None:
     from matplotlib.lines import Line2D
 
-    names = sorted(set(arms), key=arm_order)
+    names = sorted(set(arms))
     handles: list[Artist] = [Line2D([], [], label=arm, **style_of(arm)) for arm in names]
     handles.append(Line2D([], [], label="chosen on validation", **BLACK | CHOSEN))
-    if "full" in names:
+    if FULL in names:
         label = "full's best-retaining rate"
         handles.append(Line2D([], [], label=label, **BLACK | RETAINING))
-    place_legend(figure, handles)
+    place_legend(figure, handles, names)
 
 
 def _about(table: DataFrame, adaptation: DataFrame) -> str:

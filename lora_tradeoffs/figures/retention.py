@@ -32,7 +32,6 @@ from lora_tradeoffs.figures.style import (
     training_axis,
 )
 from lora_tradeoffs.tables.frames import (
-    arm_order,
     is_trained,
     last_checkpoints,
     summarise,
@@ -117,7 +116,7 @@ def cka_by_layer(retention: DataFrame, adaptation: DataFrame | None = None) -> F
         return nothing(retention, "no last checkpoint's CKA")
     rows = in_panels(rows)
     table = summarise(rows, by=("layer",))
-    arms = sorted(set(table["arm"]), key=arm_order)
+    arms = sorted(set(table["arm"]))
     with styled():
         figure, axes = panels(blocks(rows, METRIC_LABELS), sharex=True)
         for title, ax in axes.items():

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from config import INTRUDER_EPSILON, RANKS
 from lora_tradeoffs.figures.drift import MODULES, families_of, grid, label_edges, told
 from lora_tradeoffs.figures.style import DENSE, GREY, nothing, style_of, styled
-from lora_tradeoffs.tables.frames import LABEL, arm_order, last_checkpoints
+from lora_tradeoffs.records import unit_name
+from lora_tradeoffs.tables.frames import last_checkpoints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -220,12 +221,10 @@ def _ordered_runs(frame: DataFrame, names: set[str]) -> dict[str, str]:
     found = frame[frame["run"].isin(names)].drop_duplicates("run")
     families = families_of(found)
     seeds = found["seed"].nunique() > 1
-    rows = sorted(
-        found.itertuples(), key=lambda r: (families.index(r.family), arm_order(r.arm), r.seed)
-    )
+    rows = sorted(found.itertuples(), key=lambda r: (families.index(r.family), r.arm, r.seed))
     return {
         r.run: " ".join(
-            part for part in (r.family, r.arm, f"s{int(r.seed)}" if seeds else "") if part
+            part for part in (r.family, str(r.arm), f"s{int(r.seed)}" if seeds else "") if part
         )
         for r in rows
     }
@@ -239,7 +238,7 @@ def contrasted(frame: DataFrame) -> DataFrame:
     family and seed: the first family that has the most of them. Columns run, step, arm, rank."""
     last = last_checkpoints(frame)
     last = last[(last["module"] == "both") & (last["metric"] == "relative_frobenius")]
-    plain = last["arm"].map(lambda a: bool(LABEL.fullmatch(a)) and not LABEL.fullmatch(a)["extra"])
+    plain = last["arm"].map(lambda arm: not arm.details)
     last = last[plain] if plain.any() else last
     best: list[Any] = []
     for family in families_of(last):
@@ -255,14 +254,14 @@ def contrasted(frame: DataFrame) -> DataFrame:
 def _spectra(folder: Path, run: Any) -> DataFrame | None:
     import pandas as pd
 
-    path = folder / "spectra" / f"{run.run}-{run.step}.parquet"
+    path = folder / "spectra" / f"{unit_name(run.run, run.step)}.parquet"
     return pd.read_parquet(path) if path.is_file() else None
 
 
 def _similarities(folder: Path, run: Any) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
-    path = folder / "similarities" / f"{run.run}-{run.step}.safetensors"
+    path = folder / "similarities" / f"{unit_name(run.run, run.step)}.safetensors"
     return {n: m.astype(float) for n, m in load_file(path).items()} if path.is_file() else {}
 
 

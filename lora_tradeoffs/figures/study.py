@@ -27,7 +27,7 @@ from lora_tradeoffs.figures.style import (
     styled,
 )
 from lora_tradeoffs.statistics.seed_intervals import BOTH, ITEMS, NOTHING, SEEDS
-from lora_tradeoffs.tables.frames import arm_order, ordered, summarise
+from lora_tradeoffs.tables.frames import ordered, summarise
 from lora_tradeoffs.tables.predictors import PREDICTORS, across_runs
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def transfer(table: DataFrame, frame: DataFrame) -> Figure:
     if table.empty:
         missing = "no single-task control of a run (run_study.py --single-task-controls)"
         return nothing(frame, missing)
-    arms = sorted(set(table["arm"]), key=arm_order, reverse=True)
+    arms = sorted(set(table["arm"]), reverse=True)
     names = ordered(table["task"])
     metrics = {row.task: f"{row.metric}, {row.split}" for row in table.itertuples()}
     height = 0.8 + 0.2 * len(arms)
@@ -185,8 +185,8 @@ def _about_transfer(table: DataFrame) -> str:
         " checkpoint, same arm and seed; right of the dashed line the other tasks helped."
     )
     for over, own in table.groupby("over"):
-        arms = sorted(set(own["arm"]), key=arm_order)
-        who = f" ({', '.join(arms)})" if table["over"].nunique() > 1 else ""
+        arms = sorted(set(own["arm"]))
+        who = f" ({', '.join(map(str, arms))})" if table["over"].nunique() > 1 else ""
         count = " to ".join(dict.fromkeys((str(own["seeds"].min()), str(own["seeds"].max()))))
         if over == NOTHING:
             about += f" {count} seed(s){who}: no interval."

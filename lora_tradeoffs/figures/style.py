@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tradeoffs.files import written_whole
-from lora_tradeoffs.tables.frames import KINDS, LABEL, arm_order, is_demo, is_trained
+from lora_tradeoffs.tables.arms import Arm
+from lora_tradeoffs.tables.frames import is_demo, is_trained
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -49,7 +50,7 @@ RAMP = {
     6: "#081d58",
     9: "#000208",
 }
-DENSE = {"full qv": "#f0a030", "full": "#b2182b"}
+DENSE = {"full_qv": "#f0a030", "full": "#b2182b"}
 GREY = "#6e6e6e"
 RANK_MARKERS = {4: "o", 8: "s", 16: "^", 32: "D", 64: "v"}
 VARIANT_MARKERS = "os^Dv<>phd8"  # open ones, for what is not of the grid
@@ -84,23 +85,23 @@ LEGENDS = {
 PANEL = (2.4, 2.05)  # inches; three panels fill a page of two columns
 
 
-def style_of(arm: str) -> dict[str, Any]:
-    """Colour, marker and line style of an arm's label, whichever other arms a figure holds."""
-    found = LABEL.fullmatch(arm)
-    if found is None or found["kind"] == "base":
-        return {"color": GREY, "marker": "*" if found else "x", "linestyle": "--" if found else ":"}
-    style = {"color": DENSE.get(found["kind"]), "marker": "X", "linestyle": "-"}
-    if found["rank"]:
-        place = (found["extra"] or "qv").split(", ")[0]
+def style_of(arm: Arm) -> dict[str, Any]:
+    """Colour, marker and line style of an arm, whichever other arms a figure holds."""
+    if arm.method == "base":
+        return {"color": GREY, "marker": "*", "linestyle": "--"}
+    if arm.method == "baseline":
+        return {"color": GREY, "marker": "x", "linestyle": ":"}
+    style = {"color": DENSE.get(arm.method), "marker": "X", "linestyle": "-"}
+    if arm.method == "lora":
         style = {
-            "color": rank_colour(int(found["rank"])),
-            "marker": RANK_MARKERS.get(int(found["rank"]), "h"),
-            "linestyle": PLACE_LINES.get(place, "-"),
+            "color": rank_colour(arm.rank),
+            "marker": RANK_MARKERS.get(arm.rank, "h"),
+            "linestyle": PLACE_LINES.get(arm.target_modules, "-"),
         }
-    elif found["kind"] == "full qv":
+    elif arm.method == "full_qv":
         style |= {"marker": "P", "linestyle": (0, (4, 1, 1, 1))}
-    if found["extra"]:
-        shape = VARIANT_MARKERS[zlib.crc32(found["extra"].encode()) % len(VARIANT_MARKERS)]
+    if arm.details:
+        shape = VARIANT_MARKERS[zlib.crc32(arm.details.encode()) % len(VARIANT_MARKERS)]
         style |= {"marker": shape, "markerfacecolor": "white"}
     return style
 
@@ -114,9 +115,9 @@ def rank_colour(rank: int) -> str:
     return to_hex([np.interp(math.log2(max(rank, 1)), list(RAMP), column) for column in colours.T])
 
 
-def palette(arms: Iterable[str]) -> dict[str, str]:
-    """Colours by label in the order of legends, as seaborn's `palette` takes them."""
-    return {arm: style_of(arm)["color"] for arm in sorted(set(arms), key=arm_order)}
+def palette(arms: Iterable[Arm]) -> dict[Arm, str]:
+    """Colours by arm in the order of legends, as seaborn's `palette` takes them."""
+    return {arm: style_of(arm)["color"] for arm in sorted(set(arms))}
 
 
 def save(figure: Figure, path: Path, pdf: bool = False) -> Path:
@@ -173,19 +174,19 @@ def references(ax: Axes, rows: DataFrame) -> float | None:
             if math.isfinite(row["low"]) and math.isfinite(row["high"]):
                 ax.axhspan(row["low"], row["high"], color=GREY, alpha=0.15, lw=0, zorder=0)
         else:
-            name = row["arm"].replace("_", " ")
+            name = row["arm"].label.replace("_", " ")
             ax.set_title(name, loc="right", size=6.5, weight="normal", color=GREY)
     return base
 
 
-def bars(ax: Axes, x: Any, points: DataFrame, arm: str, alpha: float = 0.8) -> None:
+def bars(ax: Axes, x: Any, points: DataFrame, arm: Arm, alpha: float = 0.8) -> None:
     """Intervals alone; the values are drawn as a line of their own."""
     colour = style_of(arm)["color"]
     style = {"yerr": interval_lengths(points), "fmt": "none", "elinewidth": 0.7, "alpha": alpha}
     ax.errorbar(x, points["value"], ecolor=colour, label=arm, **style)
 
 
-def curves(ax: Axes, points: DataFrame, shift: Mapping[str, float], base: float | None) -> None:
+def curves(ax: Axes, points: DataFrame, shift: Mapping[Arm, float], base: float | None) -> None:
     """A line an arm over the fraction of training, from the base on, with its intervals."""
     start = [] if base is None else [(0.0, base)]
     for arm, own in points.groupby("arm"):
@@ -195,7 +196,7 @@ def curves(ax: Axes, points: DataFrame, shift: Mapping[str, float], base: float 
         ax.plot(*zip(*line), label=arm, markevery=slice(len(start), None), **style_of(arm))
 
 
-def training_axis(fractions: Iterable[float], arms: Iterable[str]) -> tuple[dict[str, float], Any]:
+def training_axis(fractions: Iterable[float], arms: Iterable[Arm]) -> tuple[dict[Arm, float], Any]:
     """Each arm's shift along the fraction of training, and the axis' limits.
 
     Arms stand less than half a checkpoint apart in all, so that their bars can be told apart.
@@ -205,19 +206,19 @@ def training_axis(fractions: Iterable[float], arms: Iterable[str]) -> tuple[dict
     return spread(arms, min(0.5 * gap, 0.07)), (-0.02, steps[-1] + 0.06)
 
 
-def rank_axis(arms: Iterable[str]) -> tuple[list[str], dict[str, float]]:
+def rank_axis(arms: Iterable[Arm]) -> tuple[list[str], dict[Arm, float]]:
     """Ticks of LoRA's ranks, full qv and full, and every arm's place among them."""
-    slots = sorted({arm_order(arm)[:2] for arm in arms})
-    ticks = [str(rank) if rank else KINDS[kind].replace(" ", "\n") for kind, rank in slots]
+    slots = sorted({Arm(arm.method, arm.rank) for arm in arms})
+    ticks = [str(slot.rank or slot.kind.replace(" ", "\n")) for slot in slots]
     place = {}
     for i, slot in enumerate(slots):
-        inside = [arm for arm in arms if arm_order(arm)[:2] == slot]
+        inside = [arm for arm in arms if (arm.method, arm.rank) == (slot.method, slot.rank)]
         place |= {arm: i + x for arm, x in spread(inside, 0.5).items()}
     return ticks, place
 
 
 def rank_points(
-    ax: Axes, rows: DataFrame, table: DataFrame, ticks: Sequence[str], place: Mapping[str, float]
+    ax: Axes, rows: DataFrame, table: DataFrame, ticks: Sequence[str], place: Mapping[Arm, float]
 ) -> None:
     """An arm's value and interval at its place on the rank axis; beside it those of its seeds."""
     for arm, points in table.groupby("arm"):
@@ -243,9 +244,9 @@ def interval_lengths(points: Mapping[str, Any]) -> Any:
     return np.nan_to_num(np.clip([value - low, high - value], 0, None))
 
 
-def spread(arms: Iterable[str], width: float) -> dict[str, float]:
+def spread(arms: Iterable[Arm], width: float) -> dict[Arm, float]:
     """Offsets of the arms around 0, over `width` from first to last."""
-    names = sorted(set(arms), key=arm_order)
+    names = sorted(set(arms))
     step = width / max(len(names) - 1, 1)
     return {arm: step * (i - (len(names) - 1) / 2) for i, arm in enumerate(names)}
 
@@ -273,26 +274,29 @@ def finish(
 
     `kind` is a key of LEGENDS: are arms lines there, and is the base?
     """
-    handles = _arm_handles({*table["arm"], *rows["arm"][rows["method"] == "base"]}, kind)
+    arms = {*table["arm"], *rows["arm"][rows["method"] == "base"]}
+    handles = _arm_handles(arms, kind)
     if (rows["method"] == "baseline").any():
         handles.append(dotted("baseline (its name over the panel)"))
     handles += extra
-    place_legend(figure, handles, lines=2)
+    place_legend(figure, handles, arms, lines=2)
     small = "; small points: single seeds" if kind == "lines over points" else ""
     notes(figure, frame, [about, *_interval_notes(table, small)])
     return figure
 
 
-def place_legend(figure: Figure, handles: Sequence[Artist], lines: int = 0) -> None:
+def place_legend(
+    figure: Figure, handles: Sequence[Artist], arms: Iterable[Arm] = (), lines: int = 0
+) -> None:
     """The legend above the panels; the figure grows by the lines that it was not planned with.
 
     What all arms have in common in their brackets is said once.
     """
-    labels = [handle.get_label() for handle in handles]
-    extras = [m["extra"] for m in map(LABEL.fullmatch, labels) if m and m["kind"] != "base"]
-    common = extras[0] if len(extras) > 1 and len(set(extras)) == 1 else None
-    if common:
-        labels = [label.removesuffix(f" ({common})") for label in labels]
+    trained = {arm for arm in arms if arm.is_trained}
+    details = {arm.details for arm in trained}
+    common = details.pop() if len(trained) > 1 and len(details) == 1 else ""
+    kinds = {arm.label: arm.kind for arm in trained} if common else {}
+    labels = [kinds.get(handle.get_label(), handle.get_label()) for handle in handles]
     columns = max(1, int(figure.get_size_inches()[0] / (0.6 + 0.065 * max(map(len, labels)))))
     figure.legend(
         handles,
@@ -306,16 +310,16 @@ def place_legend(figure: Figure, handles: Sequence[Artist], lines: int = 0) -> N
     figure.set_figheight(figure.get_figheight() + 0.18 * max(beyond, 0))  # not the panels'
 
 
-def _arm_handles(arms: Iterable[str], kind: str) -> list[Artist]:
+def _arm_handles(arms: Iterable[Arm], kind: str) -> list[Artist]:
     from matplotlib.lines import Line2D
 
     arm_lines, base_line = LEGENDS[kind]
     handles = []
-    for arm in sorted(arms, key=arm_order):
+    for arm in sorted(arms):
         style = style_of(arm)
-        if not (base_line if arm == "base" else arm_lines):
+        if not (arm_lines if arm.is_trained else base_line):
             style["linestyle"] = "none"
-        elif arm == "base":
+        elif arm.method == "base":
             style["marker"] = ""
         handles.append(Line2D([], [], label=arm, **style))
     return handles
@@ -330,13 +334,13 @@ def dotted(label: str) -> Artist:
 
 def _interval_notes(table: DataFrame, small: str) -> list[str]:
     """What the bars are over, by number of seeds."""
-    trained = table[table["arm"] != "base"]
+    trained = table[[arm.is_trained for arm in table["arm"]]]
     from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
 
     arms = {key: palette(group["arm"]) for key, group in trained.groupby(["seeds", "over"])}
     said = []
     for (seeds, over), names in sorted(arms.items(), reverse=True):
-        who = f" ({', '.join(names)})" if len(arms) > 1 else ""
+        who = f" ({', '.join(map(str, names))})" if len(arms) > 1 else ""
         if seeds >= MIN_SEEDS:
             said.append(f"Mean of {seeds} seeds{who}, bars: 95 % interval over {over}{small}.")
         elif seeds > 1:

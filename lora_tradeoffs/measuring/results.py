@@ -17,12 +17,11 @@ import numpy as np
 
 from config import UserError
 from lora_tradeoffs.files import read_json, write_json, written_whole
+from lora_tradeoffs.records import OLD_VERSIONS, RECORD_VERSION, unit_name, updated
 
 if TYPE_CHECKING:
     from lora_tradeoffs.statistics.contrasts import Items
     from lora_tradeoffs.statistics.scores import Scores
-
-RECORD_VERSION = 1
 
 
 class Results:
@@ -155,11 +154,13 @@ def _strict(record: dict[str, Any]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     unit = read_json(path)
     version = unit.get("record_version") if isinstance(unit, dict) else None
-    if version != RECORD_VERSION:
+    if version not in (RECORD_VERSION, *OLD_VERSIONS):
         raise _other_version(path, version, path.parent.parent)
     records = unit.get("records")
     if "request" not in unit or not isinstance(records, list) or not all(map(_is_record, records)):
         raise UserError(f"{path} is not as it was written; delete it, and it is measured again")
+    if version in OLD_VERSIONS:
+        unit["records"] = [updated(record) for record in records]
     return unit
 
 
@@ -170,7 +171,7 @@ def _check_version(document: Path) -> None:
         version = meta.get("record_version")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
-    if version != RECORD_VERSION:
+    if version not in (RECORD_VERSION, *OLD_VERSIONS):
         raise _other_version(document, version, document.parent)
 
 
@@ -195,14 +196,15 @@ def _is_record(record: Any) -> bool:
 
 def adaptation_items(results: Results) -> Items:
     """Reads what eval.py kept of every item."""
-    return _reader(results, lambda row: f"{row.run}-{row.step}-{row.task}-{row.split}")
+    return _reader(results, lambda row: unit_name(row.run, row.step, row.task, row.split))
 
 
 def retention_items(results: Results) -> Items:
     """Reads what retention_eval.py kept of every item of a benchmark."""
 
     def unit(row: Any) -> str:
-        return f"{row.run}-{row.step}-{row.task}" + (f"-{row.shots:.0f}shot" if row.shots else "")
+        shots = f"{row.shots:.0f}shot" if row.shots else ""
+        return unit_name(row.run, row.step, row.task, shots)
 
     return _reader(results, unit)
 

@@ -17,8 +17,7 @@ from lora_tradeoffs.files import (
 )
 from lora_tradeoffs.hub import fetch_checkpoints, is_hub_id
 from lora_tradeoffs.models.base import Base
-
-ARM = ("method", "rank", "alpha", "scaling", "target_modules", "learning_rate", "seed")
+from lora_tradeoffs.records import run_fields
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ def find_subjects(
     subjects = [Subject("base", 0, None, {**fields, **no_arm("base")}, None, True, True)]
     homes = {"base": base.folder}
     for name, folder in _run_folders(runs, settings):
-        arm, family, steps = _arm(folder, base)
         found = checkpoints_in(folder, name)
+        arm, family, steps = _arm(found[0].run, folder, base)
         chosen = _chosen_step(folder)
         kept = [c for c in found if _is_asked(c.step, found[-1].step, checkpoints)]
         if not kept:
@@ -104,7 +103,7 @@ def no_runs(settings: Settings) -> UserError:
 def no_arm(method: str) -> dict[str, Any]:
     """The arm's fields of what no run of ours made."""
     arm = dict(method=method, rank=0, alpha=0, scaling="", target_modules="")
-    return {**arm, "learning_rate": 0.0, "seed": 0, "fraction": 0.0}
+    return {**arm, "learning_rate": 0.0, "seed": 0, "tasks": "", "variant": "", "fraction": 0.0}
 
 
 def _run_folders(runs: Sequence[str] | None, settings: Settings) -> list[tuple[str | None, Path]]:
@@ -125,7 +124,7 @@ def _run_folders(runs: Sequence[str] | None, settings: Settings) -> list[tuple[s
     return folders
 
 
-def _arm(folder: Path, base: Base) -> tuple[dict[str, Any], str | None, int]:
+def _arm(run: str, folder: Path, base: Base) -> tuple[dict[str, Any], str | None, int]:
     """What the records say of a run, its family, and its steps; of a foreign folder, less."""
     record_file = next(
         (p / "run.json" for p in (folder, folder.parent) if (p / "run.json").is_file()), None
@@ -133,12 +132,12 @@ def _arm(folder: Path, base: Base) -> tuple[dict[str, Any], str | None, int]:
     if record_file is None:
         adapters = [*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")]
         if not adapters:
-            return no_arm("full"), None, 0
-        return _adapter_arm(sorted(adapters)), None, 0
+            return {**no_arm("full"), "variant": run}, None, 0
+        return {**_adapter_arm(sorted(adapters)), "variant": run}, None, 0
     record = read_json(record_file)
     try:
         trained_on, config = record["base"], record["config"]
-        arm, family, steps = {n: config[n] for n in ARM}, config["family"], record["steps"]
+        arm, family, steps = run_fields(run, config), config["family"], record["steps"]
         digest, name = trained_on["digest"], trained_on["name"]
     except (KeyError, TypeError):
         raise UserError(f"{record_file} is no record of a run of this suite; delete it") from None

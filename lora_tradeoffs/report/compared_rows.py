@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import RANKS
 from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
 from lora_tradeoffs.statistics.contrasts import Items, Part, by_seed
+from lora_tradeoffs.tables.arms import GRID, Arm
 from lora_tradeoffs.tables.frames import last_checkpoints, scores
 from lora_tradeoffs.tables.retention import MEAN, forgotten, retained
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-FULL = "full"
-GRID = [f"LoRA r={rank}" for rank in RANKS]
 
 
 def last_test_scores(adaptation: DataFrame) -> DataFrame:
@@ -28,25 +25,26 @@ def last_test_scores(adaptation: DataFrame) -> DataFrame:
     return rows[rows["split"] == "test"]
 
 
-def rows_of(rows: DataFrame, arm: str) -> dict[int, Any]:
+def rows_of(rows: DataFrame, arm: Arm) -> dict[int, Any]:
     """An arm's rows by seed."""
     return by_seed(rows[rows["arm"] == arm])
 
 
-def grid_arms(rows: DataFrame) -> set[str]:
+def grid_arms(rows: DataFrame) -> set[Arm]:
     """The grid's LoRA arms that have enough seeds."""
     seeds = rows[rows["arm"].isin(GRID)].groupby("arm")["seed"].nunique()
     return set(seeds[seeds >= MIN_SEEDS].index)
 
 
-def slope_weights(arms: Sequence[set[str]]) -> dict[str, float]:
+def slope_weights(arms: Sequence[set[Arm]]) -> dict[Arm, float]:
     """Weights that make the least-squares slope over log2(rank) of the arms that all have."""
     shared = set.intersection(*arms)
-    ranks = [rank for rank, arm in zip(RANKS, GRID) if arm in shared]
-    if len(ranks) < 3:
+    shared_arms = [arm for arm in GRID if arm in shared]
+    if len(shared_arms) < 3:
         return {}
-    off = np.log2(ranks) - np.log2(ranks).mean()
-    return {f"LoRA r={rank}": float(w) for rank, w in zip(ranks, off / (off**2).sum())}
+    doublings = np.log2([arm.rank for arm in shared_arms])
+    off = doublings - doublings.mean()
+    return dict(zip(shared_arms, (off / (off**2).sum()).tolist()))
 
 
 def shared_seeds(tasks: Sequence[Sequence[Part]]) -> int:
@@ -63,7 +61,7 @@ def mean_forgetting(retention: DataFrame, family: str) -> DataFrame:
 
 
 def forgetting_parts(
-    retention: DataFrame, family: str, weights: dict[str, float], items: Items | None
+    retention: DataFrame, family: str, weights: dict[Arm, float], items: Items | None
 ) -> list[list[Part]]:
     """Parts whose contrast is that of the mean forgetting.
 

@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from config import FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.report.compared_rows import (
-    FULL,
-    GRID,
     forgetting_parts,
     grid_arms,
     last_test_scores,
@@ -53,7 +51,7 @@ from lora_tradeoffs.report.wording import (
 from lora_tradeoffs.statistics.comparisons import LEVEL, MIN_SEEDS, Comparison, holm
 from lora_tradeoffs.statistics.contrasts import Contrast, Items, Part, contrast
 from lora_tradeoffs.statistics.seed_intervals import BOTH, SEEDS, compare_over_seeds
-from lora_tradeoffs.tables.frames import shared_words, without_words
+from lora_tradeoffs.tables.arms import FULL, GRID, Arm, shared_words
 from lora_tradeoffs.tables.predictors import PREDICTORS, across_runs, predictor_table, within_runs
 from lora_tradeoffs.tables.retention import MEAN, at_chance, matched
 
@@ -67,7 +65,7 @@ class Draft(NamedTuple):
     """A test that was made, and the words for it."""
 
     family: str
-    arm: str
+    arm: Arm | str
     about: str
     result: Contrast
     words: Words
@@ -98,7 +96,7 @@ def findings(
     if words:
         found.append(Finding(MISSING, "", ALL_RUNS.format(" ".join(sorted(words)))))
         adaptation, retention, drift, transfer = (
-            None if f is None else f.assign(arm=[without_words(arm, words) for arm in f["arm"]])
+            None if f is None else f.assign(arm=[arm.without(words) for arm in f["arm"]])
             for f in (adaptation, retention, drift, transfer)
         )
     if adaptation is None:
@@ -144,7 +142,7 @@ def _adapts(adaptation: DataFrame, items: Items | None) -> list[Finding]:
     drafts, found = [], []
     for family, tasks in FAMILIES.items():
         own = rows[rows["family"] == family]
-        few: dict[str, int] = {}
+        few: dict[Arm, int] = {}
         for arm in GRID:
             for task in tasks:
                 on_task = own[own["task"] == task]
@@ -164,7 +162,7 @@ def _adapts(adaptation: DataFrame, items: Items | None) -> list[Finding]:
 
 def _forgets(retention: DataFrame, items: Items | None) -> list[Finding]:
     """Forgetting of LoRA minus that of full fine-tuning, mean over benchmarks."""
-    pairs: list[tuple[str, str, list[list[Part]]]] = []
+    pairs: list[tuple[str, Arm, list[list[Part]]]] = []
     found = []
     for family in FAMILIES:
         few = {}
@@ -329,12 +327,13 @@ def _corrected(
         c = draft.result.found
         if math.isnan(c.p_value):
             sentence = other_items(draft)
-            found.append(Finding(MISSING, question, sentence, draft.family, draft.arm, draft.about))
+            about = draft.family, str(draft.arm), draft.about
+            found.append(Finding(MISSING, question, sentence, *about))
             continue
         sentence, verdict = of_a_difference(draft, float(p), tests)
         found.append(
             Finding(
-                *(kind, question, sentence, draft.family, draft.arm, draft.about),
+                *(kind, question, sentence, draft.family, str(draft.arm), draft.about),
                 *(c.difference, c.low, c.high, c.p_value, float(p), c.detectable),
                 *(len(draft.result.seeds), draft.result.over, verdict),
             )

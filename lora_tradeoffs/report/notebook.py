@@ -14,17 +14,9 @@ from typing import TYPE_CHECKING, Any
 from config import DOCUMENTS, PRESETS, UserError, resolve_settings
 from lora_tradeoffs.figures.draw import MODULES
 from lora_tradeoffs.files import read_json
-from lora_tradeoffs.measuring.subjects import ARM
-from lora_tradeoffs.tables.frames import (
-    NUMBERS,
-    OPTIONAL,
-    SCRIPTS,
-    TEXT,
-    load_records,
-    shared_words,
-    with_plain_arms,
-    without_words,
-)
+from lora_tradeoffs.records import TRAINED
+from lora_tradeoffs.tables.arms import Arm, shared_words, with_plain_arms
+from lora_tradeoffs.tables.frames import NUMBERS, OPTIONAL, SCRIPTS, TEXT, load_records
 from lora_tradeoffs.tables.learning_rates import at_chosen_rates
 from lora_tradeoffs.training.learning_rates import read_rates
 
@@ -140,8 +132,8 @@ class Report:
             return
         words = shared_words(f for f in self.all_rates.values() if f is not None)
 
-        def plain(label: Any) -> Any:
-            return without_words(label, words) if isinstance(label, str) else label
+        def plain(arm: Any) -> Any:
+            return arm.without(words) if isinstance(arm, Arm) else arm
 
         shown = frame.rename(index=plain) if index else frame
         if "arm" in frame:
@@ -178,7 +170,7 @@ def check(path: Path, command: str) -> None:
     arms: dict[str, Any] = {}
     measured: dict[Any, int] = {}
     for number, record in enumerate(records):
-        arm = tuple(map(record.get, ARM))
+        arm = tuple(map(record.get, TRAINED))
         if arms.setdefault(record.get("run"), arm) != arm:
             name = record.get("run")
             said = f"record {number} gives {name} another arm or seed than those before it"

@@ -160,11 +160,11 @@ def after(tests: int) -> str:
     return f" after Holm over {tests} tests" if tests > 1 else ""
 
 
-def few_seeds(family: str, few: Mapping[str, int], nothing: bool, other: str = FULL_TUNING) -> str:
+def few_seeds(family: str, few: Mapping[Any, int], nothing: bool, other: str = FULL_TUNING) -> str:
     """Why arms could not be compared; `few` holds the seeds that each shares with the other."""
     counts: dict[int, list[str]] = {}
     for arm, seeds in few.items():
-        counts.setdefault(seeds, []).append(arm)
+        counts.setdefault(seeds, []).append(str(arm))
     said = "; ".join(
         f"{', '.join(arms)} and {other} share {seeds or 'no'} seed{'s' * (seeds != 1)}"
         for seeds, arms in sorted(counts.items())

@@ -18,7 +18,7 @@ from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions, Ta
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.records import TEXT
+from lora_tradeoffs.records import TEXT, unit_name
 from lora_tradeoffs.retention.forgetting import (
     Record,
     benchmark_records,
@@ -73,9 +73,9 @@ class RetentionUnit:
 
     @property
     def name(self) -> str:
-        name = f"{self.subject.run}-{self.subject.step}"
-        name += f"-x{self.scale:g}" if self.scale != 1 else ""
-        return f"{name}-{self.task}" + (f"-{self.shots}shot" if self.shots else "")
+        scale = f"x{self.scale:g}" if self.scale != 1 else ""
+        shots = f"{self.shots}shot" if self.shots else ""
+        return unit_name(self.subject.run, self.subject.step, scale, self.task, shots)
 
     @property
     def fields(self) -> Record:

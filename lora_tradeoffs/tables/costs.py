@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES, UserError
 from lora_tradeoffs.files import checkpoint_step
-from lora_tradeoffs.tables.frames import arm_of, arm_order
+from lora_tradeoffs.tables.arms import Arm, arm_of
 from lora_tradeoffs.tables.retention import gains
-from lora_tradeoffs.tables.transfer import tasks_of
+from training_configs import tasks_and_variant
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 FIGURES = ("seconds", "examples_per_second", "tokens", "peak_memory_bytes", "trainable_parameters")
 COLUMNS = (
-    *("run", "family", "arm", "seed", "steps", *FIGURES, "trainable_share"),
+    *("run", "family", "tasks", "arm", "seed", "steps", *FIGURES, "trainable_share"),
     *("checkpoint_bytes", "disk_bytes", "device"),
 )
 POINTS = ("run", "family", "arm", "seed", "step", "fraction", "seconds", "tokens", "gain", "stderr")
@@ -52,7 +52,8 @@ def cost_table(runs_dir: Path) -> DataFrame:
         _check_figures(folder / "training.json", training)
         row = {name: training.get(name) for name in ("steps", *FIGURES)}
         row |= {"run": folder.name, "family": config["family"], "seed": config["seed"]}
-        row["arm"] = arm_of({**config, "run": folder.name})
+        row["tasks"], variant = tasks_and_variant(folder.name, config)
+        row["arm"] = arm_of({**config, **row, "variant": variant})
         parameters = training.get("base_parameters")
         if parameters and row["trainable_parameters"]:
             row["trainable_share"] = row["trainable_parameters"] / parameters
@@ -82,9 +83,10 @@ def arm_costs(costs: DataFrame) -> DataFrame:
     table = costs[keys].fillna("unknown").assign(**numbers)
     grouped = table.groupby(keys)
     means = grouped.mean().assign(seeds=grouped.size()).reset_index()
-    order = {"family": [*FAMILIES].index, "arm": arm_order}
     return means.sort_values(
-        keys, key=lambda s: s.map(order[s.name]) if s.name in order else s, ignore_index=True
+        keys,
+        key=lambda s: s.map([*FAMILIES].index) if s.name == "family" else s,
+        ignore_index=True,
     )
 
 
@@ -101,14 +103,14 @@ def gain_costs(
     import pandas as pd
 
     costs = cost_table(runs_dir).set_index("run")
-    arms: dict[str, str] = {}  # as the frames call them: at a chosen learning rate, plainly
+    arms: dict[str, Arm] = {}  # as the frames call them: at a chosen learning rate, plainly
     for frame in (retention, adaptation):
         arms |= {} if frame is None else dict(zip(frame["run"], frame["arm"]))
     costs = costs.assign(**{n: pd.to_numeric(costs[n]) for n in ("steps", *FIGURES)})
     rows = []
     found = gains(retention, adaptation)
     for point in found[found["update_scale"] == 1].itertuples():
-        if point.run not in costs.index or tasks_of(point.run) not in FAMILIES:
+        if point.run not in costs.index or costs.loc[point.run, "tasks"] not in FAMILIES:
             continue
         run = costs.loc[point.run]
         fraction = point.step / run["steps"]

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES, RANKS, SPLITS, TARGET_MODULES, TASKS, UserError
+from config import FAMILIES, SPLITS, TASKS, UserError
 from dataset_descriptions import DESCRIPTIONS
-from lora_tradeoffs.records import metric_scale
-from training_configs import rate_name
+from lora_tradeoffs.records import metric_scale, updated
+from lora_tradeoffs.tables.arms import FULL, GRID, arms_of, shared_words
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -39,11 +38,8 @@ OPTIONAL = {
     "prompt": 0,
     "update_scale": 1.0,
     "learning_rate": 0.0,
+    "target_modules": "",
 }
-KINDS = ("LoRA", "full qv", "full", "base")
-LABEL = re.compile(r"(?P<kind>LoRA r=(?P<rank>\d+)|full qv|full|base)(?: \((?P<extra>.+)\))?")
-RATE = re.compile(r"(?<![^\s(])lr[\d.]+e-?\d+(?![^\s,)])")
-RUN_NAME = re.compile(r"(?P<tasks>.+?)_(?:lora_r\d+|full_qv|full)(?:_(?P<extra>.+))?_seed\d+")
 
 
 def load_records(path: Path) -> DataFrame:
@@ -70,12 +66,13 @@ def load_records(path: Path) -> DataFrame:
         missing = [name for name in TEXT + NUMBERS if name not in record]
         if missing:
             raise UserError(f"{path}: record {number} lacks {', '.join(missing)}; run {script}")
-    frame = pd.DataFrame(records, columns=None if records else [*TEXT, *NUMBERS])
+    columns = None if records else [*TEXT, *NUMBERS, "tasks", "variant"]
+    frame = pd.DataFrame(map(updated, records), columns=columns)
     for name, default in OPTIONAL.items():
         frame[name] = frame[name].fillna(default) if name in frame else default
     for name in (*NUMBERS, "low", "high", "stderr"):
         frame[name] = pd.to_numeric(frame[name], errors="coerce")
-    frame["arm"] = _parted_by_rate(frame, [arm_of(record) for record in records])
+    frame["arm"] = arms_of(frame)
     frame["preset"] = meta.get("preset")
     frame.attrs["meta"] = meta
     return frame
@@ -85,144 +82,6 @@ def is_demo(frame: DataFrame) -> bool:
     """Whether the records are the demo's, which no figure may pass over."""
     meta = frame.attrs.get("meta", {})
     return meta.get("preset") == "demo" or bool((frame.get("preset") == "demo").any())
-
-
-def arm_of(record: Mapping[str, Any]) -> str:
-    """The arm's label: "LoRA r=8", "full", "full qv", "base", or a baseline's name.
-
-    What parts a run from the grid's (place, other fields, a single task, the other family; an
-    outside run's name) follows in brackets, so that only runs of other seeds are averaged.
-    """
-    method, run = record["method"], str(record["run"])
-    if method == "baseline":
-        return run
-    shots, prompt = (_count(record.get(name)) for name in ("shots", "prompt"))
-    asked = [f"{shots}-shot"] * bool(shots) + [f"prompt {prompt}"] * bool(prompt)
-    if method == "base":
-        return _label("base", asked)
-    place = place_of(record.get("target_modules", "")) if method == "lora" else "qv"
-    extras = [place] * (place != "qv")
-    name = RUN_NAME.fullmatch(run)
-    if name is None:
-        extras.append(run)
-    else:
-        fields = " ".join(part for part in (name["extra"] or "").split("_") if part != place)
-        extras += [fields] * bool(fields)
-        extras += [f"{name['tasks']} alone"] * (name["tasks"] not in FAMILIES)
-    task = DESCRIPTIONS.get(record.get("task", ""))
-    if task and record.get("family", task.family) != task.family:
-        extras.append(f"trained on {record['family']}")
-    kind = f"LoRA r={int(record['rank'])}" if method == "lora" else method.replace("_", " ")
-    return _label(kind, extras + asked)
-
-
-def _parted_by_rate(frame: DataFrame, labels: list[str]) -> list[str]:
-    """The labels; where one stands for several learning rates of a family, with the rate.
-
-    A run's name holds its rate only where it is not the default, and the default depends on preset
-    and model, so it may change within a study. Such runs are no seeds of each other.
-    """
-    keys = list(zip(frame["family"], labels))
-    rates: dict[Any, set[float]] = {}
-    for key, rate in zip(keys, frame["learning_rate"]):
-        rates.setdefault(key, set()).add(rate)
-    return [
-        _with_rate(label, rate) if rate > 0 and len(rates[key]) > 1 else label
-        for key, label, rate in zip(keys, labels, frame["learning_rate"])
-    ]
-
-
-def _with_rate(label: str, rate: float) -> str:
-    found = LABEL.fullmatch(label)
-    if found is None or RATE.search(label):
-        return label
-    return _label(found["kind"], [found["extra"]] * bool(found["extra"]) + [rate_name(rate)])
-
-
-def without_rate(label: str) -> str:
-    """The label of the arm whose learning rates are compared: "LoRA r=8" of "LoRA r=8 (lr1e-3)"."""
-    return _without(label, RATE.fullmatch)
-
-
-def shared_words(frames: Iterable[DataFrame]) -> set[str]:
-    """What the names of all trained runs say of their fields ("steps40", "fp32"): it parts no arms.
-
-    All frames of a study are to be asked together; runs that were made elsewhere do not count.
-    """
-    runs = {run for frame in frames for run in frame.loc[is_trained(frame), "run"]}
-    extras = [set((n["extra"] or "").split("_")) for n in map(RUN_NAME.fullmatch, runs) if n]
-    return set.intersection(*extras) - {"", *TARGET_MODULES} if extras else set()
-
-
-def without_words(label: str, words: set[str]) -> str:
-    """An arm's label without what is known to part no arms: "LoRA r=8" of "LoRA r=8 (steps40)"."""
-    return _without(label, words.__contains__)
-
-
-def with_plain_arms(*frames: Any) -> list[Any]:
-    """The frames of one figure, their arms without what all runs share; the first's note says it.
-
-    Whatever has no arms (None, a folder) is passed on.
-    """
-    own = [frame for frame in frames if "arm" in getattr(frame, "columns", ())]
-    words = shared_words(frame for frame in own if "method" in frame)
-    if not words:
-        return list(frames)
-    said = f"All runs: {' '.join(sorted(words))}."
-    found = []
-    for frame in frames:
-        if any(frame is each for each in own):
-            attrs = dict(frame.attrs)
-            frame = frame.assign(arm=[without_words(arm, words) for arm in frame["arm"]])
-            frame.attrs = attrs | {"note": " ".join(filter(None, (attrs.get("note"), said)))}
-        found.append(frame)
-    return found
-
-
-def _without(label: str, is_left_out: Callable[[str], Any]) -> str:
-    found = LABEL.fullmatch(label)
-    if found is None or not found["extra"]:
-        return label
-    extras = [
-        " ".join(word for word in part.split() if not is_left_out(word))
-        for part in found["extra"].split(", ")
-    ]
-    return _label(found["kind"], [part for part in extras if part])
-
-
-def _rate_in(label: str) -> float:
-    """The learning rate in a label, 0 if it names none."""
-    found = RATE.search(label)
-    return float(found[0].removeprefix("lr")) if found else 0.0
-
-
-def _count(value: Any) -> int:
-    """A whole number, 0 for what is missing (None, or a data frame's nan)."""
-    return int(value) if value and value == value else 0
-
-
-def _label(kind: str, extras: list[str]) -> str:
-    return f"{kind} ({', '.join(extras)})" if extras else kind
-
-
-def place_of(modules: Any) -> str:
-    """The place's name in TARGET_MODULES, from itself or from the modules' names."""
-    if not isinstance(modules, str):
-        modules = ",".join(modules) if isinstance(modules, Iterable) else "qv"
-    names = {name for name in re.split(r"[\s,+]+", modules) if name}
-    for place, members in TARGET_MODULES.items():
-        if names in ({place}, set(members)):
-            return place
-    return "+".join(sorted(names)) or "qv"
-
-
-def arm_order(arm: str) -> tuple[int, int, str, float]:
-    """LoRA by rank, full qv, full, base, baselines; an arm's learning rates rising."""
-    found = LABEL.fullmatch(arm)
-    if found is None:
-        return len(KINDS), 0, arm, 0.0
-    rank = int(found["rank"] or 0)
-    return (0 if rank else KINDS.index(found["kind"])), rank, without_rate(arm), _rate_in(arm)
 
 
 def ordered(tasks: Iterable[str]) -> list[str]:
@@ -291,7 +150,7 @@ def summarise(frame: DataFrame, by: tuple[str, ...] = ()) -> DataFrame:
         rows.append((*key, mean, stderr, low, high, seeds, over))
     columns = [*keys, "value", "stderr", "low", "high", "seeds", "over"]
     table = pd.DataFrame(rows, columns=columns)
-    return table.sort_values(keys, key=lambda s: s.map(arm_order) if s.name == "arm" else s)
+    return table.sort_values(keys)
 
 
 def score_table(frame: DataFrame) -> DataFrame:
@@ -302,7 +161,7 @@ def score_table(frame: DataFrame) -> DataFrame:
     """
     import pandas as pd
 
-    cells: dict[str, dict[str, str]] = {}
+    cells: dict[Any, dict[str, str]] = {}
     rows = last_checkpoints(scores(frame))
     table = summarise(rows[rows["prompt"] == 0], by=("split",))
     for row in table.sort_values("split").itertuples():  # test before validation
@@ -312,7 +171,7 @@ def score_table(frame: DataFrame) -> DataFrame:
         text += f" ({row.seeds} seeds)" if row.seeds > 1 else ""
         text += " val" if row.split != "test" else ""
         cells.setdefault(row.arm, {}).setdefault(row.task, text)
-    arms = sorted(cells, key=arm_order)
+    arms = sorted(cells)
     return pd.DataFrame(cells, index=ordered(table["task"]), columns=arms).T.fillna("")
 
 
@@ -347,27 +206,26 @@ def gaps(frame: DataFrame, tested: bool = True) -> list[str]:
 
     said = []
     runs = frame[is_trained(frame)]
-    grid = [*(f"LoRA r={rank}" for rank in RANKS), "full"]
     words = shared_words([frame])
     for family in FAMILIES:
         ended = last_checkpoints(runs[runs["family"] == family])
         if ended.empty:
             said.append(f"{family}: no run that is measured at its end")
             continue
-        plain = ended["arm"].map(lambda arm: without_words(without_rate(arm), words))
-        missing = [arm for arm in grid if arm not in set(plain)]
+        plain = ended["arm"].map(lambda arm: arm.without_rate.without(words))
+        missing = [arm for arm in (*GRID, FULL) if arm not in set(plain)]
         if missing:
-            said.append(f"{family}: no {', '.join(missing)}")
+            said.append(f"{family}: no {', '.join(map(str, missing))}")
         at_rates = ended.assign(plain=plain).groupby(["plain", "arm"])["seed"].nunique()
         seeds = at_rates.groupby("plain").max()
-        few = sorted(seeds[seeds < MIN_SEEDS].index, key=arm_order)
+        few = sorted(seeds[seeds < MIN_SEEDS].index)
         if few:
             said.append(
                 f"{family}: fewer than {MIN_SEEDS} seeds, so nothing about methods can be claimed:"
-                f" {', '.join(few)}"
+                f" {', '.join(map(str, few))}"
             )
         untested = set(plain) - set(plain[ended["split"] == "test"])
         if tested and untested:
-            said.append(f"{family}: no test score of {', '.join(sorted(untested, key=arm_order))}")
+            said.append(f"{family}: no test score of {', '.join(map(str, sorted(untested)))}")
     left = set(runs["run"]) - set(last_checkpoints(runs)["run"])
     return said + [f"not measured at its end: {run}" for run in sorted(left)]

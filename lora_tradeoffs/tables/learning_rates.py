@@ -12,19 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES, TARGET_MODULES
-from lora_tradeoffs.tables.frames import (
-    LABEL,
-    arm_of,
-    arm_order,
-    is_trained,
-    last_checkpoints,
-    without_rate,
-)
+from config import FAMILIES
+from lora_tradeoffs.tables.arms import FULL, Arm, arm_of
+from lora_tradeoffs.tables.frames import is_trained, last_checkpoints
 from lora_tradeoffs.tables.retention import MEAN, NORMAL, family_means, forgotten
-from training_configs import SCALINGS
+from training_configs import SCALINGS, tasks_and_variant
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -68,19 +63,21 @@ def sweep_table(
     choices = list(choices)
     none = dict.fromkeys(_refused(choices), math.nan)
     table["chosen"] = _is_chosen(table, none | _chosen_rates(choices))
-    orders = {"family": _family_place, "arm": arm_order, "learning_rate": float}
-    table = table.sort_values(list(orders), key=lambda s: s.map(orders[s.name]))
-    return table.reset_index(drop=True)
+    return table.sort_values(
+        [*ARM, "learning_rate"],
+        key=lambda s: s.map(_family_place) if s.name == "family" else s,
+        ignore_index=True,
+    )
 
 
-def swept_arms(table: DataFrame) -> list[tuple[str, str]]:
+def swept_arms(table: DataFrame) -> list[tuple[str, Arm]]:
     """Families and arms that were trained at more than one learning rate."""
     rates = table.groupby(ARM, sort=False)["learning_rate"].nunique()
     return list(rates[rates > 1].index)
 
 
 def best_retaining(
-    table: DataFrame, family: str, arm: str = "full", within: float | None = None
+    table: DataFrame, family: str, arm: Arm = FULL, within: float | None = None
 ) -> Series | None:
     """The row of the arm's best-retaining rate; None if forgetting was measured at none.
 
@@ -117,7 +114,7 @@ def advantages(table: DataFrame, within: float | None = None) -> DataFrame:
         own = table[table["family"] == family]
         kept = best_retaining(table, family, full, within)
         chosen = own[(own["arm"] == full) & own["chosen"]].dropna(subset=["forgetting"])
-        if not _is_full(full) or kept is None or chosen.empty:
+        if full.method != "full" or kept is None or chosen.empty:
             continue
         for _, lora in own[own["chosen"]].dropna(subset=["forgetting"]).iterrows():
             if lora["arm"] == full or _reference(lora["arm"], arms) != full:
@@ -160,11 +157,12 @@ def at_chosen_rates(frame: DataFrame, choices: Iterable[Mapping[str, Any]]) -> D
     rates = _chosen_rates(choices)
     if not rates:
         return frame
-    keys = pd.Series(list(zip(frame["family"], frame["arm"].map(without_rate))), frame.index)
+    plain = frame["arm"].map({arm: arm.without_rate for arm in frame["arm"].unique()})
+    keys = pd.Series(list(zip(frame["family"], plain)), frame.index)
     chosen = keys.map(rates).astype(float)
     at_rate = (frame["learning_rate"] / chosen - 1).abs() < 0.01
     known = keys.isin(set(keys[at_rate])) & is_trained(frame)
-    kept = frame.assign(arm=frame["arm"].where(~known, frame["arm"].map(without_rate)))
+    kept = frame.assign(arm=frame["arm"].where(~known, plain))
     kept = kept[~known | at_rate]
     left = set(frame["run"]) - set(kept["run"])
     for name in {"other", "other_run"} & {*kept}:  # what a run is held against
@@ -178,8 +176,8 @@ def rates_said(frame: DataFrame, choices: Iterable[Mapping[str, Any]]) -> str:
     choices = list(choices)
     rates, refused = _chosen_rates(choices), _refused(choices)
     runs = frame[is_trained(frame)]
-    found = {*zip(runs["family"], runs["arm"].map(without_rate))}
-    arms = sorted(found, key=lambda key: (_family_place(key[0]), arm_order(key[1])))
+    found = {(family, arm.without_rate) for family, arm in zip(runs["family"], runs["arm"])}
+    arms = sorted(found, key=lambda key: (_family_place(key[0]), key[1]))
     chosen = [
         f"{family} {arm} {rates[family, arm]:g}" for family, arm in arms if (family, arm) in rates
     ]
@@ -187,8 +185,10 @@ def rates_said(frame: DataFrame, choices: Iterable[Mapping[str, Any]]) -> str:
     if not chosen and not without:
         return f"{NO_SWEEP[0].upper()}{NO_SWEEP[1:]}."
     said = [f"Learning rates that a sweep chose on validation: {', '.join(chosen)}."] * bool(chosen)
-    said += [f"A sweep chose none for {' '.join(arm)}: {refused[arm]}." for arm in without]
-    others = [" ".join(arm) for arm in arms if arm not in rates and arm not in refused]
+    said += [
+        f"A sweep chose none for {' '.join(map(str, arm))}: {refused[arm]}." for arm in without
+    ]
+    others = [" ".join(map(str, arm)) for arm in arms if arm not in rates and arm not in refused]
     said += [f"No sweep of {', '.join(others)}: the default stands."] if others else []
     return " ".join(said)
 
@@ -207,7 +207,7 @@ def _points(
     fields = adaptation[is_trained(adaptation)].drop_duplicates("run")
     points = points.merge(fields[["run", "arm", "learning_rate", "seed"]], on="run")
     points = points[points["learning_rate"] > 0]  # unknown of outside checkpoints
-    points["arm"] = points["arm"].map(without_rate)
+    points["arm"] = [arm.without_rate for arm in points["arm"]]
     for name, rows in (("forgetting", _forgetting(retention)), ("drift", _drift(drift))):
         own = {} if rows is None else rows.drop_duplicates("run").set_index("run")
         for column, source in ((name, "value"), (f"{name}_stderr", "stderr")):
@@ -247,26 +247,30 @@ def _mean(values: Series, errors: Series) -> tuple[float, float]:
     return (known.mean(), errors[known.index].mean()) if len(known) else (math.nan, math.nan)
 
 
-def _chosen_rates(choices: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
-    """The chosen rate by family and the arm's label."""
-    return {(c["family"], arm_label(c)): float(c["learning_rate"]) for c in choices if c["chosen"]}
+def _chosen_rates(choices: Iterable[Mapping[str, Any]]) -> dict[tuple[str, Arm], float]:
+    """The chosen rate by family and arm."""
+    return {
+        (c["family"], searched_arm(c)): float(c["learning_rate"]) for c in choices if c["chosen"]
+    }
 
 
-def _refused(choices: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """Why an arm that was searched has no rate, by family and label."""
-    return {(c["family"], arm_label(c)): c["problem"] for c in choices if c.get("problem")}
+def _refused(choices: Iterable[Mapping[str, Any]]) -> dict[tuple[str, Arm], str]:
+    """Why an arm that was searched has no rate, by family and arm."""
+    return {(c["family"], searched_arm(c)): c["problem"] for c in choices if c.get("problem")}
 
 
 def _family_place(family: str) -> int:
     return [*FAMILIES, family].index(family)
 
 
-def arm_label(choice: Mapping[str, Any]) -> str:
-    """The label of an arm that was searched, from its record in learning_rates.json."""
-    return arm_of({**choice, "run": f"{choice['arm']}_seed0"})
+def searched_arm(choice: Mapping[str, Any]) -> Arm:
+    """The arm that was searched, from its record in learning_rates.json."""
+    run = f"{choice['arm']}_seed0"
+    tasks, variant = tasks_and_variant(run, {**choice, "seed": 0})
+    return arm_of({**choice, "run": run, "tasks": tasks, "variant": variant})
 
 
-def _is_chosen(table: DataFrame, rates: Mapping[tuple[str, str], float]) -> list[bool]:
+def _is_chosen(table: DataFrame, rates: Mapping[tuple[str, Arm], float]) -> list[bool]:
     best: dict[Any, float] = {}
     for key, own in table.groupby(ARM):
         highest = own.sort_values(["score", "learning_rate"], ascending=[False, True])
@@ -278,26 +282,17 @@ def _is_chosen(table: DataFrame, rates: Mapping[tuple[str, str], float]) -> list
 # ------------------------------------------------------------------------- LoRA against full
 
 
-def _is_full(arm: str) -> bool:
-    found = LABEL.fullmatch(arm)
-    return found is not None and found["kind"] == "full"
-
-
-def _reference(arm: str, arms: set[str]) -> str | None:
-    """The full arm that a LoRA arm is held against: with the same other fields, else the plain.
+def _reference(arm: Arm, arms: set[Arm]) -> Arm | None:
+    """The full arm that a LoRA arm is compared with: with the same other fields, else the plain.
 
     None for what is not LoRA.
     """
-    found = LABEL.fullmatch(arm)
-    if found is None or not found["rank"]:
+    if arm.method != "lora":
         return None
-    loras = {*TARGET_MODULES, *SCALINGS}
-    parts = []
-    for part in (found["extra"] or "").split(", "):
-        words = [w for w in part.split() if w not in loras and not w.startswith("dropout")]
-        parts += [" ".join(words)] * bool(words)
-    own = f"full ({', '.join(parts)})" if parts else "full"
-    return own if own in arms else "full"
+    words = arm.variant.split()
+    shared = [w for w in words if w not in SCALINGS and not w.startswith("dropout")]
+    full = replace(arm, method="full", rank=0, target_modules="qv", variant=" ".join(shared))
+    return full if full in arms else FULL
 
 
 def _less(side: str, full: Series, lora: Series) -> dict[str, float]:
@@ -349,7 +344,7 @@ def _difference(row: Any) -> str:
 
 
 def _why_not(own: DataFrame) -> str:
-    full = [arm for _, arm in swept_arms(own) if _is_full(arm)]
+    full = [arm for _, arm in swept_arms(own) if arm.method == "full"]
     if not full:
         return "no sweep of full fine-tuning, so the default of that arm stands"
     known = own.dropna(subset=["forgetting"])

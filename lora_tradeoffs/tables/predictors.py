@@ -18,7 +18,6 @@ from config import FAMILIES, INTRUDER_EPSILON, INTRUDER_K
 from lora_tradeoffs.statistics.comparisons import LEVEL, POWER, holm
 from lora_tradeoffs.tables.frames import is_trained, last_checkpoints
 from lora_tradeoffs.tables.retention import MEAN, TEXT, as_trained, plane_points
-from lora_tradeoffs.tables.transfer import tasks_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,8 +60,7 @@ def predictor_table(
     """
     rows = as_trained(retention)
     lost = rows[(rows["metric"] == "forgetting") & (rows["task"] == MEAN) & is_trained(rows)]
-    together = lost["family"] == [tasks_of(run) for run in lost["run"]]
-    lost = lost[together].drop_duplicates(KEYS)
+    lost = lost[lost["tasks"] == lost["family"]].drop_duplicates(KEYS)
     table = lost.set_index(KEYS)[["family", "arm", "seed", "fraction"]]
     table = table.assign(forgetting=lost.set_index(KEYS)["value"])
     points = plane_points(retention, adaptation)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from config import BENCHMARKS, FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.records import metric_scale
+from lora_tradeoffs.tables.arms import FULL
 from lora_tradeoffs.tables.frames import (
-    RUN_NAME,
-    arm_order,
     gaps,
     is_trained,
     last_checkpoints,
@@ -128,7 +127,7 @@ def plane_points(retention: DataFrame, adaptation: DataFrame | None = None) -> D
     points = forgetting.drop(columns="family").merge(
         gain.rename(columns=names), on=[n for n in POINT if n != "family"]
     )
-    control = points["run"].map(_is_control).astype(bool)
+    control = _is_control(points)
     whole = points["family"].isin(points[~control]["family"])
     points = points[points["family"].isin(FAMILIES) & ~(control & whole)]
     at = points["fraction"].round(4).fillna(1.0)
@@ -194,18 +193,17 @@ def matched(frame: DataFrame) -> DataFrame:
     if rows.empty:
         return rows
     known = frame.drop_duplicates("run").set_index("run")
-    rows = rows.assign(
-        other=rows["other_run"].map(known["arm"]).fillna(rows["other_run"]),
-        other_seed=rows["other_run"].map(known["seed"]).fillna(rows["seed"]),
-    )
-    turned = rows.rename(columns=_both_ways("run", "arm", "seed"))
+    others = {"other": "arm", "other_seed": "seed", "other_tasks": "tasks"}
+    rows = rows.assign(**{o: rows["other_run"].map(known[n]) for o, n in others.items()})
+    rows = rows.dropna(subset=["other"])
+    turned = rows.rename(columns=_both_ways("run", "arm", "seed", "tasks"))
     turned = turned.assign(value=-rows["value"], low=-rows["high"], high=-rows["low"])
     rows = pd.concat([rows, turned]).sort_values("score", kind="stable")
     rows = rows.drop_duplicates(["family", "run", "other_run"], keep="last")
-    ours = rows[["run", "other_run"]].map(lambda run: RUN_NAME.fullmatch(run) is not None)
-    rows = rows[(rows["seed"] == rows["other_seed"]) | ~ours.all(axis=1)]
+    ours = (rows["tasks"] != "") & (rows["other_tasks"] != "")
+    rows = rows[(rows["seed"] == rows["other_seed"]) | ~ours]
     found = rows.groupby("family")["other"].unique()
-    references = {f: "full" if "full" in a else max(a, key=arm_order) for f, a in found.items()}
+    references = {f: FULL if FULL in a else max(a) for f, a in found.items()}
     reference = rows["family"].map(references)
     return rows[(rows["other"] == reference) & (rows["arm"] != reference)]
 
@@ -226,8 +224,7 @@ def retention_gaps(retention: DataFrame, adaptation: DataFrame | None = None) ->
             f"adaptation is measured, retention is not: {run}" for run in sorted(runs - measured)
         ]
     points = plane_points(retention, adaptation)
-    lacking = set(rows[is_trained(rows)]["run"]) - set(points["run"])
-    lacking = {run for run in lacking if not _is_control(run)}
+    lacking = set(rows[is_trained(rows) & ~_is_control(rows)]["run"]) - set(points["run"])
     said += [f"retention is measured, no validation score: {run}" for run in sorted(lacking)]
     if retention[retention["update_scale"] != 1].empty:
         said.append("no scaled updates, so no forgetting at equal scores (--scale-update)")
@@ -235,9 +232,9 @@ def retention_gaps(retention: DataFrame, adaptation: DataFrame | None = None) ->
     return said + [f"the base is at chance, nothing can be forgotten: {tasks}"] * bool(tasks)
 
 
-def _is_control(run: str) -> bool:
-    name = RUN_NAME.fullmatch(run)
-    return name is not None and name["tasks"] not in FAMILIES
+def _is_control(frame: DataFrame) -> Any:
+    """A mask: the rows of runs that were trained on a part of a family."""
+    return ~frame["tasks"].isin(["", *FAMILIES])
 
 
 def family_means(adaptation: DataFrame) -> DataFrame:

@@ -17,24 +17,18 @@ from typing import TYPE_CHECKING, Any
 from config import FAMILIES, TASKS
 from lora_tradeoffs.statistics.comparisons import LEVEL, holm
 from lora_tradeoffs.statistics.contrasts import Part, by_seed, contrast
-from lora_tradeoffs.tables.frames import RUN_NAME, arm_order, is_trained, last_checkpoints, scores
+from lora_tradeoffs.tables.frames import is_trained, last_checkpoints, scores
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from lora_tradeoffs.statistics.contrasts import Items
 
-ARM_FIELDS = ("method", "rank", "scaling", "target_modules", "learning_rate")
+ARM_FIELDS = ("method", "rank", "scaling", "target_modules", "learning_rate", "variant")
 COLUMNS = (
     *("family", "arm", "task", "metric", "split", "value", "stderr", "low", "high"),
     *("p_value", "corrected", "detectable", "seeds", "over", "test"),
 )
-
-
-def tasks_of(run: str) -> str:
-    """What a run of ours was trained on: a family, or task names joined by "+"; else ""."""
-    name = RUN_NAME.fullmatch(run)
-    return name["tasks"] if name else ""
 
 
 def transfer_table(adaptation: DataFrame, items: Items | None = None) -> DataFrame:
@@ -57,9 +51,11 @@ def transfer_table(adaptation: DataFrame, items: Items | None = None) -> DataFra
         rows.append((*keys, *figures, len(seeds), over, c.test))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["corrected"] = holm(table["p_value"])
-    order = {"arm": arm_order, "task": TASKS.index, "family": [*FAMILIES].index}
+    order = {"task": TASKS.index, "family": [*FAMILIES].index}
     return table.sort_values(
-        ["family", "task", "arm"], key=lambda s: s.map(order[s.name]), ignore_index=True
+        ["family", "task", "arm"],
+        key=lambda s: s.map(order[s.name]) if s.name in order else s,
+        ignore_index=True,
     )
 
 
@@ -68,13 +64,11 @@ def _pairs(adaptation: DataFrame) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     rows = scores(adaptation)
     rows = rows[is_trained(rows) & (rows["shots"] == 0) & (rows["prompt"] == 0)]
     rows = last_checkpoints(rows)
-    rows = rows.assign(trained_on=[tasks_of(run) for run in rows["run"]])
-    rows = rows.assign(other=[_rest(run) for run in rows["run"]])
     for name in ARM_FIELDS:  # two empty fields are the same field
         rows[name] = rows[name].astype(str) if name in rows else ""
-    together = rows[rows["trained_on"] == rows["family"]]
-    alone = rows[rows["trained_on"] == rows["task"]]
-    fields = ["family", "task", *ARM_FIELDS, "other"]
+    together = rows[rows["tasks"] == rows["family"]]
+    alone = rows[rows["tasks"] == rows["task"]]
+    fields = ["family", "task", *ARM_FIELDS]
     for key, multi in together.groupby(fields, sort=False):
         single = alone[(alone[fields] == list(key)).all(axis=1)]
         for split in ("test", "validation"):
@@ -84,9 +78,3 @@ def _pairs(adaptation: DataFrame) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
                 names = (first["family"], first["arm"], first["task"], first["metric"], split)
                 yield names, by_seed(parts[0]), by_seed(parts[1])
                 break
-
-
-def _rest(run: str) -> str:
-    """What a run's name says beside tasks, arm and seed."""
-    name = RUN_NAME.fullmatch(run)
-    return (name["extra"] or "") if name else run

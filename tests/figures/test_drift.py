@@ -11,6 +11,7 @@ from config import RANKS
 from lora_tradeoffs.figures import drift as drift_figures
 from lora_tradeoffs.figures import spectra as spectrum_figures
 from lora_tradeoffs.figures.style import DEMO_NOTE, save, style_of
+from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.frames import load_records
 
 GRID = (*(("lora", rank) for rank in RANKS), ("full", 0))
@@ -63,14 +64,14 @@ def test_drift_over_training_begins_at_the_base_and_shows_the_mean_over_seeds(dr
     ax = next(a for a in figure.axes if a.get_title(loc="left") == "similar, V")
     shown = line(ax, "LoRA r=16")
     frame = load_records(tmp_path / "drift_analysis_plots/demo/drift.json")
-    rows = frame.query(
+    rows = frame.assign(arm=frame["arm"].map(str)).query(
         "family == 'similar' and arm == 'LoRA r=16' and module == 'v_proj' and layer == -1"
         " and metric == 'relative_frobenius'"
     )
     means = 100 * rows.groupby("fraction").value.mean()
     assert shown.get_ydata()[0] == 0
     assert np.allclose(shown.get_ydata()[1:], means)
-    assert shown.get_color() == style_of("LoRA r=16")["color"]
+    assert shown.get_color() == style_of(Arm("lora", 16))["color"]
     assert "Mean over 3 seeds" in small_print(figure)
 
 

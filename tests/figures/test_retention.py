@@ -159,7 +159,7 @@ def test_matched_forgetting_is_held_against_full_at_the_highest_score(frame):
     # The other way round it is the same number.
     turned = [records[0], kept(RUN, "mean", "forgetting", 0.1), pair(full, RUN, 0.03)]
     (row,) = matched(frame(turned)).itertuples()
-    assert (row.run, row.arm, row.other, row.value) == (RUN, "LoRA r=8", "full", -0.03)
+    assert (row.run, str(row.arm), str(row.other), row.value) == (RUN, "LoRA r=8", "full", -0.03)
     assert (row.low, row.high) == pytest.approx((-0.055, -0.01))
 
 

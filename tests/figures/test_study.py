@@ -13,6 +13,7 @@ from config import UserError
 from lora_tradeoffs.figures import study as study_figures
 from lora_tradeoffs.figures.style import DEMO_NOTE, palette, save
 from lora_tradeoffs.measuring.results import adaptation_items
+from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.costs import arm_costs, cost_table, gain_costs
 from lora_tradeoffs.tables.frames import load_records
 from lora_tradeoffs.tables.transfer import transfer_table
@@ -68,7 +69,7 @@ def test_costs_are_those_of_the_finished_runs(runs_dir):
     costs = cost_table(runs_dir).set_index("run")
     assert "similar_lora_r4_seed42" not in costs.index
     run = costs.loc["similar_full_seed42"]
-    assert (run["arm"], run["family"], run["seed"]) == ("full", "similar", 42)
+    assert (str(run["arm"]), run["family"], run["seed"]) == ("full", "similar", 42)
     assert (run["seconds"], run["tokens"], run["steps"]) == (240, 40_000, 100)
     assert run["trainable_share"] == 0.005
     assert run["checkpoint_bytes"] == 400_000  # without what resuming needs
@@ -77,7 +78,7 @@ def test_costs_are_those_of_the_finished_runs(runs_dir):
 
 
 def test_arms_are_means_over_seeds_and_say_how_many(runs_dir):
-    table = arm_costs(cost_table(runs_dir)).set_index("arm")
+    table = arm_costs(cost_table(runs_dir)).set_index("arm").rename(str)
     assert list(table.index) == ["LoRA r=8", "LoRA r=8 (sst2 alone)", "full"]
     assert dict(table["seeds"]) == {"LoRA r=8": 2, "LoRA r=8 (sst2 alone)": 1, "full": 1}
     assert dict(table["minutes"])["LoRA r=8"] == pytest.approx(1.5)
@@ -134,7 +135,7 @@ def test_the_figure_of_costs_shows_means_over_seeds(runs_dir, retention):
     assert np.allclose(line.get_xydata(), [(0, 0), (0.675, 0.075), (1.35, 0.15)])
     (line,) = lines(tokens, "full")
     assert np.allclose(line.get_xydata(), [(0, 0), (0.02, 0.15), (0.04, 0.3)])
-    assert line.get_color() == palette(["full"])["full"]
+    assert line.get_color() == palette([Arm("full")])[Arm("full")]
     assert "Mean of 2 seeds (LoRA r=8): too few for an interval" in notes(figure)
     assert "One seed (full)" in notes(figure)
     assert_texts_are_apart(figure)
@@ -152,7 +153,7 @@ def predictor_rows(families=("similar", "dissimilar"), runs=9):
             rows.append(
                 {
                     **{"run": f"{family}{i}", "family": family, "seed": 42, "step": 10},
-                    **{"arm": f"LoRA r={2 ** (2 + i % 5)}", "fraction": 1.0, "is_last": True},
+                    **{"arm": Arm("lora", 2 ** (2 + i % 5)), "fraction": 1.0, "is_last": True},
                     **{"forgetting": size**0.5, "gain": rng.normal(), "size": size},
                     **{"rho": rng.uniform(0.5, 1.5)},
                 }
@@ -211,7 +212,7 @@ def test_transfer_is_drawn_with_its_intervals(tmp_path):
         ax = panel(figure, row.task)
         (dot,) = lines(ax, row.arm)
         assert dot.get_xdata()[0] == pytest.approx(row.value)
-        assert names[dot.get_ydata()[0]].get_text() == row.arm
+        assert names[dot.get_ydata()[0]].get_text() == str(row.arm)
         ends = [tuple(line.get_xdata()) for line in lines(ax, "interval")]
         assert any(np.allclose(e, (row.low, row.high)) for e in ends)
     assert "95 % interval over seeds and items, 3 seeds" in notes(figure)

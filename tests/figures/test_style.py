@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from synthetic_records import record, study, write_study
 
-from config import RANKS, TASKS, UserError
+from config import TASKS, UserError
 from lora_tradeoffs.figures.adaptation import (
     FIGURES,
     last_by_rank,
@@ -21,16 +21,16 @@ from lora_tradeoffs.figures.adaptation import (
     validation_against_test,
 )
 from lora_tradeoffs.figures.style import DEMO_NOTE, palette, place_legend, save, style_of
+from lora_tradeoffs.tables.arms import BASE as BASE_ARM
+from lora_tradeoffs.tables.arms import FULL, GRID, Arm
 from lora_tradeoffs.tables.frames import (
-    arm_of,
     gaps,
     load_records,
     score_table,
     summarise,
-    with_plain_arms,
 )
 
-ARMS = [*(f"LoRA r={rank}" for rank in RANKS), "full qv", "full", "base"]
+ARMS = [*GRID, Arm("full_qv"), FULL, BASE_ARM]
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
 DEFICIENCIES = {
     "none": np.eye(3),
@@ -95,12 +95,12 @@ def test_the_check_for_colour_blindness_can_fail():
 
 def test_arms_differ_without_colour():
     assert len({style_of(arm)["marker"] for arm in ARMS}) == len(ARMS)
-    assert style_of("base")["linestyle"] == "--"
-    assert style_of("lead-3")["linestyle"] == ":"
+    assert style_of(BASE_ARM)["linestyle"] == "--"
+    assert style_of(Arm("baseline", run="lead-3"))["linestyle"] == ":"
 
 
 def test_ranks_darken_and_others_fall_between():
-    ranks = [f"LoRA r={rank}" for rank in (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 512)]
+    ranks = [Arm("lora", rank) for rank in (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 512)]
     lightness = lab([to_rgb(palette([arm])[arm]) for arm in ranks], "none")[:, 0]
     assert (np.diff(lightness) < 0).all()
 
@@ -111,32 +111,11 @@ def test_an_arm_keeps_its_colour_whichever_arms_are_present(frame):
     for draw in FIGURES:
         for records in (every, some):
             ax = panel(draw(records), "squad_v2")
-            for arm in ("full", "LoRA r=32"):
-                found = [c for c in ax.containers if c.get_label() == arm]
+            for arm in (FULL, Arm("lora", 32)):
+                found = [c for c in ax.containers if c.get_label() == str(arm)]
                 colours = {to_hex(c.lines[2][0].get_color()[0]) for c in found}
                 colours |= {to_hex(line.get_color()) for line in lines(ax, arm)}
                 assert colours == {palette([arm])[arm]}
-
-
-def test_label_says_what_parts_a_run_from_the_grid():
-    def label(run, **fields):
-        return arm_of({"run": run, "method": "lora", "rank": 8, "target_modules": "qv"} | fields)
-
-    assert label("similar_lora_r8_seed42") == "LoRA r=8"
-    assert label("similar_lora_r8_seed43") == "LoRA r=8"
-    assert label("similar_full_qv_seed42", method="full_qv") == "full qv"
-    assert label("similar_lora_r8_all_seed42", target_modules="all") == "LoRA r=8 (all)"
-    assert label("similar_lora_r8_lr1e-3_all_seed42", target_modules="all") == (
-        "LoRA r=8 (all, lr1e-3)"
-    )
-    assert label("sst2_lora_r8_seed42") == "LoRA r=8 (sst2 alone)"
-    assert label("someone/adapter", target_modules="") == "LoRA r=8 (someone/adapter)"
-    assert label("similar_lora_r8_seed42", family="similar", task="squad_v2") == (
-        "LoRA r=8 (trained on similar)"
-    )
-    assert label("base", method="base", shots=4) == "base (4-shot)"
-    assert label("base", method="base", shots=math.nan, prompt=None) == "base"
-    assert label("lead-3", method="baseline") == "lead-3"
 
 
 # ------------------------------------------------------------------------- reading
@@ -338,7 +317,7 @@ def test_table_reads_test_and_marks_validation(frame):
     run = "similar_lora_r8_seed42"
     records = [*curve(run, [0.7, 0.8]), record(run, "sst2", 0.77, step=20, split="test")]
     records.append(record(run, "qqp", 0.66, step=20))
-    table = score_table(frame(records))
+    table = score_table(frame(records)).rename(str)
     assert table.loc["LoRA r=8", "sst2"] == "0.770 ± 0.012"
     assert table.loc["LoRA r=8", "qqp"] == "0.660 ± 0.012 val"
 
@@ -364,40 +343,22 @@ def test_a_figure_without_an_error_over_items_has_an_interval_over_seeds(frame):
     assert row.high == pytest.approx(0.84 + 4.3027 * 0.04 / math.sqrt(3), abs=1e-5)
 
 
+def steps(number, method="lora", rank=8):
+    return Arm(method, rank, variant=f"steps{number}")
+
+
 @pytest.mark.parametrize(
-    ("labels", "shown", "title"),
+    ("arms", "shown", "title"),
     [
-        (["LoRA r=8 (steps40)", "full (steps40)", "base"], ["LoRA r=8", "full", "base"], "steps40"),
-        (["LoRA r=8 (steps40)", "full", "base"], None, ""),
-        (["LoRA r=8 (steps40)", "LoRA r=8 (steps80)"], None, ""),
-        (["LoRA r=8 (steps40)", "base"], None, ""),
+        ([steps(40), steps(40, "full", 0), BASE_ARM], ["LoRA r=8", "full", "base"], "steps40"),
+        ([steps(40), FULL, BASE_ARM], None, ""),
+        ([steps(40), steps(80)], None, ""),
+        ([steps(40), BASE_ARM], None, ""),
     ],
 )
-def test_what_all_arms_share_is_said_once(labels, shown, title):
+def test_what_all_arms_share_is_said_once(arms, shown, title):
     figure = Figure()
-    place_legend(figure, [Line2D([], [], label=label) for label in labels])
+    place_legend(figure, [Line2D([], [], label=arm) for arm in arms], arms)
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == (shown or labels)
+    assert [text.get_text() for text in legend.get_texts()] == (shown or [str(a) for a in arms])
     assert legend.get_title().get_text() == (f"all runs: {title}" if title else "")
-
-
-def test_what_all_runs_have_in_common_is_in_the_note_and_not_in_every_label():
-    import pandas as pd
-
-    def frame(*names):
-        runs = [f"similar_{name}_seed42" for name in names] + ["base"]
-        methods = [name.partition("_")[0] for name in names] + ["base"]
-        table = pd.DataFrame({"run": runs, "method": methods, "rank": 8})
-        table["arm"] = [arm_of(dict(row)) for _, row in table.iterrows()]
-        return table
-
-    first = frame("lora_r8_steps40", "lora_r8_steps40_dropout0.1", "full_steps40")
-    first.attrs["note"] = "From elsewhere."
-    plain, none, second = with_plain_arms(first, None, frame("full_steps40"))
-    assert list(plain["arm"]) == ["LoRA r=8", "LoRA r=8 (dropout0.1)", "full", "base"]
-    assert list(second["arm"]) == ["full", "base"] and none is None
-    assert plain.attrs["note"] == "From elsewhere. All runs: steps40."
-    assert "steps40" in first["arm"][0] and first.attrs["note"] == "From elsewhere."
-
-    unlike = frame("lora_r8_steps40", "full_steps80")
-    assert with_plain_arms(unlike)[0] is unlike

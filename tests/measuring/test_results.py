@@ -7,6 +7,7 @@ import pytest
 
 from config import UserError
 from lora_tradeoffs.measuring.results import Results
+from lora_tradeoffs.records import RECORD_VERSION
 from lora_tradeoffs.statistics.comparisons import estimate, grouped
 from lora_tradeoffs.statistics.scores import mean_scores
 
@@ -15,7 +16,7 @@ RECORD = {"run": "r", "step": 1, "metric": "f1", "value": 0.5}
 
 def assert_left_alone(path, *acts):
     """What is done says what to do, and the file that is of version 0 stays as it is."""
-    old = path.read_text().replace('"record_version": 1', '"record_version": 0')
+    old = path.read_text().replace(f'"record_version": {RECORD_VERSION}', '"record_version": 0')
     path.write_text(old)
     for act in acts:
         with pytest.raises(UserError, match=r"record version 0.*move .*study away"):
@@ -39,6 +40,24 @@ def test_what_another_version_wrote_is_never_written_over(tmp_path):
     document.unlink()
     unit = results.unit_file("r-1")
     assert_left_alone(unit, join, check, lambda: results.write("r-1", {}, [RECORD]))
+
+
+def test_records_of_version_1_are_read_with_tasks_and_variant(tmp_path):
+    results = Results(tmp_path)
+    trained = {"method": "lora", "rank": 8, "target_modules": "qv", "learning_rate": 1e-3}
+    run = RECORD | trained | {"run": "sst2_lora_r8_lr1e-3_steps4_seed7", "seed": 7}
+    base = RECORD | {"run": "base", "method": "base"}
+    results.write("r-1", {}, [run, base])
+    unit = results.unit_file("r-1")
+    version = f'"record_version": {RECORD_VERSION}'
+    unit.write_text(unit.read_text().replace(version, '"record_version": 1'))
+    assert results.is_done("r-1", {})
+    document = json.loads(results.join("adaptation", {}).read_text())
+    assert document["meta"]["record_version"] == RECORD_VERSION
+    assert [(r["tasks"], r["variant"]) for r in document["records"]] == [
+        ("sst2", "steps4"),
+        ("", ""),
+    ]
 
 
 def test_a_broken_document_is_made_anew(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from lora_tradeoffs.report.findings import as_markdown, as_table, findings
 from lora_tradeoffs.report.wording import ADAPTS, FORGETS, GOES_WITH, MATCHED, RANK, TRANSFER
 from lora_tradeoffs.statistics.comparisons import compare_methods
 from lora_tradeoffs.statistics.contrasts import Part, by_seed, contrast
+from lora_tradeoffs.tables.arms import FULL, Arm
 from lora_tradeoffs.tables.frames import load_records
 from lora_tradeoffs.tables.learning_rates import at_chosen_rates
 from lora_tradeoffs.tables.transfer import transfer_table
@@ -98,14 +100,17 @@ def test_fields_that_all_runs_share_part_no_arms(adapted, kept_frame):
     frames = [adapted(lambda rank: 0.05), kept_frame(lambda rank: 0.1 + 0.01 * rank)]
     plain = findings(*frames, None, None, "study")
     named = [
-        f.assign(run=f["run"].str.replace("_seed", "_steps40_seed"), arm=f["arm"] + " (steps40)")
+        f.assign(
+            run=f["run"].str.replace("_seed", "_steps40_seed"),
+            arm=[replace(arm, variant="steps40") if arm.is_trained else arm for arm in f["arm"]],
+        )
         for f in frames
     ]
     first, *others = findings(*named, None, None, "study")
     assert first.sentence.startswith("All runs were made with steps40")
     assert as_markdown(others) == as_markdown(plain)
     # one run of the grid itself: now the words part the arms, and the other arms are not the grid's
-    mixed = pd.concat([named[0], frames[0].query("arm == 'full'")])
+    mixed = pd.concat([named[0], frames[0].query("method == 'full'")])
     found = findings(mixed, named[1], None, None, "study")
     assert not any("All runs" in f.sentence for f in found)
     assert not any(f.verdict for f in asked(found, ADAPTS))
@@ -116,7 +121,8 @@ def test_the_figures_are_those_of_the_test_over_seeds(adapted):
     found = asked(findings(frame, None, None, None, "study"), ADAPTS)
     f = next(f for f in found if (f.arm, f.about) == ("LoRA r=16", "mnli"))
     rows = frame[frame["task"] == "mnli"]
-    sides = [rows[rows["arm"] == arm].set_index("seed")["value"] for arm in ("LoRA r=16", "full")]
+    arms = Arm("lora", 16), FULL
+    sides = [rows[rows["arm"] == arm].set_index("seed")["value"] for arm in arms]
     theirs = compare_methods(*map(dict, sides))
     assert (f.effect, f.low, f.high) == pytest.approx((theirs.difference, theirs.low, theirs.high))
     assert f.p_value == pytest.approx(theirs.p_value, rel=1e-6)
@@ -319,10 +325,10 @@ def test_forgetting_with_items_is_the_difference_of_the_benchmarks_scores(tmp_pa
     rows = load_records(path)
     read = retention_items(results)
     assert all(read(row) is not None for row in rows.itertuples())
-    sides = [by_seed(rows[rows["arm"] == arm]) for arm in ("LoRA r=8", "full")]
+    sides = [by_seed(rows[rows["arm"] == arm]) for arm in (Arm("lora", 8), FULL)]
     found = contrast([[Part(-1, sides[0]), Part(1, sides[1])]], read)
     means = rows.groupby("arm")["value"].mean()
-    assert found.found.difference == pytest.approx(means["full"] - means["LoRA r=8"])
+    assert found.found.difference == pytest.approx(means[FULL] - means[Arm("lora", 8)])
     assert found.over == "seeds and items"
 
 

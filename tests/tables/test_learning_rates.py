@@ -13,13 +13,12 @@ from lora_tradeoffs.figures.drift import drift_over_training
 from lora_tradeoffs.figures.learning_rates import learning_rate_curves
 from lora_tradeoffs.figures.retention import forgetting_by_rank
 from lora_tradeoffs.figures.style import save
+from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.frames import (
-    arm_order,
     gaps,
     load_records,
     score_table,
     summarise,
-    without_rate,
 )
 from lora_tradeoffs.tables.learning_rates import (
     advantage_said,
@@ -82,11 +81,11 @@ def test_runs_of_one_arm_and_seed_at_two_rates_are_two_arms_everywhere(frames):
         (summarise(forgotten(retention)), (0.02, 0.10)),
         (summarise(drift[(drift["layer"] == -1) & (drift["module"] == "both")]), (0.1, 0.2)),
     ):
-        found = {arm: own["value"].unique() for arm, own in rows.groupby("arm")}
+        found = {str(arm): own["value"].unique() for arm, own in rows.groupby("arm")}
         assert list(found) == ["LoRA r=8", "LoRA r=8 (lr2e-3)"]
         assert np.allclose([values.item() for values in found.values()], column)
         assert set(rows["seeds"]) == {1}
-    assert score_table(adaptation)["sst2"].str[:5].to_dict() == {
+    assert score_table(adaptation)["sst2"].str[:5].rename(str).to_dict() == {
         **{"LoRA r=8": "0.800", "LoRA r=8 (lr2e-3)": "0.600"},
         "base": "0.500",
     }
@@ -114,29 +113,11 @@ def test_a_default_rate_that_changed_within_a_study_parts_its_seeds(frames):
     ]
     other = record("dissimilar_lora_r8_seed42", "squad_v2", 0.5, learning_rate=5e-4)
     (frame,) = frames([*records, other])
-    assert list(frame["arm"]) == [
+    assert list(frame["arm"].map(str)) == [
         *("LoRA r=8 (lr1e-3)", "LoRA r=8 (lr1e-3)", "LoRA r=8 (lr2e-3)", "LoRA r=8")
     ]
-    table = summarise(frame[frame["task"] == "sst2"]).set_index("arm")
+    table = summarise(frame[frame["task"] == "sst2"]).set_index("arm").rename(str)
     assert table["seeds"].to_dict() == {"LoRA r=8 (lr1e-3)": 2, "LoRA r=8 (lr2e-3)": 1}
-
-
-def test_a_label_without_its_rate_is_the_arms():
-    assert without_rate("LoRA r=8 (lr1e-3)") == "LoRA r=8"
-    assert without_rate("LoRA r=8 (all, rslora lr2.45e-5 steps120)") == (
-        "LoRA r=8 (all, rslora steps120)"
-    )
-    assert without_rate("full qv (lr4.9e-5, sst2 alone)") == "full qv (sst2 alone)"
-    # names of outside runs are left alone
-    for label in ("full", "base (4-shot)", "lead-3", "full (someone/x-lr1e-3)", "full (lr1e-3b)"):
-        assert without_rate(label) == label
-
-
-def test_rates_stand_in_their_order_in_legends():
-    arms = ["full (lr1e-3)", "full (lr2.5e-4)", "LoRA r=8 (lr1e-2)", "full (lr5e-5)", "LoRA r=8"]
-    assert sorted(arms, key=arm_order) == [
-        *("LoRA r=8", "LoRA r=8 (lr1e-2)", "full (lr5e-5)", "full (lr2.5e-4)", "full (lr1e-3)")
-    ]
 
 
 def test_gaps_take_an_arm_at_its_best_measured_rate(frames):
@@ -156,7 +137,7 @@ def test_gaps_take_an_arm_at_its_best_measured_rate(frames):
 def test_a_row_holds_the_mean_over_tasks_and_seeds_of_a_rate(frames):
     table = sweep_table(*frames(*rate_points({FULL: {1e-3: (0.8, 0.1), 2e-3: (0.7, 0.3)}})))
     assert list(table["learning_rate"]) == [1e-3, 2e-3]
-    assert list(table["arm"]) == ["full", "full"]
+    assert list(table["arm"]) == [Arm("full"), Arm("full")]
     first = table.iloc[0]
     assert first["score"] == pytest.approx(0.8)
     # by hand: three tasks with an error of .01 sqrt(3) each: sqrt(3 * .0003) / 3 = .01
@@ -190,7 +171,7 @@ def test_the_choice_is_that_of_the_losses_where_it_is_known(frames):
     adaptation, retention, _ = frames(*rate_points(POINTS))
     other = [choice("similar_full", 5e-4, 0.4, chosen=True)]
     table = sweep_table(adaptation, retention, choices=other)
-    chosen = table[table["chosen"]].set_index("arm")["learning_rate"].to_dict()
+    chosen = table[table["chosen"]].set_index("arm")["learning_rate"].rename(str).to_dict()
     assert chosen == {"full": 5e-4, "LoRA r=8": 1e-3}
     assert table["drift"].isna().all()
 
@@ -212,7 +193,7 @@ def test_the_best_retaining_rate_forgets_least_at_no_cost_that_can_be_seen(frame
     assert (row["learning_rate"], row["forgetting"]) == (5e-4, pytest.approx(0.03))
     assert best_retaining(table, "similar", within=0.05)["learning_rate"] == 2.5e-4
     assert best_retaining(table, "similar", within=0.0)["learning_rate"] == 1e-3
-    assert best_retaining(table, "similar", "LoRA r=8")["learning_rate"] == 1e-3
+    assert best_retaining(table, "similar", Arm("lora", 8))["learning_rate"] == 1e-3
     assert best_retaining(table, "dissimilar") is None
 
 
@@ -229,7 +210,7 @@ def test_lora_is_held_against_the_best_retaining_rate_in_either_direction(frames
     points = POINTS | {LORA: {5e-4: (0.70, 0.0), 1e-3: (0.79, lost)}}
     table = sweep_table(*frames(*rate_points(points)))
     (row,) = advantages(table).itertuples()
-    assert (row.arm, row.full, row.verdict) == ("LoRA r=8", "full", verdict)
+    assert (str(row.arm), str(row.full), row.verdict) == ("LoRA r=8", "full", verdict)
     assert (row.chosen_rate, row.retaining_rate) == (1e-3, 5e-4)
     assert row.chosen_less == pytest.approx(0.12 - lost)
     assert row.retaining_less == pytest.approx(0.03 - lost)
@@ -263,7 +244,7 @@ def test_arms_with_other_fields_are_held_against_their_own_kind(frames):
     table = sweep_table(
         *frames(adaptation + short[0] + everywhere[:half], retention + short[1] + everywhere[half:])
     )
-    found = advantages(table).set_index("arm")["full"].to_dict()
+    found = advantages(table).set_index("arm")["full"].map(str).rename(str).to_dict()
     assert found == {
         "LoRA r=8": "full",
         "LoRA r=8 (all)": "full",
@@ -277,7 +258,7 @@ def test_without_a_sweep_it_is_said_that_the_defaults_stand(frames):
     assert swept_arms(table) == []
     assert advantage_said(table) == ("No sweep of the learning rates: the defaults per arm stand.")
     table = sweep_table(*frames(*rate_points(one | {LORA: POINTS[LORA]})))
-    assert swept_arms(table) == [("similar", "LoRA r=8")]
+    assert swept_arms(table) == [("similar", Arm("lora", 8))]
     assert advantage_said(table) == (
         "similar: no sweep of full fine-tuning, so the default of that arm stands."
     )
@@ -297,7 +278,7 @@ def test_at_chosen_rates_an_arm_stands_once_under_its_plain_label(frames):
         kept = at_chosen_rates(frame, chosen)
         runs = set(kept[~kept["method"].isin(["base"])]["run"])
         assert runs == {"similar_full_lr5e-4_seed42", "similar_lora_r8_seed42"}
-        assert set(kept["arm"]) - {"base"} == {"full", "LoRA r=8"}
+        assert set(kept["arm"].map(str)) - {"base"} == {"full", "LoRA r=8"}
         assert (kept["method"] == "base").sum() == (frame["method"] == "base").sum()
         assert kept.attrs["meta"] == frame.attrs["meta"] and "note" not in frame.attrs
     assert "at the chosen rate alone" in notes(
@@ -344,7 +325,7 @@ def test_a_sweep_that_chose_no_rate_is_not_said_to_be_none(frames):
         " No sweep of similar LoRA r=8: the default stands."
     )
     table = sweep_table(adaptation, retention, choices=[*refused, *CHOICES[4:]])
-    assert set(table[table["chosen"]]["arm"]) == {"LoRA r=8"}
+    assert set(table[table["chosen"]]["arm"]) == {Arm("lora", 8)}
     assert advantages(table).empty
     assert advantage_said(table) == (
         "similar: the sweep of full fine-tuning chose no learning rate."
@@ -461,14 +442,14 @@ def test_every_point_of_a_sweep_is_measured_and_stands_in_the_table(tiny, capsys
     choices = read_rates(settings.runs_dir)
     table = sweep_table(*frames, choices)
     extra = "steps4 warmup0 limit16 fp32 checkpoints1"
-    assert set(table["arm"]) == {f"LoRA r=4 ({extra})", f"full ({extra})"}
+    assert set(table["arm"].map(str)) == {f"LoRA r=4 ({extra})", f"full ({extra})"}
     key = ["method", "learning_rate"]
     rates = {tuple(c[name] for name in key) for c in choices}
-    methods = table["arm"].str.startswith("LoRA").map({True: "lora", False: "full"})
+    methods = [arm.method for arm in table["arm"]]
     assert set(zip(methods, table["learning_rate"])) == rates and len(rates) == len(table) >= 6
     assert table[["score", "forgetting", "drift"]].notna().all(axis=None)
     assert table["chosen"].sum() == 2
     assert (table.groupby("arm")["drift"].diff().dropna() > 0).all()  # a higher rate moves more
-    assert advantages(table)["full"].item() == f"full ({extra})"
+    assert str(advantages(table)["full"].item()) == f"full ({extra})"
     about = rates_said(frames[0], choices)
     assert extra in about and "default" not in about

@@ -244,7 +244,7 @@ def test_the_table_reads_each_measure_where_it_is_kept(frames):
     table = predictor_table(retention, drift)
     assert list(table["run"]) == [RUN, RUN]  # no scaled update, no control
     first, last = table.itertuples()
-    assert (first.is_last, last.is_last, last.arm) == (False, True, "LoRA r=8")
+    assert (first.is_last, last.is_last, str(last.arm)) == (False, True, "LoRA r=8")
     assert (last.forgetting, last.gain) == (pytest.approx(0.02), pytest.approx(0.2))
     assert last.kl_text == pytest.approx(1.0)
     assert last.kl_tasks == pytest.approx((2 + 3) / 2)
