@@ -147,8 +147,8 @@ class Adaptation(Analysis):
         names = []
         for name, document in units.items():
             for record in document["records"][:1]:
-                base = f"base-0-{record['task']}-{record['split']}"
-                base += f"-prompt{record['prompt']}" if record["prompt"] else ""
+                prompt = f"prompt{record['prompt']}" if record["prompt"] else ""
+                base = unit_name("base", 0, record["task"], record["split"], prompt)
                 request, of_base = (units.get(n, {}).get("request", {}) for n in (name, base))
                 # intermediate checkpoints have fewer items of validation by design
                 fields = ["base", "data", "precision", "generation"]
