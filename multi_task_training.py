@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
             training = train(run, settings, setup, args.overwrite)
             if is_main():
                 skipped = f"{run.name} is done: {run.folder} (--overwrite retrains it)"
-                print(summary(run, training, settings) if training else skipped, flush=True)
+                print(summary(run.config, training, settings) if training else skipped, flush=True)
 
         if args.lr_sweep is None:
             return train_all(runs, train_run)

@@ -8,8 +8,8 @@ from config import Settings
 
 if TYPE_CHECKING:
     from lora_tradeoffs.models.base import Base
-    from lora_tradeoffs.training.run import Run
     from lora_tradeoffs.training.schedule import Schedule
+    from training_configs import TrainingConfig
 
 RECORD_VERSION = 1
 
@@ -83,25 +83,26 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def summary(run: Run, training: dict[str, Any], settings: Settings) -> str:
+def summary(config: TrainingConfig, training: dict[str, Any], settings: Settings) -> str:
     """Validation loss and accuracy per task before and after, and where the files are."""
     import pandas as pd
 
+    name = training["run"]
     first, last = training["validation"][0], training["validation"][-1]
     rows = {}
-    for task in run.config.tasks:
+    for task in config.tasks:
         keys = {"loss": f"eval_{task}_loss", "accuracy": f"eval_{task}_accuracy"}
         rows[task] = {
-            f"{name} before -> after": f"{first[key]:.3f} -> {last[key]:.3f}"
-            for name, key in keys.items()
+            f"{metric} before -> after": f"{first[key]:.3f} -> {last[key]:.3f}"
+            for metric, key in keys.items()
             if key in last
         }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("validation", axis=1)
     table = table.fillna("-")
     return (
-        f"{run.name}: {training['steps']} steps, {training['examples_per_second']:.1f} examples/s\n"
+        f"{name}: {training['steps']} steps, {training['examples_per_second']:.1f} examples/s\n"
         f"{table.to_string()}\n"
-        f"checkpoints, run.json, training.json: {run.folder}\n"
-        f"log and TensorBoard files: {settings.logs_dir / run.name}\n"
+        f"checkpoints, run.json, training.json: {settings.runs_dir / name}\n"
+        f"log and TensorBoard files: {settings.logs_dir / name}\n"
         f"base model: {settings.bases_dir}; prepared data: {settings.prepared_dir}"
     )
