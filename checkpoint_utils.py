@@ -14,11 +14,13 @@ from lora_tradeoffs.files import (
     newest_whole_checkpoint,
 )
 from lora_tradeoffs.models.checkpoint_models import checkpoint_models
+from lora_tradeoffs.models.weights import checkpoint_weights
 
 __all__ = [
     "Checkpoint",
     "checkpoint_models",
     "checkpoint_steps",
+    "checkpoint_weights",
     "checkpoints",
     "newest_whole_checkpoint",
 ]

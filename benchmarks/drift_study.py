@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import time
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,17 +103,16 @@ class _Analysis:
     """The script's analysis of that folder, timed."""
 
     def __init__(self, folder: Path, k: int, parallel_map: Any) -> None:
-        from lora_tradeoffs.drift.analysis import DriftAnalysis
-        from lora_tradeoffs.drift.matrix import DriftSettings
-        from lora_tradeoffs.measuring.results import Results
+        from config import resolve_settings
+        from lora_tradeoffs.drift.analysis import DriftAnalysis, DriftOptions
         from lora_tradeoffs.models.base import Base
-        from svd_analysis import EPSILONS
 
         self.folder, self.parallel_map = folder, parallel_map
         base = Base("made-up", folder / "base", folder, {"digest": ""})
-        settings = DriftSettings(tuple(each for each in TOP_K if each <= k), EPSILONS)
-        self.drift = DriftAnalysis(base, settings, None, folder / "cache", parallel_map)
-        self.results = Results(folder / f"results_{k}")
+        settings = resolve_settings(Namespace(preset="demo", study=f"benchmark-{k}"))
+        settings = replace(settings, output_dir=folder / "results")
+        options = DriftOptions(tuple(each for each in TOP_K if each <= k), workers=WORKERS)
+        self.drift = DriftAnalysis(settings, base, options)
 
     def decompose(self, matrix: Any) -> None:
         """A matrix of the base; what is kept of it is up to the analysis."""
@@ -119,15 +120,16 @@ class _Analysis:
 
     def seconds(self, run: str, is_last: bool) -> float:
         """Of one checkpoint, from its manifest to its records."""
-        from lora_tradeoffs.drift.analysis import write
-        from lora_tradeoffs.files import Checkpoint
+        from checkpoint_utils import Checkpoint, checkpoint_weights
+        from lora_tradeoffs.drift.analysis import DriftUnit
         from lora_tradeoffs.measuring.subjects import Subject, no_arm
 
         fields = {"base_model": "made-up", "study": "benchmark", **no_arm(run.split("_")[0])}
         checkpoint = Checkpoint(run, 0, self.folder / run)
-        subject = Subject(run, 0, checkpoint, fields, None, is_last, False)
+        unit = DriftUnit(Subject(run, 0, checkpoint, fields, None, is_last, False))
         start = time.perf_counter()
-        write(self.results, subject, self.drift.request(subject), self.drift.measure(subject))
+        _, (_, weights) = checkpoint_weights(self.drift.base, [checkpoint])
+        self.drift.write(unit, self.drift.measure(weights, unit))
         return time.perf_counter() - start
 
     def reading(self, run: str) -> float:

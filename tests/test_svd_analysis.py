@@ -325,16 +325,15 @@ def test_phi_between_runs_is_that_of_their_updates(base, model, tmp_path):
 
 def test_what_is_there_is_not_measured_again_and_what_is_missing_is(folder, model, capsys):
     files = [p for p in folder.rglob("*") if p.parent.name in ("records", "layers", "directions")]
-    files = [p for p in files if p.name != "between-runs.json"]
     before = {p: p.stat().st_mtime_ns for p in files}
     argv = [*model, "--study", STUDY]
     assert main(argv) == 0
-    assert "4 checkpoints, 4 of them are there" in capsys.readouterr().out
+    assert "4 measurements: 4 cached, 0 to run" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in files}
     (folder / "records" / f"{RUN}-1.json").unlink()
     (folder / "directions" / f"{FULL}-2.safetensors").unlink()
     assert main(argv) == 0
-    assert "4 checkpoints, 2 of them are there" in capsys.readouterr().out
+    assert "4 measurements: 2 cached, 2 to run" in capsys.readouterr().out
     changed = {p.name for p in files if p.stat().st_mtime_ns != before[p]}
     units = (f"{RUN}-1", f"{FULL}-2")
     assert {name.rsplit(".", 1)[0] for name in changed} == set(units)
@@ -395,9 +394,9 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, model, tmp_p
         lines,
         (
             ("cut, step 0", ADAPTER, "is corrupt"),
-            ("nan, step 0: layer 1 v_proj: B holds values that are not finite",),
+            ("nan-0: layer 1 v_proj: B holds values that are not finite",),
             ("dora, step 0", "DoRA"),
-            ("infinite, step 0: model.norm.weight: the tensor holds values that are not finite",),
+            ("infinite-0: model.norm.weight: the tensor holds values that are not finite",),
         ),
     ):
         assert all(part in line for part in parts), line
@@ -455,10 +454,10 @@ def test_bad_input_is_one_line(folder, model, script, capsys):
     nothing = script("svd_analysis.py", *model, "--study", "nothing")
     assert_one_line_error(nothing, "has no run with a checkpoint", "multi_task_training.py", STUDY)
     for argv, message in (
-        (("--top-k", "0"), "--top-k takes numbers from 1 on"),
+        (("--top-k", "0"), "--top-k must be 1 or more"),
         (("--top-k", "33"), "--top-k 33: the base's matrices have 32 at most"),
-        (("--epsilon", "1.5"), "--epsilon takes numbers above 0, up to 1"),
-        (("--workers", "0"), "--workers takes at least 1"),
+        (("--epsilon", "1.5"), "--epsilon must be above 0 and at most 1"),
+        (("--workers", "0"), "--workers must be 1 or more"),
         (("--checkpoints", "7"), "its steps are 1, 2"),
     ):
         assert main([*model, "--study", STUDY, *argv]) == 2

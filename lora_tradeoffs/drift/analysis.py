@@ -1,61 +1,224 @@
-"""The drift of one checkpoint: every matrix against the base, its records and its tables.
-
-Four tables are written beside a checkpoint's records: `layers/` (every row of every matrix,
-Parquet), `spectra/` (singular values and largest cosines), `similarities/` (cosines between leading
-vectors of base and tuned matrix) and, for a run's last checkpoint, `directions/` (the update's
-singular vectors).
-"""
+"""Drift as an analysis: which checkpoints and matrices are measured, how, and what is written."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import functools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
-import pandas as pd
-import torch
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from config import INTRUDER_EPSILON, INTRUDER_K, RANKS, TARGET_MODULES, UserError
-from lora_tradeoffs.drift.matrix import (
-    BaseSpectra,
-    DriftSettings,
-    MatrixDrift,
-    aggregate,
-    measure,
-    whole_model,
+from lora_tradeoffs.drift.tables import (
+    CheckpointDrift,
+    join_layers,
+    layers_file,
+    records_of,
+    table_files,
+    write_tables,
 )
-from lora_tradeoffs.files import check_whole, weights_key, written_whole
-from lora_tradeoffs.measuring.results import Results
+from lora_tradeoffs.files import read_json
+from lora_tradeoffs.measuring.loop import Analysis
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.models.weights import (
-    Adapter,
-    FullCheckpoint,
-    Matrix,
-    Weights,
-    model_tensors,
-    read_checkpoint,
-)
+from lora_tradeoffs.models.weights import Adapter, FullCheckpoint, Matrix, Weights, model_tensors
 from lora_tradeoffs.records import unit_name
+from lora_tradeoffs.tables.scores import drift_table
 
-ParallelMap = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
+if TYPE_CHECKING:
+    from lora_tradeoffs.drift.matrix import BaseSpectra, MatrixDrift
+
+    ParallelMap = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
+
+TOP_K = (4, 8, 16, 32, 64, 128, 256)
+EPSILONS = tuple(i / 10 for i in range(1, 10))
+MOST_WORKERS = 8  # each holds a decomposition of the base and some copies of a matrix
 
 
 @dataclass(frozen=True)
-class CheckpointDrift:
-    """The drift of every matrix, and ||dW||_F^2 and ||W0||_F^2 of every tensor."""
+class DriftOptions:
+    """What svd_analysis.py measures. Its flags have these names and defaults."""
 
-    matrices: dict[Matrix, MatrixDrift]
-    squares: dict[str, tuple[float, float]]
+    top_k: tuple[int, ...] | None = None  # None: TOP_K, as far as the base's matrices allow
+    epsilon: tuple[float, ...] = EPSILONS
+    target_modules: str | None = None  # None: those of an adapter, else qv
+    dense: bool = False
+    workers: int | None = None  # None: the number of cores, at most MOST_WORKERS
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and min(self.top_k) < 1:
+            raise UserError("--top-k must be 1 or more")
+        if not all(0 < epsilon <= 1 for epsilon in self.epsilon):
+            raise UserError("--epsilon must be above 0 and at most 1")
+        if self.workers is not None and self.workers < 1:
+            raise UserError("--workers must be 1 or more")
+
+
+@dataclass(frozen=True)
+class DriftUnit:
+    """One measurement: a checkpoint against the base."""
+
+    subject: Subject
+
+    @property
+    def name(self) -> str:
+        return unit_name(self.subject.run, self.subject.step)
+
+
+class DriftAnalysis(Analysis):
+    """Measures the drift of checkpoints from the base."""
+
+    name, progress_unit = "drift", "checkpoint"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.methods: Counter[str] = Counter()  # how the decompositions were computed
+        self._base_squares: dict[str, float] = {}  # ||W0||_F^2 of every tensor
+
+    def units(self, subjects: Sequence[Subject]) -> list[DriftUnit]:
+        return [DriftUnit(subject) for subject in subjects if subject.checkpoint]
+
+    def request(self, unit: DriftUnit) -> dict[str, Any]:
+        """What makes two measurements the same, beside the weights."""
+        return {
+            "top_k": self.ks,
+            "epsilon": self.epsilons,
+            "target_modules": self.options.target_modules,
+            "dense": self.options.dense,
+        }
+
+    def before_models(self, units: list[DriftUnit]) -> None:
+        _ = self.ks  # refuses a --top-k that is too large before anything is measured
+
+    @functools.cached_property
+    def ks(self) -> tuple[int, ...]:
+        """The numbers of leading triplets, the published one included.
+
+        Raises UserError for a number from the user that is larger than every matrix of the base.
+        """
+        sizes = [min(self.weights.shapes[m.tensor]) for m in self.weights.matrices()]
+        largest = max(sizes, default=0)
+        top_k = self.options.top_k
+        if top_k and max(top_k) > largest:
+            raise UserError(f"--top-k {max(top_k)}: the base's matrices have {largest} at most")
+        return tuple(sorted(k for k in {INTRUDER_K, *(top_k or TOP_K)} if k <= largest))
+
+    @property
+    def epsilons(self) -> tuple[float, ...]:
+        """The thresholds of intruder dimensions, the published one included."""
+        return tuple(sorted({INTRUDER_EPSILON, *self.options.epsilon}))
+
+    def measure(self, model: Any, unit: DriftUnit, batch_tokens: int = 0) -> CheckpointDrift:
+        """The drift of an opened checkpoint (see models.weights); no model is built.
+
+        Raises UserError for values that are not finite, and if no matrix is to be measured.
+        """
+        from lora_tradeoffs.drift.matrix import DriftSettings, measure
+
+        directions = max(RANKS) if unit.subject.is_last else 0
+        settings = DriftSettings(self.ks, self.epsilons, self.options.dense, directions)
+        matrices = self._matrices(model)
+        with worker_threads(self.options.workers or default_workers()) as parallel_map:
+
+            def measured(matrix: Matrix) -> MatrixDrift:
+                return measure(model, matrix, self.spectra, settings)
+
+            drifts = _by_item(parallel_map, measured, matrices, lambda matrix: matrix.label)
+            squares = self._squares(model, drifts, parallel_map)
+        self.methods.update(drift.method for drift in drifts.values())
+        return CheckpointDrift(drifts, squares)
+
+    def _squares(
+        self,
+        checkpoint: Adapter | FullCheckpoint,
+        drifts: dict[Matrix, MatrixDrift],
+        parallel_map: ParallelMap,
+    ) -> dict[str, tuple[float, float]]:
+        """||dW||_F^2 and ||W0||_F^2 of every tensor; empty if not all of an update is measured."""
+        if not checkpoint.is_low_rank:
+            return _by_item(parallel_map, checkpoint.squares, checkpoint.tensors)
+        if len(drifts) < len(checkpoint.matrices):
+            return {}
+        if not self._base_squares:
+            names = model_tensors(self.weights)
+            self._base_squares = _by_item(
+                parallel_map, lambda tensor: self.weights.square(names[tensor]), list(names)
+            )
+        moved = {matrix.tensor: drift.squares[0] for matrix, drift in drifts.items()}
+        return {name: (moved.get(name, 0.0), base) for name, base in self._base_squares.items()}
+
+    def _matrices(self, checkpoint: Adapter | FullCheckpoint) -> list[Matrix]:
+        """The matrices to measure. Raises UserError if the checkpoint has none of them."""
+        target_modules = self.options.target_modules or (not checkpoint.is_low_rank and "qv")
+        if not target_modules:
+            return checkpoint.matrices
+        modules = TARGET_MODULES[target_modules]
+        matrices = [matrix for matrix in checkpoint.matrices if matrix.module in modules]
+        if not matrices:
+            raise UserError(f"{checkpoint.folder} has none of {', '.join(modules)}")
+        return matrices
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        return Weights(self.base.folder)
+
+    @functools.cached_property
+    def spectra(self) -> BaseSpectra:
+        from lora_tradeoffs.drift.matrix import BaseSpectra
+
+        return BaseSpectra(self.weights, self.results.folder.parent / "base" / self.base.name)
+
+    # ------------------------------------------------------------------------------ on disk
+
+    def is_done(self, unit: DriftUnit) -> bool:
+        tables = table_files(self.results.folder, unit.subject)
+        return all(path.is_file() for path in tables) and super().is_done(unit)
+
+    def write(self, unit: DriftUnit, result: CheckpointDrift, batch_tokens: int = 0) -> None:
+        """Write the tables, then the records, so that no record lacks its tables."""
+        write_tables(self.results.folder, unit.subject, result)
+        self.results.write(unit.name, self.full_request(unit), records_of(unit.subject, result))
+
+    def derived_records(self) -> list[dict[str, Any]]:
+        """How similar the runs' updates are; the layers of all checkpoints are joined, too."""
+        from lora_tradeoffs.drift.subspaces import last_directions, records_between
+
+        join_layers(self.results.folder)
+        # where studies of record version 1 keep them
+        self.results.unit_file("between-runs").unlink(missing_ok=True)
+        return records_between(last_directions(self.results.folder))
+
+    def meta(self) -> dict[str, Any]:
+        from lora_tradeoffs.drift.matrix import AGGREGATION
+
+        return {**super().meta(), "aggregation": AGGREGATION}
+
+    def table(self, records: list[dict[str, Any]]) -> str:
+        return drift_table(records)
+
+    def outputs(self) -> dict[str, Any]:
+        counts = ", ".join(f"{count} {method}" for method, count in sorted(self.methods.items()))
+        methods = {f"{self.methods.total()} decompositions": counts} if counts else {}
+        return {**methods, "all layers, k and epsilons": layers_file(self.results.folder)}
+
+
+# --------------------------------------------------------------------------------- threads
+
+
+def default_workers() -> int:
+    """The cores that this process may use, up to MOST_WORKERS."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return min(MOST_WORKERS, len(cores))
 
 
 @contextmanager
 def worker_threads(count: int) -> Iterator[ParallelMap]:
     """A map over lists on `count` threads, each of which uses one core for linear algebra."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(count)
@@ -75,203 +238,47 @@ def worker_threads(count: int) -> Iterator[ParallelMap]:
         torch.set_num_threads(before)
 
 
-class DriftAnalysis:
-    """Measures checkpoints against one base."""
+def _by_item(
+    parallel_map: ParallelMap,
+    function: Callable[[Any], Any],
+    items: list[Any],
+    label: Callable[[Any], str] = str,
+) -> dict[Any, Any]:
+    """The function's value for each item; a ValueError becomes a UserError with the label."""
 
-    def __init__(
-        self,
-        base: Base,
-        settings: DriftSettings,
-        target_modules: str | None,
-        cache: Path,
-        parallel_map: ParallelMap,
-    ):
-        """`target_modules`, a key of TARGET_MODULES; None: those of an adapter, else qv."""
-        self.base, self.settings, self.target_modules = base, settings, target_modules
-        self.parallel_map = parallel_map
-        self.weights = Weights(base.folder)
-        self.spectra = BaseSpectra(self.weights, cache)
-        self._base_squares: dict[str, float] = {}
+    def labelled(item: Any) -> Any:
+        try:
+            return function(item)
+        except ValueError as error:
+            raise UserError(f"{label(item)}: {error}") from None
 
-    def request(self, subject: Subject) -> dict[str, Any]:
-        """What a stored measurement must have in common with this one to be reused."""
-        return {
-            "base": self.base.digest,
-            "weights": weights_key(subject.checkpoint.folder),
-            "top_k": self.settings.ks,
-            "epsilon": self.settings.epsilons,
-            "target_modules": self.target_modules,
-            "dense": self.settings.dense,
-        }
-
-    def measure(self, subject: Subject) -> CheckpointDrift:
-        """Raises UserError for a checkpoint that is broken or cannot be analysed."""
-        check_whole(subject.checkpoint, ".safetensors")
-        checkpoint = read_checkpoint(subject.checkpoint.folder, self.weights)
-        matrices = self._matrices(checkpoint)
-        settings = replace(self.settings, directions=max(RANKS) if subject.is_last else 0)
-        drifts = self._each(
-            matrices, lambda m: m.label, lambda m: measure(checkpoint, m, self.spectra, settings)
-        )
-        if not checkpoint.is_low_rank:
-            return CheckpointDrift(drifts, self._each(checkpoint.tensors, str, checkpoint.squares))
-        if len(matrices) < len(checkpoint.matrices):
-            return CheckpointDrift(drifts, {})  # the other matrices would count as unmoved
-        if not self._base_squares:
-            stored = model_tensors(self.weights)
-            self._base_squares = self._each(
-                list(stored), str, lambda name: self.weights.square(stored[name])
-            )
-        moved = {matrix.tensor: drift.squares[0] for matrix, drift in drifts.items()}
-        squares = {n: (moved.get(n, 0.0), s) for n, s in self._base_squares.items()}
-        return CheckpointDrift(drifts, squares)
-
-    def _matrices(self, checkpoint: Adapter | FullCheckpoint) -> list[Matrix]:
-        """The matrices to measure. Raises UserError if the checkpoint has none of them."""
-        target_modules = self.target_modules or (None if checkpoint.is_low_rank else "qv")
-        if target_modules is None:
-            return checkpoint.matrices
-        modules = TARGET_MODULES[target_modules]
-        matrices = [matrix for matrix in checkpoint.matrices if matrix.module in modules]
-        if not matrices:
-            raise UserError(f"{checkpoint.folder} has none of {', '.join(modules)}")
-        return matrices
-
-    def _each(
-        self, items: list, label: Callable[[Any], str], compute: Callable[[Any], Any]
-    ) -> dict:
-        """`compute` of each item, on the threads; a ValueError becomes a UserError with a label."""
-
-        def named(item: Any) -> Any:
-            try:
-                return compute(item)
-            except ValueError as error:
-                raise UserError(f"{label(item)}: {error}") from None
-
-        return dict(zip(items, self.parallel_map(named, items)))
+    return dict(zip(items, parallel_map(labelled, items)))
 
 
-# ------------------------------------------------------------------------- records and tables
+# -------------------------------------------------------------------------------- warnings
 
 
-def unit_of(subject: Subject) -> str:
-    return unit_name(subject.run, subject.step)
+def other_bases(subjects: Sequence[Subject], base: Base) -> list[str]:
+    """A warning for each foreign adapter that names another base: shapes alone may fit.
 
-
-def is_done(results: Results, subject: Subject, request: dict[str, Any]) -> bool:
-    """Whether records and tables of this very measurement exist."""
-    files = _tables(results.folder, subject)
-    return all(p.is_file() for p in files) and results.is_done(unit_of(subject), request)
-
-
-def write(
-    results: Results, subject: Subject, request: dict[str, Any], drift: CheckpointDrift
-) -> None:
-    """Write the tables, then the records, so that no record lacks its tables."""
-    layers, spectra, similarities, *directions = _tables(results.folder, subject)
-    _write_table(layers, _layer_table(drift))
-    _write_table(spectra, _spectrum_table(drift))
-    shown = {m.name: d.similarity.half() for m, d in drift.matrices.items()}
-    _save_tensors(similarities, shown, {})
-    for path in directions:
-        vectors = {
-            f"{matrix.name}.{side}": basis.float()
-            for matrix, d in drift.matrices.items()
-            for side, basis in zip(("left", "right"), d.directions)
-            if basis.shape[1]
-        }
-        _save_tensors(path, vectors, {"fields": json.dumps(common_fields(subject))})
-    results.write(unit_of(subject), request, records_of(subject, drift))
-
-
-def _tables(folder: Path, subject: Subject) -> list[Path]:
-    unit = unit_of(subject)
-    tables = [folder / "layers" / f"{unit}.parquet", folder / "spectra" / f"{unit}.parquet"]
-    tables.append(folder / "similarities" / f"{unit}.safetensors")
-    if subject.is_last:
-        tables.append(folder / "directions" / f"{unit}.safetensors")
-    return tables
-
-
-def _layer_table(drift: CheckpointDrift) -> pd.DataFrame:
-    """Every row of every matrix: layer, module, decomposition (see Triplets.method), metric, k,
-    eps, side, value."""
-    rows = [
-        {"layer": matrix.layer, "module": matrix.module, "decomposition": d.method, **row}
-        for matrix, d in drift.matrices.items()
-        for row in d.rows
+    Only the last parts of the names are compared, since a base may be a folder, a Hub repository
+    or a copy.
+    """
+    named: dict[str, str] = {}
+    for subject in subjects:
+        checkpoint = subject.checkpoint
+        if checkpoint is None or not checkpoint.is_adapter:
+            continue
+        if not (checkpoint.folder.parent / "run.json").is_file():
+            with suppress(UserError):  # a broken configuration is reported by the measurement
+                config = read_json(checkpoint.folder / "adapter_config.json")
+                named[subject.run] = str(config.get("base_model_name_or_path") or base.name)
+    return [
+        f"warning: {run} names {name} as its base and is measured against {base.name}"
+        for run, name in named.items()
+        if _last_part(name) not in (_last_part(base.name), _last_part(base.folder.name))
     ]
-    table = pd.DataFrame(rows)
-    table["k"] = table["k"].astype("Int32")
-    return table.astype({"eps": float, "value": float})
 
 
-def _spectrum_table(drift: CheckpointDrift) -> pd.DataFrame:
-    """Singular values by matrix and index, from 1: base, tuned, update; max_cosine of u_j."""
-    parts = []
-    for matrix, d in drift.matrices.items():
-        columns = {
-            "base": d.base_values,
-            "tuned": d.tuned_values,
-            "update": d.update_values,
-            "max_cosine": d.max_cosines,
-        }
-        columns = {name: pd.Series(c.float().numpy()) for name, c in columns.items()}
-        part = pd.DataFrame(columns).assign(layer=matrix.layer, module=matrix.module)
-        parts.append(part.assign(index=part.index + 1))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-
-
-def _write_table(path: Path, table: pd.DataFrame) -> None:
-    with written_whole(path) as temporary:
-        table.to_parquet(temporary)
-
-
-def records_of(subject: Subject, drift: CheckpointDrift) -> list[dict[str, Any]]:
-    """Flat records. Over the layers (layer -1): every k, and every epsilon at the published k. Of
-    each layer: the published k and epsilon alone. The whole grid is in `layers/`."""
-    common = common_fields(subject)
-    rows = [
-        row
-        for row in aggregate(drift.matrices)
-        if row["k"] in (None, INTRUDER_K) or row["eps"] in (None, INTRUDER_EPSILON)
-    ]
-    rows += whole_model(drift.squares) if drift.squares else []
-    records = [{**common, "layer": -1, **row} for row in rows]
-    for matrix, d in drift.matrices.items():
-        about = {"layer": matrix.layer, "module": matrix.module, "n": 1, "decomposition": d.method}
-        records += [
-            {**common, **about, **row}
-            for row in d.rows
-            if row["k"] in (None, INTRUDER_K) and row["eps"] in (None, INTRUDER_EPSILON)
-        ]
-    return records
-
-
-def common_fields(subject: Subject) -> dict[str, Any]:
-    """The columns that all records of a checkpoint share; drift has no task and no split."""
-    about = {"run": subject.run, "family": subject.family or "", "step": subject.step}
-    return {**subject.fields, **about, "split": "", "task": ""}
-
-
-def join_layers(folder: Path) -> Path:
-    """Join the rows of all checkpoints in `<folder>/drift_layers.parquet`; its path."""
-    parts = []
-    for path in sorted((folder / "layers").glob("*.parquet")):
-        run, _, step = path.stem.rpartition("-")
-        parts.append(pd.read_parquet(path).assign(run=run, step=int(step)))
-    path = folder / "drift_layers.parquet"
-    if parts:
-        table = pd.concat(parts, ignore_index=True)
-        for name in ("run", "module", "decomposition", "metric", "side"):
-            table[name] = table[name].astype("category")
-        _write_table(path, table)
-    return path
+def _last_part(name: str) -> str:
+    return name.replace("--", "/").rstrip("/").rpartition("/")[2].lower()

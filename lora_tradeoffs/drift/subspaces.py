@@ -15,6 +15,7 @@ from config import RANKS
 from lora_tradeoffs.drift.matrix import PAIR
 from lora_tradeoffs.drift.measures import random_similarity, subspace_similarities
 from lora_tradeoffs.models.weights import Matrix, Weights, matrix_of, opened
+from lora_tradeoffs.records import updated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ class Directions:
         self.run, _, step = path.stem.rpartition("-")
         self.step = int(step)
         with opened(path) as file:
-            self.fields = json.loads((file.metadata() or {})["fields"])
+            self.fields = updated(json.loads((file.metadata() or {})["fields"]))
             self.is_empty = not file.keys()  # a zero update has no direction
         if not self.is_empty:
             self.weights = Weights(path.parent, path.name)

@@ -1,8 +1,8 @@
-"""How far the gradients of several tasks' losses agree, on matched micro-batches of one model.
+"""Conflict between the gradients of several tasks' losses, on the same micro-batches of any model.
 
-For every batch the gradient of each task's loss is taken in turn, and only inner products by layer
-and module are kept: cosines, conflicts and magnitudes of any group of layers are sums of these. At
-no time is there more than one gradient a task in memory, and one parameter's beside them.
+For every batch the gradient of each task's loss is computed in turn. Only inner products by layer
+and module are stored: the cosine, conflict and magnitude of any group of layers follow from their
+sums. Memory holds at most one gradient per task, and one parameter's gradient beside them.
 
 With g and h the gradients of two tasks (PCGrad, Yu et al. 2020, arXiv:2001.06782): cosine
 g.h / (|g| |h|), in conflict where it is negative; magnitude similarity 2 |g| |h| / (|g|^2 + |h|^2).
@@ -21,35 +21,34 @@ import numpy as np
 
 from config import TARGET_MODULES, UserError
 from lora_tradeoffs.records import BOTH, MEAN, OVERALL
+from lora_tradeoffs.statistics.comparisons import LEVEL
 
 if TYPE_CHECKING:
     import torch
 
-LEVEL = 0.95
-
-Place = tuple[int, str]  # layer and module; OVERALL for what lies in no layer
+LayerModule = tuple[int, str]  # layer, OVERALL for a parameter outside the layers; module
 
 
 @dataclass(frozen=True, eq=False)
 class Products:
     """Inner products of the tasks' gradients.
 
-    `between`, shape (batches, tasks, tasks, places): of every two tasks; on the diagonal the
-    squared norms. `halves`, shape (batches, tasks, 3, places): of the two parts of a task's
-    gradient that the halves of its rows give, |g1|^2, g1.g2 and |g2|^2.
+    `between`, shape (batches, tasks, tasks, layer_modules), has those of every two tasks, and the
+    squared norms on its diagonal. `halves`, shape (batches, tasks, 3, layer_modules), has |g1|^2,
+    g1.g2 and |g2|^2, where g1 and g2 are the parts of a task's gradient from each half of its rows.
     """
 
     tasks: tuple[str, ...]
-    places: tuple[Place, ...]
+    layer_modules: tuple[LayerModule, ...]
     between: np.ndarray
     halves: np.ndarray
 
 
 def micro_batches(rows: int, batches: int, size: int, seed: int) -> np.ndarray:
-    """Which rows each batch holds, shape (batches, size); no row twice.
+    """The rows of each batch, shape (batches, size); no row is used twice.
 
-    Fewer batches where the rows are fewer: batches that shared rows would not be independent, and
-    intervals over them too narrow. Raises ValueError if the rows do not fill two.
+    With too few rows there are fewer batches: batches that share rows would not be independent, so
+    intervals over them would be too narrow. Raises ValueError if the rows do not fill two.
     """
     count = min(batches, rows // size)
     if count < 2:
@@ -58,9 +57,9 @@ def micro_batches(rows: int, batches: int, size: int, seed: int) -> np.ndarray:
 
 
 def measured_parameters(model: Any) -> tuple[str, dict[str, torch.nn.Parameter]]:
-    """What the gradients are taken of, and those parameters by name.
+    """The parameters whose gradients are compared: the set's label, and the parameters by name.
 
-    "adapter": all of the adapter that is in the model; "qv": the weights of q_proj and v_proj.
+    "adapter": all parameters of the model's adapter; "qv": the weights of q_proj and v_proj.
     """
     named = dict(model.named_parameters())
     adapter = {name: p for name, p in named.items() if ".lora_" in name}
@@ -70,8 +69,8 @@ def measured_parameters(model: Any) -> tuple[str, dict[str, torch.nn.Parameter]]
     return "qv", {name: p for name, p in named.items() if name.endswith(weights)}
 
 
-def place_of(name: str) -> Place:
-    """Layer and module of a parameter: (3, "q_proj") of "...layers.3.self_attn.q_proj.weight"."""
+def layer_module_of(name: str) -> LayerModule:
+    """A parameter's layer and module: (3, "q_proj") of "...layers.3.self_attn.q_proj.weight"."""
     parts = name.split(".")
     adapter = next((i for i, part in enumerate(parts) if part.startswith("lora_")), -1)
     layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else OVERALL
@@ -88,40 +87,40 @@ def gradient_products(
     bf16: bool = False,
     progress: Callable[[], Any] = lambda: None,
 ) -> Products:
-    """The products of the tasks' gradients on the rows of each batch.
+    """The products of the tasks' gradients on each batch.
 
-    `batches` maps a task to its batches, equally many for all, each of at least two prepared rows.
-    The loss is training's: the mean over the rows of each row's mean token loss. No parameter
-    requires a gradient afterwards. Raises UserError if a gradient is not finite.
+    `batches` maps every task to its batches, the same number for all, each of at least two prepared
+    rows. The loss is the one that is trained: the mean over the rows of each row's mean token loss.
+    No parameter requires a gradient afterwards. Raises UserError if a gradient is not finite.
     """
     _, parameters = measured_parameters(model)
-    places = tuple(sorted({place_of(name) for name in parameters}))
-    slots = {name: places.index(place_of(name)) for name in parameters}
+    layer_modules = tuple(sorted({layer_module_of(name) for name in parameters}))
+    columns = {name: layer_modules.index(layer_module_of(name)) for name in parameters}
     tasks, between, halves = tuple(batches), [], []
     with _requiring_gradients(model, parameters):
         for rows_by_task in zip(*batches.values(), strict=True):
             gradients: list[dict[str, torch.Tensor]] = []
-            own = _zeros(model, len(tasks), len(tasks), len(places))
-            parts = _zeros(model, len(tasks), 3, len(places))
+            by_pair = _zeros(model, len(tasks), len(tasks), len(layer_modules))
+            by_half = _zeros(model, len(tasks), 3, len(layer_modules))
             for i, rows in enumerate(rows_by_task):
                 losses = _half_losses(model, rows, collate, bf16)
-                gradients.append(_gradient(parameters, slots, losses, parts[i]))
+                gradients.append(_gradient(parameters, columns, losses, by_half[i]))
                 for j, other in enumerate(gradients):
                     for name in gradients[i].keys() & other.keys():
-                        own[i, j, slots[name]] += _dot(gradients[i][name], other[name])
-                    own[j, i] = own[i, j]
-            if not (own.isfinite().all() and parts.isfinite().all()):
+                        by_pair[i, j, columns[name]] += _dot(gradients[i][name], other[name])
+                    by_pair[j, i] = by_pair[i, j]
+            if not (by_pair.isfinite().all() and by_half.isfinite().all()):
                 raise UserError("the gradients are not finite")
-            between.append(own.cpu().numpy())
-            halves.append(parts.cpu().numpy())
+            between.append(by_pair.cpu().numpy())
+            halves.append(by_half.cpu().numpy())
             progress()
-    return Products(tasks, places, np.stack(between), np.stack(halves))
+    return Products(tasks, layer_modules, np.stack(between), np.stack(halves))
 
 
 def _half_losses(
     model: Any, rows: Sequence[dict[str, Any]], collate: Any, bf16: bool
 ) -> Iterator[torch.Tensor]:
-    """The loss in two terms, of the rows' halves; their sum is the mean over all rows."""
+    """The loss as two terms, one for each half of the rows."""
     import torch
 
     from lora_tradeoffs.scoring.log_likelihoods import completion_losses, mean_by_row
@@ -138,30 +137,32 @@ def _half_losses(
 
 def _gradient(
     parameters: Mapping[str, torch.nn.Parameter],
-    slots: Mapping[str, int],
+    columns: Mapping[str, int],
     losses: Iterator[torch.Tensor],
     products: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """The gradient of the sum of two losses; `products` (3, places) is filled with their parts'.
+    """The gradient of the sum of two losses; fills `products` (3, layer_modules), see `halves`.
 
-    The second part is met parameter by parameter while autograd makes it, and never whole.
+    The second loss's gradient is used parameter by parameter as autograd computes it, so it is
+    never whole in memory.
     """
     first: dict[str, torch.Tensor] = {}
 
-    def taker(name: str) -> Callable[[torch.nn.Parameter], None]:
-        def take(parameter: torch.nn.Parameter) -> None:
-            part, parameter.grad = parameter.grad, None
+    def hook_for(name: str) -> Callable[[torch.nn.Parameter], None]:
+        def hook(parameter: torch.nn.Parameter) -> None:
+            gradient, parameter.grad = parameter.grad, None
             if name not in first:
-                first[name] = part
+                first[name] = gradient
                 return
-            kept = first[name]
-            for i, (a, b) in enumerate(((kept, kept), (kept, part), (part, part))):
-                products[i, slots[name]] += _dot(a, b)
-            kept += part
+            total = first[name]
+            pairs = (total, total), (total, gradient), (gradient, gradient)
+            for i, (a, b) in enumerate(pairs):
+                products[i, columns[name]] += _dot(a, b)
+            total += gradient
 
-        return take
+        return hook
 
-    hooks = [p.register_post_accumulate_grad_hook(taker(name)) for name, p in parameters.items()]
+    hooks = [p.register_post_accumulate_grad_hook(hook_for(name)) for name, p in parameters.items()]
     try:
         for loss in losses:
             loss.backward()
@@ -173,7 +174,7 @@ def _gradient(
 
 @contextmanager
 def _requiring_gradients(model: Any, parameters: Mapping[str, Any]) -> Iterator[None]:
-    """Of the model these parameters alone take gradients; afterwards none does."""
+    """Let these parameters alone require gradients; afterwards none does."""
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -188,35 +189,40 @@ def _requiring_gradients(model: Any, parameters: Mapping[str, Any]) -> Iterator[
 def _zeros(model: Any, *shape: int) -> torch.Tensor:
     import torch
 
-    dtype = torch.float32 if model.device.type == "mps" else torch.float64  # mps has no other
-    return torch.zeros(shape, dtype=dtype, device=model.device)
+    return torch.zeros(shape, dtype=_sum_dtype(model.device), device=model.device)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The inner product; in fp64, since squares of small gradients leave fp32's range."""
+    """The inner product; in fp64, since squares of small gradients underflow in fp32."""
     import torch
 
-    dtype = torch.float32 if a.device.type == "mps" else torch.float64
+    dtype = _sum_dtype(a.device)
     return torch.dot(a.flatten().to(dtype), b.flatten().to(dtype))
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64  # mps has no fp64
 
 
 # ---------------------------------------------------------------------------------- statistics
 
 
 def cosine(dot: np.ndarray, g: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """From the inner product and the squared norms; nan where a gradient is zero."""
+    """The cosine from the inner product and the squared norms; nan where a gradient is zero."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(dot / np.sqrt(np.asarray(g) * h))
 
 
 def magnitude_similarity(g: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """2 |g| |h| / (|g|^2 + |h|^2) of the squared norms: 1 for equal ones; nan if both are zero."""
+    """2 |g| |h| / (|g|^2 + |h|^2) from the squared norms; nan if both are zero."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(2 * np.sqrt(np.asarray(g) * h) / (np.asarray(g) + h))
 
 
 def mean_over_batches(values: np.ndarray) -> dict[str, Any]:
-    """Mean, standard error and 95 % t interval over the batches; those that are nan left out."""
+    """Mean, standard error and 95 % t interval over the batches, without those that are nan."""
     from scipy.stats import t
 
     values = values[np.isfinite(values)]
@@ -228,7 +234,7 @@ def mean_over_batches(values: np.ndarray) -> dict[str, Any]:
 
 
 def share_over_batches(values: np.ndarray) -> dict[str, Any]:
-    """The share of true ones over the batches (nan left out) and Wilson's 95 % interval."""
+    """The share of batches with 1 among those that are not nan, and Wilson's 95 % interval."""
     from scipy.stats import binomtest
 
     values = values[np.isfinite(values)]
@@ -242,42 +248,43 @@ def share_over_batches(values: np.ndarray) -> dict[str, Any]:
 
 
 def conflict_records(products: Products) -> Iterator[dict[str, Any]]:
-    """Flat records of every pair of tasks, of their mean, and of each task, by layer and overall.
+    """Flat records of every pair of tasks, of the mean over pairs, and of each task.
 
-    Of pairs: gradient_cosine, gradient_conflict (the share of batches with a negative cosine) and
-    magnitude_similarity. With task and other `mean` they are of each batch's mean over the pairs
-    (the conflict's: the share of the batches' pairs, its interval from the batches by t). Of a
-    task: gradient_norm, and within_cosine, of the gradients of two halves of a batch. Were all
-    tasks one, their cosine would be no lower than that: what is below is not only sampling noise.
+    Every layer, every module and all together have their own. A pair has gradient_cosine,
+    gradient_conflict (the share of batches with a negative cosine) and magnitude_similarity. With
+    task and other `mean`, each batch counts with its mean over the pairs (for the conflict: the
+    share of pairs in conflict, with a t interval). A task has gradient_norm and within_cosine, the
+    cosine between the gradients of the two halves of a batch. This is a reference for noise: two
+    tasks from one distribution would have a cosine no lower than it.
     """
-    for layer, module, chosen in _groups(products.places):
-        where = {"layer": layer, "module": module}
-        between = products.between[..., chosen].sum(-1)
-        halves = products.halves[..., chosen].sum(-1)
+    for layer, module, indices in _groups(products.layer_modules):
+        group = {"layer": layer, "module": module}
+        between = products.between[..., indices].sum(-1)
+        halves = products.halves[..., indices].sum(-1)
         by_pair: dict[str, list[np.ndarray]] = {}
         for i, j in combinations(range(len(products.tasks)), 2):
-            pair = {"task": products.tasks[i], "other": products.tasks[j], **where}
+            pair = {"task": products.tasks[i], "other": products.tasks[j], **group}
             for metric, values in _pair_values(between, i, j).items():
                 by_pair.setdefault(metric, []).append(values)
                 is_share = metric == "gradient_conflict"
-                found = share_over_batches(values) if is_share else mean_over_batches(values)
-                yield {**pair, "metric": metric, **found}
+                interval = share_over_batches(values) if is_share else mean_over_batches(values)
+                yield {**pair, "metric": metric, **interval}
         for metric, pairs in by_pair.items():
-            found = mean_over_batches(np.mean(pairs, axis=0))
+            interval = mean_over_batches(np.mean(pairs, axis=0))
             if metric == "gradient_conflict":
-                found |= {"low": max(found["low"], 0.0), "high": min(found["high"], 1.0)}
-            yield {"task": MEAN, "other": MEAN, **where, "metric": metric, **found}
+                interval |= {"low": max(interval["low"], 0.0), "high": min(interval["high"], 1.0)}
+            yield {"task": MEAN, "other": MEAN, **group, "metric": metric, **interval}
         for i, task in enumerate(products.tasks):
             first, dot, second = halves[:, i].T
-            alone = {"task": task, "other": task, **where}
-            found = mean_over_batches(cosine(dot, first, second))
-            yield {**alone, "metric": "within_cosine", **found}
-            found = mean_over_batches(np.sqrt(between[:, i, i]))
-            yield {**alone, "metric": "gradient_norm", **found}
+            itself = {"task": task, "other": task, **group}
+            within = mean_over_batches(cosine(dot, first, second))
+            yield {**itself, "metric": "within_cosine", **within}
+            norm = mean_over_batches(np.sqrt(between[:, i, i]))
+            yield {**itself, "metric": "gradient_norm", **norm}
 
 
 def _pair_values(between: np.ndarray, i: int, j: int) -> dict[str, np.ndarray]:
-    """A pair's figures, shape (batches,) each."""
+    """The three metrics of a pair, shape (batches,) each."""
     dot, g, h = between[:, i, j], between[:, i, i], between[:, j, j]
     cosines = cosine(dot, g, h)
     return {
@@ -287,15 +294,15 @@ def _pair_values(between: np.ndarray, i: int, j: int) -> dict[str, np.ndarray]:
     }
 
 
-def _groups(places: Sequence[Place]) -> Iterator[tuple[int, str, list[int]]]:
-    """Layer, module and the places summed: every layer, every module over all layers, then all."""
-    layers = sorted({layer for layer, _ in places} - {OVERALL})
-    modules = sorted({module for _, module in places})
-    wanted = [(layer, BOTH) for layer in layers] + [(OVERALL, name) for name in (*modules, BOTH)]
-    for layer, module in wanted:
-        chosen = [
+def _groups(layer_modules: Sequence[LayerModule]) -> Iterator[tuple[int, str, list[int]]]:
+    """Layer, module and indices: every layer, every module over all layers, then all."""
+    layers = sorted({layer for layer, _ in layer_modules} - {OVERALL})
+    modules = sorted({module for _, module in layer_modules})
+    groups = [(layer, BOTH) for layer in layers] + [(OVERALL, name) for name in (*modules, BOTH)]
+    for layer, module in groups:
+        indices = [
             index
-            for index, (own, name) in enumerate(places)
-            if layer in (own, OVERALL) and module in (name, BOTH)
+            for index, (its_layer, its_module) in enumerate(layer_modules)
+            if layer in (its_layer, OVERALL) and module in (its_module, BOTH)
         ]
-        yield layer, module, chosen
+        yield layer, module, indices

@@ -124,8 +124,8 @@ class Analysis:
         names = {"study": self.settings.study, "base_model": self.base.name}
         return names | {"preset": self.settings.preset.name}
 
-    def outputs(self) -> dict[str, Path]:
-        """Where results beside the document lie, by what they are."""
+    def outputs(self) -> dict[str, Any]:
+        """Lines after the table, by their label: files beside the document, counts."""
         return {}
 
     def warnings(self) -> list[str]:

@@ -1,24 +1,22 @@
 """The rows of one matrix: what leaves them unchanged, and the method that they record."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import settings_for
 
 from lora_tradeoffs.drift import solver
-from lora_tradeoffs.drift.analysis import DriftAnalysis, join_layers, worker_threads, write
+from lora_tradeoffs.drift.analysis import DriftAnalysis, DriftOptions, DriftUnit
 from lora_tradeoffs.drift.matrix import BaseSpectra, DriftSettings, measure
 from lora_tradeoffs.drift.svd import SVD
 from lora_tradeoffs.files import Checkpoint
-from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.measuring.subjects import Subject, no_arm
 from lora_tradeoffs.models.base import Base
 from lora_tradeoffs.models.weights import Weights, read_checkpoint
-from svd_analysis import methods_line
 
 SHAPES = {"q_proj": (320, 320), "v_proj": (120, 320)}
 SETTINGS = DriftSettings((4, 10), (0.3, 0.5, 0.9))
@@ -117,19 +115,19 @@ def test_a_matrix_smaller_than_every_k_has_its_size_measures_alone(folder, tmp_p
 
 def test_a_fallback_is_recorded_and_printed(folder, tmp_path, monkeypatch):
     base = Base("made-up", folder / "base", folder, {"digest": ""})
-    results = Results(tmp_path / "results")
     checkpoint = Checkpoint("lora", 0, folder / "lora")
-    subject = Subject("lora", 0, checkpoint, no_arm("lora"), None, False, False)
-    with worker_threads(1) as parallel_map:
-        analysis = DriftAnalysis(base, SETTINGS, None, tmp_path, parallel_map)
-        with monkeypatch.context() as patch:
-            patch.setattr(solver, "TOLERANCE", 0.0)  # never reached
-            drift = analysis.measure(subject)
-        write(results, subject, analysis.request(subject), drift)
-    ((_, unit),) = results.units()
-    records = pd.DataFrame(unit["records"]).query("layer == 0")
-    for table in (records, pd.read_parquet(join_layers(results.folder))):
+    unit = DriftUnit(Subject("lora", 0, checkpoint, no_arm("lora"), None, False, False))
+    settings = replace(settings_for(study="fallback"), output_dir=tmp_path)
+    options = DriftOptions(SETTINGS.ks, SETTINGS.epsilons, workers=1)
+    analysis = DriftAnalysis(settings, base, options)
+    weights = read_checkpoint(checkpoint.folder, analysis.weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(solver, "TOLERANCE", 0.0)  # never reached
+        analysis.write(unit, analysis.measure(weights, unit))
+    analysis.derived_records()
+    ((_, document),) = analysis.results.units()
+    records = pd.DataFrame(document["records"]).query("layer == 0")
+    for table in (records, pd.read_parquet(analysis.results.folder / "drift_layers.parquet")):
         methods = table.groupby("module", observed=True)["decomposition"].unique().map(list)
         assert methods.to_dict() == {"q_proj": ["dense after iterative"], "v_proj": ["dense"]}
-    line = methods_line(Counter(matrix.method for matrix in drift.matrices.values()))
-    assert line == "2 decompositions: 1 dense, 1 dense after iterative"
+    assert analysis.outputs()["2 decompositions"] == "1 dense, 1 dense after iterative"

@@ -1,0 +1,161 @@
+"""What is written about one checkpoint's drift: its records, and four tables beside them.
+
+`layers/` has every row of every matrix (Parquet), `spectra/` singular values and largest cosines,
+`similarities/` the cosines between leading vectors of base and tuned matrix and, for a run's last
+checkpoint, `directions/` the update's singular vectors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import INTRUDER_EPSILON, INTRUDER_K
+from lora_tradeoffs.files import written_whole
+from lora_tradeoffs.measuring.subjects import Subject
+from lora_tradeoffs.models.weights import Matrix
+from lora_tradeoffs.records import unit_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lora_tradeoffs.drift.matrix import MatrixDrift
+
+
+@dataclass(frozen=True)
+class CheckpointDrift:
+    """The drift of every matrix, and ||dW||_F^2 and ||W0||_F^2 of every tensor."""
+
+    matrices: dict[Matrix, MatrixDrift]
+    squares: dict[str, tuple[float, float]]
+
+
+# ---------------------------------------------------------------------------------- tables
+
+
+def table_files(folder: Path, subject: Subject) -> list[Path]:
+    """The checkpoint's tables in the results' folder: layers, spectra, similarities, directions."""
+    unit = unit_name(subject.run, subject.step)
+    files = [folder / "layers" / f"{unit}.parquet", folder / "spectra" / f"{unit}.parquet"]
+    files.append(folder / "similarities" / f"{unit}.safetensors")
+    if subject.is_last:
+        files.append(folder / "directions" / f"{unit}.safetensors")
+    return files
+
+
+def write_tables(folder: Path, subject: Subject, drift: CheckpointDrift) -> None:
+    """Write the checkpoint's tables below the results' folder."""
+    layers, spectra, similarities, *directions = table_files(folder, subject)
+    _write_table(layers, _layer_table(drift))
+    _write_table(spectra, _spectrum_table(drift))
+    _save_tensors(
+        similarities, {m.name: d.similarity.half() for m, d in drift.matrices.items()}, {}
+    )
+    for path in directions:
+        vectors = {
+            f"{matrix.name}.{side}": basis.float()
+            for matrix, d in drift.matrices.items()
+            for side, basis in zip(("left", "right"), d.directions)
+            if basis.shape[1]
+        }
+        _save_tensors(path, vectors, {"fields": json.dumps(common_fields(subject))})
+
+
+def _layer_table(drift: CheckpointDrift) -> pd.DataFrame:
+    """Every row of every matrix: layer, module, decomposition (see Triplets.method), metric, k,
+    eps, side, value."""
+    import pandas as pd
+
+    rows = [
+        {"layer": matrix.layer, "module": matrix.module, "decomposition": d.method, **row}
+        for matrix, d in drift.matrices.items()
+        for row in d.rows
+    ]
+    table = pd.DataFrame(rows)
+    table["k"] = table["k"].astype("Int32")
+    return table.astype({"eps": float, "value": float})
+
+
+def _spectrum_table(drift: CheckpointDrift) -> pd.DataFrame:
+    """Singular values by matrix and index, from 1: base, tuned, update; max_cosine of u_j."""
+    import pandas as pd
+
+    parts = []
+    for matrix, d in drift.matrices.items():
+        columns = {
+            "base": d.base_values,
+            "tuned": d.tuned_values,
+            "update": d.update_values,
+            "max_cosine": d.max_cosines,
+        }
+        columns = {name: pd.Series(c.float().numpy()) for name, c in columns.items()}
+        part = pd.DataFrame(columns).assign(layer=matrix.layer, module=matrix.module)
+        parts.append(part.assign(index=part.index + 1))
+    return pd.concat(parts, ignore_index=True)
+
+
+def layers_file(folder: Path) -> Path:
+    """Where the rows of all checkpoints are joined."""
+    return folder / "drift_layers.parquet"
+
+
+def join_layers(folder: Path) -> None:
+    """Join the rows of all checkpoints in `layers_file`."""
+    import pandas as pd
+
+    parts = []
+    for path in sorted((folder / "layers").glob("*.parquet")):
+        run, _, step = path.stem.rpartition("-")
+        parts.append(pd.read_parquet(path).assign(run=run, step=int(step)))
+    if parts:
+        table = pd.concat(parts, ignore_index=True)
+        for name in ("run", "module", "decomposition", "metric", "side"):
+            table[name] = table[name].astype("category")
+        _write_table(layers_file(folder), table)
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    with written_whole(path) as temporary:
+        table.to_parquet(temporary)
+
+
+def _save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+# --------------------------------------------------------------------------------- records
+
+
+def records_of(subject: Subject, drift: CheckpointDrift) -> list[dict[str, Any]]:
+    """Flat records. Over the layers (layer -1): every k, and every epsilon at the published k. Of
+    each layer: the published k and epsilon alone. The whole grid is in `layers/`."""
+    from lora_tradeoffs.drift.matrix import aggregate, whole_model
+
+    common = common_fields(subject)
+    rows = [
+        row
+        for row in aggregate(drift.matrices)
+        if row["k"] in (None, INTRUDER_K) or row["eps"] in (None, INTRUDER_EPSILON)
+    ]
+    rows += whole_model(drift.squares) if drift.squares else []
+    records = [{**common, "layer": -1, **row} for row in rows]
+    for matrix, d in drift.matrices.items():
+        about = {"layer": matrix.layer, "module": matrix.module, "n": 1, "decomposition": d.method}
+        records += [
+            {**common, **about, **row}
+            for row in d.rows
+            if row["k"] in (None, INTRUDER_K) and row["eps"] in (None, INTRUDER_EPSILON)
+        ]
+    return records
+
+
+def common_fields(subject: Subject) -> dict[str, Any]:
+    """The columns that all records of a checkpoint share; drift has no task and no split."""
+    about = {"run": subject.run, "family": subject.family or "", "step": subject.step}
+    return {**subject.fields, **about, "split": "", "task": ""}

@@ -1,0 +1,41 @@
+"""The captions of the figures of gradient conflict."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from figure_checks import notes
+from synthetic_records import record
+
+from lora_tradeoffs.figures.gradients import FIGURES
+from lora_tradeoffs.gradients.conflict import Products, conflict_records
+from lora_tradeoffs.tables.frames import load_records
+
+
+@pytest.mark.parametrize(
+    "seeds, bars, means",
+    [
+        ((42,), "Bars: 95 % interval over batches.", "One seed an arm."),
+        ((42, 43), "", "Mean over 2 seeds."),
+        ((42, 43, 44), "Bars: 95 % interval over seeds and batches.", "Mean over 3 seeds."),
+    ],
+)
+def test_figures_say_what_is_averaged_and_what_bars_are_over(tmp_path, seeds, bars, means):
+    random = np.random.default_rng(0)
+    records = []
+    for seed in seeds:
+        fields = record(f"similar_lora_r8_seed{seed}", "sst2", 0.0, seed=seed) | {"split": "train"}
+        gradients = random.normal(0.3, 1, (8, 2, 40))
+        between = np.einsum("bip,bjp->bij", gradients, gradients)[..., None]
+        products = Products(("sst2", "mnli"), ((0, "q_proj"),), between, np.ones((8, 2, 3, 1)))
+        records += [fields | conflict for conflict in conflict_records(products)]
+    for r in records:
+        r |= {k: None for k, v in r.items() if isinstance(v, float) and math.isnan(v)}
+    path = tmp_path / "gradients.json"
+    path.write_text(json.dumps({"meta": {"preset": "study"}, "records": records}))
+    for figure in FIGURES:
+        text = notes(figure(load_records(path)))
+        has_bars = figure.__name__ in ("conflict_over_training", "conflict_by_layer")
+        assert means in text
+        assert bars in text if has_bars and bars else "Bars" not in text
