@@ -65,7 +65,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it to make it anew") from None
+        raise UserError(f"{path} cannot be read ({error}); delete it, then rerun") from None
 
 
 def file_sha256(path: Path) -> str:

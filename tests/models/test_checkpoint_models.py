@@ -81,6 +81,24 @@ def test_every_checkpoint_is_itself_whatever_came_before(base, tmp_path):
     assert not torch.allclose(found["a"], found["base"], atol=1e-3)
 
 
+def test_adapters_that_are_more_than_low_rank_are_scored_and_leave_no_trace(base, tmp_path):
+    options = (
+        *({"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["norm"]}),
+        *({"trainable_token_indices": [17]}, {"bias": "lora_only"}),
+        {"target_parameters": ["model.layers.0.mlp.up_proj.weight"]},
+    )
+    expected = {}
+    for seed, option in enumerate(options):
+        (name,) = option
+        expected[name] = make_adapter(base, tmp_path / name, seed=seed, **option)
+    expected["plain"] = make_adapter(base, tmp_path / "plain", seed=7)
+    expected["full"] = make_full(base, tmp_path / "full", seed=8)
+    found = collect(base, [tmp_path / name for name in expected])
+    assert not [text for text in found.values() if isinstance(text, str)]
+    for name, logits in expected.items():
+        assert torch.allclose(found[name], logits, atol=1e-5), name
+
+
 def test_linears_stored_in_bf16_give_autocast_the_same_bits(base, tmp_path):
     make_adapter(base, tmp_path / "adapter", 4, seed=1)
     make_full(base, tmp_path / "full", seed=3)
@@ -118,12 +136,24 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "short" / "model.safetensors", metadata={"format": "pt"})
 
-    names = ["lacks", "other", "whole", "extra", "truncated", "pickled", "bare", "short", "full"]
+    for name, field in (
+        ("unknown", {"of_tomorrow": 1}),
+        ("start", {"init_lora_weights": "pissa"}),
+        ("rank", {"rank_pattern": {"v_proj": 0}}),
+    ):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({**config, **field}))
+
+    names = ["lacks", "other", "unknown", "whole", "extra", "rank", "truncated", "pickled", "bare"]
+    names += ["start", "short", "full"]
     found = collect(base, [tmp_path / name for name in names])
     assert "1 are missing" in found["lacks"] and "1 are unexpected" in found["extra"]
     assert "corrupt" in found["truncated"] and "pickled" in found["pickled"]
     assert "size mismatch" in found["other"] or "does not fit" in found["other"]
-    assert "corrupt or does not fit" in found["bare"]
+    assert "adapter_config.json cannot be read" in found["bare"]
+    assert "corrupt or does not fit the base: " in found["rank"]
+    assert "cannot be loaded: its of_tomorrow is 1" in found["unknown"]
+    assert "cannot be loaded: its init_lora_weights is 'pissa'" in found["start"]
     assert "lacks model.layers.1.mlp.up_proj.weight" in found["short"]
     for text in (v for v in found.values() if isinstance(v, str)):
         assert "\n" not in text and str(tmp_path) in text
@@ -218,15 +248,12 @@ def test_a_scaled_update_that_is_left_early_is_whole_again(base, tmp_path):
 
 
 def test_updates_that_cannot_be_scaled_are_refused(base, tmp_path):
-    for name, options in (
-        ("DoRA", {"use_dora": True}),
-        ("biases", {"bias": "lora_only"}),
-        ("in full", {"modules_to_save": ["norm"]}),
-    ):
+    for options in ({"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["norm"]}):
+        (name,) = options
         make_adapter(base, tmp_path / name, **options)
         checkpoint, model = models_of(base, tmp_path / name)
         assert not isinstance(model, UserError), model
-        with pytest.raises(UserError, match=f"{name}.*cannot be scaled"):
+        with pytest.raises(UserError, match=f"cannot be scaled: its {name}"):
             next(scaled_updates(base, checkpoint, model, [0.5]))
     make_full(base, tmp_path / "full")
     checkpoint, model = models_of(base, tmp_path / "full")
