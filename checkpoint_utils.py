@@ -13,8 +13,7 @@ from lora_tradeoffs.files import (
     checkpoints,
     newest_whole_checkpoint,
 )
-from lora_tradeoffs.models.checkpoint_models import checkpoint_models
-from lora_tradeoffs.models.weights import checkpoint_weights
+from lora_tradeoffs.models.checkpoint_models import checkpoint_models, checkpoint_weights
 
 __all__ = [
     "Checkpoint",

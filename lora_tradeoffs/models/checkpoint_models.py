@@ -19,6 +19,7 @@ from lora_tradeoffs.models.weights import (
     HEAD,
     Weights,
     match_tensors,
+    read_checkpoint,
     read_lora_config,
     stored_names,
 )
@@ -62,6 +63,25 @@ def checkpoint_models(
             result = model
         except UserError as error:
             result = error
+        yield checkpoint, result
+
+
+def checkpoint_weights(
+    base: Base, checkpoints: Sequence[Checkpoint]
+) -> Iterator[tuple[Checkpoint | None, Any]]:
+    """(None, the base's weights), then (checkpoint, its weights) for each; no model is built.
+
+    The weights are verified and read when they are used. A checkpoint that is broken or does not
+    fit the base comes with the UserError that says so instead.
+    """
+    base_weights = Weights(base.folder)
+    yield None, base_weights
+    for checkpoint in checkpoints:
+        try:
+            check_whole(checkpoint, ".safetensors")
+            result: Any = read_checkpoint(checkpoint.folder, base_weights)
+        except UserError as error:
+            result = UserError(f"{checkpoint.run}, step {checkpoint.step}: {error}")
         yield checkpoint, result
 
 

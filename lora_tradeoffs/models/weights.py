@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import UserError
-from lora_tradeoffs.files import Checkpoint, check_whole, read_json
+from lora_tradeoffs.files import read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
-
-    from lora_tradeoffs.models.base import Base
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -310,25 +308,6 @@ def _is_tied(folder: Path) -> bool:
 def model_tensors(base: Weights) -> dict[str, str]:
     """Each of the base's tensors once, with the name under which it is stored."""
     return stored_names(base, _is_tied(base.folder))
-
-
-def checkpoint_weights(
-    base: Base, checkpoints: Sequence[Checkpoint]
-) -> Iterator[tuple[Checkpoint | None, Any]]:
-    """(None, the base's weights), then (checkpoint, its weights) for each; no model is built.
-
-    The weights are verified and read when they are used. A checkpoint that is broken or does not
-    fit the base comes with the UserError that says so instead.
-    """
-    base_weights = Weights(base.folder)
-    yield None, base_weights
-    for checkpoint in checkpoints:
-        try:
-            check_whole(checkpoint, ".safetensors")
-            result: Any = read_checkpoint(checkpoint.folder, base_weights)
-        except UserError as error:
-            result = UserError(f"{checkpoint.run}, step {checkpoint.step}: {error}")
-        yield checkpoint, result
 
 
 def read_checkpoint(folder: Path, base: Weights) -> Adapter | FullCheckpoint:
