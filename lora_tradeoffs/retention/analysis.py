@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 from config import DATA_SEED, FAMILIES, MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions, TaskUnit
+from lora_tradeoffs.data.sources import source_folder
+from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.base import Base
@@ -95,6 +98,7 @@ class Retention(Analysis):
     """Measures benchmarks, held-out text and drift; the base's side is computed once."""
 
     name = "retention"
+    trusts_records = False  # see _recorded_identities
 
     def __init__(self, settings: Settings, base: Base, options: RetentionOptions) -> None:
         super().__init__(settings, base, options)
@@ -149,6 +153,8 @@ class Retention(Analysis):
 
         A unit is one benchmark.
         """
+        if self.trusts_records and self.options.tasks == RetentionOptions.tasks:
+            return list(self.options.tasks)  # known to be no groups
         tasks: dict[str, None] = {}
         for name in self.options.tasks:
             benchmarks = self.benchmarks(name, self.options.limit or 0)
@@ -181,7 +187,9 @@ class Retention(Analysis):
         """What makes two measurements the same, beside the weights."""
         request: dict[str, Any] = {"precision": self.precision, "limit": unit.limit}
         if unit.kind == "benchmark":
-            return request | {"benchmark": self.benchmarks(unit.task, unit.limit).identities}
+            identities = self._recorded_identities(unit)
+            identities = identities or self.benchmarks(unit.task, unit.limit).identities
+            return request | {"benchmark": identities}
         if unit.kind == "text":
             return request | {"texts": _digest(self.texts()[unit.task.removeprefix(TEXT)])}
         if unit.kind == "adaptation":
@@ -189,6 +197,20 @@ class Retention(Analysis):
         passages = self.passages(unit.subject.family)
         tokens = {name: [list(p.tokens) for p in parts] for name, parts in passages.items()}
         return request | {"passages": _digest(tokens)}
+
+    def _recorded_identities(self, unit: RetentionUnit) -> dict[str, Any] | None:
+        """With `trusts_records` the identities in the unit's file, if lm-eval is the same version
+        and a folder's rows are older: whoever only asks what is pending need not load the tasks,
+        which takes seconds. New rows on the Hub are not seen then."""
+        path = self.results.unit_file(unit.name)
+        if not self.trusts_records or not path.is_file():
+            return None
+        identities = read_json(path).get("request", {}).get("benchmark", {})
+        folder = source_folder(self.settings)
+        files = (folder / unit.task).glob("*.jsonl") if folder else ()
+        is_newer = any(file.stat().st_mtime_ns > path.stat().st_mtime_ns for file in files)
+        versions = {identity.get("lm_eval") for identity in identities.values()}
+        return None if is_newer or versions != {version("lm_eval")} else identities
 
     # ------------------------------------------------------------------------ measurements
 

@@ -1,21 +1,21 @@
-"""A study's steps: what one is, what it makes or measures, and whether it is done.
+"""A study's steps: what each makes or measures, its command line, and whether it is done.
 
-A step is one process of one script. What it was asked for, what it read and how long it took is
-written when it has ended well, to `outputs/<study>/steps/<step>.json`: it is done while that still
-holds.
+A step is one process of one script. It is done if the script's own test says so: a run is trained
+with the same settings, an analysis has nothing left to measure, the report is newer than what it
+shows. The tests run in this process, so that no process starts for a step that is done.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from config import Settings
-from lora_tradeoffs.files import write_json
+from config import ROOT, Settings, UserError
+from dataset_descriptions import describe
+from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.training.learning_rates import rates_around, read_rates
 from lora_tradeoffs.training.run import Run
 
@@ -30,180 +30,256 @@ STAGES = {
     "gradients": "gradient_conflict",
     "report": "lora_tradeoffs.report.html",
 }
-# the stages that analyse, and what their documents are called
+# the stages that measure checkpoints, and their documents
 ANALYSES = {
     "evaluate": "adaptation",
     "retention": "retention",
     "drift": "drift",
     "gradients": "gradients",
 }
+NOTEBOOK = ROOT / "plot_results.ipynb"
+
+# (stage, options, names of runs) -> names of the runs, "base" among them, with a measurement left
+UnmeasuredRuns = Callable[[str, Mapping[str, Any], Sequence[str]], set[str]]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A search of every arm's learning rate: the seed that it is made with, and its grid."""
+    """A search of every arm's learning rate: the seed of its runs, and its grid of factors."""
 
     seed: int
     factors: tuple[float, ...]
 
     def runs(self, planned: Run) -> list[Run]:
-        """What a planned run stands for by now.
+        """The runs that a planned run stands for, from the rates that are known so far.
 
         With the sweep's seed: the arm at every rate that was tried, else at those of the grid. With
         another: at the chosen rate (until the search has ended the default), if there is one.
         """
-        own = [r for r in read_rates(planned.folder.parent) if r["arm"] == planned.arm]
+        records = _rate_records(planned)
         if planned.config.seed == self.seed:
-            rates = [r["learning_rate"] for r in own]
+            rates = [record["learning_rate"] for record in records]
             rates = rates or rates_around(planned.default.learning_rate, self.factors)
-        elif own:
-            rates = [r["learning_rate"] for r in own if r["chosen"]]
+        elif records:
+            rates = [record["learning_rate"] for record in records if record["chosen"]]
         else:
             rates = [planned.default.learning_rate]
         return [planned.at_rate(rate) for rate in rates]
 
+    def has_chosen(self, planned: Run) -> bool:
+        """Whether the arm has a rate, from a search that tried all of this grid."""
+        records = _rate_records(planned)
+        tried = {record["learning_rate"] for record in records}
+        wanted = rates_around(planned.default.learning_rate, self.factors)
+        return any(record["chosen"] for record in records) and tried.issuperset(wanted)
 
-@dataclass(frozen=True)
+
+def _rate_records(run: Run) -> list[dict[str, Any]]:
+    return [r for r in read_rates(run.folder.parent) if r["arm"] == run.arm]
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
-    """One process, and the runs that it is planned to make or measure (none: all there are)."""
+    """One process of the stage's script.
+
+    `options` are the script's flags by name, but for those that say which runs and which study;
+    `planned_runs` what it makes, prepares data for or measures (none: all runs of the study).
+    """
 
     name: str
     stage: str
-    flags: tuple[str, ...]
-    planned: tuple[Run, ...] = ()
-    needs: tuple[str, ...] = ()  # steps that have to be over before
+    options: Mapping[str, Any]
+    planned_runs: tuple[Run, ...] = ()
+    needs: tuple[str, ...] = ()  # steps that have to end before
     sweep: Sweep | None = None
 
     @property
-    def script(self) -> str:
-        return STAGES[self.stage]
+    def runs(self) -> tuple[Run, ...]:
+        """The runs that it makes or measures, in a sweep at the rates that are known so far."""
+        if self.sweep is None:
+            return self.planned_runs
+        return tuple(run for planned in self.planned_runs for run in self.sweep.runs(planned))
 
     @property
-    def runs(self) -> tuple[Run, ...]:
-        """The runs that it makes or measures, under a sweep at the rates that are known by now."""
-        if self.sweep is None:
-            return self.planned
-        return tuple(run for planned in self.planned for run in self.sweep.runs(planned))
+    def tasks(self) -> list[str]:
+        return sorted({task for run in self.planned_runs for task in run.config.tasks})
 
-    def arguments(self) -> list[str]:
-        """The command line; of the runs to measure, those that have a checkpoint by now.
-
-        Figures are left to the report, which draws them all once.
-        """
-        if self.stage not in ANALYSES:
-            return list(self.flags)
-        names = [run.name for run in self.runs if has_checkpoint(run)]
-        return [*self.flags, "--no-figures", *(["--runs", *names] if names else [])]
-
-    def request(self) -> dict[str, Any]:
-        """What makes it the same step, with the same things to read."""
-        return {"script": self.script, "flags": list(self.flags), "runs": _state(self.runs)}
+    def measurable_runs(self) -> list[str]:
+        """Names of its runs that have a checkpoint now."""
+        return [r.name for r in self.runs if any(r.folder.glob("checkpoint-*/manifest.json"))]
 
 
-def has_checkpoint(run: Run) -> bool:
-    return any(run.folder.glob("checkpoint-*/manifest.json"))
+def command_line(step: Step, settings: Settings) -> list[str]:
+    """What a user would write after `python` for this step: the script and its arguments.
+
+    An analysis draws no figures: the report draws them all once.
+    """
+    script = STAGES[step.stage]
+    head = ["-m", script] if "." in script else [f"{script}.py"]
+    options = dict(step.options)
+    if step.stage in ANALYSES:
+        options |= {"no_figures": True, "runs": step.measurable_runs() or None}
+    names = ("preset", "study", "model", "data")
+    values = (settings.preset.name, settings.study, settings.model, settings.data)
+    tasks = step.tasks if step.stage == "prepare" else []
+    return [*head, *tasks, *flags(options), *flags(dict(zip(names, values)))]
 
 
-def _state(runs: Sequence[Run]) -> dict[str, str]:
-    """Of every run what tells its checkpoints apart: of one that is done its training.json."""
-    found = {}
-    for run in runs:
-        files = [run.folder / "training.json"]
-        if not run.is_done:
-            files = sorted(run.folder.glob("checkpoint-*/manifest.json"))
-        content = b"".join(path.read_bytes() for path in files)
-        found[run.name] = hashlib.sha256(content).hexdigest()[:16]
-    return found
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as flags: True is a flag alone, a sequence all its values, None and False nothing."""
+    parts: list[str] = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        parts.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            parts += map(str, value if isinstance(value, (list, tuple)) else [value])
+    return parts
 
 
-def steps_done(steps: Sequence[Step], stamps: Stamps) -> set[str]:
-    """Names of the steps that need not be carried out: what they read is made, too."""
-    done: set[str] = set()
-    names = {step.name for step in steps}
-    for step in steps:
-        if stamps.is_done(step) and not names & set(step.needs) - done:
-            done.add(step.name)
-    return done
+# -------------------------------------------------------------------------- how steps ended
 
 
-class Stamps:
-    """What is written of steps that have ended, in `outputs/<study>/steps/`."""
+class Outcomes:
+    """How the steps ended, in `outputs/<study>/steps.json`.
+
+    Of a step that ended well its seconds, its runs and how many results are new; of another its
+    exit code, error and log.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self.study = settings.output_dir / "outputs" / settings.study
-        self.folder = self.study / "steps"
-        self.documents = {stage: settings.document(name) for stage, name in ANALYSES.items()}
+        self.path = settings.output_dir / "outputs" / settings.study / "steps.json"
 
-    def error_file(self, step: Step) -> Path:
-        return self.folder / f"{step.name}-error.json"
-
-    def read(self, step: Step) -> dict[str, Any] | None:
-        """The stamp of a step that has ended well; None if there is none that can be read."""
+    def read(self) -> dict[str, dict[str, Any]]:
+        """The outcomes by the step's name; none from a file that cannot be read."""
         try:
-            return json.loads((self.folder / f"{step.name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+            return read_json(self.path) if self.path.is_file() else {}
+        except UserError:  # only an estimate hangs on it
+            return {}
 
-    def is_done(self, step: Step) -> bool:
-        """Whether the step has ended well, for what it would be asked and would read now."""
-        stamp = self.read(step)
-        if stamp is None or stamp["request"] != json.loads(json.dumps(self.request(step))):
+    def write(self, step: Step, **outcome: Any) -> None:
+        write_json(self.path, {**self.read(), step.name: {"stage": step.stage, **outcome}})
+
+
+def count_results(step: Step, settings: Settings) -> int:
+    """How many units of the step's runs are measured; 0 for a step that measures none."""
+    if step.stage not in ANALYSES:
+        return 0
+    units = [p.name for p in (settings.document(ANALYSES[step.stage]).parent / "records").glob("*")]
+    prefixes = tuple(f"{run.name}-" for run in step.runs)  # a unit's name begins with its run's
+    return sum(name.startswith(prefixes) for name in units)
+
+
+# ---------------------------------------------------------------------------- is it done?
+
+
+class DoneTests:
+    """Asks, of every step, the test by which its script skips what is done."""
+
+    def __init__(self, settings: Settings, unmeasured_runs: UnmeasuredRuns) -> None:
+        self.settings, self.unmeasured_runs = settings, unmeasured_runs
+        self._data: dict[Any, dict[str, Any] | None] = {}
+
+    def done_steps(self, steps: Sequence[Step]) -> set[str]:
+        """Names of the steps that are done, as are all that they need.
+
+        The costlier tests are made only where the cheaper ones passed: training before analyses.
+        """
+        names = {step.name for step in steps}
+        analyses = [step for step in steps if step.stage in ANALYSES]
+        unmeasured: dict[str, set[str]] = {}
+        done: set[str] = set()
+        for step in steps:
+            if names & set(step.needs) - done:
+                continue
+            if step.stage not in ANALYSES:
+                is_done = self._is_made(step)
+            else:  # asked once for all steps that differ in their runs alone
+                key = f"{step.stage} {dict(step.options)}"
+                if key not in unmeasured:
+                    alike = [s for s in analyses if f"{s.stage} {dict(s.options)}" == key]
+                    unmeasured[key] = self._unmeasured(step, alike)
+                is_done = not unmeasured[key] & {"base", *(run.name for run in step.runs)}
+            if is_done:
+                done.add(step.name)
+        return done
+
+    def _is_made(self, step: Step) -> bool:
+        """Whether a step that measures nothing is done; False for what cannot be read.
+
+        Its process says what is wrong.
+        """
+        try:
+            if step.stage == "report":
+                return self._report_is_new()
+            if step.stage == "prepare":
+                caps = self.settings.preset.max_length, self.settings.examples_per_task
+                return all(
+                    self._prepared((task,), caps[0][describe(task).family], caps[1], 0)
+                    for task in step.tasks
+                )
+            if step.stage == "sweep" and not all(map(step.sweep.has_chosen, step.planned_runs)):
+                return False
+            return all(
+                self._is_trained(run) or (step.stage == "sweep" and run.has_diverged)
+                for run in step.runs
+            )
+        except UserError:
             return False
-        if step.stage in ("sweep", "train"):
-            return all(run.is_done or run.has_diverged for run in step.runs)
-        return step.stage != "prepare" or all(
-            (Path(folder) / "report.json").is_file() for folder in stamp["made"]
+
+    def _is_trained(self, run: Run) -> bool:
+        """Whether training would skip the run: it is done, with these settings, base and data."""
+        from lora_tradeoffs.hardware import pick_device, pick_precision
+        from lora_tradeoffs.training.run_record import different_settings
+
+        config = run.config
+        data = self._prepared(
+            config.tasks, config.max_length, config.examples_per_task, config.limit
         )
+        if not run.is_done or data is None:
+            return False
+        precision = pick_precision(config.dtype, pick_device())
+        record = {
+            "compared": dataclasses.replace(config, dtype=precision).compared(),
+            "base": self._base.record,
+            "data": {name: task.report for name, task in data.items()},
+        }
+        return not different_settings(read_json(run.folder / "run.json"), record)
 
-    def request(self, step: Step) -> dict[str, Any]:
-        """The step's request, and of what it reads and makes a digest."""
-        request = step.request()
-        if step.stage == "report":
-            made = [*self.documents.values(), self.study / "report.html"]
-            request["documents"] = _digests(made)
-        elif step.stage in ANALYSES:
-            names = {run.name for run in step.runs}
-            request["measured"] = _listing(self.records(step), names)
-        return request
+    def _unmeasured(self, step: Step, alike: Sequence[Step]) -> set[str]:
+        """The runs of these steps, and the base, that have a measurement left."""
+        runs = list(dict.fromkeys(name for s in alike for name in s.measurable_runs()))
+        try:
+            return self.unmeasured_runs(step.stage, step.options, runs)
+        except UserError:
+            return {"base"}
 
-    def write(self, step: Step, settings: Settings, seconds: float, new: int) -> None:
-        """Note that the step has ended well: its seconds, and the units that it measured."""
-        stamp = {"request": self.request(step), "seconds": round(seconds, 1), "new": new}
-        if step.stage == "prepare":
-            stamp["made"] = [str(p.parent) for p in settings.prepared_dir.glob("*/*/report.json")]
-        write_json(self.folder / f"{step.name}.json", stamp)
-        self.error_file(step).unlink(missing_ok=True)
+    def _report_is_new(self) -> bool:
+        """Whether the report was written after the documents and the notebook that it shows."""
+        report = self.settings.output_dir / "outputs" / self.settings.study / "report.html"
+        sources = [NOTEBOOK, *map(self.settings.document, ANALYSES.values())]
+        times = [path.stat().st_mtime_ns for path in sources if path.is_file()]
+        return report.is_file() and report.stat().st_mtime_ns > max(times)
 
-    def write_error(self, step: Step, code: int, log: Path, message: str) -> None:
-        error = {"step": step.name, "exit_code": code, "error": message, "log": str(log)}
-        write_json(self.error_file(step), error)
+    @functools.cached_property
+    def _base(self) -> Any:
+        from lora_tradeoffs.models.base import prepare_base
 
-    def units(self, step: Step) -> int:
-        """How many units there are of the step's runs."""
-        if step.stage not in ANALYSES:
-            return 0
-        return len(_records(self.records(step), {run.name for run in step.runs}))
+        return prepare_base(self.settings)
 
-    def records(self, step: Step) -> Path:
-        """Where the step's analysis keeps its units."""
-        return self.documents[step.stage].parent / "records"
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        from lora_tradeoffs.models.base import load_tokenizer
 
+        return load_tokenizer(self._base)
 
-def _records(folder: Path, runs: set[str]) -> list[Path]:
-    """Files of the runs' units; a unit's name begins with its run's."""
-    found = sorted(folder.glob("*.json"))
-    return [p for p in found if not runs or any(p.name.startswith(f"{run}-") for run in runs)]
+    def _prepared(self, tasks: tuple[str, ...], *limits: int) -> dict[str, Any] | None:
+        """The tasks' prepared data, if they and the base are there already."""
+        from lora_tradeoffs.data.preparation import find_prepared
+        from lora_tradeoffs.models.base import base_is_here
 
-
-def _listing(folder: Path, runs: set[str]) -> str:
-    """Tells whether a unit was written, changed or deleted since."""
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _records(folder, runs)]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-
-
-def _digests(paths: Sequence[Path]) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        for path in paths
-        if path.is_file()
-    }
+        if (tasks, limits) not in self._data:
+            here = base_is_here(self.settings)
+            data = find_prepared(self.settings, self._tokenizer, tasks, *limits) if here else None
+            self._data[tasks, limits] = data
+        return self._data[tasks, limits]

@@ -1,0 +1,124 @@
+"""The runs and steps of a study, and their command lines."""
+
+import dataclasses
+import importlib
+
+import pytest
+
+from config import resolve_settings
+from lora_tradeoffs.adaptation.analysis import AdaptationOptions
+from lora_tradeoffs.retention.analysis import RetentionOptions
+from lora_tradeoffs.study.estimates import training_need
+from lora_tradeoffs.study.plan import SAMPLE_OPTIONS, plan_runs, plan_steps
+from lora_tradeoffs.study.steps import ANALYSES, STAGES, command_line
+from lora_tradeoffs.training.learning_rates import Search, search_records, write_rates
+from run_study import build_parser
+
+
+@pytest.fixture
+def planned(tiny):
+    """A function from flags of run_study.py to its settings, runs and steps."""
+
+    def plan(*flags):
+        args = build_parser().parse_args(["--model", str(tiny), "--max-steps", "4", *flags])
+        settings = resolve_settings(args)
+        runs = plan_runs(args, settings, 32)
+        return args, settings, runs, plan_steps(args, settings, runs)
+
+    return plan
+
+
+def test_the_grid_of_the_flags(planned):
+    flags = ["--families", "similar", "--ranks", "4", "8", "--full-qv", "--single-task-controls"]
+    _, _, runs, steps = planned("--study", "grid", *flags)
+    assert len(runs) == 4 * 4 and len({run.name for run in runs}) == 16
+    assert sum(run.name.startswith("sst2_") for run in runs) == 4
+    assert [s.stage for s in steps[:2]] == ["prepare", "train"]
+    assert len({step.name for step in steps}) == len(steps)
+    position = {step.name: i for i, step in enumerate(steps)}
+    assert all(position[n] < position[s.name] for s in steps for n in s.needs if n in position)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--single-task-controls", "--full-qv", "--set", "checkpoints=2", "warmup=0.1"),
+        ("--measure-then-delete", "--dtype", "bf16", "--scale-update"),
+        ("--workers", "2", "--items", "8", "--lr-sweep", "1", "2", "--seeds", "42", "43"),
+        ("--data", "hub", "--preset", "study"),
+    ],
+)
+def test_every_command_line_is_one_that_its_script_accepts(planned, flags):
+    args, settings, _, steps = planned("--study", "commands", *flags)
+    seen = set()
+    for step in steps:
+        command = command_line(step, settings)
+        assert command[0] == f"{STAGES[step.stage]}.py" or command[0] == "-m"
+        module = importlib.import_module(STAGES[step.stage])
+        parsed = module.build_parser().parse_args(command[1 + (command[0] == "-m") :])
+        seen.add(step.stage)
+        for name in ("preset", "study", "model", "data"):
+            assert getattr(parsed, name) in (getattr(settings, name), settings.preset.name)
+        for name, value in step.options.items():
+            if name == "lora":
+                assert parsed.lora == [value]
+            elif name == "seed":
+                assert parsed.seed == [value]
+            elif isinstance(value, tuple):
+                assert tuple(getattr(parsed, name)) == value
+            elif value is not None:
+                assert getattr(parsed, name) == value, name
+        if step.stage == "prepare":
+            assert parsed.tasks == step.tasks
+        if step.stage in ("sweep", "train"):
+            assert parsed.set == args.set
+    assert seen >= {"prepare", "report", *ANALYSES}
+
+
+def test_the_options_of_the_sample_are_options_of_the_analyses():
+    fields = {
+        "evaluate": AdaptationOptions,
+        "retention": RetentionOptions,
+    }
+    for (stage, _), options in SAMPLE_OPTIONS.items():
+        if stage in fields:
+            names = {field.name for field in dataclasses.fields(fields[stage])}
+            assert options.keys() <= names | {"checkpoints"}
+
+
+def test_workers_share_an_analysis_after_one_has_measured_the_base(planned):
+    _, _, runs, steps = planned("--study", "shards", "--workers", "2", "--data", "hub")
+    named = {step.name: step for step in steps}
+    base, one, two = (named[f"retention-{part}"] for part in ("base", "1of2", "2of2"))
+    assert {run.config.family for run in base.runs} == {"similar", "dissimilar"}
+    assert base.options["checkpoints"] == ("last",)
+    assert "retention-base" in one.needs and "retention-base" in two.needs
+    assert {*one.runs, *two.runs} == {*runs} and not {*one.runs} & {*two.runs}
+    assert "drift" in named  # its threads use all cores
+
+
+def test_a_sweep_is_planned_at_the_rates_that_are_known(planned):
+    flags = ["--families", "similar", "--ranks", "4", "--seeds", "42", "43"]
+    args, settings, _, planned_steps = planned("--study", "planned", *flags, "--lr-sweep", "1", "2")
+    steps = {step.name: step for step in planned_steps}
+    searches = [step for step in steps.values() if step.stage == "sweep"]
+    assert len(searches) == 2 and all(len(step.runs) == 2 for step in searches)
+    assert training_need(args, settings, searches[0], {}).words.startswith(
+        "4 steps at 2 learning rates, or more"
+    )
+    (later,) = (s for s in steps.values() if s.stage == "train" and "lora" in s.name)
+    assert "--swept-rates" in command_line(later, settings) and searches[1].name in later.needs
+    default = later.runs[0].config.learning_rate
+    tried = {rate: [1.0 + abs(rate - 2 * default)] for rate in (default, 2 * default, 4 * default)}
+    arm, sweep = later.runs[0].arm, searches[1].sweep
+    assert not sweep.has_chosen(searches[1].planned_runs[0])
+    search = Search(tried, 2 * default)
+    write_rates(settings.runs_dir, arm, search_records(arm, later.runs[0].config, default, search))
+    assert sweep.has_chosen(searches[1].planned_runs[0])
+    assert not dataclasses.replace(sweep, factors=(1, 16)).has_chosen(searches[1].planned_runs[0])
+    assert [run.config.learning_rate for run in later.runs] == [2 * default]
+    assert {run.config.learning_rate for run in searches[1].runs} == set(tried)
+    measured = [
+        (r.config.seed, r.config.learning_rate) for r in steps["drift"].runs if r.arm == arm
+    ]
+    assert sorted(measured) == [(42, rate) for rate in sorted(tried)] + [(43, 2 * default)]
