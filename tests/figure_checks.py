@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from itertools import combinations
 
+from lora_tradeoffs.figures.study_records import StudyRecords
+
+
+def drawn(figure, **frames):
+    """A figure of a study of which there are these records."""
+    return figure(StudyRecords(**frames))
+
 
 def panel(figure, task):
     return next(ax for ax in figure.axes if ax.get_title(loc="left") == task)

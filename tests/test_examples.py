@@ -1,6 +1,7 @@
 """The study in examples/ can be read and drawn by the code beside it."""
 
 import pytest
+from figure_checks import drawn
 from support import ROOT
 
 from lora_tradeoffs.figures.adaptation import learning_curves
@@ -27,6 +28,7 @@ def test_the_example_is_drawn(tmp_path):
     adaptation, retention = (
         load_records(EXAMPLE / f"{name}.json") for name in ("adaptation", "retention")
     )
-    figures = learning_curves(adaptation), learning_forgetting_plane(retention, adaptation)
+    study = {"adaptation": adaptation, "retention": retention}
+    figures = drawn(learning_curves, **study), drawn(learning_forgetting_plane, **study)
     for number, figure in enumerate(figures):
         assert save(figure, tmp_path / f"{number}.png").stat().st_size > 4000

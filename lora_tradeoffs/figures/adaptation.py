@@ -6,21 +6,20 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from dataset_descriptions import DESCRIPTIONS
-from lora_tradeoffs.figures.style import (
-    METRIC_LABELS,
-    curves,
+from lora_tradeoffs.figures.panels import (
+    curve,
+    dotted,
     finish,
     interval_lengths,
-    label_columns,
+    interval_notes,
+    label_edges,
     nothing,
     panels,
-    rank_axis,
-    rank_points,
+    points_by_rank,
     references,
-    style_of,
-    styled,
     training_axis,
 )
+from lora_tradeoffs.figures.style import METRIC_LABELS, style_of, styled
 from lora_tradeoffs.tables.frames import (
     is_trained,
     last_checkpoints,
@@ -34,54 +33,63 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from lora_tradeoffs.figures.study_records import StudyRecords
 
-def learning_curves(frame: DataFrame, split: str = "validation") -> Figure:
-    """A panel a task: the primary metric over training, all arms, from the base on."""
-    rows = _drawn(frame, split)
+
+def learning_curves(study: StudyRecords) -> Figure:
+    """A panel for each task: the primary metric on validation over training, from the base on."""
+    frame = study.adaptation
+    rows = _primary_scores(frame)
+    rows = rows[rows["split"] == "validation"]
     trained = rows[is_trained(rows)].dropna(subset=["fraction"])
     if trained.empty:
-        return nothing(frame, f"no primary metric of a checkpoint on the {split} split")
+        return nothing(frame, "no primary metric of a checkpoint on the validation split")
     table = summarise(trained.assign(fraction=trained["fraction"].round(4)), by=("fraction",))
     shift, limits = training_axis(table["fraction"], table["arm"])
     with styled():
-        figure, axes = _task_panels(table["task"], sharex=True)
+        figure, axes = _task_panels(table["task"], share_x="all")
         for task, ax in axes.items():
             base = references(ax, rows[rows["task"] == task])
-            curves(ax, table[table["task"] == task], shift, base)
+            start = None if base is None else (0.0, base)
+            for arm, points in table[table["task"] == task].groupby("arm"):
+                curve(ax, arm, points["fraction"] + shift[arm], points, start, alpha=0.5)
             ax.set_xlim(*limits)
-        label_columns(axes, "fraction of training")
-        about = f"Split: {split}. Arms stand side by side at a checkpoint."
-        return finish(figure, frame, rows, table, "lines", about)
+        label_edges(axes, "fraction of training")
+        about = "Split: validation. Arms are shifted sideways at a checkpoint to be told apart."
+        return _finish(figure, frame, rows, table, about, "lines")
 
 
-def last_by_rank(frame: DataFrame, split: str | None = None) -> Figure:
-    """A panel a task: the last checkpoint by LoRA rank, then full qv and full.
+def last_by_rank(study: StudyRecords) -> Figure:
+    """A panel for each task: the last checkpoint by LoRA rank, then full qv and full.
 
-    `split` is test where any arm has it. Small points beside a mean are its seeds.
+    The split is test if any arm has been measured on it. Small points beside a mean are its seeds.
     """
-    rows, split = _last_rows(frame, split)
+    frame = study.adaptation
+    rows = last_checkpoints(_primary_scores(frame))
+    is_tested = (is_trained(rows) & (rows["split"] == "test")).any()
+    split = "test" if is_tested else "validation"
+    rows = rows[rows["split"] == split]
     trained = rows[is_trained(rows)]
     if trained.empty:
         return nothing(frame, f"no last checkpoint's primary metric on the {split} split")
     table = summarise(trained)
-    ticks, place = rank_axis(table["arm"].unique())
     with styled():
-        figure, axes = _task_panels(table["task"], sharex=True)
+        figure, axes = _task_panels(table["task"], share_x="all")
         for task, ax in axes.items():
             references(ax, rows[rows["task"] == task])
-            own = (part[part["task"] == task] for part in (trained, table))
-            rank_points(ax, *own, ticks, place)
-        label_columns(axes, "LoRA rank, full fine-tuning")
+            of_task = (part[part["task"] == task] for part in (trained, table))
+            points_by_rank(ax, *of_task, table["arm"].unique())
+        label_edges(axes, "LoRA rank, full fine-tuning")
         about = f"Split: {split}. Last checkpoint.{unfinished(frame)}"
-        return finish(figure, frame, rows, table, "lines over points", about)
+        return _finish(figure, frame, rows, table, about, "lines over points")
 
 
-def validation_against_test(frame: DataFrame) -> Figure:
-    """A panel a task: the last checkpoint on test over validation; on the line they agree."""
-    rows = last_checkpoints(_drawn(frame, None))
+def validation_against_test(study: StudyRecords) -> Figure:
+    """A panel for each task: the last checkpoint on test over validation; equal on the line."""
+    frame = study.adaptation
+    rows = last_checkpoints(_primary_scores(frame))
     rows = rows[is_trained(rows)]
-    both = rows.groupby(["run", "task"])["split"].transform("nunique") == 2
-    rows = rows[both]
+    rows = rows[rows.groupby(["run", "task"])["split"].transform("nunique") == 2]
     if rows.empty:
         return nothing(frame, "no last checkpoint measured on both validation and test")
     tables = [summarise(rows[rows["split"] == split]) for split in ("validation", "test")]
@@ -90,7 +98,6 @@ def validation_against_test(frame: DataFrame) -> Figure:
         figure, axes = _task_panels(table["task"])
         for task, ax in axes.items():
             for _, point in table[table["task"] == task].iterrows():
-                style = style_of(point["arm"]) | {"linestyle": "none"}
                 on_test = {name: point[f"{name}_test"] for name in ("value", "low", "high")}
                 ax.errorbar(
                     [point["value"]],
@@ -99,7 +106,7 @@ def validation_against_test(frame: DataFrame) -> Figure:
                     yerr=interval_lengths(on_test),
                     label=point["arm"],
                     elinewidth=0.7,
-                    **style,
+                    **style_of(point["arm"]) | {"linestyle": "none"},
                 )
             low = min(ax.get_xlim()[0], ax.get_ylim()[0])
             high = max(ax.get_xlim()[1], ax.get_ylim()[1])
@@ -108,28 +115,27 @@ def validation_against_test(frame: DataFrame) -> Figure:
             ax.locator_params(nbins=4)
             ax.set_ylabel(f"test {ax.get_ylabel()}")
         about = f"Last checkpoint; on the line both splits agree.{unfinished(frame)}"
-        return finish(figure, frame, rows, table, "points", about)
+        return _finish(figure, frame, rows, table, about, "points")
 
 
-def _task_panels(tasks: Iterable[str], **shared: bool) -> Any:
-    """A panel a task, in the suite's order, three a row."""
+def _task_panels(tasks: Iterable[str], **share: str) -> Any:
+    """A panel for each task, in the suite's order, three in a row."""
     metrics = {task: DESCRIPTIONS[task].metrics[0] for task in ordered(tasks)}
-    return panels([{task: METRIC_LABELS.get(m, m) for task, m in metrics.items()}], **shared)
+    return panels([{task: METRIC_LABELS.get(m, m) for task, m in metrics.items()}], **share)
 
 
-def _drawn(frame: DataFrame, split: str | None) -> DataFrame:
-    """Primary metrics with the description's own prompt, of one split or all."""
+def _primary_scores(frame: DataFrame) -> DataFrame:
+    """Primary metrics with the description's own prompt and no in-context examples."""
     rows = scores(frame)
-    rows = rows[(rows["shots"] == 0) & (rows["prompt"] == 0)]
-    return rows if split is None else rows[rows["split"] == split]
+    return rows[(rows["shots"] == 0) & (rows["prompt"] == 0)]
 
 
-def _last_rows(frame: DataFrame, split: str | None) -> tuple[DataFrame, str]:
-    rows = last_checkpoints(_drawn(frame, None))
-    if split is None:
-        tested = (is_trained(rows) & (rows["split"] == "test")).any()
-        split = "test" if tested else "validation"
-    return rows[rows["split"] == split], split
-
-
-FIGURES = (learning_curves, last_by_rank, validation_against_test)
+def _finish(
+    figure: Figure, frame: DataFrame, rows: DataFrame, table: DataFrame, about: str, kind: str
+) -> Figure:
+    arms = {*table["arm"], *rows["arm"][rows["method"] == "base"]}
+    is_baseline = (rows["method"] == "baseline").any()
+    extra = [dotted("baseline (its name over the panel)")] if is_baseline else []
+    small = "; small points: single seeds" if kind == "lines over points" else ""
+    sentences = [about, *interval_notes(table, small)]
+    return finish(figure, frame, arms, sentences, kind, extra)

@@ -1,44 +1,71 @@
-"""All figures of an analysis from its joined document, as the script that measured draws them."""
+"""Every figure, by what it is about. A new one is a function of StudyRecords and a line here.
+
+Each is saved in `figures/` beside the records that it shows; of those that concern several
+analyses, in outputs/<study>/figures/.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from config import Settings
+from lora_tradeoffs.figures import adaptation, drift, gradients, retention, spectra, study
+from lora_tradeoffs.figures.study_records import StudyRecords
 
-# whose FIGURES an analysis has
-MODULES = {
-    "adaptation": ("lora_tradeoffs.figures.adaptation",),
-    "retention": ("lora_tradeoffs.figures.retention",),
-    "drift": ("lora_tradeoffs.figures.drift", "lora_tradeoffs.figures.spectra"),
-    "gradients": ("lora_tradeoffs.figures.gradients",),
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURES: dict[str, tuple[Callable[[StudyRecords], Any], ...]] = {
+    "adaptation": (
+        adaptation.learning_curves,
+        adaptation.last_by_rank,
+        adaptation.validation_against_test,
+    ),
+    "retention": (
+        retention.retention_curves,
+        retention.forgetting_by_rank,
+        retention.learning_forgetting_plane,
+        retention.matched_forgetting,
+        retention.cka_by_layer,
+    ),
+    "drift": (
+        drift.drift_over_training,
+        drift.drift_by_layer_over_training,
+        drift.intruders_by_threshold,
+        spectra.singular_values,
+        spectra.similarity_matrices,
+        spectra.phi_between_runs,
+        drift.drift_against_forgetting,
+    ),
+    "gradients": (
+        gradients.cosine_between_tasks,
+        gradients.conflict_over_training,
+        gradients.conflict_by_layer,
+        gradients.conflict_by_layer_over_training,
+    ),
+    "learning rates": (study.learning_rate_curves,),
+    "transfer": (study.transfer_by_task,),
+    "predictors": (study.predictors_of_forgetting, study.predictors_of_gain),
+    "costs": (study.gain_against_cost,),
 }
 
 
-def draw(analysis: str, settings: Settings, pdf: bool) -> Path:
-    """Draw them into `figures/` beside the document, as PNG and with `pdf` as PDF; that folder.
-
-    A swept arm is shown at its chosen learning rate, and what all runs share is said once.
-    """
+def draw_one(
+    records: StudyRecords, group: str, figure: Callable[[StudyRecords], Figure], pdf: bool = False
+) -> Path:
+    """Draw a figure of a group of FIGURES and save it as PNG, with `pdf` also as PDF; the PNG."""
     from lora_tradeoffs.figures.style import save
-    from lora_tradeoffs.tables.arms import with_plain_arms
-    from lora_tradeoffs.tables.frames import load_records
-    from lora_tradeoffs.tables.learning_rates import at_chosen_rates
-    from lora_tradeoffs.training.learning_rates import read_rates
 
-    document = settings.document(analysis)
-    frame, folder = load_records(document), document.parent / "figures"
-    if frame.empty:  # every checkpoint was broken
-        return folder
-    more = []
-    if analysis == "retention":  # against what was learned, where that is measured
-        adapted = settings.document("adaptation")
-        more = [load_records(adapted) if adapted.is_file() else None]
-    elif analysis == "drift":
-        more = [document.parent]  # with the tables of all layers, k and epsilons
-    frames = with_plain_arms(at_chosen_rates(frame, read_rates(settings.runs_dir)), *more)
-    for module in MODULES[analysis]:
-        for figure in import_module(module).FIGURES:
-            save(figure(*frames), folder / f"{figure.__name__}.png", pdf)
-    return folder
+    path = records.folder(group) / "figures" / f"{figure.__name__}.png"
+    return save(figure(records.plain), path, pdf)
+
+
+def draw(analysis: str, settings: Settings, pdf: bool) -> Path:
+    """Draw all figures of an analysis; the folder that they are in."""
+    records = StudyRecords.load(settings)
+    if getattr(records, analysis) is not None:  # else every checkpoint was broken
+        for figure in FIGURES[analysis]:
+            draw_one(records, analysis, figure, pdf)
+    return records.folder(analysis) / "figures"

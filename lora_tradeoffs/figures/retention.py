@@ -1,11 +1,5 @@
-"""Figures of retention: scores kept over training, forgetting by rank, drift of the layers, and
-what learning costs in forgetting: the plane.
-
-All take the records of retention and, for the plane, those of adaptation:
-
-    for figure in FIGURES:
-        save(figure(retention, adaptation), folder / f"{figure.__name__}.png")
-"""
+"""Figures of retention: scores over training, forgetting by rank, drift of the layers, and the
+plane of what is learned and what is forgotten."""
 
 from __future__ import annotations
 
@@ -13,30 +7,24 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
-from lora_tradeoffs.figures.style import (
-    GREY,
-    METRIC_LABELS,
+from lora_tradeoffs.figures.panels import (
+    ZERO,
     bars,
-    curves,
+    curve,
     dotted,
     finish,
     interval_lengths,
-    label_columns,
+    interval_notes,
+    label_edges,
     nothing,
     panels,
-    rank_axis,
-    rank_points,
+    points_by_rank,
     references,
-    style_of,
-    styled,
     training_axis,
 )
-from lora_tradeoffs.tables.frames import (
-    is_trained,
-    last_checkpoints,
-    summarise,
-    unfinished,
-)
+from lora_tradeoffs.figures.style import GREY, METRIC_LABELS, style_of, styled
+from lora_tradeoffs.tables.arms import BASE, Arm
+from lora_tradeoffs.tables.frames import is_trained, last_checkpoints, summarise, unfinished
 from lora_tradeoffs.tables.retention import (
     as_trained,
     at_chance,
@@ -55,93 +43,119 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from lora_tradeoffs.figures.study_records import StudyRecords
+
 PLANE, ALONE = (3.6, 3.3), (5.0, 3.6)  # inches; two families fill a page
-ZERO = {"color": GREY, "linestyle": "--", "lw": 1.0, "zorder": 1, "label": "base"}
 
 
-def retention_curves(retention: DataFrame, adaptation: DataFrame | None = None) -> Figure:
-    """Scores on the benchmarks, their mean and held-out text over training, a row a family."""
-    rows = in_panels(retained(retention))
+def retention_curves(study: StudyRecords) -> Figure:
+    """Scores on the benchmarks, their mean and held-out text over training, a row per family."""
+    rows = in_panels(retained(study.retention))
     trained = rows[is_trained(rows)].dropna(subset=["fraction"])
     if trained.empty:
-        return nothing(retention, "no checkpoint's score on a benchmark")
+        return nothing(study.retention, "no checkpoint's score on a benchmark")
     table = summarise(trained.assign(fraction=trained["fraction"].round(4)), by=("fraction",))
     shift, limits = training_axis(table["fraction"], table["arm"])
     chance = _chance(rows)
     with styled():
-        figure, axes = panels(blocks(trained, METRIC_LABELS), sharex=True)
+        figure, axes = panels(blocks(trained, METRIC_LABELS), share_x="all")
         for title, ax in axes.items():
             base = references(ax, rows[rows["task"] == title])
-            curves(ax, table[table["task"] == title], shift, base)
+            start = None if base is None else (0.0, base)
+            for arm, points in table[table["task"] == title].groupby("arm"):
+                curve(ax, arm, points["fraction"] + shift[arm], points, start, alpha=0.5)
             low, high = ax.get_ylim()
             if low < chance.get(title, -1) < high:
                 ax.axhline(chance[title], color=GREY, linestyle=":", lw=1.0, label="chance")
             ax.set_xlim(*limits)
-        label_columns(axes, "fraction of training")
-        about = "Arms stand side by side at a checkpoint. The mean is over the benchmarks."
-        about += _mark_chance(axes, retention)
-        extra = [dotted("chance")] if any("chance" in _labels(ax) for ax in axes.values()) else []
-        return finish(figure, retention, rows, table, "lines", about, extra)
+        label_edges(axes, "fraction of training")
+        about = "Arms are shifted sideways at a checkpoint to be told apart. The mean is over the"
+        about += f" benchmarks.{_mark_chance(axes, study.retention)}"
+        labels = {line.get_label() for ax in axes.values() for line in ax.lines}
+        extra = [dotted("chance")] * ("chance" in labels)
+        arms = {*table["arm"], *rows["arm"][rows["method"] == "base"]}
+        sentences = [about, *interval_notes(table)]
+        return finish(figure, study.retention, arms, sentences, extra=extra)
 
 
-def forgetting_by_rank(retention: DataFrame, adaptation: DataFrame | None = None) -> Figure:
-    """What the last checkpoints have forgotten, by LoRA rank, then full qv and full."""
-    rows = forgotten(retention)
+def forgetting_by_rank(study: StudyRecords) -> Figure:
+    """Forgetting at the last checkpoint, by LoRA rank, then full qv and full."""
+    rows = forgotten(study.retention)
     if rows.empty:
-        return nothing(retention, "no last checkpoint's forgetting")
-    rows = in_panels(rows)
+        return nothing(study.retention, "no last checkpoint's forgetting")
     about = "Forgetting: base minus tuned, at the last checkpoint; above the dashed line is lost."
-    about += " The mean is over the benchmarks." + unfinished(retention)
-    return _by_rank(retention, rows, "forgetting", about)
+    about += " The mean is over the benchmarks." + unfinished(study.retention)
+    return _by_rank(study.retention, in_panels(rows), "forgetting", about)
 
 
-def matched_forgetting(retention: DataFrame, adaptation: DataFrame | None = None) -> Figure:
-    """Forgetting of the arms minus another's where both score the same on validation, by rank."""
-    rows = matched(retention)
+def matched_forgetting(study: StudyRecords) -> Figure:
+    """Forgetting minus that of another arm where both score the same on validation, by rank."""
+    rows = matched(study.retention)
     if rows.empty:
-        return nothing(retention, "no forgetting at equal validation scores (--scale-update)")
+        missing = "no forgetting at equal validation scores (--scale-update)"
+        return nothing(study.retention, missing)
     rows = in_panels(rows.assign(task=[f"against {other}" for other in rows["other"]]))
     about = (
         "Difference in forgetting between updates scaled to equal validation score: above the"
-        " dashed line the arm forgets more than the one that it is held against."
+        " dashed line the arm forgets more than the one that it is compared with."
     )
-    return _by_rank(retention, rows, "difference in forgetting", about)
+    return _by_rank(study.retention, rows, "difference in forgetting", about)
 
 
-def cka_by_layer(retention: DataFrame, adaptation: DataFrame | None = None) -> Figure:
-    """How like the base's the hidden states are, layer by layer, at the last checkpoint."""
-    rows = as_trained(retention)
+def _by_rank(frame: DataFrame, rows: DataFrame, label: str, about: str) -> Figure:
+    """Panels of differences from zero, by rank; zero is the base's forgetting."""
+    table = summarise(rows)
+    has_base = label == "forgetting" and (frame["method"] == "base").any()
+    with styled():
+        figure, axes = panels(blocks(rows, dict.fromkeys(rows["metric"], label)), share_x="all")
+        for title, ax in axes.items():
+            ax.axhline(0.0, **ZERO)
+            in_panel = [part[part["task"] == title] for part in (rows, table)]
+            points_by_rank(ax, *in_panel, table["arm"].unique())
+        label_edges(axes, "LoRA rank, full fine-tuning")
+        about += _mark_chance(axes, frame)
+        arms = {*table["arm"], *([BASE] if has_base else [])}
+        sentences = [about, *interval_notes(table, "; small points: single seeds")]
+        return finish(figure, frame, arms, sentences, "lines over points")
+
+
+def cka_by_layer(study: StudyRecords) -> Figure:
+    """Similarity of the hidden states to the base's (CKA) by layer, at the last checkpoint."""
+    frame = study.retention
+    rows = as_trained(frame)
     rows = last_checkpoints(rows[(rows["metric"] == "cka") & is_trained(rows)])
     if rows.empty:
-        return nothing(retention, "no last checkpoint's CKA")
+        return nothing(frame, "no last checkpoint's CKA")
     rows = in_panels(rows)
     table = summarise(rows, by=("layer",))
     arms = sorted(set(table["arm"]))
     with styled():
-        figure, axes = panels(blocks(rows, METRIC_LABELS), sharex=True)
+        figure, axes = panels(blocks(rows, METRIC_LABELS), share_x="all")
         for title, ax in axes.items():
             ax.axhline(1.0, **ZERO)
             for arm, points in table[table["task"] == title].groupby("arm"):
-                marked = slice(2 * arms.index(arm) % len(arms), None, len(arms))  # side by side
-                ax.plot(
-                    points["layer"], points["value"], label=arm, markevery=marked, **style_of(arm)
-                )
-                bars(ax, points["layer"][marked], points[marked], arm)
+                # every arm marks and bars other layers, so that they do not overlap
+                marked = slice(2 * arms.index(arm) % len(arms), None, len(arms))
+                x, y = points["layer"], points["value"]
+                ax.plot(x, y, label=arm, markevery=marked, **style_of(arm))
+                bars(ax, x[marked], points[marked], arm)
             ax.xaxis.get_major_locator().set_params(integer=True)
-        label_columns(axes, "layer")
+        label_edges(axes, "layer")
         about = (
             "Linear CKA with the base, last checkpoint; 1: the base's, but for rotation and scale."
         )
-        return finish(figure, retention, retention, table, "lines", about + unfinished(retention))
+        shown = {*arms, *frame["arm"][frame["method"] == "base"]}
+        return finish(figure, frame, shown, [about + unfinished(frame), *interval_notes(table)])
 
 
-def learning_forgetting_plane(retention: DataFrame, adaptation: DataFrame | None = None) -> Figure:
-    """What is gained on the tasks against what is forgotten, a panel a family, a curve an arm.
+def learning_forgetting_plane(study: StudyRecords) -> Figure:
+    """Gain on the tasks against forgetting, a panel per family, a curve per arm.
 
     A curve leads from the base through the checkpoints to the last, large with its intervals. The
     front is of all points drawn: checkpoints, scaled updates and the base.
     """
-    points = plane_points(retention, adaptation)
+    retention = study.retention
+    points = plane_points(retention, study.adaptation)
     if points.empty:
         return nothing(retention, "no checkpoint with both forgetting and a validation score")
     table = plane_table(points)
@@ -151,30 +165,15 @@ def learning_forgetting_plane(retention: DataFrame, adaptation: DataFrame | None
         titles = dict.fromkeys(families, "forgetting (mean over benchmarks)")
         figure, axes = panels([titles], columns=2, size=PLANE if len(titles) > 1 else ALONE)
         for family, ax in axes.items():
-            own, last = (part[part["task"] == family] for part in (table, ends))
-            for arm, path in own.groupby("arm"):
+            for arm, path in table[table["task"] == family].groupby("arm"):
                 _paths(ax, path, arm)
-            _ends(ax, last)
-            _front(ax, own)
+            _ends(ax, ends[ends["task"] == family])
+            _front(ax, table[table["task"] == family])
             ax.set_xlabel("gain on the validation scores (mean over tasks)")
-        about, kind = _about_plane(points, retention), "lines from a point"
-        return finish(figure, retention, retention, table, kind, about, _plane_legend(points))
-
-
-def _by_rank(frame: DataFrame, rows: DataFrame, label: str, about: str) -> Figure:
-    """Panels of differences from zero, by rank; of forgetting, zero is the base's."""
-    table = summarise(rows)
-    base = frame if label == "forgetting" else frame[:0]
-    ticks, place = rank_axis(table["arm"].unique())
-    with styled():
-        figure, axes = panels(blocks(rows, dict.fromkeys(rows["metric"], label)), sharex=True)
-        for title, ax in axes.items():
-            ax.axhline(0.0, **ZERO)
-            own = [part[part["task"] == title] for part in (rows, table)]
-            rank_points(ax, *own, ticks, place)
-        label_columns(axes, "LoRA rank, full fine-tuning")
-        about += _mark_chance(axes, frame)
-        return finish(figure, frame, base, table, "lines over points", about)
+        sentences = [_about_plane(points, retention), *interval_notes(table)]
+        arms = {*table["arm"], *retention["arm"][retention["method"] == "base"]}
+        extra = _plane_legend(points)
+        return finish(figure, retention, arms, sentences, "lines from a point", extra)
 
 
 def _mark_chance(axes: Mapping[str, Axes], frame: DataFrame) -> str:
@@ -194,11 +193,7 @@ def _chance(rows: DataFrame) -> dict[str, float]:
     return dict(zip(known["task"], known["chance"].astype(float)))
 
 
-def _labels(ax: Axes) -> list[str]:
-    return [str(line.get_label()) for line in ax.lines]
-
-
-def _paths(ax: Axes, path: DataFrame, arm: str) -> None:
+def _paths(ax: Axes, path: DataFrame, arm: Arm) -> None:
     """An arm's checkpoints from the base on, and dotted its last update at other scales."""
     style = style_of(arm)
     colour, small = style["color"], {"ms": 2.6, "zorder": 3}
@@ -288,12 +283,3 @@ def _about_plane(points: DataFrame, retention: DataFrame) -> str:
     if tasks:
         about += f" On {', '.join(tasks)}, part of the mean, the base is at chance."
     return about + unfinished(points, "No large point")
-
-
-FIGURES = (
-    retention_curves,
-    forgetting_by_rank,
-    matched_forgetting,
-    cka_by_layer,
-    learning_forgetting_plane,
-)

@@ -1,8 +1,9 @@
-"""The report: plot_results.ipynb executed on a study, as one HTML file that needs nothing else.
+"""The report: plot_results.ipynb executed on a study, as a single self-contained HTML page.
 
     python -m lora_tradeoffs.report.html --study NAME
 
-Writes outputs/<study>/report.html, the figures and tables beside it. run_study.py ends with it.
+Writes outputs/<study>/report.html and the tables and figures that it shows. run_study.py ends with
+it.
 """
 
 from __future__ import annotations
@@ -72,8 +73,11 @@ nav ol {{ columns: 18rem; column-gap: 3rem; font-size: .9rem; }}
 """
 
 
-def execute(settings: Settings) -> Any:
-    """The notebook with its outputs. Raises UserError where a cell or the kernel fails."""
+def execute(settings: Settings, pdf: bool = False) -> Any:
+    """The notebook with its outputs. Raises UserError where a cell or the kernel fails.
+
+    With `pdf` it saves its figures as PDF, too.
+    """
     import nbformat
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
     from nbclient import NotebookClient
@@ -87,9 +91,9 @@ def execute(settings: Settings) -> Any:
         ) from None
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    first.source = f"STUDY = {settings.study!r}"
+    first.source = f"STUDY, PDF = {settings.study!r}, {pdf}"
     # the kernel looks up everything else as a script does
-    own = {"OUTPUT_DIR": str(settings.output_dir), "PRESET": settings.preset.name}
+    variables = {"OUTPUT_DIR": str(settings.output_dir), "PRESET": settings.preset.name}
     client = NotebookClient(
         notebook,
         timeout=None,
@@ -98,26 +102,26 @@ def execute(settings: Settings) -> Any:
         resources={"metadata": {"path": str(ROOT)}},
     )
     try:
-        client.execute(env={**os.environ, **own})
+        client.execute(env={**os.environ, **variables})
     except CellExecutionError as error:
-        said = (str(error.evalue).strip().splitlines() or [""])[0]
+        message = (str(error.evalue).strip().splitlines() or [""])[0]
         if error.ename == UserError.__name__:
-            raise UserError(said) from None
-        raise UserError(f"{NOTEBOOK.name}: {error.ename}: {said}") from None
+            raise UserError(message) from None
+        raise UserError(f"{NOTEBOOK.name}: {error.ename}: {message}") from None
     except DeadKernelError:
         raise UserError(f"{NOTEBOOK.name}: its kernel died, perhaps for lack of memory") from None
     except (OSError, RuntimeError) as error:
         client.km = client.create_kernel_manager()  # without one its cleaning up at exit fails
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the Jupyter kernel {KERNEL!r} does not start ({said}); see jupyter kernelspec list,"
-            " or pip install --force-reinstall ipykernel"
+            f"the Jupyter kernel {KERNEL!r} does not start ({message}); see jupyter kernelspec"
+            " list, or pip install --force-reinstall ipykernel"
         ) from None
     return notebook
 
 
 def page(notebook: Any, study: str) -> str:
-    """The executed notebook as a page of its own: no code, with contents; nothing is fetched."""
+    """The executed notebook as a page with contents and without code, which loads nothing."""
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(
@@ -137,10 +141,10 @@ def page(notebook: Any, study: str) -> str:
     return PAGE.format(title=title, contents=contents, body=body)
 
 
-def write_report(settings: Settings) -> Path:
+def write_report(settings: Settings, pdf: bool = False) -> Path:
     """Execute the notebook on the study and write report.html; its path."""
     path = settings.output_dir / "outputs" / settings.study / "report.html"
-    text = page(execute(settings), settings.study)
+    text = page(execute(settings, pdf), settings.study)
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -149,14 +153,16 @@ def write_report(settings: Settings) -> Path:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Write the report of a study from what the scripts measured.")
     add_common_arguments(parser)
+    parser.add_argument("--pdf", action="store_true", help="also save figures as PDF")
     return parser
 
 
 @guarded
 def main(argv: list[str] | None = None) -> int:
-    settings = resolve_settings(build_parser().parse_args(argv))
+    args = build_parser().parse_args(argv)
+    settings = resolve_settings(args)
     print(settings.headline("none"), flush=True)
-    print(f"report: {write_report(settings)}")
+    print(f"report: {write_report(settings, args.pdf)}")
     return 0
 
 

@@ -1,136 +1,76 @@
-"""What plot_results.ipynb is made of: a study's records, and where its figures and tables go."""
+"""What the cells of plot_results.ipynb call: a study's findings, tables and figures."""
 
 from __future__ import annotations
 
 import argparse
 import html
-import math
-import reprlib
-import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import DOCUMENTS, PRESETS, UserError, resolve_settings
-from lora_tradeoffs.figures.draw import MODULES
-from lora_tradeoffs.files import read_json
-from lora_tradeoffs.records import TRAINED
-from lora_tradeoffs.tables.arms import Arm, shared_words, with_plain_arms
-from lora_tradeoffs.tables.frames import NUMBERS, OPTIONAL, SCRIPTS, TEXT, load_records
-from lora_tradeoffs.tables.learning_rates import at_chosen_rates
-from lora_tradeoffs.training.learning_rates import read_rates
+from config import DOCUMENTS, resolve_settings
+from lora_tradeoffs.figures.draw import FIGURES, draw_one
+from lora_tradeoffs.figures.study_records import StudyRecords
+from lora_tradeoffs.report.findings import as_markdown, as_table, findings
+from lora_tradeoffs.tables.arms import Arm
+from lora_tradeoffs.tables.frames import gaps
+from lora_tradeoffs.tables.retention import retention_gaps
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from pandas import DataFrame
 
-ANALYSIS_OF = {module: name for name, modules in MODULES.items() for module in modules}
-METHODS = ("base", "baseline", "lora", "full", "full_qv")
-META = ("study", "base_model", "preset")
-NUMERIC = {*NUMBERS, *OPTIONAL, "layer", "k", "eps"}
-WORDS = {*TEXT, "target_modules", "scaling", "module", "side"}
-OUTCOME = {"value", "stderr", "low", "high"}  # all else in a record says what was measured
-NEVER_NULL = {"run", "method", "metric", "rank", "seed", "step"}
 
+class StudyReport:
+    """A study's records (`study`, a StudyRecords), displayed and saved part by part.
 
-class Report:
-    """A study's records as data frames, None where they are missing.
-
-    `adaptation`, `retention`, `drift` and `gradients` show a swept arm at its chosen learning rate;
-    `all_rates` has them at every rate. Figures go to outputs/<study>/figures/ as PNG and PDF,
-    tables to outputs/<study>/tables/ as CSV.
+    Tables go to outputs/<study>/tables/ as CSV. Figures go to figures/ beside the records that they
+    show, those of several analyses to outputs/<study>/figures/, as PNG and with `pdf` also as PDF.
     """
 
-    def __init__(self, study: str) -> None:
-        self.settings = resolve_settings(argparse.Namespace(study=study))
-        self.study, self.runs_dir = study, self.settings.runs_dir
-        self.place = self.settings.output_dir / "outputs" / study
-        self.rates = read_rates(self.runs_dir)
-        self.all_rates = {name: self._load(name) for name in DOCUMENTS}
-        shown = {
-            name: None if frame is None else at_chosen_rates(frame, self.rates)
-            for name, frame in self.all_rates.items()
-        }
-        self.adaptation, self.retention = shown["adaptation"], shown["retention"]
-        self.drift, self.gradients = shown["drift"], shown["gradients"]
+    def __init__(self, study: str, pdf: bool = False) -> None:
+        self.settings, self.pdf = resolve_settings(argparse.Namespace(study=study)), pdf
+        self.study = StudyRecords.load(self.settings)
 
-    def folder(self, name: str) -> Path:
-        """Where the script that measured it has its records."""
-        return self.settings.document(name).parent
+    def sources(self) -> None:
+        """Print which records there are, and the commands that make those that are missing."""
+        for name in filter(self.has, DOCUMENTS):
+            meta = getattr(self.study, name).attrs["meta"]
+            text = f"study {meta['study']}, base {meta['base_model']}, preset {meta['preset']}"
+            print(f"{name}: {text}")
 
-    def _load(self, name: str) -> DataFrame | None:
-        path = self.settings.document(name)
-        if not path.is_file():
-            print(f"missing: {name} ({self._command(name)})")
-            return None
-        check(path, self._command(name))
-        frame = load_records(path)
-        meta = frame.attrs["meta"]
-        print(f"{name}: study {meta['study']}, base {meta['base_model']}, preset {meta['preset']}")
-        return frame if len(frame) else None
+    def has(self, analysis: str) -> bool:
+        """Whether there are records of the analysis; if not, print the command that makes them."""
+        is_measured = getattr(self.study, analysis) is not None
+        if not is_measured:
+            print(f"missing: {analysis} ({self.study.command(analysis)})")
+        return is_measured
 
-    def _command(self, name: str) -> str:
-        return f"python {SCRIPTS[f'{name}.json']} --study {self.study}"
+    def findings(self) -> None:
+        """Display the findings, or why there are none."""
+        from IPython.display import Markdown, display
 
-    def has(self, name: str) -> bool:
-        """Whether there are records of the stage; if not it is said, with the command."""
-        is_there = self.all_rates[name] is not None
-        if not is_there:
-            print(f"missing: {name} ({self._command(name)})")
-        return is_there
+        sentences = findings(self.study)
+        self._save_table("findings", as_table(sentences))
+        display(Markdown(as_markdown(sentences)))
 
-    @property
-    def any(self) -> DataFrame | None:
-        """Whichever records there are: they say which preset made them."""
-        frames = (self.retention, self.adaptation, self.drift, self.gradients)
-        return next((frame for frame in frames if frame is not None), None)
-
-    @property
-    def preset(self) -> str:
-        found = self.any
-        return self.settings.preset.name if found is None else found.attrs["meta"]["preset"]
-
-    def draw(self, figure: Callable[..., Figure], first: Any, *more: Any, name: str = "") -> None:
-        """Draw, save and display a figure of the records; what is missing is said instead."""
+    def figures(self, group: str) -> None:
+        """Draw, save and display the figures of a group of figures.draw.FIGURES."""
         from IPython.display import HTML, Image, display
 
-        from lora_tradeoffs.figures.style import save
-
-        if first is None:
-            print("not drawn: its records are missing")
-            return
-        path = self.place / "figures" / f"{name or figure.__name__}.png"
-        told = (figure.__doc__ or name).strip().splitlines()[0]
-        analysis = ANALYSIS_OF.get(figure.__module__)
-        frames = with_plain_arms(first, *more) if analysis else [first, *more]
-        display(Image(save(figure(*frames), path, pdf=True), width=860, alt=told))
-        if analysis:
-            self._file(path, analysis, figure.__name__)
-        display(HTML(f'<p class="caption">{html.escape(told)}</p>'))
-
-    def _file(self, drawn: Path, analysis: str, name: str) -> None:
-        """Put the figure beside the records that it shows, too, as the analysis itself does."""
-        folder = self.folder(analysis) / "figures"
-        folder.mkdir(exist_ok=True)
-        for kind in (".png", ".pdf"):
-            target = folder / f"{name}{kind}"
-            if target != drawn.with_suffix(kind):
-                shutil.copyfile(drawn.with_suffix(kind), target)
-
-    def save_table(self, name: str, frame: DataFrame, index: bool = False) -> None:
-        path = self.place / "tables" / f"{name}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(path, index=index)
+        for figure in FIGURES[group]:
+            path = draw_one(self.study, group, figure, self.pdf)
+            caption = figure.__doc__.strip().splitlines()[0]
+            display(Image(path, width=860, alt=caption))
+            display(HTML(f'<p class="caption">{html.escape(caption)}</p>'))
 
     def table(self, name: str, frame: DataFrame, index: bool = False) -> None:
-        """Save and display a table; in what is shown, what all runs share stands once, below."""
+        """Save and display a table; what all runs share is shown once, below it."""
         from IPython.display import HTML, display
 
-        self.save_table(name, frame, index)
+        self._save_table(name, frame, index)
         if frame.empty:
             print(f"{name}: nothing to show")
             return
-        words = shared_words(f for f in self.all_rates.values() if f is not None)
+        words = self.study.shared_words
 
         def plain(arm: Any) -> Any:
             return arm.without(words) if isinstance(arm, Arm) else arm
@@ -138,68 +78,30 @@ class Report:
         shown = frame.rename(index=plain) if index else frame
         if "arm" in frame:
             shown = shown.assign(arm=frame["arm"].map(plain))
-        styled = shown.style.format(_cell, na_rep="", escape="html")
+        styled = shown.style.format(_number, na_rep="", escape="html")
         display(styled if index else styled.hide(axis="index"))
         if words and not shown.equals(frame):
             display(HTML(f"<p>All runs: {html.escape(' '.join(sorted(words)))}.</p>"))
 
+    def _save_table(self, name: str, frame: DataFrame, index: bool = False) -> None:
+        path: Path = self.study.folder("study") / "tables" / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(path, index=index)
 
-def check(path: Path, command: str) -> None:
-    """Raise UserError, naming the file, if a results document holds what no script writes.
-
-    A file that was edited by hand would else be drawn with gaps, or end in a foreign error.
-    `command` writes the document anew.
-    """
-    document = read_json(path)
-    meta, records = map(document.get, ("meta", "records")) if _is_object(document) else (None, None)
-    mend = f"edited by hand? {command} writes it anew"
-    if not isinstance(records, list) or not _is_object(meta):
-        raise UserError(f"{path} has no meta and records; {mend}")
-    wrong = [name for name in META if not isinstance(meta.get(name), str)]
-    if wrong or meta["preset"] not in PRESETS:
-        name = (wrong or ["preset"])[0]
-        raise UserError(f"{path}: {name} is {reprlib.repr(meta.get(name))}; {mend}")
-    for number, record in enumerate(records):
-        if not _is_object(record):
-            raise UserError(f"{path}: record {number} is {reprlib.repr(record)}; {mend}")
-        for name, value in record.items():
-            expected = _expected(name, value)
-            if expected:
-                said = f"{name} of record {number} is {reprlib.repr(value)}, no {expected}"
-                raise UserError(f"{path}: {said}; {mend}")
-    arms: dict[str, Any] = {}
-    measured: dict[Any, int] = {}
-    for number, record in enumerate(records):
-        arm = tuple(map(record.get, TRAINED))
-        if arms.setdefault(record.get("run"), arm) != arm:
-            name = record.get("run")
-            said = f"record {number} gives {name} another arm or seed than those before it"
-            raise UserError(f"{path}: {said}; {mend}")
-        what = frozenset((k, repr(v)) for k, v in record.items() if k not in OUTCOME)
-        if measured.setdefault(what, number) != number:
-            said = f"records {measured[what]} and {number} are of the same measurement"
-            raise UserError(f"{path}: {said}; {mend}")
+    def gaps(self) -> None:
+        """Print what the study's grid lacks in the records of each analysis."""
+        study = self.study
+        for name in filter(self.has, DOCUMENTS):
+            if name == "gradients":
+                continue
+            if name == "retention":
+                sentences = retention_gaps(study.retention, study.adaptation)
+            else:
+                sentences = gaps(getattr(study, name), tested=name == "adaptation")
+            print(f"{name}:", *(sentences or ["nothing, the grid is complete"]), sep="\n  ")
 
 
-def _is_object(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _expected(name: str, value: Any) -> str:
-    """What a field of a record ought to be, if it is not."""
-    if value is None:
-        return "value" if name in NEVER_NULL else ""
-    if name == "method":
-        return "" if value in METHODS else "method"
-    if name in WORDS:
-        return "" if isinstance(value, str) else "text"
-    if name in NUMERIC:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return "" if is_number and math.isfinite(value) else "finite number"
-    return ""
-
-
-def _cell(value: Any) -> str:
+def _number(value: Any) -> str:
     """A table's number with four figures, however small: learning rates and p-values are."""
     if not isinstance(value, float):
         return str(value)

@@ -57,7 +57,7 @@ class Finding:
     verdict: str = ""
 
 
-class Words(NamedTuple):
+class SentenceTemplates(NamedTuple):
     """What is said of a difference above zero, below zero, and of none that could be told.
 
     {} stands for the size of the difference, or with its sign in `same`.
@@ -70,7 +70,7 @@ class Words(NamedTuple):
     what: str = "differences"
 
     @classmethod
-    def scores(cls, arm: str, task: str, metric: str) -> Words:
+    def scores(cls, arm: str, task: str, metric: str) -> SentenceTemplates:
         where = f"full fine-tuning on {task} (test {metric})"
         return cls(
             f"{arm} scores {{}} higher than {where}",
@@ -81,7 +81,7 @@ class Words(NamedTuple):
         )
 
     @classmethod
-    def forgets(cls, arm: str) -> Words:
+    def forgets(cls, arm: str) -> SentenceTemplates:
         return cls(
             f"{arm} forgets {{}} more than full fine-tuning (mean over the benchmarks)",
             f"{arm} forgets {{}} less than full fine-tuning (mean over the benchmarks)",
@@ -90,7 +90,7 @@ class Words(NamedTuple):
         )
 
     @classmethod
-    def matched(cls, arm: str) -> Words:
+    def matched(cls, arm: str) -> SentenceTemplates:
         where = "where both score the same on validation"
         return cls(
             f"{arm} forgets {{}} more than full fine-tuning {where}",
@@ -100,7 +100,7 @@ class Words(NamedTuple):
         )
 
     @classmethod
-    def rank(cls, about: str) -> Words:
+    def rank(cls, about: str) -> SentenceTemplates:
         whose = {"score": "the mean test score", "forgetting": "the mean forgetting"}[about]
         return cls(
             f"with each doubling of LoRA's rank {whose} rises by {{}}",
@@ -111,7 +111,7 @@ class Words(NamedTuple):
         )
 
     @classmethod
-    def transfer(cls, arm: str, task: str, metric: str) -> Words:
+    def transfer(cls, arm: str, task: str, metric: str) -> SentenceTemplates:
         return cls(
             f"{arm} scores {{}} higher on {task} ({metric}) when trained on the whole family than"
             " on the task alone",

@@ -5,21 +5,31 @@ import json
 import matplotlib.colors
 import numpy as np
 import pytest
+from support import settings_for
 from synthetic_drift import LAYERS, write_drift, write_retention
 
 from config import RANKS
 from lora_tradeoffs.figures import drift as drift_figures
 from lora_tradeoffs.figures import spectra as spectrum_figures
-from lora_tradeoffs.figures.style import DEMO_NOTE, save, style_of
+from lora_tradeoffs.figures.draw import FIGURES as ALL
+from lora_tradeoffs.figures.panels import DEMO_NOTE
+from lora_tradeoffs.figures.study_records import StudyRecords
+from lora_tradeoffs.figures.style import save, style_of
 from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.frames import load_records
 
 GRID = (*(("lora", rank) for rank in RANKS), ("full", 0))
-FIGURES = (*drift_figures.FIGURES, *spectrum_figures.FIGURES)
+FIGURES = ALL["drift"]
 
 
 @pytest.fixture
-def drawn(tmp_path):
+def settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    return settings_for(study="demo")
+
+
+@pytest.fixture
+def drawn(tmp_path, settings):
     """Draw a figure of a made-up study."""
 
     def draw(figure, grid=GRID, change=None, **study):
@@ -28,7 +38,7 @@ def drawn(tmp_path):
             document = json.loads(path.read_text())
             document["records"] = [r for r in document["records"] if change(r)]
             path.write_text(json.dumps(document))
-        return figure(load_records(path), path.parent)
+        return figure(StudyRecords.load(settings))
 
     return draw
 
@@ -76,7 +86,7 @@ def test_drift_over_training_begins_at_the_base_and_shows_the_mean_over_seeds(dr
 
 
 def test_the_heat_map_has_a_cell_a_layer_and_checkpoint(drawn):
-    figure = drawn(drift_figures.layers_over_training, points=5)
+    figure = drawn(drift_figures.drift_by_layer_over_training, points=5)
     meshes = [c for ax in figure.axes for c in ax.collections if hasattr(c, "get_coordinates")]
     meshes = [c for c in meshes if c.get_array().shape == (LAYERS, 5)]
     assert len(meshes) == 4 * len(GRID)  # two families, Q and V
@@ -87,7 +97,7 @@ def test_the_heat_map_has_a_cell_a_layer_and_checkpoint(drawn):
 
 def test_more_arms_than_fit_are_left_out_by_name(drawn):
     many = [("lora", rank) for rank in range(1, 11)]
-    figure = drawn(drift_figures.layers_over_training, grid=many, families=("similar",))
+    figure = drawn(drift_figures.drift_by_layer_over_training, grid=many, families=("similar",))
     assert "Left out: LoRA r=9, LoRA r=10" in small_print(figure)
 
 
@@ -127,15 +137,15 @@ def test_phi_has_left_above_and_right_below_the_diagonal(drawn):
 
     figure = drawn(spectrum_figures.phi_between_runs, grid, only, families=("similar",))
     for ax in panels(figure):
-        matrix = np.ma.filled(ax.images[0].get_array(), np.nan)
+        matrix = np.ma.filled(ax.collections[0].get_array(), np.nan)
         assert matrix[0, 1] == 0.6 and np.isnan(matrix[[0, 1, 1], [0, 0, 1]]).all()
     assert "Random subspaces have Q 0.007 to 0.111" in small_print(figure)
 
 
-def test_drift_against_forgetting_joins_run_and_step(drawn, tmp_path):
+def test_drift_against_forgetting_joins_run_and_step(settings, tmp_path):
     path = write_drift(tmp_path, GRID)
     write_retention(tmp_path, path, lambda r: r["step"] / 1000)
-    figure = drift_figures.drift_against_forgetting(load_records(path), path.parent)
+    figure = drift_figures.drift_against_forgetting(StudyRecords.load(settings))
     whole = next(a for a in figure.axes if a.get_title(loc="left") == "drift of the whole model")
     lines = [found for found in whole.lines if len(found.get_xdata()) == 4]
     assert len(lines) == len(GRID)

@@ -6,21 +6,23 @@ import random
 
 import numpy as np
 import pytest
-from figure_checks import assert_texts_are_apart, bars, lines, notes, panel
+from figure_checks import assert_texts_are_apart, bars, drawn, lines, notes, panel
 from synthetic_records import GRID, kept, record, retention_study, study, write_study
 
+from lora_tradeoffs.figures.draw import FIGURES as ALL
+from lora_tradeoffs.figures.panels import DEMO_NOTE
 from lora_tradeoffs.figures.retention import (
-    FIGURES,
     cka_by_layer,
     forgetting_by_rank,
     learning_forgetting_plane,
     matched_forgetting,
     retention_curves,
 )
-from lora_tradeoffs.figures.style import DEMO_NOTE, save
+from lora_tradeoffs.figures.style import save
 from lora_tradeoffs.tables.frames import load_records
 from lora_tradeoffs.tables.retention import matched, pareto_front, plane_points, retention_gaps
 
+FIGURES = ALL["retention"]
 RUN = "similar_lora_r8_seed42"
 T = 4.3027 / math.sqrt(3)  # half a 95 % interval over three seeds, in standard deviations
 
@@ -66,7 +68,7 @@ def test_curves_show_acc_norm_where_it_is_defined_and_the_bases_band(frame):
         kept(RUN, "text_prose", "log_likelihood", -2.5, **at_end),
         kept(RUN, "text", "kl", 0.1, **at_end),
     ]
-    figure = retention_curves(frame(records))
+    figure = drawn(retention_curves, retention=frame(records))
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert titles == ["similar: hellaswag", "similar: winogrande", "similar: text_prose"]
     ax = panel(figure, "similar: hellaswag")
@@ -81,7 +83,7 @@ def test_curves_show_acc_norm_where_it_is_defined_and_the_bases_band(frame):
 
 
 def test_families_have_rows_of_their_own_and_share_the_base(frame):
-    figure = retention_curves(frame(retention_study(points=2)))
+    figure = drawn(retention_curves, retention=frame(retention_study(points=2)))
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     tasks = ["hellaswag", "arc_challenge †", "winogrande", "mean", "text_prose", "text_wikitext"]
     assert titles == [f"{family}: {t}" for family in ("similar", "dissimilar") for t in tasks]
@@ -91,17 +93,17 @@ def test_families_have_rows_of_their_own_and_share_the_base(frame):
 def test_runs_of_no_family_stand_in_every_panel(frame):
     records = retention_study(grid=GRID[-1:], points=1)
     records.append(kept("someone--adapter", "mean", "forgetting", 0.3, None))
-    figure = forgetting_by_rank(frame(records))
+    figure = drawn(forgetting_by_rank, retention=frame(records))
     for family in ("similar", "dissimilar"):
         assert lines(panel(figure, f"{family}: mean"), "LoRA r=8 (someone--adapter)")
-    alone = forgetting_by_rank(frame(records[-1:]))
+    alone = drawn(forgetting_by_rank, retention=frame(records[-1:]))
     assert [ax.get_title(loc="left") for ax in alone.axes] == ["all runs: mean"]
 
 
 def test_forgetting_is_of_the_last_checkpoint_with_its_paired_interval(frame):
     records = points([0.1, 0.2], [0.01, 0.04])
     records.append(kept(RUN, "mean", "forgetting", 0.9, step=20, update_scale=1.25))
-    ax = panel(forgetting_by_rank(frame(records)), "similar: mean")
+    ax = panel(drawn(forgetting_by_rank, retention=frame(records)), "similar: mean")
     assert list(lines(ax, "LoRA r=8")[0].get_ydata()) == [0.04]
     assert np.allclose(bars(ax, "LoRA r=8"), [(0.02, 0.065)])
     assert set(lines(ax, "base")[0].get_ydata()) == {0.0}
@@ -110,11 +112,11 @@ def test_forgetting_is_of_the_last_checkpoint_with_its_paired_interval(frame):
 def test_a_benchmark_at_chance_is_marked(frame):
     records = frame(retention_study(points=2, families=("similar",)))
     for draw in (retention_curves, forgetting_by_rank):
-        figure = draw(records)
+        figure = drawn(draw, retention=records)
         marked = panel(figure, "similar: arc_challenge †")
         assert marked.get_facecolor() != panel(figure, "similar: hellaswag").get_facecolor()
         assert "at chance" in notes(figure)
-    assert "arc_challenge" in notes(learning_forgetting_plane(records))
+    assert "arc_challenge" in notes(drawn(learning_forgetting_plane, retention=records))
     assert any("at chance" in said and "arc_challenge" in said for said in retention_gaps(records))
 
 
@@ -132,7 +134,7 @@ def test_cka_runs_over_the_layers_of_the_last_checkpoint(frame):
         for step in (10, 20)
         for layer in (2, 0, 1)
     ]
-    ax = panel(cka_by_layer(frame(records)), "similar: text")
+    ax = panel(drawn(cka_by_layer, retention=frame(records)), "similar: text")
     (line,) = lines(ax, "LoRA r=8")
     assert np.allclose(line.get_xydata(), [(0, 1.0), (1, 0.9), (2, 0.8)])
 
@@ -151,7 +153,7 @@ def test_matched_forgetting_is_held_against_full_at_the_highest_score(frame):
         pair(RUN, full, -0.03),
         pair(RUN, full, -0.01, score=0.5),
     ]
-    figure = matched_forgetting(frame(records))
+    figure = drawn(matched_forgetting, retention=frame(records))
     ax = panel(figure, "similar: against full")
     assert list(lines(ax, "LoRA r=8")[0].get_ydata()) == [-0.03]
     assert np.allclose(bars(ax, "LoRA r=8"), [(-0.05, -0.005)])
@@ -178,7 +180,7 @@ def test_matched_forgetting_pairs_runs_of_one_seed(frame):
     rows = matched(frame(records))
     # Full's runs come first in the records, so the sign turns.
     assert sorted(rows["value"]) == pytest.approx([-0.44, -0.43, -0.42])
-    assert "Mean of 3 seeds" in notes(matched_forgetting(frame(records)))
+    assert "Mean of 3 seeds" in notes(drawn(matched_forgetting, retention=frame(records)))
 
 
 # ------------------------------------------------------------------------- the plane
@@ -186,7 +188,7 @@ def test_matched_forgetting_pairs_runs_of_one_seed(frame):
 
 def test_a_curve_leads_from_the_base_through_the_checkpoints(frame):
     records = points([0.1, 0.15, 0.2], [0.01, 0.02, 0.04])
-    ax = panel(learning_forgetting_plane(frame(records)), "similar")
+    ax = panel(drawn(learning_forgetting_plane, retention=frame(records)), "similar")
     expected = [(0, 0), (0.1, 0.01), (0.15, 0.02), (0.2, 0.04)]
     assert np.allclose(lines(ax, "LoRA r=8")[0].get_xydata(), expected)
     assert np.allclose(lines(ax, "last LoRA r=8")[0].get_xydata(), expected[-1:])
@@ -206,7 +208,7 @@ def test_scaled_updates_lead_from_the_base_through_the_last_checkpoint(frame, wi
             scaled = at_end | {"update_scale": t}
             records.append(kept(RUN, "mean", "adaptation", 0.5 + gain, **scaled))
             records.append(kept(RUN, "mean", "forgetting", lost, **scaled))
-    figure = learning_forgetting_plane(frame(records))
+    figure = drawn(learning_forgetting_plane, retention=frame(records))
     (line,) = lines(panel(figure, "similar"), "scaled LoRA r=8")
     assert np.allclose(line.get_xydata(), [(0, 0), (0.15, 0.01), (0.2, 0.04), (0.21, 0.07)])
     assert "scaled by 0.5, 1.25" in notes(figure)
@@ -217,7 +219,7 @@ def test_three_seeds_are_means_with_intervals_over_seeds_and_items_on_both_axes(
     for seed, gain, lost in ((42, 0.18, 0.02), (43, 0.20, 0.05), (44, 0.22, 0.08)):
         run = f"similar_lora_r8_seed{seed}"
         records += points([0.1, gain], [0.01, lost], run=run, seed=seed)
-    figure = learning_forgetting_plane(frame(records))
+    figure = drawn(learning_forgetting_plane, retention=frame(records))
     ax = panel(figure, "similar")
     expected = [(0, 0), (0.1, 0.01), (0.2, 0.05)]
     assert np.allclose(lines(ax, "LoRA r=8")[0].get_xydata(), expected)
@@ -260,20 +262,23 @@ def test_gains_come_from_adaptation_where_retention_has_no_score(frame):
 
 def test_controls_stand_in_the_plane_only_where_they_are_alone(frame):
     control = points([0.05], [0.0], run="sst2_lora_r8_seed42")
-    alone = panel(learning_forgetting_plane(frame(control)), "similar")
+    alone = panel(drawn(learning_forgetting_plane, retention=frame(control)), "similar")
     assert lines(alone, "LoRA r=8 (sst2 alone)")
-    ax = panel(learning_forgetting_plane(frame(points([0.2], [0.04]) + control[1:])), "similar")
+    ax = panel(
+        drawn(learning_forgetting_plane, retention=frame(points([0.2], [0.04]) + control[1:])),
+        "similar",
+    )
     assert lines(ax, "LoRA r=8") and not lines(ax, "LoRA r=8 (sst2 alone)")
 
 
 def test_a_run_that_has_not_ended_has_a_curve_and_no_large_point(frame):
     half = [r for r in points([0.1, 0.2], [0.01, 0.04]) if r["fraction"] < 1]
     records = half + points([0.2], [0.05], run="similar_full_seed42", method="full")[1:]
-    figure = learning_forgetting_plane(frame(records))
+    figure = drawn(learning_forgetting_plane, retention=frame(records))
     ax = panel(figure, "similar")
     assert lines(ax, "LoRA r=8") and not lines(ax, "last LoRA r=8")
     assert f"not measured at its end: {RUN}" in notes(figure)
-    assert RUN in notes(forgetting_by_rank(frame(records)))
+    assert RUN in notes(drawn(forgetting_by_rank, retention=frame(records)))
 
 
 def test_the_front_holds_what_no_point_beats():
@@ -291,14 +296,14 @@ def test_the_front_holds_what_no_point_beats():
 
 
 def test_the_front_runs_below_all_points_of_all_arms(frame):
-    figure = learning_forgetting_plane(frame(retention_study(seeds=(42, 43, 44))))
+    figure = drawn(learning_forgetting_plane, retention=frame(retention_study(seeds=(42, 43, 44))))
     for ax in figure.axes:
         (front,) = lines(ax, "Pareto front")
         corners = front.get_xydata()
         assert (np.diff(corners, axis=0)[:, 0] >= 0).all()
         assert (np.diff(corners, axis=0)[:, 1] >= 0).all()
-        drawn = [line.get_xydata() for line in ax.lines if "LoRA" in line.get_label()]
-        for x, y in np.concatenate(drawn):
+        shown = [line.get_xydata() for line in ax.lines if "LoRA" in line.get_label()]
+        for x, y in np.concatenate(shown):
             beating = [lost for gain, lost in corners if gain >= x]
             assert not beating or y >= min(beating) - 1e-12
 
@@ -309,7 +314,7 @@ def test_the_front_runs_below_all_points_of_all_arms(frame):
 @pytest.mark.parametrize("draw", FIGURES)
 def test_without_records_a_figure_says_what_is_missing(draw, frame):
     for records in ([], [r for r in retention_study(points=1) if r["method"] == "base"]):
-        (ax,) = draw(frame(records), None).axes
+        (ax,) = drawn(draw, retention=frame(records)).axes
         assert "Nothing to draw: no " in ax.texts[0].get_text()
 
 
@@ -319,17 +324,17 @@ def test_each_part_is_drawn_without_the_others(draw, frame):
     adaptation = frame(study(seeds=(42, 43), points=2), script="adaptation")
     for metric in ("forgetting", "adaptation", "retention", "cka", "matched_forgetting"):
         rest = [r for r in records if r["metric"] != metric]
-        draw(frame(rest), adaptation)
-        draw(frame([r for r in records if r["metric"] == metric]), None)
-    draw(frame([r for r in records if r["method"] != "base"]), None)
+        drawn(draw, retention=frame(rest), adaptation=adaptation)
+        drawn(draw, retention=frame([r for r in records if r["metric"] == metric]))
+    drawn(draw, retention=frame([r for r in records if r["method"] != "base"]))
 
 
 @pytest.mark.parametrize("draw", FIGURES)
 def test_the_demo_says_that_it_is_one(draw, frame):
     records = retention_study(grid=GRID[:1], points=1)
-    assert DEMO_NOTE in notes(draw(frame(records, preset="demo"), None))
-    assert DEMO_NOTE in notes(draw(frame([], preset="demo"), None))
-    assert "demo" not in notes(draw(frame(records), None))
+    assert DEMO_NOTE in notes(drawn(draw, retention=frame(records, preset="demo")))
+    assert DEMO_NOTE in notes(drawn(draw, retention=frame([], preset="demo")))
+    assert "demo" not in notes(drawn(draw, retention=frame(records)))
 
 
 @pytest.mark.parametrize("draw", FIGURES)
@@ -337,14 +342,15 @@ def test_the_demo_says_that_it_is_one(draw, frame):
 def test_no_text_overlaps_another_or_leaves_the_figure(draw, families, frame):
     records = retention_study(seeds=(42, 43, 44), families=families)
     records = [r for r in records if "r16" not in r["run"] or r["run"].endswith("42")]
-    assert_texts_are_apart(draw(frame(records, preset="demo"), None))
+    assert_texts_are_apart(drawn(draw, retention=frame(records, preset="demo")))
 
 
 def test_a_script_saves_them_all(frame, tmp_path):
     retention = frame(retention_study(points=2, grid=GRID[-2:]))
-    paths = [save(draw(retention, None), tmp_path / f"{draw.__name__}.png") for draw in FIGURES]
+    figures = {draw.__name__: drawn(draw, retention=retention) for draw in FIGURES}
+    paths = [save(figure, tmp_path / f"{name}.png") for name, figure in figures.items()]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    assert paths[-1].stem == "learning_forgetting_plane"
+    assert "learning_forgetting_plane" in [path.stem for path in paths]
 
 
 def test_gaps_name_the_arms_runs_and_parts_that_are_not_there(frame):
@@ -368,4 +374,4 @@ def test_records_survive_json_without_the_optional_fields(tmp_path):
             row.pop(name, None)
     path.write_text(json.dumps(document))
     for draw in FIGURES:
-        draw(load_records(path), None)
+        drawn(draw, retention=load_records(path))

@@ -11,7 +11,9 @@ from synthetic_records import kept, write_study
 
 from config import UserError
 from lora_tradeoffs.figures import study as study_figures
-from lora_tradeoffs.figures.style import DEMO_NOTE, palette, save
+from lora_tradeoffs.figures.panels import DEMO_NOTE
+from lora_tradeoffs.figures.study_records import StudyRecords
+from lora_tradeoffs.figures.style import palette, save
 from lora_tradeoffs.measuring.results import adaptation_items
 from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.costs import arm_costs, cost_table, gain_costs
@@ -60,6 +62,18 @@ def retention(tmp_path):
             own = arm | dict(step=50 * i, fraction=i / 2, seed=int(run[-2:]))
             records.append(kept(run, "mean", "adaptation", 0.5 + gain * i / 2, **own))
     return load_records(write_study(tmp_path, records, "study", script="retention"))
+
+
+def with_tables(retention=None, adaptation=None, **tables):
+    """A study of these records whose tables are given."""
+    study = StudyRecords(retention=retention, adaptation=adaptation)
+    for name, table in tables.items():
+        setattr(study, name, table)
+    return study
+
+
+def predicted(figure, table, frame):
+    return figure(with_tables(frame, checkpoints=table))
 
 
 # ------------------------------------------------------------------------------------- costs
@@ -128,7 +142,9 @@ def test_gains_are_held_against_seconds_and_tokens(runs_dir, retention):
 
 
 def test_the_figure_of_costs_shows_means_over_seeds(runs_dir, retention):
-    figure = study_figures.gain_against_cost(gain_costs(runs_dir, retention), retention)
+    figure = study_figures.gain_against_cost(
+        with_tables(retention, gains=gain_costs(runs_dir, retention))
+    )
     minutes, tokens = figure.axes
     (line,) = lines(minutes, "LoRA r=8")
     # seeds at .9 of 60 and 120 seconds, with gains of .1 and .2
@@ -163,7 +179,7 @@ def predictor_rows(families=("similar", "dissimilar"), runs=9):
 
 def test_predictors_show_every_run_and_the_correlation(empty):
     table = predictor_rows()
-    figure = study_figures.predictors(table, empty())
+    figure = predicted(study_figures.predictors_of_forgetting, table, empty())
     size, rho, *_ = figure.axes
     points = np.concatenate(
         [line.get_xydata() for line in size.lines if line.get_label()[0] == "L"]
@@ -176,13 +192,13 @@ def test_predictors_show_every_run_and_the_correlation(empty):
     expected = own["rho"].corr(own["forgetting"], method="spearman")
     assert float(shown.split(" (")[0]) == pytest.approx(expected, abs=0.006)
     assert "resampled runs" in notes(figure)
-    gain = study_figures.predictors(table, empty(), "gain")
+    gain = predicted(study_figures.predictors_of_gain, table, empty())
     assert "gain on validation" in gain.axes[0].get_ylabel()
 
 
 def test_a_predictor_that_does_not_vary_has_no_correlation(empty):
     table = predictor_rows(families=("similar",)).assign(rho=1.0, intruders=np.nan)
-    figure = study_figures.predictors(table, empty())
+    figure = predicted(study_figures.predictors_of_forgetting, table, empty())
     assert len(figure.axes) == 2  # intruders were not measured
     assert figure.axes[1].get_title(loc="left") == "no correlation"
 
@@ -206,7 +222,7 @@ def transferred(folder, seeds=SEEDS, arms=("lora_r8", "full"), tasks=("sst2", "m
 
 def test_transfer_is_drawn_with_its_intervals(tmp_path):
     table, frame = transferred(tmp_path)
-    figure = study_figures.transfer(table, frame)
+    figure = study_figures.transfer_by_task(with_tables(adaptation=frame, transfer=table))
     names = figure.axes[0].get_yticklabels()
     for row in table.itertuples():
         ax = panel(figure, row.task)
@@ -220,14 +236,15 @@ def test_transfer_is_drawn_with_its_intervals(tmp_path):
 
 
 def test_one_seed_is_shown_as_one_seed(tmp_path):
-    figure = study_figures.transfer(*transferred(tmp_path, seeds=(42,)))
+    table, frame = transferred(tmp_path, seeds=(42,))
+    figure = study_figures.transfer_by_task(with_tables(adaptation=frame, transfer=table))
     assert "over items, about these two runs alone (one seed)" in notes(figure)
     assert "over seeds" not in notes(figure)
 
 
 def test_two_seeds_have_no_interval(tmp_path):
     table, frame = transferred(tmp_path, seeds=(42, 43))
-    figure = study_figures.transfer(table, frame)
+    figure = study_figures.transfer_by_task(with_tables(adaptation=frame, transfer=table))
     assert "2 seeds: no interval" in notes(figure).replace("seed(s)", "seeds")
     assert not any(lines(ax, "interval") for ax in figure.axes)
 
@@ -240,9 +257,11 @@ def test_without_data_a_figure_says_what_is_missing(empty, tmp_path):
 
     frame = empty()
     figures = [
-        study_figures.gain_against_cost(gain_costs(tmp_path), frame),
-        study_figures.predictors(predictor_table(frame), frame),
-        study_figures.transfer(transfer_table(frame), frame),
+        study_figures.gain_against_cost(with_tables(frame, gains=gain_costs(tmp_path))),
+        predicted(study_figures.predictors_of_forgetting, predictor_table(frame), frame),
+        study_figures.transfer_by_task(
+            with_tables(adaptation=frame, transfer=transfer_table(frame))
+        ),
     ]
     for figure, missing in zip(
         figures, ("training.json", "measure of drift", "--single-task-controls")
@@ -255,9 +274,9 @@ def test_the_demo_says_that_it_is_one(empty, tmp_path, runs_dir, retention):
     frame, points = empty("demo"), gain_costs(runs_dir, retention)
     table, _ = transferred(tmp_path / "t")
     for figure in (
-        study_figures.gain_against_cost(points, frame),
-        study_figures.predictors(predictor_rows(), frame),
-        study_figures.transfer(table, frame),
+        study_figures.gain_against_cost(with_tables(frame, gains=points)),
+        predicted(study_figures.predictors_of_forgetting, predictor_rows(), frame),
+        study_figures.transfer_by_task(with_tables(adaptation=frame, transfer=table)),
     ):
         assert DEMO_NOTE in figure.get_supxlabel()
         assert save(figure, tmp_path / "figure.png").is_file()
@@ -265,6 +284,10 @@ def test_the_demo_says_that_it_is_one(empty, tmp_path, runs_dir, retention):
 
 def test_all_arms_have_room(tmp_path, empty):
     table, frame = transferred(tmp_path, arms=tuple(ARMS), tasks=("sst2", "mnli", "qqp"))
-    assert_texts_are_apart(study_figures.transfer(table, frame))
+    assert_texts_are_apart(
+        study_figures.transfer_by_task(with_tables(adaptation=frame, transfer=table))
+    )
     columns = dict.fromkeys(("intruders", "rotation", "kl_text", "kl_tasks"), 1e-3)
-    assert_texts_are_apart(study_figures.predictors(predictor_rows().assign(**columns), empty()))
+    table = predictor_rows().assign(**columns)
+    figure = predicted(study_figures.predictors_of_forgetting, table, empty())
+    assert_texts_are_apart(figure)

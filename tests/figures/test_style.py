@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from figure_checks import assert_texts_are_apart, bars, lines, notes, panel
+from figure_checks import assert_texts_are_apart, bars, drawn, lines, notes, panel
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,12 +15,13 @@ from synthetic_records import record, study, write_study
 
 from config import TASKS, UserError
 from lora_tradeoffs.figures.adaptation import (
-    FIGURES,
     last_by_rank,
     learning_curves,
     validation_against_test,
 )
-from lora_tradeoffs.figures.style import DEMO_NOTE, palette, place_legend, save, style_of
+from lora_tradeoffs.figures.draw import FIGURES as ALL
+from lora_tradeoffs.figures.panels import DEMO_NOTE, place_legend
+from lora_tradeoffs.figures.style import palette, save, style_of
 from lora_tradeoffs.tables.arms import BASE as BASE_ARM
 from lora_tradeoffs.tables.arms import FULL, GRID, Arm
 from lora_tradeoffs.tables.frames import (
@@ -30,6 +31,7 @@ from lora_tradeoffs.tables.frames import (
     summarise,
 )
 
+FIGURES = ALL["adaptation"]
 ARMS = [*GRID, Arm("full_qv"), FULL, BASE_ARM]
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
 DEFICIENCIES = {
@@ -110,7 +112,7 @@ def test_an_arm_keeps_its_colour_whichever_arms_are_present(frame):
     some = frame(study(grid=(("full", 0), ("lora", 32)), families=("dissimilar",)))
     for draw in FIGURES:
         for records in (every, some):
-            ax = panel(draw(records), "squad_v2")
+            ax = panel(drawn(draw, adaptation=records), "squad_v2")
             for arm in (FULL, Arm("lora", 32)):
                 found = [c for c in ax.containers if c.get_label() == str(arm)]
                 colours = {to_hex(c.lines[2][0].get_color()[0]) for c in found}
@@ -166,7 +168,7 @@ BASELINE = record("majority class", "sst2", 0.5, method="baseline", step=0, frac
 def test_curves_show_the_records_of_a_single_seed(frame):
     records = [BASE, BASELINE, *curve("similar_lora_r8_seed42", [0.7, 0.8, 0.85])]
     records += curve("similar_full_seed42", [0.75, 0.9, 0.88], method="full")
-    figure = learning_curves(frame(records))
+    figure = drawn(learning_curves, adaptation=frame(records))
     ax = panel(figure, "sst2")
     for arm, values in (("LoRA r=8", [0.7, 0.8, 0.85]), ("full", [0.75, 0.9, 0.88])):
         (line,) = lines(ax, arm)
@@ -189,10 +191,10 @@ def test_three_seeds_show_their_mean_and_the_interval_over_seeds_and_items(frame
         records += curve(f"similar_lora_r8_seed{seed}", [0.7, value], seed=seed)
     # By hand: mean .84, standard deviation .04, t(.975, 2) = 4.3027; over items .012 each.
     half = math.hypot(4.3027 * 0.04 / math.sqrt(3), 1.96 * 0.012)
-    figure = learning_curves(frame(records))
+    figure = drawn(learning_curves, adaptation=frame(records))
     assert np.allclose(lines(panel(figure, "sst2"), "LoRA r=8")[0].get_ydata(), [0.6, 0.7, 0.84])
     assert "Mean of 3 seeds, bars: 95 % interval over seeds and items" in notes(figure)
-    ax = panel(last_by_rank(frame(records)), "sst2")
+    ax = panel(drawn(last_by_rank, adaptation=frame(records)), "sst2")
     assert np.allclose(lines(ax, "LoRA r=8")[0].get_ydata(), [0.84])
     assert np.allclose(bars(ax, "LoRA r=8"), [(0.84 - half, 0.84 + half)], atol=1e-5)
     assert sorted(lines(ax, "seeds of LoRA r=8")[0].get_ydata()) == [0.80, 0.84, 0.88]
@@ -201,28 +203,30 @@ def test_three_seeds_show_their_mean_and_the_interval_over_seeds_and_items(frame
 def test_two_seeds_have_a_mean_but_no_interval(frame):
     records = curve("similar_full_seed42", [0.8], method="full")
     records += curve("similar_full_seed43", [0.9], method="full", seed=43)
-    figure = last_by_rank(frame(records))
+    figure = drawn(last_by_rank, adaptation=frame(records))
     ((low, high),) = bars(panel(figure, "sst2"), "full")
     assert low == high == pytest.approx(0.85)
     assert "too few for an interval" in notes(figure)
 
 
 def test_by_rank_orders_the_arms_and_reads_test_where_it_is(frame):
-    figure = last_by_rank(frame(study()))
+    figure = drawn(last_by_rank, adaptation=frame(study()))
     assert "Split: test" in notes(figure)
     ax = panel(figure, "squad_v2")
     ticks = [tick.get_text().replace("\n", " ") for tick in ax.get_xticklabels()]
     assert ticks == ["4", "8", "16", "32", "64", "full qv", "full"]
     places = [lines(ax, arm)[0].get_xdata()[0] for arm in ARMS[:-1]]
     assert places == [0, 1, 2, 3, 4, 5, 6]
-    validation = last_by_rank(frame([r for r in study() if r["split"] == "validation"]))
+    validation = drawn(
+        last_by_rank, adaptation=frame([r for r in study() if r["split"] == "validation"])
+    )
     assert "Split: validation" in notes(validation)
 
 
 def test_validation_lies_along_x_and_test_along_y(frame):
     run = "similar_lora_r8_seed42"
     records = [*curve(run, [0.7, 0.8]), record(run, "sst2", 0.77, step=20, split="test")]
-    ax = panel(validation_against_test(frame(records)), "sst2")
+    ax = panel(drawn(validation_against_test, adaptation=frame(records)), "sst2")
     (container,) = ax.containers
     point = container.lines[0]
     assert (list(point.get_xdata()), list(point.get_ydata())) == ([0.8], [0.77])
@@ -236,9 +240,9 @@ def test_a_run_that_has_not_ended_is_left_out_and_named(frame):
     records = curve("similar_full_seed42", [0.7, 0.8], method="full")
     records.append(record("similar_lora_r8_seed42", "sst2", 0.7, step=10, fraction=0.5))
     for draw in (last_by_rank, learning_curves):
-        figure = draw(frame(records))
+        figure = drawn(draw, adaptation=frame(records))
         assert bool(lines(panel(figure, "sst2"), "LoRA r=8")) == (draw is learning_curves)
-    assert "similar_lora_r8_seed42" in notes(last_by_rank(frame(records)))
+    assert "similar_lora_r8_seed42" in notes(drawn(last_by_rank, adaptation=frame(records)))
     assert "not measured at its end: similar_lora_r8_seed42" in gaps(frame(records))
 
 
@@ -256,30 +260,32 @@ def test_other_prompts_and_metrics_do_not_enter(frame):
     records = [BASE, BASE | {"shots": 4, "value": 0.65}, *curve(run, [0.8])]
     records.append(record(run, "sst2", 0.1, prompt=1))
     records.append(record(run, "sst2", 0.2, metric="f1"))
-    ax = panel(learning_curves(frame(records)), "sst2")
+    ax = panel(drawn(learning_curves, adaptation=frame(records)), "sst2")
     assert list(lines(ax, "LoRA r=8")[0].get_ydata()) == [0.6, 0.8]
     assert sorted(line.get_label() for line in ax.lines) == ["LoRA r=8", "base"]
 
 
 @pytest.mark.parametrize("draw", FIGURES)
 def test_panels_are_the_tasks_that_there_are(draw, frame):
-    assert [ax.get_title(loc="left") for ax in draw(frame(study())).axes] == list(TASKS)
-    half = draw(frame(study(families=("dissimilar",)))).axes
+    assert [ax.get_title(loc="left") for ax in drawn(draw, adaptation=frame(study())).axes] == list(
+        TASKS
+    )
+    half = drawn(draw, adaptation=frame(study(families=("dissimilar",)))).axes
     assert [ax.get_title(loc="left") for ax in half] == list(TASKS[3:])
 
 
 @pytest.mark.parametrize("draw", FIGURES)
 def test_without_records_a_figure_says_what_is_missing(draw, frame):
     for records in ([], [BASE], study()[:3]):
-        (ax,) = draw(frame(records)).axes
+        (ax,) = drawn(draw, adaptation=frame(records)).axes
         assert "Nothing to draw: no " in ax.texts[0].get_text()
 
 
 @pytest.mark.parametrize("draw", FIGURES)
 def test_the_demo_says_that_it_is_one(draw, frame):
-    assert DEMO_NOTE in notes(draw(frame(study(), preset="demo")))
-    assert DEMO_NOTE in notes(draw(frame([], preset="demo")))
-    assert "demo" not in notes(draw(frame(study(), preset="study")))
+    assert DEMO_NOTE in notes(drawn(draw, adaptation=frame(study(), preset="demo")))
+    assert DEMO_NOTE in notes(drawn(draw, adaptation=frame([], preset="demo")))
+    assert "demo" not in notes(drawn(draw, adaptation=frame(study(), preset="study")))
 
 
 @pytest.mark.parametrize("draw", FIGURES)
@@ -289,12 +295,14 @@ def test_no_text_overlaps_another_or_leaves_the_figure(draw, families, frame):
     for seeds in (("43", "44"), ("44",)):  # one arm with a single seed, one with two
         arm = "lora_r16" if len(seeds) > 1 else "full_seed"
         records = [r for r in records if arm not in r["run"] or not r["run"].endswith(seeds)]
-    figure = draw(frame(records, preset="demo"))
+    figure = drawn(draw, adaptation=frame(records, preset="demo"))
     assert_texts_are_apart(figure)
 
 
 def test_save_writes_png_and_pdf_and_leaves_no_scraps(frame, tmp_path):
-    path = save(learning_curves(frame(study())), tmp_path / "new" / "curves.png", pdf=True)
+    path = save(
+        drawn(learning_curves, adaptation=frame(study())), tmp_path / "new" / "curves.png", pdf=True
+    )
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert sorted(p.name for p in path.parent.iterdir()) == ["curves.pdf", "curves.png"]
@@ -306,7 +314,7 @@ def test_drawing_leaves_the_users_style_alone(frame, tmp_path):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    save(learning_curves(frame(study())), tmp_path / "curves.png")
+    save(drawn(learning_curves, adaptation=frame(study())), tmp_path / "curves.png")
     assert dict(matplotlib.rcParams) == before
 
 

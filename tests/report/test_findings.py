@@ -11,8 +11,10 @@ from synthetic_effects import ARMS, Bench, arm_fields, write_scored
 from synthetic_records import kept, record, write_study
 
 from config import FAMILIES
+from lora_tradeoffs.figures.study_records import StudyRecords
 from lora_tradeoffs.measuring.results import adaptation_items, retention_items
-from lora_tradeoffs.report.findings import as_markdown, as_table, findings
+from lora_tradeoffs.report import findings as report_findings
+from lora_tradeoffs.report.findings import as_markdown, as_table
 from lora_tradeoffs.report.wording import ADAPTS, FORGETS, GOES_WITH, MATCHED, RANK, TRANSFER
 from lora_tradeoffs.statistics.comparisons import compare_methods
 from lora_tradeoffs.statistics.contrasts import Part, by_seed, contrast
@@ -24,6 +26,14 @@ from lora_tradeoffs.tables.transfer import transfer_table
 SEEDS = (42, 43, 44)
 SURE = 0.0005  # spread of the seeds, at which three of them tell .05 after Holm over 30
 VAGUE = 0.02
+
+
+def findings(adaptation, retention, drift, transfer, preset, test_items=None, items=None):
+    """The findings of a study of these records, transfer and per-item outcomes."""
+    study = StudyRecords(adaptation, retention, drift)
+    study.transfer, study.preset = transfer, preset
+    study.adaptation_items, study.retention_items = test_items, items
+    return report_findings.findings(study)
 
 
 @pytest.fixture

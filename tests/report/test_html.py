@@ -15,7 +15,7 @@ from synthetic_records import retention_study, study, write_study
 
 from config import UserError
 from lora_tradeoffs.report import html as report
-from lora_tradeoffs.report.notebook import Report
+from lora_tradeoffs.report.notebook import StudyReport
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -150,12 +150,12 @@ def test_nonsense_in_a_results_file_is_told_from_what_scripts_write(
 ):
     monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
     path = write_study(tmp_path, study(grid=[("lora", 8)], points=1, families=("similar",)))
-    assert Report("demo").adaptation is not None
+    assert StudyReport("demo").study.adaptation is not None
     document = json.loads(path.read_text())
     edit(document)
     path.write_text(json.dumps(document))
     with pytest.raises(UserError) as error:
-        Report("demo")
+        StudyReport("demo")
     assert str(path) in str(error.value) and said in str(error.value)
 
 
@@ -163,7 +163,7 @@ def test_small_and_large_numbers_of_a_table_keep_their_figures(tmp_path, monkeyp
     monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
     monkeypatch.setattr("IPython.display.display", shown := Mock())
     rows = pd.DataFrame({"rate": [4.9e-5] * 100, "n": 7, "x": [math.nan, 123456.0] * 50})
-    Report("demo").table("rates", rows)
+    StudyReport("demo").table("rates", rows)
     text = shown.call_args.args[0].to_html()
     assert text.count(">4.9e-05<") == 100 and text.count(">123,456<") == 50 and "nan" not in text
     assert len((tmp_path / "outputs/demo/tables/rates.csv").read_text().splitlines()) == 101
@@ -176,8 +176,8 @@ def test_a_table_says_once_what_all_runs_share(tmp_path, monkeypatch):
     for r in records:
         r["run"] = r["run"].replace("_seed", "_steps40_seed")
     write_study(tmp_path, records)
-    report = Report("demo")
-    means = report.adaptation.groupby("arm")["value"].mean()
+    report = StudyReport("demo")
+    means = report.study.adaptation.groupby("arm")["value"].mean()
     for name, rows, index in (("by", means.to_frame(), True), ("in", means.reset_index(), False)):
         display.reset_mock()
         report.table(name, rows, index)

@@ -10,10 +10,7 @@ from synthetic_drift import write_drift
 from synthetic_effects import write_run
 from synthetic_records import GRID, retention_study, study, write_study
 
-from lora_tradeoffs.figures import adaptation as adaptation_figures
-from lora_tradeoffs.figures import drift as drift_figures
-from lora_tradeoffs.figures import retention as retention_figures
-from lora_tradeoffs.figures import spectra as spectrum_figures
+from lora_tradeoffs.figures.draw import FIGURES
 from lora_tradeoffs.report.wording import DEMO
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -32,9 +29,9 @@ def report(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_SOURCE", "sample")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(config.ROOT)]))
 
-    def run(study="demo"):
+    def run(study="demo", pdf=False):
         notebook = nbformat.read(NOTEBOOK, as_version=4)
-        notebook.cells[1].source = notebook.cells[1].source.replace("demo", study)
+        notebook.cells[1].source = f"STUDY, PDF = {study!r}, {pdf}"
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
         outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
         shown = [o.get("data", {}) for o in outputs]
@@ -50,23 +47,24 @@ def test_notebook_is_valid_and_without_outputs():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     assert notebook.nbformat == 4
-    assert notebook.cells[1].source == 'STUDY = "demo"'
+    assert notebook.cells[1].source == 'STUDY, PDF = "demo", False'
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert cell.outputs == []
             assert cell.execution_count is None
 
 
-def figures_in(folder):
-    """Names of the report's figures, each as PNG and PDF."""
-    made = {p.name for p in (folder / "outputs/demo/figures").iterdir()}
+def figures_in(folder, pdf=False):
+    """Names of the figures in all folders of the study, each as PNG and, if asked, as PDF."""
+    made = {path.name for path in folder.glob("**/figures/*")}
     names = {name.rpartition(".")[0] for name in made}
-    assert made == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    kinds = ("png", "pdf") if pdf else ("png",)
+    assert made == {f"{name}.{kind}" for name in names for kind in kinds}
     return names
 
 
-def names_of(*modules):
-    return {figure.__name__ for module in modules for figure in module.FIGURES}
+def names_of(*groups):
+    return {figure.__name__ for group in groups for figure in FIGURES[group]}
 
 
 def test_report_draws_adaptation_and_says_what_is_missing(report, tmp_path):
@@ -79,8 +77,8 @@ def test_report_draws_adaptation_and_says_what_is_missing(report, tmp_path):
         ' "environment": {"device_name": "an abacus", "versions": {"torch": "9.9"}}}'
     )
     text, pictures = report()
-    assert names_of(adaptation_figures) < figures_in(tmp_path)
-    assert not figures_in(tmp_path) & names_of(retention_figures, drift_figures)
+    assert names_of("adaptation") < figures_in(tmp_path)
+    assert not figures_in(tmp_path) & names_of("retention", "drift")
     assert len(pictures) == len(figures_in(tmp_path))
     assert "LoRA r=64" in text and "majority class" in text and "base (4-shot)" in text
     assert "an abacus" in text
@@ -89,7 +87,7 @@ def test_report_draws_adaptation_and_says_what_is_missing(report, tmp_path):
     for script in ("retention_eval", "svd_analysis", "gradient_conflict"):
         assert f"python {script}.py --study demo" in text
     tables = {p.name for p in (tmp_path / "outputs/demo/tables").iterdir()}
-    assert {"runs.csv", "scores.csv", "transfer.csv", "costs.csv", "findings.csv"} <= tables
+    assert {"runs", "arms", "scores", "transfer", "costs", "findings"} <= {t[:-4] for t in tables}
 
 
 def test_report_of_a_whole_study(report, tmp_path):
@@ -98,16 +96,17 @@ def test_report_of_a_whole_study(report, tmp_path):
     records = retention_study(grid=grid, points=2, families=("similar",))
     write_study(tmp_path, records, script="retention")
     write_drift(tmp_path, grid, families=("similar",), points=2)
-    text, pictures = report()
-    drawn = names_of(adaptation_figures, retention_figures, drift_figures, spectrum_figures)
-    drawn |= {"transfer", "gain_against_cost", "predictors_of_forgetting", "predictors_of_gain"}
-    assert figures_in(tmp_path) == drawn and len(pictures) == len(drawn)
-    for place, modules in (
-        ("performance_analysis", (adaptation_figures,)),
-        ("drift_analysis_plots", (drift_figures, spectrum_figures)),
-    ):  # and beside the records that they show
-        found = (tmp_path / place / "demo" / "figures").glob("*.png")
-        assert {path.stem for path in found} == names_of(*modules)
+    text, pictures = report(pdf=True)
+    together = ("retention", "transfer", "predictors", "costs")
+    drawn = names_of("adaptation", "drift", *together)
+    assert figures_in(tmp_path, pdf=True) == drawn and len(pictures) == len(drawn)
+    for folder, groups in (  # each beside the records that it shows
+        ("performance_analysis", ("adaptation",)),
+        ("drift_analysis_plots", ("drift",)),
+        ("outputs", together),
+    ):
+        paths = (tmp_path / folder / "demo" / "figures").glob("*.png")
+        assert {path.stem for path in paths} == names_of(*groups)
     assert "the base is at chance, nothing can be forgotten: arc_challenge" in text
     assert DEMO in text
     across = (tmp_path / "outputs/demo/tables/across_runs.csv").read_text()
@@ -132,7 +131,9 @@ def test_report_of_a_study_that_was_only_trained_shows_its_runs_and_costs(report
         # at the top, and where it says what is missing
         assert text.count(f"python {script}.py --study demo") >= 2
     tables = tmp_path / "outputs" / "demo" / "tables"
-    assert {p.name for p in tables.iterdir()} == {"runs.csv", "costs.csv", "findings.csv"}
+    assert {p.name for p in tables.iterdir()} == {
+        *("runs.csv", "arms.csv", "costs.csv", "findings.csv")
+    }
     assert "5e-05" in (tables / "runs.csv").read_text()
     assert "an abacus" in (tables / "costs.csv").read_text()
 
@@ -143,3 +144,32 @@ def test_report_of_a_study_without_results_names_the_commands(report, tmp_path):
     for script in ("eval", "retention_eval", "svd_analysis", "gradient_conflict"):
         assert f"python {script}.py --study other" in text
     assert not pictures
+
+
+def test_the_report_begins_with_what_was_found_and_a_row_for_each_arm(report, tmp_path):
+    import csv
+
+    grid = [("lora", 8), ("full", 0)]
+    write_study(tmp_path, study(grid=grid, points=2, families=("similar",)))
+    records = retention_study(grid=grid, points=2, families=("similar",))
+    write_study(tmp_path, records, script="retention")
+    write_drift(tmp_path, grid, families=("similar",), points=2)
+    config = {"family": "similar", "method": "lora", "rank": 8, "seed": 42}
+    write_run(tmp_path / "models" / "demo", "similar_lora_r8_seed42", config, seconds=90.0)
+    text, _ = report()
+    headings = [line for line in NOTEBOOK.read_text().splitlines() if '"## ' in line]
+    assert "What was found" in headings[0] and "The arms" in headings[1]
+    assert text.index(DEMO) < text.index("LoRA r=8")
+    with (tmp_path / "outputs/demo/tables/arms.csv").open(encoding="utf-8") as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["base", "LoRA r=8", "full"]
+    lora, full = rows["LoRA r=8"], rows["full"]
+    assert all("±" in row["score"] and "±" in row["forgetting"] for row in (lora, full))
+    assert lora["minutes"] == "1.5" and full["minutes"] == "" and float(lora["drift (%)"]) > 0
+    (value,) = [
+        r["value"]
+        for r in records
+        if (r["metric"], r["task"], r["step"]) == ("forgetting", "mean", 40)
+        and (r["method"], r["update_scale"]) == ("full", 1)
+    ]
+    assert full["forgetting"].startswith(f"{value:+.3f} ± ")

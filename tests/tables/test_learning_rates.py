@@ -4,14 +4,15 @@ import math
 
 import numpy as np
 import pytest
-from figure_checks import assert_texts_are_apart, bars, lines, notes, panel
+from figure_checks import assert_texts_are_apart, bars, drawn, lines, notes, panel
 from support import settings_for
 from synthetic_records import rate_points, record, study, write_study
 
 from lora_tradeoffs.figures.adaptation import last_by_rank, learning_curves
 from lora_tradeoffs.figures.drift import drift_over_training
-from lora_tradeoffs.figures.learning_rates import learning_rate_curves
 from lora_tradeoffs.figures.retention import forgetting_by_rank
+from lora_tradeoffs.figures.study import learning_rate_curves
+from lora_tradeoffs.figures.study_records import StudyRecords
 from lora_tradeoffs.figures.style import save
 from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.frames import (
@@ -55,6 +56,11 @@ def frames(tmp_path):
     return make
 
 
+def rate_curves(*frames, rates=()):
+    every_rate = dict(zip(("adaptation", "retention", "drift"), frames))
+    return learning_rate_curves(StudyRecords(rates=rates, at_all_rates=every_rate))
+
+
 def choice(arm, rate, loss, chosen=False, **fields):
     """A record of learning_rates.json."""
     method, rank = ("lora", int(arm.split("_r")[1])) if "lora" in arm else ("full", 0)
@@ -95,10 +101,10 @@ def test_figures_draw_a_mark_for_every_rate_at_its_own_value(frames):
     points = {LORA: {1e-3: (0.8, 0.02), 2e-3: (0.6, 0.10)}}
     adaptation, retention, drift = frames(*rate_points(points))
     for ax, values in (
-        (panel(learning_curves(adaptation), "sst2"), (0.8, 0.6)),
-        (panel(last_by_rank(adaptation), "sst2"), (0.8, 0.6)),
-        (panel(forgetting_by_rank(retention), "similar: mean"), (0.02, 0.10)),
-        (panel(drift_over_training(drift, None), "similar, Q"), (10, 20)),
+        (panel(drawn(learning_curves, adaptation=adaptation), "sst2"), (0.8, 0.6)),
+        (panel(drawn(last_by_rank, adaptation=adaptation), "sst2"), (0.8, 0.6)),
+        (panel(drawn(forgetting_by_rank, retention=retention), "similar: mean"), (0.02, 0.10)),
+        (panel(drawn(drift_over_training, drift=drift), "similar, Q"), (10, 20)),
     ):
         for arm, value in zip(("LoRA r=8", "LoRA r=8 (lr2e-3)"), values):
             assert lines(ax, arm)[0].get_ydata()[-1] == pytest.approx(value)
@@ -281,9 +287,8 @@ def test_at_chosen_rates_an_arm_stands_once_under_its_plain_label(frames):
         assert set(kept["arm"].map(str)) - {"base"} == {"full", "LoRA r=8"}
         assert (kept["method"] == "base").sum() == (frame["method"] == "base").sum()
         assert kept.attrs["meta"] == frame.attrs["meta"] and "note" not in frame.attrs
-    assert "at the chosen rate alone" in notes(
-        learning_curves(at_chosen_rates(frames(*rate_points(POINTS))[0], chosen))
-    )
+    frame = at_chosen_rates(frames(*rate_points(POINTS))[0], chosen)
+    assert "at the chosen rate alone" in notes(drawn(learning_curves, adaptation=frame))
 
 
 def test_what_a_run_is_held_against_is_left_out_with_its_rate(frames):
@@ -347,7 +352,7 @@ def test_an_arm_without_a_measured_choice_is_left_as_it_is(frames):
 
 def test_the_figure_shows_the_table(frames):
     records = rate_points(POINTS)
-    figure = learning_rate_curves(*frames(*records), CHOICES)
+    figure = rate_curves(*frames(*records), rates=CHOICES)
     assert len(figure.axes) == 4
     for ax, label, values in zip(
         figure.axes,
@@ -364,12 +369,12 @@ def test_the_figure_shows_the_table(frames):
         assert list(square.get_xdata()) == [5e-4]
         assert square.get_ydata()[0] in list(line.get_ydata())
     assert np.allclose(bars(figure.axes[1], "full")[0], (0.74, 0.76))
-    assert "1 seed a point" in notes(figure)
+    assert "1 seed per point" in notes(figure)
 
 
 def test_the_figure_leaves_out_what_was_not_measured_and_not_swept(frames):
     adaptation, *_ = frames(*rate_points(POINTS | {("lora", 64): {1e-3: (0.8, 0.1)}}))
-    figure = learning_rate_curves(adaptation)
+    figure = rate_curves(adaptation)
     (ax,) = figure.axes
     assert ax.get_ylabel() == "validation score"
     assert {line.get_label() for line in ax.lines if not line.get_label().startswith("_")} == {
@@ -379,7 +384,7 @@ def test_the_figure_leaves_out_what_was_not_measured_and_not_swept(frames):
 
 def test_without_a_sweep_the_figure_says_so(frames):
     (adaptation,) = frames(study())
-    (ax,) = learning_rate_curves(adaptation).axes
+    (ax,) = rate_curves(adaptation).axes
     assert "the defaults per arm stand" in ax.texts[0].get_text()
 
 
@@ -404,7 +409,7 @@ def whole_sweep(seeds=(42,)):
 
 def test_no_text_of_the_figure_overlaps_or_leaves_it(frames, tmp_path):
     for records in (rate_points(POINTS), whole_sweep(seeds=(42, 43, 44))):
-        figure = learning_rate_curves(*frames(*records), CHOICES)
+        figure = rate_curves(*frames(*records), rates=CHOICES)
         assert_texts_are_apart(figure)
         assert save(figure, tmp_path / "figure.png").stat().st_size > 4000
 

@@ -1,0 +1,105 @@
+"""The study in one table: what each arm scores, forgets, moves and costs."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from config import FAMILIES
+from lora_tradeoffs.figures.drift import percent, select
+from lora_tradeoffs.figures.study_records import StudyRecords
+from lora_tradeoffs.tables.costs import cost_table
+from lora_tradeoffs.tables.frames import is_trained, last_checkpoints, summarise
+from lora_tradeoffs.tables.retention import MEAN, family_means, forgotten
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+FORMATS = {
+    "score": ".3f",
+    "forgetting": "+.3f",
+    "drift (%)": ".2f",
+    "minutes": ".1f",
+    "trained (%)": ".2f",
+}
+FIELDS = ["family", "arm", "seed", "value", "stderr", "low", "high"]
+
+
+def arm_table(study: StudyRecords) -> DataFrame:
+    """A row for each arm of a family at its last checkpoint, the base first; "" where unknown.
+
+    `score` is the mean over the family's tasks of the primary metric (BLEU in hundredths), on test
+    where runs were measured on it, else on validation; `forgetting` the mean over the benchmarks
+    of base minus tuned; `drift` the norm of the update over that of the base's q_proj and v_proj;
+    `minutes` and `trained` the time and the share of the parameters that were trained. ± is the
+    standard error, over items for one seed, over seeds and items for three and more.
+    """
+    import pandas as pd
+
+    measures = {"score": _scores(study.adaptation), "forgetting": _forgetting(study.retention)}
+    measures |= {"drift (%)": _drift(study.drift)} | _costs(study)
+    parts = [rows.assign(task=name) for name, rows in measures.items() if rows is not None]
+    if not any(map(len, parts)):
+        return pd.DataFrame(columns=["family", "arm"])
+    rows = pd.concat(parts)
+    rows = rows[rows["family"].isin(FAMILIES) & rows["arm"].map(lambda arm: not arm.tasks)]
+    table = summarise(rows, by=("family",))
+    values = table[["task", "value", "stderr"]].itertuples(index=False)
+    table["cell"] = [_cell(*value) for value in values]
+    keys = ["family", "arm"]
+    cells = table.pivot(index=keys, columns="task", values="cell")
+    cells = cells.reindex(columns=[name for name in FORMATS if name in cells]).fillna("")
+    cells.insert(0, "seeds", table.groupby(keys)["seeds"].max())
+    place = {"family": [*FAMILIES].index, "arm": lambda arm: (arm.is_trained, arm)}
+    cells = cells.rename_axis(columns=None).reset_index()
+    order = [(place["family"](f), place["arm"](a)) for f, a in zip(cells["family"], cells["arm"])]
+    return cells.iloc[sorted(range(len(cells)), key=order.__getitem__)].reset_index(drop=True)
+
+
+def _scores(adaptation: DataFrame | None) -> DataFrame | None:
+    """Each run's mean over its family's tasks, and the base's."""
+    if adaptation is None:
+        return None
+    rows = last_checkpoints(adaptation)
+    test = rows[rows["split"] == "test"].assign(split="validation")
+    means = family_means(test if is_trained(test).any() else rows)
+    arms = rows[(rows["shots"] == 0) & (rows["prompt"] == 0)].drop_duplicates("run")
+    return means.merge(arms[["run", "arm", "seed"]], on="run")[FIELDS]
+
+
+def _forgetting(retention: DataFrame | None) -> DataFrame | None:
+    if retention is None:
+        return None
+    rows = forgotten(retention)
+    rows = rows[rows["task"] == MEAN]
+    return rows[rows["shots"] == rows["shots"].min()][FIELDS]
+
+
+def _drift(drift: DataFrame | None) -> DataFrame | None:
+    """Of q_proj and v_proj; of all targets where they were not both trained."""
+    if drift is None:
+        return None
+    rows = last_checkpoints(select(drift, "relative_frobenius", modules=("both", "all")))
+    rows = rows.sort_values("module", ascending=False, kind="stable").drop_duplicates("run")
+    return percent(rows)[FIELDS]
+
+
+def _costs(study: StudyRecords) -> dict[str, DataFrame]:
+    """Minutes of training and share of trained parameters, the arms named as in the records."""
+    costs = cost_table(study.settings.runs_dir)
+    names: dict[str, Any] = {}
+    for frame in (study.adaptation, study.retention, study.drift):
+        names |= {} if frame is None else dict(zip(frame["run"], frame["arm"]))
+    costs = costs.assign(arm=[names.get(run, arm) for run, arm in zip(costs["run"], costs["arm"])])
+    missing = dict.fromkeys(("stderr", "low", "high"), math.nan)
+    figures = {"minutes": costs["seconds"] / 60, "trained (%)": 100 * costs["trainable_share"]}
+    return {
+        name: costs.assign(value=values.astype(float), **missing)[FIELDS].dropna(subset="value")
+        for name, values in figures.items()
+    }
+
+
+def _cell(measure: str, value: float, error: float) -> str:
+    text = format(value, FORMATS[measure])
+    form = FORMATS[measure].removeprefix("+")
+    return text if math.isnan(error) else f"{text} ± {error:{form}}"
