@@ -139,7 +139,8 @@ def _about_rates(table: DataFrame, adaptation: DataFrame) -> str:
     about += " Bars: one standard error, over items with fewer than three seeds."
     if table["loss"].notna().any():
         about += " The loss, by which rates are chosen, has no error."
-    about += f" {_range(table['seeds'])} seed{'s' * (table['seeds'].max() > 1)} per point."
+    plural = "s" if table["seeds"].max() > 1 else ""
+    about += f" {_range(table['seeds'])} seed{plural} per point."
     return about + unfinished(adaptation[is_trained(adaptation)])
 
 

@@ -1,4 +1,4 @@
-"""Which rows a question about the grid's arms is asked of: parts of contrasts, by arm and seed."""
+"""The rows that each question compares: an arm's records by seed, as the parts of contrasts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def last_test_scores(adaptation: DataFrame) -> DataFrame:
-    """Primary metrics of the last checkpoints on test, our own prompt, no examples."""
+    """Primary metrics of the last checkpoints on test, the plain prompt, no in-context examples."""
     rows = scores(adaptation)
     rows = rows[(rows["shots"] == 0) & (rows["prompt"] == 0)]
     rows = last_checkpoints(rows)
@@ -43,8 +43,8 @@ def slope_weights(arms: Sequence[set[Arm]]) -> dict[Arm, float]:
     if len(shared_arms) < 3:
         return {}
     doublings = np.log2([arm.rank for arm in shared_arms])
-    off = doublings - doublings.mean()
-    return dict(zip(shared_arms, (off / (off**2).sum()).tolist()))
+    centred = doublings - doublings.mean()
+    return dict(zip(shared_arms, (centred / (centred**2).sum()).tolist()))
 
 
 def shared_seeds(tasks: Sequence[Sequence[Part]]) -> int:
@@ -75,6 +75,6 @@ def forgetting_parts(
     rows = rows[(rows["family"] == family) & rows["metric"].isin(["acc", "acc_norm"])]
     rows = rows[rows["shots"] == rows["shots"].min()]
     benchmarks = [rows[rows["task"] == task] for task in sorted(set(rows["task"]))]
-    if items is None or any(own["n"].nunique() > 1 for own in benchmarks):
+    if items is None or any(benchmark["n"].nunique() > 1 for benchmark in benchmarks):
         return [[Part(w, rows_of(lost, arm)) for arm, w in weights.items()]]
-    return [[Part(-w, rows_of(own, arm)) for arm, w in weights.items()] for own in benchmarks]
+    return [[Part(-w, rows_of(part, arm)) for arm, w in weights.items()] for part in benchmarks]

@@ -1,4 +1,4 @@
-"""What a finding is, and its words: a sentence for each way in which a test can come out."""
+"""What a finding is, and its sentences: one for each way in which a test can come out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FULL_TUNING, FULL_TESTED = "full fine-tuning", "full fine-tuning (last checkpoin
 
 @dataclass(frozen=True)
 class Finding:
-    """What a test said of a question. `kind`: confirmatory, exploratory, or missing: no test.
+    """The answer of a test to a question. `kind`: confirmatory, exploratory, or missing: no test.
 
     `effect`, with its 95 % interval, is in the metric's unit (BLEU in [0, 100]), of predictors a
     rank correlation; `verdict` is higher, lower, "not distinguishable", or empty without a test.
@@ -58,9 +58,9 @@ class Finding:
 
 
 class SentenceTemplates(NamedTuple):
-    """What is said of a difference above zero, below zero, and of none that could be told.
+    """Sentences for a difference above zero, below zero, and for one that is not distinguishable.
 
-    {} stands for the size of the difference, or with its sign in `same`.
+    {} stands for the size of the difference, in `same` with its sign.
     """
 
     higher: str
@@ -128,27 +128,28 @@ def digits_of(metric: str) -> int:
     return 1 if metric_scale(metric) == 100 else 3
 
 
-def of_a_difference(draft: Any, corrected: float, tests: int) -> tuple[str, str]:
+def of_a_difference(tested: Any, corrected: float, tests: int) -> tuple[str, str]:
     """The sentence for a tested difference, and its verdict.
 
     Distinguishable is what has a corrected p-value below 5 %.
     """
-    c, words, digits = draft.result.found, draft.words, draft.words.digits
+    c, sentences, digits = tested.result.found, tested.sentences, tested.sentences.digits
     alone = f"{p_text(c.p_value)} alone, " if tests > 1 else ""
-    evidence = [f"{alone}{p_text(corrected)}{after(tests)}", f"{len(draft.result.seeds)} seeds"]
+    evidence = [f"{alone}{p_text(corrected)}{after(tests)}", f"{len(tested.result.seeds)} seeds"]
     if math.isfinite(c.low):
-        over = "seeds, on these items" if draft.result.over == SEEDS else draft.result.over
+        over = "seeds, on these items" if tested.result.over == SEEDS else tested.result.over
         reach = f"{c.low:.{digits}f} to {c.high:.{digits}f}"
         evidence.insert(0, f"{INTERVAL} of the difference {reach} over {over}")
-    found = ", ".join(evidence)
-    power = "" if math.isnan(c.detectable) else f"{words.what} below {c.detectable:.{digits}f}"
+    numbers = ", ".join(evidence)
+    power = "" if math.isnan(c.detectable) else f"{sentences.what} below {c.detectable:.{digits}f}"
     power += " could have been missed" if power else "what could have been missed is unknown"
     if corrected < 1 - LEVEL:
-        said, verdict = (words.higher, HIGHER) if c.difference > 0 else (words.lower, LOWER)
-        text = said.format(f"{abs(c.difference):.{digits}f}")
-        return f"{draft.family}: {text} ({found}; {power}).", verdict
-    text = words.same.format(f"{c.difference:+.{digits}f}")
-    return f"{draft.family}: {text} ({found}); {power}.", SAME
+        is_higher = c.difference > 0
+        template, verdict = (sentences.higher, HIGHER) if is_higher else (sentences.lower, LOWER)
+        text = template.format(f"{abs(c.difference):.{digits}f}")
+        return f"{tested.family}: {text} ({numbers}; {power}).", verdict
+    text = sentences.same.format(f"{c.difference:+.{digits}f}")
+    return f"{tested.family}: {text} ({numbers}); {power}.", SAME
 
 
 def p_text(p: float) -> str:
@@ -165,37 +166,38 @@ def few_seeds(family: str, few: Mapping[Any, int], nothing: bool, other: str = F
     counts: dict[int, list[str]] = {}
     for arm, seeds in few.items():
         counts.setdefault(seeds, []).append(str(arm))
-    said = "; ".join(
+    sentence = "; ".join(
         f"{', '.join(arms)} and {other} share {seeds or 'no'} seed{'s' * (seeds != 1)}"
         for seeds, arms in sorted(counts.items())
     )
     claim = "nothing can be claimed about methods" if nothing else "not tested"
-    return f"{family}: {claim}: {said}, and at least {MIN_SEEDS} are needed."
+    return f"{family}: {claim}: {sentence}, and at least {MIN_SEEDS} are needed."
 
 
-def other_items(draft: Any) -> str:
-    """Why seeds enough could not be tested."""
+def other_items(tested: Any) -> str:
+    """Why a contrast with enough seeds could not be tested."""
     return (
-        f"{draft.family}: {draft.arm}, {draft.about}: not tested: its runs, or those that they are"
-        " held against, were measured on different numbers of items (another --limit)."
+        f"{tested.family}: {tested.arm}, {tested.about}: not tested: its runs, or those it is compared"
+        " with, were measured on different numbers of items (another --limit)."
     )
 
 
 def association(across: Any, within: Any, tests: int) -> tuple[str, str]:
-    """The sentence for a predictor's correlation across runs, with that within them."""
+    """The sentence for a predictor's correlation across runs, with the one within runs, and its
+    verdict."""
     name, outcome = PREDICTORS[across.predictor], OUTCOMES[across.outcome]
     head = f"{across.family}: across {across.runs} runs of {across.arms} arms"
-    figures = correlation(across)
+    size = correlation(across)
     if math.isnan(across.corrected):
-        text, verdict = f"{name} and {outcome} have a {figures} ({across.reason})", ""
+        text, verdict = f"{name} and {outcome} have a {size} ({across.reason})", ""
     elif across.corrected < 1 - LEVEL:
         verdict = HIGHER if across.rho > 0 else LOWER
         more = "more" if across.rho > 0 else "less"
-        text = f"more {name} goes with {more} {outcome}: {figures}"
+        text = f"more {name} goes with {more} {outcome}: {size}"
         text += f", {p_text(across.corrected)}{after(tests)}"
     else:
         verdict = SAME
-        text = f"{name} and {outcome} are not distinguishable from unrelated: {figures}"
+        text = f"{name} and {outcome} are not distinguishable from unrelated: {size}"
         text += f", {p_text(across.corrected)}{after(tests)}; correlations below"
         text += f" {across.detectable:.2f} could have been missed"
     inside = f"; within runs, the step partialled out: {correlation(within)}"
