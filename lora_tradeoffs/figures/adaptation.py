@@ -6,19 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from dataset_descriptions import DESCRIPTIONS
-from lora_tradeoffs.figures.panels import (
-    curve,
-    dotted,
-    finish,
-    interval_lengths,
-    interval_notes,
-    label_edges,
-    nothing,
-    panels,
-    points_by_rank,
-    references,
-    training_axis,
-)
+from lora_tradeoffs.figures import panels
 from lora_tradeoffs.figures.style import METRIC_LABELS, style_of, styled
 from lora_tradeoffs.tables.frames import (
     is_trained,
@@ -36,6 +24,7 @@ if TYPE_CHECKING:
     from lora_tradeoffs.figures.study_records import StudyRecords
 
 
+@styled()
 def learning_curves(study: StudyRecords) -> Figure:
     """A panel for each task: the primary metric on validation over training, from the base on."""
     frame = study.adaptation
@@ -43,22 +32,22 @@ def learning_curves(study: StudyRecords) -> Figure:
     rows = rows[rows["split"] == "validation"]
     trained = rows[is_trained(rows)].dropna(subset=["fraction"])
     if trained.empty:
-        return nothing(frame, "no primary metric of a checkpoint on the validation split")
+        return panels.nothing(frame, "no primary metric of a checkpoint on the validation split")
     table = summarise(trained.assign(fraction=trained["fraction"].round(4)), by=("fraction",))
-    shift, limits = training_axis(table["fraction"], table["arm"])
-    with styled():
-        figure, axes = _task_panels(table["task"], share_x="all")
-        for task, ax in axes.items():
-            base = references(ax, rows[rows["task"] == task])
-            start = None if base is None else (0.0, base)
-            for arm, points in table[table["task"] == task].groupby("arm"):
-                curve(ax, arm, points["fraction"] + shift[arm], points, start, alpha=0.5)
-            ax.set_xlim(*limits)
-        label_edges(axes, "fraction of training")
-        about = "Split: validation. Arms are shifted sideways at a checkpoint to be told apart."
-        return _finish(figure, frame, rows, table, about, "lines")
+    shift, limits = panels.training_axis(table["fraction"], table["arm"])
+    figure, axes = _task_panels(table["task"], share_x="all")
+    for task, ax in axes.items():
+        base = panels.references(ax, rows[rows["task"] == task])
+        start = None if base is None else (0.0, base)
+        for arm, points in table[table["task"] == task].groupby("arm"):
+            panels.curve(ax, arm, points["fraction"] + shift[arm], points, start, alpha=0.5)
+        ax.set_xlim(*limits)
+    panels.label_edges(axes, "fraction of training")
+    about = "Split: validation. Arms are shifted sideways at a checkpoint to be told apart."
+    return _finish(figure, frame, rows, table, about, "lines")
 
 
+@styled()
 def last_by_rank(study: StudyRecords) -> Figure:
     """A panel for each task: the last checkpoint by LoRA rank, then full qv and full.
 
@@ -71,19 +60,19 @@ def last_by_rank(study: StudyRecords) -> Figure:
     rows = rows[rows["split"] == split]
     trained = rows[is_trained(rows)]
     if trained.empty:
-        return nothing(frame, f"no last checkpoint's primary metric on the {split} split")
+        return panels.nothing(frame, f"no last checkpoint's primary metric on the {split} split")
     table = summarise(trained)
-    with styled():
-        figure, axes = _task_panels(table["task"], share_x="all")
-        for task, ax in axes.items():
-            references(ax, rows[rows["task"] == task])
-            of_task = (part[part["task"] == task] for part in (trained, table))
-            points_by_rank(ax, *of_task, table["arm"].unique())
-        label_edges(axes, "LoRA rank, full fine-tuning")
-        about = f"Split: {split}. Last checkpoint.{unfinished(frame)}"
-        return _finish(figure, frame, rows, table, about, "lines over points")
+    figure, axes = _task_panels(table["task"], share_x="all")
+    for task, ax in axes.items():
+        panels.references(ax, rows[rows["task"] == task])
+        of_task = (part[part["task"] == task] for part in (trained, table))
+        panels.points_by_rank(ax, *of_task, table["arm"].unique())
+    panels.label_edges(axes, "LoRA rank, full fine-tuning")
+    about = f"Split: {split}. Last checkpoint.{unfinished(frame)}"
+    return _finish(figure, frame, rows, table, about, "lines over points")
 
 
+@styled()
 def validation_against_test(study: StudyRecords) -> Figure:
     """A panel for each task: the last checkpoint on test over validation; equal on the line."""
     frame = study.adaptation
@@ -91,37 +80,36 @@ def validation_against_test(study: StudyRecords) -> Figure:
     rows = rows[is_trained(rows)]
     rows = rows[rows.groupby(["run", "task"])["split"].transform("nunique") == 2]
     if rows.empty:
-        return nothing(frame, "no last checkpoint measured on both validation and test")
+        return panels.nothing(frame, "no last checkpoint measured on both validation and test")
     tables = [summarise(rows[rows["split"] == split]) for split in ("validation", "test")]
     table = tables[0].merge(tables[1], on=["task", "arm"], suffixes=("", "_test"))
-    with styled():
-        figure, axes = _task_panels(table["task"])
-        for task, ax in axes.items():
-            for _, point in table[table["task"] == task].iterrows():
-                on_test = {name: point[f"{name}_test"] for name in ("value", "low", "high")}
-                ax.errorbar(
-                    [point["value"]],
-                    [on_test["value"]],
-                    xerr=interval_lengths(point),
-                    yerr=interval_lengths(on_test),
-                    label=point["arm"],
-                    elinewidth=0.7,
-                    **style_of(point["arm"]) | {"linestyle": "none"},
-                )
-            low = min(ax.get_xlim()[0], ax.get_ylim()[0])
-            high = max(ax.get_xlim()[1], ax.get_ylim()[1])
-            ax.plot([low, high], [low, high], color="#b0b0b0", lw=0.7, zorder=0, label="identity")
-            ax.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="validation")
-            ax.locator_params(nbins=4)
-            ax.set_ylabel(f"test {ax.get_ylabel()}")
-        about = f"Last checkpoint; on the line both splits agree.{unfinished(frame)}"
-        return _finish(figure, frame, rows, table, about, "points")
+    figure, axes = _task_panels(table["task"])
+    for task, ax in axes.items():
+        for _, point in table[table["task"] == task].iterrows():
+            on_test = {name: point[f"{name}_test"] for name in ("value", "low", "high")}
+            ax.errorbar(
+                [point["value"]],
+                [on_test["value"]],
+                xerr=panels.interval_lengths(point),
+                yerr=panels.interval_lengths(on_test),
+                label=point["arm"],
+                elinewidth=0.7,
+                **style_of(point["arm"]) | {"linestyle": "none"},
+            )
+        low = min(ax.get_xlim()[0], ax.get_ylim()[0])
+        high = max(ax.get_xlim()[1], ax.get_ylim()[1])
+        ax.plot([low, high], [low, high], color="#b0b0b0", lw=0.7, zorder=0, label="identity")
+        ax.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="validation")
+        ax.locator_params(nbins=4)
+        ax.set_ylabel(f"test {ax.get_ylabel()}")
+    about = f"Last checkpoint; on the line both splits agree.{unfinished(frame)}"
+    return _finish(figure, frame, rows, table, about, "points")
 
 
 def _task_panels(tasks: Iterable[str], **share: str) -> Any:
     """A panel for each task, in the suite's order, three in a row."""
     metrics = {task: DESCRIPTIONS[task].metrics[0] for task in ordered(tasks)}
-    return panels([{task: METRIC_LABELS.get(m, m) for task, m in metrics.items()}], **share)
+    return panels.titled([{task: METRIC_LABELS.get(m, m) for task, m in metrics.items()}], **share)
 
 
 def _primary_scores(frame: DataFrame) -> DataFrame:
@@ -135,7 +123,7 @@ def _finish(
 ) -> Figure:
     arms = {*table["arm"], *rows["arm"][rows["method"] == "base"]}
     is_baseline = (rows["method"] == "baseline").any()
-    extra = [dotted("baseline (its name over the panel)")] if is_baseline else []
+    extra = [panels.dotted("baseline (its name over the panel)")] if is_baseline else []
     small = "; small points: single seeds" if kind == "lines over points" else ""
-    sentences = [about, *interval_notes(table, small)]
-    return finish(figure, frame, arms, sentences, kind, extra)
+    sentences = [about, *panels.interval_notes(table, small)]
+    return panels.finish(figure, frame, arms, sentences, kind, extra)

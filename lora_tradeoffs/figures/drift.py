@@ -9,20 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES, INTRUDER_EPSILON, INTRUDER_K
-from lora_tradeoffs.figures.panels import (
-    curve,
-    empty_panel,
-    finish,
-    grid,
-    heat_map,
-    label_edges,
-    log_axis,
-    most_arms,
-    notes,
-    nothing,
-    offsets,
-    seeds_notes,
-)
+from lora_tradeoffs.figures import panels
 from lora_tradeoffs.figures.style import style_of, styled
 from lora_tradeoffs.records import OVERALL
 from lora_tradeoffs.tables.arms import Arm
@@ -41,6 +28,7 @@ SIZE = "$\\|\\Delta W\\|_F\\, /\\, \\|W_0\\|_F$"
 LEAST_FORGETTING = 0.005  # that an axis shows
 
 
+@styled()
 def drift_over_training(study: StudyRecords) -> Figure:
     """Size, rotation of the leading subspace, and intruders over training; all arms."""
     frame, k = study.drift, INTRUDER_K
@@ -53,23 +41,23 @@ def drift_over_training(study: StudyRecords) -> Figure:
     }
     columns = columns_of(select(frame, "relative_frobenius"))
     if not columns:
-        return nothing(frame, "no drift of q_proj or v_proj")
-    with styled():
-        figure, axes = grid(measures, columns, share_y="row")
-        arms: set[Arm] = set()
-        for (measure, column), ax in axes.items():
-            rows = of_column(measures[measure], columns[column])
-            is_rotation = measure == rotation_label
-            arms |= _curves(ax, rows, "fraction", start=None if is_rotation else (0.0, 0.0))
-            if is_rotation and (measures[measure]["value"] > 0).any():
-                ax.set_yscale("log")  # Q's is often a tenth of V's
-            ax.set_xlim(-0.04, 1.06)
-        floor_at_zero(axes, [m for m in measures if m != rotation_label])
-        label_edges(axes, "fraction of training", str)
-        about = f"Mean over the layers; intruders at $\\epsilon$ = {INTRUDER_EPSILON}. Base: 0."
-        return finish(figure, frame, arms, [about, *seeds_notes(frame)])
+        return panels.nothing(frame, "no drift of q_proj or v_proj")
+    figure, axes = panels.grid(measures, columns, share_y="row")
+    arms: set[Arm] = set()
+    for (measure, column), ax in axes.items():
+        rows = of_column(measures[measure], columns[column])
+        is_rotation = measure == rotation_label
+        arms |= _curves(ax, rows, "fraction", start=None if is_rotation else (0.0, 0.0))
+        if is_rotation and (measures[measure]["value"] > 0).any():
+            ax.set_yscale("log")  # Q's is often a tenth of V's
+        ax.set_xlim(-0.04, 1.06)
+    floor_at_zero(axes, [m for m in measures if m != rotation_label])
+    panels.label_edges(axes, "fraction of training", str)
+    about = f"Mean over the layers; intruders at $\\epsilon$ = {INTRUDER_EPSILON}. Base: 0."
+    return panels.finish(figure, frame, arms, [about, *panels.seeds_notes(frame)])
 
 
+@styled()
 def drift_by_layer_over_training(study: StudyRecords) -> Figure:
     """Heat maps, layers by checkpoints, of the size of the update, a panel for each arm."""
     import numpy as np
@@ -80,23 +68,23 @@ def drift_by_layer_over_training(study: StudyRecords) -> Figure:
     rows = rows[(rows["value"] > 0) & rows["module"].isin(MODULES)]
     columns = columns_of(rows)
     if not columns:
-        return nothing(frame, "no drift of a layer's q_proj or v_proj")
-    arms = most_arms(rows["arm"])
+        return panels.nothing(frame, "no drift of a layer's q_proj or v_proj")
+    arms = panels.most_arms(rows["arm"])
     rows = rows[rows["arm"].isin(arms)]
     norm = LogNorm(*np.quantile(rows["value"], [0.01, 1]))
-    with styled():
-        figure, axes = grid(columns, arms, share_x="none")
-        image = None
-        for (column, arm), ax in axes.items():
-            own = of_column(rows[rows["arm"] == arm], columns[column])
-            image = layers_by_checkpoints(ax, own, norm=norm, cmap="magma") or image
-        label_edges(axes, "fraction of training", lambda column: f"{column}\nlayer")
-        figure.colorbar(image, ax=list(axes.values()), label=SIZE, aspect=40, pad=0.01)
-        left_out = sorted(set(frame["arm"]) - set(arms))
-        sentence = f"Left out: {', '.join(map(str, left_out))}." if left_out else ""
-        return notes(figure, frame, ["Mean over seeds.", sentence])
+    figure, axes = panels.grid(columns, arms, share_x="none")
+    image = None
+    for (column, arm), ax in axes.items():
+        own = of_column(rows[rows["arm"] == arm], columns[column])
+        image = layers_by_checkpoints(ax, own, norm=norm, cmap="magma") or image
+    panels.label_edges(axes, "fraction of training", lambda column: f"{column}\nlayer")
+    figure.colorbar(image, ax=list(axes.values()), label=SIZE, aspect=40, pad=0.01)
+    left_out = sorted(set(frame["arm"]) - set(arms))
+    sentence = f"Left out: {', '.join(map(str, left_out))}." if left_out else ""
+    return panels.notes(figure, frame, ["Mean over seeds.", sentence])
 
 
+@styled()
 def intruders_by_threshold(study: StudyRecords) -> Figure:
     """The last checkpoint: intruders over epsilon among the first k, and over k."""
     frame = study.drift
@@ -112,37 +100,37 @@ def intruders_by_threshold(study: StudyRecords) -> Figure:
     }
     columns = columns_of(by_epsilon)
     if not columns:
-        return nothing(frame, "no intruder count of a last checkpoint")
-    with styled():
-        figure, axes = grid(rows, columns, share_x="none", share_y="row")
-        arms: set[Arm] = set()
-        for (measure, column), ax in axes.items():
-            table, x = rows[measure]
-            own = of_column(table, columns[column])
-            arms |= _curves(ax, own, x)
-            if x == "k":
-                ks = sorted(own["k"].unique())
-                ks = ks[::-2] if len(ks) > 4 else ks  # every other where they are many
-                ax.set_xscale("log", base=2)
-                ax.set_xticks(ks, [f"{k:.0f}" for k in ks], minor=False)
-                ax.set_xlabel("$k$")
-            else:
-                ax.axvline(INTRUDER_EPSILON, color="#bbbbbb", lw=0.7, zorder=0)
-                ax.set_xlabel("$\\epsilon$")
-        floor_at_zero(axes, rows)
-        label_edges(axes, y=str)
-        about = (
-            "Intruder: a leading left singular vector of the tuned matrix whose cosine with every"
-            " one of the base's is below $\\epsilon$. Last checkpoint, mean over the layers."
-        )
-        return finish(figure, frame, arms, [about, *seeds_notes(frame)])
+        return panels.nothing(frame, "no intruder count of a last checkpoint")
+    figure, axes = panels.grid(rows, columns, share_x="none", share_y="row")
+    arms: set[Arm] = set()
+    for (measure, column), ax in axes.items():
+        table, x = rows[measure]
+        own = of_column(table, columns[column])
+        arms |= _curves(ax, own, x)
+        if x == "k":
+            ks = sorted(own["k"].unique())
+            ks = ks[::-2] if len(ks) > 4 else ks  # every other where they are many
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(ks, [f"{k:.0f}" for k in ks], minor=False)
+            ax.set_xlabel("$k$")
+        else:
+            ax.axvline(INTRUDER_EPSILON, color="#bbbbbb", lw=0.7, zorder=0)
+            ax.set_xlabel("$\\epsilon$")
+    floor_at_zero(axes, rows)
+    panels.label_edges(axes, y=str)
+    about = (
+        "Intruder: a leading left singular vector of the tuned matrix whose cosine with every"
+        " one of the base's is below $\\epsilon$. Last checkpoint, mean over the layers."
+    )
+    return panels.finish(figure, frame, arms, [about, *panels.seeds_notes(frame)])
 
 
+@styled()
 def drift_against_forgetting(study: StudyRecords) -> Figure:
     """Every checkpoint's forgetting over its drift, a line for each run."""
     frame, retention = study.drift, study.retention
     if retention is None:
-        return nothing(
+        return panels.nothing(
             frame, f"no records of retention; make them with: {study.command('retention')}"
         )
     lost = retention[(retention["metric"] == "forgetting") & (retention["task"] == "mean")]
@@ -151,29 +139,28 @@ def drift_against_forgetting(study: StudyRecords) -> Figure:
     rows = rows.join(lost[~lost.index.duplicated()], on=["run", "step"])
     rows = rows.dropna(subset=["forgetting"]).sort_values("step")
     if rows.empty:
-        return nothing(frame, "no forgetting of a checkpoint whose drift is measured")
+        return panels.nothing(frame, "no forgetting of a checkpoint whose drift is measured")
     names = {"both": "drift of Q and V", "all": "drift of the whole model"}
-    with styled():
-        figure, axes = grid(families_of(rows), names.values(), size=(2.7, 2.2))
-        for (family, text), ax in axes.items():
-            own = rows[(rows["family"] == family) & (rows["module"].map(names) == text)]
-            for _, points in own.groupby("run"):
-                style = style_of(points["arm"].iloc[0])
-                ax.plot(points["value"], points["forgetting"], alpha=0.8, **style)
-                last = points.iloc[-1:]
-                large = style | {"linestyle": "", "markersize": 6.5}
-                ax.plot(last["value"], last["forgetting"], **large)
-            ax.axhline(0, color="#888888", lw=0.7, zorder=0)
-            low, high = ax.get_ylim()  # else rounding errors of a zero fill the panel
-            ax.set_ylim(min(low, -LEAST_FORGETTING), max(high, LEAST_FORGETTING))
-            log_axis(ax, rows["value"])
-        label_edges(axes, SIZE, lambda family: f"{family}\nforgetting")
-        about = (
-            "Forgetting: the base's score minus the tuned model's, mean of the retention"
-            " benchmarks; below 0 it got better. A line is a run, its points checkpoints, the"
-            " large one the last."
-        )
-        return finish(figure, frame, rows["arm"], [about])
+    figure, axes = panels.grid(families_of(rows), names.values(), size=(2.7, 2.2))
+    for (family, text), ax in axes.items():
+        own = rows[(rows["family"] == family) & (rows["module"].map(names) == text)]
+        for _, points in own.groupby("run"):
+            style = style_of(points["arm"].iloc[0])
+            ax.plot(points["value"], points["forgetting"], alpha=0.8, **style)
+            last = points.iloc[-1:]
+            large = style | {"linestyle": "", "markersize": 6.5}
+            ax.plot(last["value"], last["forgetting"], **large)
+        ax.axhline(0, color="#888888", lw=0.7, zorder=0)
+        low, high = ax.get_ylim()  # else rounding errors of a zero fill the panel
+        ax.set_ylim(min(low, -LEAST_FORGETTING), max(high, LEAST_FORGETTING))
+        panels.log_axis(ax, rows["value"])
+    panels.label_edges(axes, SIZE, lambda family: f"{family}\nforgetting")
+    about = (
+        "Forgetting: the base's score minus the tuned model's, mean of the retention"
+        " benchmarks; below 0 it got better. A line is a run, its points checkpoints, the"
+        " large one the last."
+    )
+    return panels.finish(figure, frame, rows["arm"], [about])
 
 
 # ---------------------------------------------------------------------------------- helpers
@@ -238,9 +225,9 @@ def layers_by_checkpoints(ax: Axes, rows: DataFrame, **style: Any) -> Any:
     rows = rows.assign(fraction=rows["fraction"].round(3), layer=rows["layer"].astype(int))
     table = rows.pivot_table(index="layer", columns="fraction", values="value")
     if table.empty:
-        empty_panel(ax)
+        panels.empty_panel(ax)
         return None
-    mesh = heat_map(ax, table, xticklabels=False, yticklabels=False, **style)
+    mesh = panels.heat_map(ax, table, xticklabels=False, yticklabels=False, **style)
     ax.invert_yaxis()
     columns = sorted({0, len(table.columns) // 2, len(table.columns) - 1})
     ax.set_xticks([i + 0.5 for i in columns], [f"{table.columns[i]:.2g}" for i in columns])
@@ -254,7 +241,7 @@ def _curves(ax: Axes, rows: DataFrame, x: str, start: Any = None) -> set[Arm]:
     if rows.empty:
         return set()
     table = summarise(rows.assign(task="", **{x: rows[x].astype(float).round(4)}), by=(x,))
-    shift = offsets(table["arm"], 0.02 if x == "fraction" else 0.0)
+    shift = panels.offsets(table["arm"], 0.02 if x == "fraction" else 0.0)
     for arm, points in table.groupby("arm"):
-        curve(ax, arm, points[x] + shift[arm], points, start, alpha=0.8)
+        panels.curve(ax, arm, points[x] + shift[arm], points, start, alpha=0.8)
     return set(table["arm"])

@@ -42,7 +42,7 @@ LEGENDS = {
 # ------------------------------------------------------------------------------------ panels
 
 
-def panels(
+def titled(
     blocks: Iterable[Mapping[str, str]],
     columns: int = 3,
     size: tuple[float, float] = PANEL,
@@ -350,13 +350,13 @@ def seeds_notes(rows: DataFrame, errors: str = "") -> list[str]:
     return sentences
 
 
+@styled()
 def nothing(frame: DataFrame, missing: str) -> Figure:
     """A figure that says what is missing."""
     from matplotlib.figure import Figure
 
-    with styled():
-        figure = Figure(figsize=(4.8, 1.4), layout="constrained")
-        ax = figure.subplots()
-        ax.axis("off")
-        ax.text(0.5, 0.5, f"Nothing to draw: {missing}.", ha="center", va="center", wrap=True)
-        return notes(figure, frame, [])
+    figure = Figure(figsize=(4.8, 1.4), layout="constrained")
+    ax = figure.subplots()
+    ax.axis("off")
+    ax.text(0.5, 0.5, f"Nothing to draw: {missing}.", ha="center", va="center", wrap=True)
+    return notes(figure, frame, [])

@@ -7,21 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
-from lora_tradeoffs.figures.panels import (
-    ZERO,
-    bars,
-    curve,
-    dotted,
-    finish,
-    interval_lengths,
-    interval_notes,
-    label_edges,
-    nothing,
-    panels,
-    points_by_rank,
-    references,
-    training_axis,
-)
+from lora_tradeoffs.figures import panels
 from lora_tradeoffs.figures.style import GREY, METRIC_LABELS, style_of, styled
 from lora_tradeoffs.tables.arms import BASE, Arm
 from lora_tradeoffs.tables.frames import is_trained, last_checkpoints, summarise, unfinished
@@ -48,41 +34,41 @@ if TYPE_CHECKING:
 PLANE, ALONE = (3.6, 3.3), (5.0, 3.6)  # inches; two families fill a page
 
 
+@styled()
 def retention_curves(study: StudyRecords) -> Figure:
     """Scores on the benchmarks, their mean and held-out text over training, a row per family."""
     rows = in_panels(retained(study.retention))
     trained = rows[is_trained(rows)].dropna(subset=["fraction"])
     if trained.empty:
-        return nothing(study.retention, "no checkpoint's score on a benchmark")
+        return panels.nothing(study.retention, "no checkpoint's score on a benchmark")
     table = summarise(trained.assign(fraction=trained["fraction"].round(4)), by=("fraction",))
-    shift, limits = training_axis(table["fraction"], table["arm"])
+    shift, limits = panels.training_axis(table["fraction"], table["arm"])
     chance = _chance(rows)
-    with styled():
-        figure, axes = panels(blocks(trained, METRIC_LABELS), share_x="all")
-        for title, ax in axes.items():
-            base = references(ax, rows[rows["task"] == title])
-            start = None if base is None else (0.0, base)
-            for arm, points in table[table["task"] == title].groupby("arm"):
-                curve(ax, arm, points["fraction"] + shift[arm], points, start, alpha=0.5)
-            low, high = ax.get_ylim()
-            if low < chance.get(title, -1) < high:
-                ax.axhline(chance[title], color=GREY, linestyle=":", lw=1.0, label="chance")
-            ax.set_xlim(*limits)
-        label_edges(axes, "fraction of training")
-        about = "Arms are shifted sideways at a checkpoint to be told apart. The mean is over the"
-        about += f" benchmarks.{_mark_chance(axes, study.retention)}"
-        labels = {line.get_label() for ax in axes.values() for line in ax.lines}
-        extra = [dotted("chance")] * ("chance" in labels)
-        arms = {*table["arm"], *rows["arm"][rows["method"] == "base"]}
-        sentences = [about, *interval_notes(table)]
-        return finish(figure, study.retention, arms, sentences, extra=extra)
+    figure, axes = panels.titled(blocks(trained, METRIC_LABELS), share_x="all")
+    for title, ax in axes.items():
+        base = panels.references(ax, rows[rows["task"] == title])
+        start = None if base is None else (0.0, base)
+        for arm, points in table[table["task"] == title].groupby("arm"):
+            panels.curve(ax, arm, points["fraction"] + shift[arm], points, start, alpha=0.5)
+        low, high = ax.get_ylim()
+        if low < chance.get(title, -1) < high:
+            ax.axhline(chance[title], color=GREY, linestyle=":", lw=1.0, label="chance")
+        ax.set_xlim(*limits)
+    panels.label_edges(axes, "fraction of training")
+    about = "Arms are shifted sideways at a checkpoint to be told apart. The mean is over the"
+    about += f" benchmarks.{_mark_chance(axes, study.retention)}"
+    labels = {line.get_label() for ax in axes.values() for line in ax.lines}
+    extra = [panels.dotted("chance")] * ("chance" in labels)
+    arms = {*table["arm"], *rows["arm"][rows["method"] == "base"]}
+    sentences = [about, *panels.interval_notes(table)]
+    return panels.finish(figure, study.retention, arms, sentences, extra=extra)
 
 
 def forgetting_by_rank(study: StudyRecords) -> Figure:
     """Forgetting at the last checkpoint, by LoRA rank, then full qv and full."""
     rows = forgotten(study.retention)
     if rows.empty:
-        return nothing(study.retention, "no last checkpoint's forgetting")
+        return panels.nothing(study.retention, "no last checkpoint's forgetting")
     about = "Forgetting: base minus tuned, at the last checkpoint; above the dashed line is lost."
     about += " The mean is over the benchmarks." + unfinished(study.retention)
     return _by_rank(study.retention, in_panels(rows), "forgetting", about)
@@ -93,7 +79,7 @@ def matched_forgetting(study: StudyRecords) -> Figure:
     rows = matched(study.retention)
     if rows.empty:
         missing = "no forgetting at equal validation scores (--scale-update)"
-        return nothing(study.retention, missing)
+        return panels.nothing(study.retention, missing)
     rows = in_panels(rows.assign(task=[f"against {other}" for other in rows["other"]]))
     about = (
         "Difference in forgetting between updates scaled to equal validation score: above the"
@@ -102,52 +88,53 @@ def matched_forgetting(study: StudyRecords) -> Figure:
     return _by_rank(study.retention, rows, "difference in forgetting", about)
 
 
+@styled()
 def _by_rank(frame: DataFrame, rows: DataFrame, label: str, about: str) -> Figure:
     """Panels of differences from zero, by rank; zero is the base's forgetting."""
     table = summarise(rows)
     has_base = label == "forgetting" and (frame["method"] == "base").any()
-    with styled():
-        figure, axes = panels(blocks(rows, dict.fromkeys(rows["metric"], label)), share_x="all")
-        for title, ax in axes.items():
-            ax.axhline(0.0, **ZERO)
-            in_panel = [part[part["task"] == title] for part in (rows, table)]
-            points_by_rank(ax, *in_panel, table["arm"].unique())
-        label_edges(axes, "LoRA rank, full fine-tuning")
-        about += _mark_chance(axes, frame)
-        arms = {*table["arm"], *([BASE] if has_base else [])}
-        sentences = [about, *interval_notes(table, "; small points: single seeds")]
-        return finish(figure, frame, arms, sentences, "lines over points")
+    figure, axes = panels.titled(blocks(rows, dict.fromkeys(rows["metric"], label)), share_x="all")
+    for title, ax in axes.items():
+        ax.axhline(0.0, **panels.ZERO)
+        in_panel = [part[part["task"] == title] for part in (rows, table)]
+        panels.points_by_rank(ax, *in_panel, table["arm"].unique())
+    panels.label_edges(axes, "LoRA rank, full fine-tuning")
+    about += _mark_chance(axes, frame)
+    arms = {*table["arm"], *([BASE] if has_base else [])}
+    sentences = [about, *panels.interval_notes(table, "; small points: single seeds")]
+    return panels.finish(figure, frame, arms, sentences, "lines over points")
 
 
+@styled()
 def cka_by_layer(study: StudyRecords) -> Figure:
     """Similarity of the hidden states to the base's (CKA) by layer, at the last checkpoint."""
     frame = study.retention
     rows = as_trained(frame)
     rows = last_checkpoints(rows[(rows["metric"] == "cka") & is_trained(rows)])
     if rows.empty:
-        return nothing(frame, "no last checkpoint's CKA")
+        return panels.nothing(frame, "no last checkpoint's CKA")
     rows = in_panels(rows)
     table = summarise(rows, by=("layer",))
     arms = sorted(set(table["arm"]))
-    with styled():
-        figure, axes = panels(blocks(rows, METRIC_LABELS), share_x="all")
-        for title, ax in axes.items():
-            ax.axhline(1.0, **ZERO)
-            for arm, points in table[table["task"] == title].groupby("arm"):
-                # every arm marks and bars other layers, so that they do not overlap
-                marked = slice(2 * arms.index(arm) % len(arms), None, len(arms))
-                x, y = points["layer"], points["value"]
-                ax.plot(x, y, label=arm, markevery=marked, **style_of(arm))
-                bars(ax, x[marked], points[marked], arm)
-            ax.xaxis.get_major_locator().set_params(integer=True)
-        label_edges(axes, "layer")
-        about = (
-            "Linear CKA with the base, last checkpoint; 1: the base's, but for rotation and scale."
-        )
-        shown = {*arms, *frame["arm"][frame["method"] == "base"]}
-        return finish(figure, frame, shown, [about + unfinished(frame), *interval_notes(table)])
+    figure, axes = panels.titled(blocks(rows, METRIC_LABELS), share_x="all")
+    for title, ax in axes.items():
+        ax.axhline(1.0, **panels.ZERO)
+        for arm, points in table[table["task"] == title].groupby("arm"):
+            # every arm marks and bars other layers, so that they do not overlap
+            marked = slice(2 * arms.index(arm) % len(arms), None, len(arms))
+            x, y = points["layer"], points["value"]
+            ax.plot(x, y, label=arm, markevery=marked, **style_of(arm))
+            panels.bars(ax, x[marked], points[marked], arm)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    panels.label_edges(axes, "layer")
+    about = "Linear CKA with the base, last checkpoint; 1: the base's, but for rotation and scale."
+    shown = {*arms, *frame["arm"][frame["method"] == "base"]}
+    return panels.finish(
+        figure, frame, shown, [about + unfinished(frame), *panels.interval_notes(table)]
+    )
 
 
+@styled()
 def learning_forgetting_plane(study: StudyRecords) -> Figure:
     """Gain on the tasks against forgetting, a panel per family, a curve per arm.
 
@@ -157,23 +144,24 @@ def learning_forgetting_plane(study: StudyRecords) -> Figure:
     retention = study.retention
     points = plane_points(retention, study.adaptation)
     if points.empty:
-        return nothing(retention, "no checkpoint with both forgetting and a validation score")
+        return panels.nothing(
+            retention, "no checkpoint with both forgetting and a validation score"
+        )
     table = plane_table(points)
     ends = plane_table(last_checkpoints(points[points["update_scale"] == 1]))
-    with styled():
-        families = sorted(table["task"].unique(), key=[*FAMILIES].index)
-        titles = dict.fromkeys(families, "forgetting (mean over benchmarks)")
-        figure, axes = panels([titles], columns=2, size=PLANE if len(titles) > 1 else ALONE)
-        for family, ax in axes.items():
-            for arm, path in table[table["task"] == family].groupby("arm"):
-                _paths(ax, path, arm)
-            _ends(ax, ends[ends["task"] == family])
-            _front(ax, table[table["task"] == family])
-            ax.set_xlabel("gain on the validation scores (mean over tasks)")
-        sentences = [_about_plane(points, retention), *interval_notes(table)]
-        arms = {*table["arm"], *retention["arm"][retention["method"] == "base"]}
-        extra = _plane_legend(points)
-        return finish(figure, retention, arms, sentences, "lines from a point", extra)
+    families = sorted(table["task"].unique(), key=[*FAMILIES].index)
+    titles = dict.fromkeys(families, "forgetting (mean over benchmarks)")
+    figure, axes = panels.titled([titles], columns=2, size=PLANE if len(titles) > 1 else ALONE)
+    for family, ax in axes.items():
+        for arm, path in table[table["task"] == family].groupby("arm"):
+            _paths(ax, path, arm)
+        _ends(ax, ends[ends["task"] == family])
+        _front(ax, table[table["task"] == family])
+        ax.set_xlabel("gain on the validation scores (mean over tasks)")
+    sentences = [_about_plane(points, retention), *panels.interval_notes(table)]
+    arms = {*table["arm"], *retention["arm"][retention["method"] == "base"]}
+    extra = _plane_legend(points)
+    return panels.finish(figure, retention, arms, sentences, "lines from a point", extra)
 
 
 def _mark_chance(axes: Mapping[str, Axes], frame: DataFrame) -> str:
@@ -216,7 +204,7 @@ def _ends(ax: Axes, ends: DataFrame) -> None:
         style = style_of(point["arm"]) | {"linestyle": "none", "ms": 7.5, "zorder": 6}
         gain = {name: point[f"{name}_gain"] for name in ("value", "low", "high")}
         at = [gain["value"]], [point["value"]]
-        lengths = {"xerr": interval_lengths(gain), "yerr": interval_lengths(point)}
+        lengths = {"xerr": panels.interval_lengths(gain), "yerr": panels.interval_lengths(point)}
         cross = {"fmt": "none", "elinewidth": 0.8, "alpha": 0.55, "zorder": 4}
         ax.errorbar(*at, **lengths, **cross, ecolor=style["color"], label=point["arm"])
         if style.get("markerfacecolor") != "white":
@@ -228,8 +216,8 @@ def _front(ax: Axes, points: DataFrame) -> None:
     """The Pareto front as steps, what it beats in grey, and the base at the origin."""
     x, y = ([0.0, *points[name]] for name in ("value_gain", "value"))
     chosen = pareto_front(x, y)
-    ax.axhline(0.0, **ZERO | {"lw": 0.7, "label": "zero"})
-    ax.axvline(0.0, **ZERO | {"lw": 0.7, "label": "zero"})
+    ax.axhline(0.0, **panels.ZERO | {"lw": 0.7, "label": "zero"})
+    ax.axvline(0.0, **panels.ZERO | {"lw": 0.7, "label": "zero"})
     ax.margins(0.06)
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     steps_x = [left, *(x[i] for i in chosen), x[chosen[-1]]]

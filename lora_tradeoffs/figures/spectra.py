@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from config import INTRUDER_EPSILON, RANKS
+from lora_tradeoffs.figures import panels
 from lora_tradeoffs.figures.drift import MODULES, families_of
-from lora_tradeoffs.figures.panels import grid, heat_map, label_edges, notes, nothing, place_legend
 from lora_tradeoffs.figures.style import DENSE, GREY, style_of, styled
 from lora_tradeoffs.records import unit_name
 from lora_tradeoffs.tables.frames import last_checkpoints
@@ -28,6 +28,7 @@ SPECTRA: dict[str, dict[str, Any]] = {
 }
 
 
+@styled()
 def singular_values(study: StudyRecords) -> Figure:
     """Base, tuned matrix and update, of the weakest and strongest rank and full fine-tuning."""
     from matplotlib.lines import Line2D
@@ -36,22 +37,25 @@ def singular_values(study: StudyRecords) -> Figure:
     tables = {run: _spectra(study, run) for run in contrasted_runs(frame)}
     tables = {run: table for run, table in tables.items() if table is not None}
     if not tables:
-        return nothing(frame, "no spectra of a last checkpoint; python svd_analysis.py makes them")
-    with styled():
-        arms = [run.arm for run in tables]
-        figure, axes = grid(MODULES.values(), arms, size=(2.3, 1.9))
-        for run, table in tables.items():
-            for module, letter in MODULES.items():
-                own = table[table["module"] == module]
-                _spectrum(axes[letter, run.arm], own, style_of(run.arm)["color"])
-        sigma = "$\\sigma_i$ / $\\sigma_1(W_0)$"
-        label_edges(axes, "index of the singular value", lambda letter: f"{letter}: {sigma}")
-        place_legend(figure, [Line2D([], [], **{"color": "black"} | s) for s in SPECTRA.values()])
-        about = (
-            "Median over the layers, band: from the 10th to the 90th percentile. Last checkpoints"
-            f" of {', '.join(run.run for run in tables)}."
+        return panels.nothing(
+            frame, "no spectra of a last checkpoint; python svd_analysis.py makes them"
         )
-        return notes(figure, frame, [about])
+    arms = [run.arm for run in tables]
+    figure, axes = panels.grid(MODULES.values(), arms, size=(2.3, 1.9))
+    for run, table in tables.items():
+        for module, letter in MODULES.items():
+            own = table[table["module"] == module]
+            _spectrum(axes[letter, run.arm], own, style_of(run.arm)["color"])
+    sigma = "$\\sigma_i$ / $\\sigma_1(W_0)$"
+    panels.label_edges(axes, "index of the singular value", lambda letter: f"{letter}: {sigma}")
+    panels.place_legend(
+        figure, [Line2D([], [], **{"color": "black"} | s) for s in SPECTRA.values()]
+    )
+    about = (
+        "Median over the layers, band: from the 10th to the 90th percentile. Last checkpoints"
+        f" of {', '.join(run.run for run in tables)}."
+    )
+    return panels.notes(figure, frame, [about])
 
 
 def _spectrum(ax: Axes, table: DataFrame, colour: str) -> None:
@@ -70,6 +74,7 @@ def _spectrum(ax: Axes, table: DataFrame, colour: str) -> None:
     ax.set(xscale="log", yscale="log", ylim=(1e-5, 2))
 
 
+@styled()
 def similarity_matrices(study: StudyRecords) -> Figure:
     """|<u0_i, u_j>| of the matrix where the strongest rank has its least familiar vector."""
     frame = study.drift
@@ -77,34 +82,33 @@ def similarity_matrices(study: StudyRecords) -> Figure:
     tables = {run: pair for run, pair in tables.items() if pair[0] is not None and pair[1]}
     if not tables:
         missing = "no similarities of a last checkpoint; python svd_analysis.py makes them"
-        return nothing(frame, missing)
+        return panels.nothing(frame, missing)
     spectra, _ = tables[max(tables, key=lambda run: run.rank)]
     layers = {module: _least_familiar_layer(spectra, module) for module in MODULES}
     layers = {module: layer for module, layer in layers.items() if layer is not None}
-    with styled():
-        rows = {f"{MODULES[m]}, layer {layer}\nbase, $i$": m for m, layer in layers.items()}
-        arms = [run.arm for run in tables]
-        figure, axes = grid(rows, arms, size=(2.1, 2.1), share_x="none")
-        for row, module in rows.items():
-            for run, (spectra, similarities) in tables.items():
-                matrix = next(
-                    matrix
-                    for name, matrix in similarities.items()
-                    if name.endswith(f".{module}") and f".{layers[module]}." in name
-                )
-                own = spectra[spectra["module"] == module]
-                own = own[own["layer"] == layers[module]]
-                image = _similarity(axes[row, run.arm], matrix, own)
-        label_edges(axes, "tuned, $j$", str)
-        label = "$|\\langle u^0_i, u_j\\rangle|$"
-        figure.colorbar(image, ax=list(axes.values()), label=label, shrink=0.7, pad=0.01)
-        about = (
-            "Leading left singular vectors of base and tuned matrix. Triangles, where there are"
-            " any: intruders, whose cosine with every base vector, also those beyond the picture,"
-            f" is below {INTRUDER_EPSILON}."
-            f" Last checkpoints of {', '.join(run.run for run in tables)}."
-        )
-        return notes(figure, frame, [about])
+    rows = {f"{MODULES[m]}, layer {layer}\nbase, $i$": m for m, layer in layers.items()}
+    arms = [run.arm for run in tables]
+    figure, axes = panels.grid(rows, arms, size=(2.1, 2.1), share_x="none")
+    for row, module in rows.items():
+        for run, (spectra, similarities) in tables.items():
+            matrix = next(
+                matrix
+                for name, matrix in similarities.items()
+                if name.endswith(f".{module}") and f".{layers[module]}." in name
+            )
+            own = spectra[spectra["module"] == module]
+            own = own[own["layer"] == layers[module]]
+            image = _similarity(axes[row, run.arm], matrix, own)
+    panels.label_edges(axes, "tuned, $j$", str)
+    label = "$|\\langle u^0_i, u_j\\rangle|$"
+    figure.colorbar(image, ax=list(axes.values()), label=label, shrink=0.7, pad=0.01)
+    about = (
+        "Leading left singular vectors of base and tuned matrix. Triangles, where there are"
+        " any: intruders, whose cosine with every base vector, also those beyond the picture,"
+        f" is below {INTRUDER_EPSILON}."
+        f" Last checkpoints of {', '.join(run.run for run in tables)}."
+    )
+    return panels.notes(figure, frame, [about])
 
 
 def _similarity(ax: Axes, matrix: Any, spectra: DataFrame) -> Any:
@@ -130,33 +134,33 @@ def _least_familiar_layer(spectra: DataFrame, module: str) -> int | None:
     return None if own.empty else int(own["layer"].iloc[own["max_cosine"].argmin()])
 
 
+@styled()
 def phi_between_runs(study: StudyRecords) -> Figure:
     """Runs by runs: the similarity of their updates' subspaces, left above, right below."""
     frame = study.drift
     rows = frame[(frame["metric"] == "update_phi") & frame["module"].isin(MODULES)]
     if rows.empty:
-        return nothing(frame, "fewer than two runs with an update, so none to compare")
+        return panels.nothing(frame, "fewer than two runs with an update, so none to compare")
     kinds = {"all directions": "all", f"the first {min(RANKS)}": "leading"}
     runs = _run_labels(frame, {*rows["run"], *rows["other"]})
     side = max(2.2, 0.13 * len(runs))
-    with styled():
-        figure, axes = grid(kinds, MODULES.values(), (side, side), "all", "all")
-        for (kind, letter), ax in axes.items():
-            own = rows[rows["directions"] == kinds[kind]]
-            image = _phi_matrix(ax, own[own["module"].map(MODULES) == letter], runs)
-        label_edges(axes, y=str)
-        figure.colorbar(image, ax=list(axes.values()), label="$\\phi$", shrink=0.7, pad=0.01)
-        expected = rows.groupby("module")["random"].agg(["min", "max"])
-        chance = ", ".join(
-            f"{MODULES[m]} {low:.3f} to {high:.3f}" for m, low, high in expected.itertuples()
-        )
-        about = (
-            "Above the diagonal: left singular vectors of the updates; below it: right ones. Mean"
-            f" over the layers, last checkpoints. Random subspaces have {chance}. Of a dense update"
-            " as many directions are compared as the LoRA run has. LoRA runs of one seed and rank"
-            " start from the same A, so their right vectors are alike for that reason, too."
-        )
-        return notes(figure, frame, [about])
+    figure, axes = panels.grid(kinds, MODULES.values(), (side, side), "all", "all")
+    for (kind, letter), ax in axes.items():
+        own = rows[rows["directions"] == kinds[kind]]
+        image = _phi_matrix(ax, own[own["module"].map(MODULES) == letter], runs)
+    panels.label_edges(axes, y=str)
+    figure.colorbar(image, ax=list(axes.values()), label="$\\phi$", shrink=0.7, pad=0.01)
+    expected = rows.groupby("module")["random"].agg(["min", "max"])
+    chance = ", ".join(
+        f"{MODULES[m]} {low:.3f} to {high:.3f}" for m, low, high in expected.itertuples()
+    )
+    about = (
+        "Above the diagonal: left singular vectors of the updates; below it: right ones. Mean"
+        f" over the layers, last checkpoints. Random subspaces have {chance}. Of a dense update"
+        " as many directions are compared as the LoRA run has. LoRA runs of one seed and rank"
+        " start from the same A, so their right vectors are alike for that reason, too."
+    )
+    return panels.notes(figure, frame, [about])
 
 
 def _phi_matrix(ax: Axes, rows: DataFrame, runs: dict[str, str]) -> Any:
@@ -171,7 +175,7 @@ def _phi_matrix(ax: Axes, rows: DataFrame, runs: dict[str, str]) -> Any:
         matrix[(i, j) if row.side == "left" else (j, i)] = row.value
     table = pd.DataFrame(matrix, [*runs.values()], [*runs.values()])
     numbers = {"annot": len(runs) <= MOST_NUMBERED, "fmt": ".2f", "annot_kws": {"size": 6}}
-    image = heat_map(ax, table, cmap="magma", vmin=0, vmax=1, **numbers)
+    image = panels.heat_map(ax, table, cmap="magma", vmin=0, vmax=1, **numbers)
     ax.set_facecolor("#eeeeee")
     ax.set_xticks([i + 0.5 for i in range(len(runs))], runs.values(), rotation=90, size=5.5)
     ax.set_yticks([i + 0.5 for i in range(len(runs))], runs.values(), rotation=0, size=5.5)

@@ -8,18 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
-from lora_tradeoffs.figures.panels import (
-    ZERO,
-    curve,
-    finish,
-    grid,
-    interval_notes,
-    label_edges,
-    log_axis,
-    notes,
-    nothing,
-    panels,
-)
+from lora_tradeoffs.figures import panels
 from lora_tradeoffs.figures.style import GREY, style_of, styled
 from lora_tradeoffs.statistics.seed_intervals import BOTH, ITEMS, NOTHING, SEEDS
 from lora_tradeoffs.tables.arms import FULL
@@ -62,6 +51,7 @@ INTERVALS = {
 # ----------------------------------------------------------------------------- learning rates
 
 
+@styled()
 def learning_rate_curves(study: StudyRecords) -> Figure:
     """Validation, forgetting and drift over the learning rate, a line for each searched arm.
 
@@ -73,22 +63,21 @@ def learning_rate_curves(study: StudyRecords) -> Figure:
     table = sweep_table(*frames, study.rates)
     swept = set(swept_arms(table))
     if not swept:
-        return nothing(adaptation, NO_SWEEP)
+        return panels.nothing(adaptation, NO_SWEEP)
     table = _with_losses(table, study.rates)
     table = table[[key in swept for key in zip(table["family"], table["arm"])]]
     measures = [name for name in SWEPT if table[name].notna().any()]
-    with styled():
-        families = list(dict.fromkeys(table["family"]))
-        figure, axes = grid(measures, families, size=(3.1, 1.75))
-        for (measure, family), ax in axes.items():
-            own = table[table["family"] == family]
-            _rate_curves(ax, own.dropna(subset=[measure]), measure, best_retaining(table, family))
-            if measure == "forgetting":
-                ax.axhline(0.0, **ZERO)
-            log_axis(ax, table["learning_rate"], lambda rate: rate_name(rate).removeprefix("lr"))
-        label_edges(axes, "learning rate", SWEPT.get)
-        about = _about_rates(table, adaptation)
-        return finish(figure, adaptation, table["arm"], [about], extra=_rate_marks(table))
+    families = list(dict.fromkeys(table["family"]))
+    figure, axes = panels.grid(measures, families, size=(3.1, 1.75))
+    for (measure, family), ax in axes.items():
+        own = table[table["family"] == family]
+        _rate_curves(ax, own.dropna(subset=[measure]), measure, best_retaining(table, family))
+        if measure == "forgetting":
+            ax.axhline(0.0, **panels.ZERO)
+        panels.log_axis(ax, table["learning_rate"], lambda rate: rate_name(rate).removeprefix("lr"))
+    panels.label_edges(axes, "learning rate", SWEPT.get)
+    about = _about_rates(table, adaptation)
+    return panels.finish(figure, adaptation, table["arm"], [about], extra=_rate_marks(table))
 
 
 def _with_losses(table: DataFrame, choices: Iterable[Mapping[str, Any]]) -> DataFrame:
@@ -147,33 +136,33 @@ def _about_rates(table: DataFrame, adaptation: DataFrame) -> str:
 # ----------------------------------------------------------------------------------- transfer
 
 
+@styled()
 def transfer_by_task(study: StudyRecords) -> Figure:
     """Scores of multi-task minus single-task training, a panel for each task."""
     table, frame = study.transfer, study.adaptation
     if table.empty:
         missing = "no single-task control of a run (run_study.py --single-task-controls)"
-        return nothing(frame, missing)
+        return panels.nothing(frame, missing)
     arms = sorted(set(table["arm"]), reverse=True)
     names = ordered(table["task"])
     metrics = {row.task: f"{row.metric}, {row.split}" for row in table.itertuples()}
-    with styled():
-        size = (2.4, 0.8 + 0.2 * len(arms))
-        figure, axes = panels([dict.fromkeys(names, "")], size=size, share_y="all")
-        for task, ax in axes.items():
-            ax.axvline(0.0, color=GREY, linestyle="--", lw=1.0, zorder=1)
-            for row in table[table["task"] == task].itertuples():
-                y, style = arms.index(row.arm), style_of(row.arm)
-                if math.isfinite(row.low):
-                    interval = {"color": style["color"], "lw": 1.0, "label": "interval"}
-                    ax.plot([row.low, row.high], [y, y], **interval)
-                point = style | {"linestyle": "none", "markersize": 5, "label": row.arm}
-                ax.plot([row.value], [y], **point)
-            ax.set_yticks(range(len(arms)), arms)
-            ax.set_ylim(-0.6, len(arms) - 0.4)
-            ax.grid(axis="x", visible=True)
-            ax.set_xlabel(f"together − alone\n({metrics[task]})")
-            ax.locator_params(axis="x", nbins=4)
-        return notes(figure, frame, [_about_transfer(table)])
+    size = (2.4, 0.8 + 0.2 * len(arms))
+    figure, axes = panels.titled([dict.fromkeys(names, "")], size=size, share_y="all")
+    for task, ax in axes.items():
+        ax.axvline(0.0, color=GREY, linestyle="--", lw=1.0, zorder=1)
+        for row in table[table["task"] == task].itertuples():
+            y, style = arms.index(row.arm), style_of(row.arm)
+            if math.isfinite(row.low):
+                interval = {"color": style["color"], "lw": 1.0, "label": "interval"}
+                ax.plot([row.low, row.high], [y, y], **interval)
+            point = style | {"linestyle": "none", "markersize": 5, "label": row.arm}
+            ax.plot([row.value], [y], **point)
+        ax.set_yticks(range(len(arms)), arms)
+        ax.set_ylim(-0.6, len(arms) - 0.4)
+        ax.grid(axis="x", visible=True)
+        ax.set_xlabel(f"together − alone\n({metrics[task]})")
+        ax.locator_params(axis="x", nbins=4)
+    return panels.notes(figure, frame, [_about_transfer(table)])
 
 
 def _about_transfer(table: DataFrame) -> str:
@@ -205,6 +194,7 @@ def predictors_of_gain(study: StudyRecords) -> Figure:
     return _predictors(study, "gain", "gain on validation")
 
 
+@styled()
 def _predictors(study: StudyRecords, outcome: str, label: str) -> Figure:
     """A row for each family; the rank correlation stands over the panel."""
     table, frame = study.checkpoints, study.retention
@@ -212,24 +202,25 @@ def _predictors(study: StudyRecords, outcome: str, label: str) -> Figure:
     names = [n for n in PREDICTORS if n in last and last[n].notna().any()]
     families = [family for family in FAMILIES if (last["family"] == family).any()]
     if not names or not families:
-        return nothing(frame, f"no last checkpoint with both {outcome} and a measure of drift")
-    shown = {f"{f}: {PREDICTORS[name]}": (f, name) for f in families for name in names}
-    with styled():
-        rows = [{t: f"{f}\n{label}" for t in shown if shown[t][0] == f} for f in families]
-        figure, axes = panels(rows, columns=4, size=SMALL)
-        for title, ax in axes.items():
-            family, name = shown[title]
-            own = last[last["family"] == family].dropna(subset=[name])
-            _scatter(ax, own, name, outcome)
-            correlation = _correlation(study.correlations, family, outcome, name)
-            ax.set_title(correlation, loc="left", weight="normal")
-            ax.set_xlabel(PREDICTORS[name])
-        about = (
-            "A point is a run at its last checkpoint. Over the panels: Spearman's rank correlation"
-            " with its 95 % interval over resampled runs. Correlations of one grid's runs show what"
-            " goes together, not what causes what; runs of one arm lie close together."
+        return panels.nothing(
+            frame, f"no last checkpoint with both {outcome} and a measure of drift"
         )
-        return finish(figure, frame, last["arm"], [about], "points")
+    shown = {f"{f}: {PREDICTORS[name]}": (f, name) for f in families for name in names}
+    rows = [{t: f"{f}\n{label}" for t in shown if shown[t][0] == f} for f in families]
+    figure, axes = panels.titled(rows, columns=4, size=SMALL)
+    for title, ax in axes.items():
+        family, name = shown[title]
+        own = last[last["family"] == family].dropna(subset=[name])
+        _scatter(ax, own, name, outcome)
+        correlation = _correlation(study.correlations, family, outcome, name)
+        ax.set_title(correlation, loc="left", weight="normal")
+        ax.set_xlabel(PREDICTORS[name])
+    about = (
+        "A point is a run at its last checkpoint. Over the panels: Spearman's rank correlation"
+        " with its 95 % interval over resampled runs. Correlations of one grid's runs show what"
+        " goes together, not what causes what; runs of one arm lie close together."
+    )
+    return panels.finish(figure, frame, last["arm"], [about], "points")
 
 
 def _scatter(ax: Axes, points: DataFrame, name: str, outcome: str) -> None:
@@ -266,34 +257,37 @@ def _correlation(table: DataFrame, family: str, outcome: str, name: str) -> str:
 # --------------------------------------------------------------------------------------- cost
 
 
+@styled()
 def gain_against_cost(study: StudyRecords) -> Figure:
     """Gain on validation after so many minutes and tokens of training; a row for each family."""
     points, frame = study.gains, study.first_frame
     if points.empty:
-        return nothing(frame, "no checkpoint with a validation score of a run with training.json")
+        return panels.nothing(
+            frame, "no checkpoint with a validation score of a run with training.json"
+        )
     half = 1.959964 * points["stderr"]
     bounds = {"low": points["gain"] - half, "high": points["gain"] + half}
     records = points.assign(task=points["family"], value=points["gain"], **bounds)
     table = summarise(records, by=("step",))
     families = [family for family in FAMILIES if (points["family"] == family).any()]
     shown = {f"{f}: {text}": (f, c) for f in families for c, (text, _) in COSTS.items()}
-    with styled():
-        rows = [{t: "gain on validation" for t in shown if shown[t][0] == f} for f in families]
-        figure, axes = panels(rows, columns=2, size=WIDE)
-        for title, ax in axes.items():
-            family, cost = shown[title]
-            text, unit = COSTS[cost]
-            costs = points[points["family"] == family].groupby(["arm", "step"])[cost].mean() / unit
-            ax.axhline(0.0, **ZERO)
-            for arm, own in table[table["task"] == family].groupby("arm"):
-                x = [costs[arm, step] for step in own["step"]]
-                curve(ax, arm, x, own, start=(0.0, 0.0), alpha=0.5)
-            ax.set_xlabel(text)
-        about = (
-            "Mean over the family's tasks of the validation score minus the base's (dashed)."
-            " Minutes are of training alone, without validating and saving."
-        )
-        return finish(figure, frame, table["arm"], [about, *interval_notes(table)])
+    rows = [{t: "gain on validation" for t in shown if shown[t][0] == f} for f in families]
+    figure, axes = panels.titled(rows, columns=2, size=WIDE)
+    for title, ax in axes.items():
+        family, cost = shown[title]
+        text, unit = COSTS[cost]
+        costs = points[points["family"] == family].groupby(["arm", "step"])[cost].mean() / unit
+        ax.axhline(0.0, **panels.ZERO)
+        for arm, own in table[table["task"] == family].groupby("arm"):
+            x = [costs[arm, step] for step in own["step"]]
+            panels.curve(ax, arm, x, own, start=(0.0, 0.0), alpha=0.5)
+        ax.set_xlabel(text)
+        ax.locator_params(axis="x", nbins=6)
+    about = (
+        "Mean over the family's tasks of the validation score minus the base's (dashed)."
+        " Minutes are of training alone, without validating and saving."
+    )
+    return panels.finish(figure, frame, table["arm"], [about, *panels.interval_notes(table)])
 
 
 def _range(numbers: Any) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +114,11 @@ def save(figure: Figure, path: Path, pdf: bool = False) -> Path:
     return path.with_suffix(".png")
 
 
-def styled() -> Any:
-    """A context in which figures are made and saved: seaborn's "ticks", and our sizes."""
+@contextmanager
+def styled() -> Iterator[None]:
+    """The style in which figures are made and saved: seaborn's "ticks", and our sizes."""
     import matplotlib
     import seaborn
 
-    return matplotlib.rc_context(seaborn.axes_style("ticks") | STYLE)
+    with matplotlib.rc_context(seaborn.axes_style("ticks") | STYLE):
+        yield

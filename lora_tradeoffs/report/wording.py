@@ -177,8 +177,8 @@ def few_seeds(family: str, few: Mapping[Any, int], nothing: bool, other: str = F
 def other_items(tested: Any) -> str:
     """Why a contrast with enough seeds could not be tested."""
     return (
-        f"{tested.family}: {tested.arm}, {tested.about}: not tested: its runs, or those it is compared"
-        " with, were measured on different numbers of items (another --limit)."
+        f"{tested.family}: {tested.arm}, {tested.about}: not tested: its runs, or those it is"
+        " compared with, were measured on different numbers of items (another --limit)."
     )
 
 
