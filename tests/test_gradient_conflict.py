@@ -49,7 +49,7 @@ def test_base_and_every_checkpoint_of_several_tasks_are_measured(folder):
     figures = {p.stem for p in (folder / "figures").glob("*.png")}
     assert figures == {
         *("cosine_between_tasks", "conflict_over_training"),
-        *("conflict_by_layer", "layers_over_training"),
+        *("conflict_by_layer", "conflict_by_layer_over_training"),
     }
 
 

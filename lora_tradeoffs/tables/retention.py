@@ -93,7 +93,7 @@ def in_panels(rows: DataFrame) -> DataFrame:
 
 
 def blocks(rows: DataFrame, labels: dict[str, str]) -> list[dict[str, str]]:
-    """The panels of each family: y labels by title, for plotting.panels.
+    """The panels of each family: y labels by title, for figures.panels.titled.
 
     Families of one panel each share a row.
     """

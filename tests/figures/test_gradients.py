@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from figure_checks import notes
+from figure_checks import drawn, notes
 from synthetic_records import record
 
-from lora_tradeoffs.figures.gradients import FIGURES
+from lora_tradeoffs.figures.draw import FIGURES
 from lora_tradeoffs.gradients.conflict import Products, conflict_records
 from lora_tradeoffs.tables.frames import load_records
 
@@ -16,7 +16,7 @@ from lora_tradeoffs.tables.frames import load_records
 @pytest.mark.parametrize(
     "seeds, bars, means",
     [
-        ((42,), "Bars: 95 % interval over batches.", "One seed an arm."),
+        ((42,), "Bars: 95 % interval over batches.", "One seed per arm."),
         ((42, 43), "", "Mean over 2 seeds."),
         ((42, 43, 44), "Bars: 95 % interval over seeds and batches.", "Mean over 3 seeds."),
     ],
@@ -34,8 +34,8 @@ def test_figures_say_what_is_averaged_and_what_bars_are_over(tmp_path, seeds, ba
         r |= {k: None for k, v in r.items() if isinstance(v, float) and math.isnan(v)}
     path = tmp_path / "gradients.json"
     path.write_text(json.dumps({"meta": {"preset": "study"}, "records": records}))
-    for figure in FIGURES:
-        text = notes(figure(load_records(path)))
+    for figure in FIGURES["gradients"]:
+        text = notes(drawn(figure, gradients=load_records(path)))
         has_bars = figure.__name__ in ("conflict_over_training", "conflict_by_layer")
         assert means in text
         assert bars in text if has_bars and bars else "Bars" not in text
