@@ -159,7 +159,7 @@ def test_the_report_begins_with_what_was_found_and_a_row_for_each_arm(report, tm
     text, _ = report()
     headings = [line for line in NOTEBOOK.read_text().splitlines() if '"## ' in line]
     assert "What was found" in headings[0] and "The arms" in headings[1]
-    assert text.index(DEMO) < text.index("LoRA r=8")
+    assert text.index(DEMO) < text.index("<table")
     with (tmp_path / "outputs/demo/tables/arms.csv").open(encoding="utf-8") as file:
         rows = {row["arm"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["base", "LoRA r=8", "full"]
