@@ -38,13 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_task(settings: Any, name: str, folder: Path) -> Any:
+def load_task(settings: Any, name: str) -> Any:
     """lm-eval's task over the same rows, loaded anew."""
     from lora_tradeoffs.retention.benchmark_tasks import TaskLoader
     from lora_tradeoffs.retention.benchmarks import quiet_lm_eval
 
     with quiet_lm_eval():
-        return TaskLoader(settings, [name], 0, folder).load()["tasks"][name]
+        return TaskLoader(settings, [name], 0).load()["tasks"][name]
 
 
 def our_figures(settings: Any, tokenizer: Any, model: Any, name: str, limit: int, bf16: bool):
@@ -94,7 +94,6 @@ def measure(
     settings: Any, tokenizer: Any, model: Any, name: str, limit: int, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Seconds of both ways on a benchmark, turn about, after a warm-up of each."""
-    import tempfile
 
     from tqdm import tqdm
 
@@ -109,10 +108,9 @@ def measure(
         return timed(our_figures, settings, tokenizer, model, name, limit, bf16)
 
     def theirs(batch_size: int) -> tuple[float, dict[str, float]]:
-        with tempfile.TemporaryDirectory() as folder:
-            load = time.perf_counter()
-            task = load_task(settings, name, Path(folder))
-            load = time.perf_counter() - load
+        load = time.perf_counter()
+        task = load_task(settings, name)
+        load = time.perf_counter() - load
         seconds, figures = timed(peer_figures, task, tokenizer, model, limit, bf16, batch_size)
         return load + seconds, figures
 

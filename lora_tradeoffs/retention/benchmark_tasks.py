@@ -1,27 +1,23 @@
-"""lm-eval's task definitions by name, over the Hub's rows or a folder's, checked.
+"""lm-eval's tasks by name, over the Hub's rows or over those of a folder, which are checked.
 
-Of a folder `<benchmark>/<split>.jsonl` in the original schema is put below lm-eval's own
-definition, from which the splits are read. lm-eval scores a row whose gold answer is not among its
-choices 0, and renders a missing field as "None", in silence: here both are errors with file and
-line.
+A folder's `<benchmark>/<split>.jsonl` in the original schema takes the place of the data set in
+lm-eval's own definition. lm-eval scores a row whose gold answer is not among its choices 0, and
+renders a missing field as "None", without a word: here both are errors with file and line.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-import json
-import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from config import Settings, UserError
 from dataset_descriptions import Row
 from lora_tradeoffs.data.sources import read_jsonl, source_folder
-from lora_tradeoffs.hub import hub_error
+from lora_tradeoffs.hub import hub_errors
 
 SPLIT_KEYS = ("training_split", "validation_split", "test_split")
 # datasets' names for local files, where the Hub need not be asked
@@ -30,27 +26,64 @@ FILE_FORMATS = ("json", "csv", "text", "parquet", "arrow", None)
 
 @dataclass(frozen=True)
 class LocalBenchmark:
-    """What is put below a definition: `overrides` of it, and its files by split."""
+    """A folder's benchmark: its whole definition, the files by split, and what they are for.
 
-    name: str
-    overrides: dict[str, Any]
+    `shots_from` is the split that few-shot examples come from; None without examples.
+    """
+
+    definition: dict[str, Any]
+    files: dict[str, Path]
     evaluated: str
     shots_from: str | None
-    files: dict[str, Path]
 
-    def definition(self, own: Path, **files: Path) -> dict[str, Any]:
-        """The definition that includes lm-eval's `own`; `files` replace those of their splits."""
-        places = {split: str(path) for split, path in {**self.files, **files}.items()}
-        return {"include": str(own), **self.overrides, "dataset_kwargs": {"data_files": places}}
+    def check(self, task: Any = None) -> None:
+        """Raise UserError for the first line that the definition cannot be applied to.
+
+        With lm-eval's `task` over the files, lines are read only if one of its documents is bad.
+        """
+        for split in self.files if self.shots_from else [self.evaluated]:
+            problem = task and _first_problem(
+                task, task.eval_docs if split == self.evaluated else task.fewshot_docs()
+            )
+            if problem or not task:
+                self._check_lines(split)
+            if problem:  # of no line alone
+                raise UserError(f"{self.files[split]}: {problem}")
+
+    def _check_lines(self, split: str) -> None:
+        """Apply the definition to one row after another: to all, it may drop or reorder them."""
+        from datasets import Dataset
+
+        process, task = self.definition.get("process_docs"), None
+        for line, row in enumerate(read_jsonl(self.files[split]), 1):
+            try:
+                docs = Dataset.from_list([row])
+                docs = process(docs) if process else docs
+                if task is None and len(docs):
+                    task = self._task_over(docs)
+                problem = _first_problem(task, docs)
+            except Exception as error:  # a definition's own code may raise anything on a bad row
+                problem = _cause(error)
+            if problem:
+                raise UserError(f"{self.files[split]}:{line}: {problem}")
+
+    def _task_over(self, docs: Any) -> Any:
+        """lm-eval's task over documents that are processed already."""
+        from lm_eval.api.task import ConfigurableTask
+
+        splits = dict.fromkeys(self.files, docs)
+        return ConfigurableTask(
+            config={**self.definition, "process_docs": None, "custom_dataset": lambda **_: splits}
+        )
 
 
 def local_benchmark(
     name: str, definition: dict[str, Any], folder: Path, num_fewshot: int
 ) -> LocalBenchmark:
-    """The benchmark over <folder>/<name>/<split>.jsonl, every line of the files read and checked.
+    """lm-eval's `definition` over <folder>/<name>/<split>.jsonl, whose lines are read and checked.
 
-    Shots come from the definition's split; where the folder lacks it, from the next one by
-    lm-eval's own rule (training, validation, test), at last from the evaluated split without the
+    Few-shot examples come from the definition's split; if the folder lacks it, from the next one in
+    lm-eval's own order (training, validation, test), at last from the evaluated split without the
     item itself. Raises UserError for a missing split or a bad line.
     """
     evaluated = definition.get("test_split") or definition.get("validation_split")
@@ -61,23 +94,31 @@ def local_benchmark(
         others = ", ".join(sorted(p.name for p in path.parent.glob("*.jsonl"))) or "no other split"
         raise UserError(f"benchmark {name} needs its split {evaluated}: no {path} ({others} there)")
     few = definition.get("fewshot_config") or {}
-    own = definition.get("fewshot_split") or few.get("split")
-    ranked = [own] if own else [definition.get(key) for key in SPLIT_KEYS]
-    there = [s for s in ranked if s and (folder / name / f"{s}.jsonl").is_file()]
-    shots_from = there[0] if there else evaluated
-    overrides: dict[str, Any] = dict.fromkeys((*SPLIT_KEYS, "dataset_name", "custom_dataset"))
-    overrides |= {"task": name, "tag": None, "dataset_path": "json"}
-    # lm-eval leaves the item itself out of its shots where these two are the same
-    overrides |= {"test_split": evaluated, "fewshot_split": shots_from}
+    shot_split = definition.get("fewshot_split") or few.get("split")
+    ranked = [shot_split] if shot_split else [definition.get(key) for key in SPLIT_KEYS]
+    present = [s for s in ranked if s and (folder / name / f"{s}.jsonl").is_file()]
+    shots_from = present[0] if present else evaluated
     files = {split: folder / name / f"{split}.jsonl" for split in (shots_from, evaluated)}
+    rows = {split: read_jsonl(file) for split, file in files.items()}
     for split, file in files.items():
-        rows = read_jsonl(file)
-        if found := schema_problem(rows):
-            raise UserError(f"{file}:{found[0]}: {found[1]}")
-        needed = num_fewshot + (split == evaluated)
-        if num_fewshot and split == shots_from and len(rows) < needed:
-            raise UserError(f"{file}: {num_fewshot} shots need {needed} rows, it has {len(rows)}")
-    return LocalBenchmark(name, overrides, evaluated, shots_from if num_fewshot else None, files)
+        if problem := schema_problem(rows[split]):
+            raise UserError(f"{file}:{problem[0]}: {problem[1]}")
+        needed, count = num_fewshot + (split == evaluated), len(rows[split])
+        if num_fewshot and split == shots_from and count < needed:
+            raise UserError(f"{file}: {num_fewshot} shots need {needed} rows, it has {count}")
+    definition = {k: v for k, v in definition.items() if k not in ("group", "task_list")}
+    definition |= dict.fromkeys((*SPLIT_KEYS, "dataset_name", "dataset_kwargs"))
+    definition |= {"task": name, "tag": None, "dataset_path": "json"}
+    # lm-eval leaves the item itself out of its shots where these two are the same
+    definition |= {"test_split": evaluated, "fewshot_split": shots_from}
+    definition["custom_dataset"] = lambda **_: _data_sets(rows)
+    return LocalBenchmark(definition, files, evaluated, shots_from if num_fewshot else None)
+
+
+def _data_sets(rows: dict[str, list[Row]]) -> dict[str, Any]:
+    from datasets import Dataset
+
+    return {split: Dataset.from_list(part) for split, part in rows.items()}
 
 
 # --------------------------------------------------------------------------- checks of rows
@@ -104,6 +145,23 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
+def _first_problem(task: Any, docs: Iterable[Row]) -> str | None:
+    """What is wrong with the first bad document; None if there is none."""
+    try:
+        return next(filter(None, (doc_problem(task, doc) for doc in docs)), None)
+    except Exception as error:
+        return _cause(error)
+
+
+def _cause(error: Exception) -> str:
+    cause = error.__cause__ or error
+    what = next(iter(str(cause).splitlines()), "")[:160]
+    return (
+        f"the definition cannot be applied to it ({type(cause).__name__}: {what}); are all its"
+        " fields there, and the gold answer among its choices?"
+    )
+
+
 def doc_problem(task: Any, doc: Row) -> str | None:
     """Why lm-eval could not score the document, or would score it 0 in silence; else None."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
@@ -125,66 +183,27 @@ def doc_problem(task: Any, doc: Row) -> str | None:
     return None
 
 
-def _first_problem(task: Callable[[], Any], evaluated: bool) -> str | None:
-    """What is wrong with the documents of a task, or with making it."""
-    try:
-        made = task()
-        docs = made.eval_docs if evaluated else made.fewshot_docs()
-        return next((found for doc in docs if (found := doc_problem(made, doc))), None)
-    except Exception as error:  # a definition's own code may raise anything on a bad row
-        cause = error.__cause__ or error
-        what = next(iter(str(cause).splitlines()), "")[:160]
-        return (
-            f"the definition cannot be applied to it ({type(cause).__name__}: {what}); are all its"
-            " fields there, and the gold answer among its choices?"
-        )
-
-
-def _raise_bad_line(path: Path, build: Callable[[Path], Any], evaluated: bool) -> None:
-    """Raise UserError with the first line of the file that `build` makes no sound task of.
-
-    The line is found by halving: a definition may filter and reorder the rows.
-    """
-    with path.open(encoding="utf-8") as file:
-        lines = list(file)
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / "rows.jsonl"
-
-        def problem(start: int, end: int) -> str | None:
-            part.write_text("".join(lines[start:end]), encoding="utf-8")
-            return _first_problem(lambda: build(part), evaluated)
-
-        low, high = 0, len(lines)
-        found = problem(low, high)
-        if found is None:
-            return
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if problem(low, middle) else (middle, high)
-        # lm-eval tries the first document while it loads; after a sound one ours is the message
-        raise UserError(f"{path}:{low + 1}: {problem(max(0, low - 1), high) or found}")
-
-
 # ------------------------------------------------------------------------------- loading
 
 
 class TaskLoader:
     """Finds lm-eval's definitions, puts local rows below them, and loads the tasks.
 
-    `folder` is for files that must be there while it loads. Raises UserError for an unknown name,
-    a task that generates text, and local files that are not there or whose lines are bad.
+    Raises UserError for an unknown name, a task that generates text, and local files that are
+    missing or have bad lines.
     """
 
-    def __init__(self, settings: Settings, names: Iterable[str], num_fewshot: int, folder: Path):
-        self.names, self.folder = list(dict.fromkeys(names)), folder
+    def __init__(self, settings: Settings, names: Iterable[str], num_fewshot: int):
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        self.names = list(dict.fromkeys(names))
         self.manager = _task_manager(self.names)
         self.index = self.manager.task_index
         self.local: dict[str, LocalBenchmark] = {}
-        self.definitions: dict[str, Path] = {}
         for name in self.names:
             if name not in self.index:
                 raise UserError(_unknown(name, self.manager.all_tasks))
-        leaves: dict[str, str] = {}  # and the name that each is a part of
+        leaves: dict[str, str] = {}  # and the first name that each belongs to
         for name in self.names:
             for leaf in self.leaves(name):
                 leaves.setdefault(leaf, name)
@@ -197,15 +216,16 @@ class TaskLoader:
             _ask_hub({self.index[leaf].cfg.get("dataset_path"): leaf for leaf in leaves})
             return
         for leaf, name in leaves.items():
-            self.definitions[leaf] = self.index[leaf].yaml_path
+            entry = self.index[leaf]
+            definition = entry.cfg if "class" in entry.cfg else load_yaml(entry.yaml_path)
             try:
-                self.local[leaf] = local_benchmark(leaf, self.index[leaf].cfg, source, num_fewshot)
+                self.local[leaf] = local_benchmark(leaf, definition, source, num_fewshot)
             except UserError as error:
                 raise error if leaf == name else UserError(f"{name}: {error}") from None
-            self._register(leaf)
+            self.index[leaf] = replace(entry, yaml_path=None, cfg=self.local[leaf].definition)
 
     def leaves(self, name: str) -> Iterator[str]:
-        """The tasks that a name stands for: itself, a group's, a tag's."""
+        """The tasks that a name stands for: itself, or those of a group or tag."""
         entry = self.index.get(name)
         if entry is None or entry.kind.name not in ("TAG", "GROUP"):
             yield from [] if entry is None else [name]
@@ -219,66 +239,40 @@ class TaskLoader:
         """lm-eval's `{"tasks", "groups", "group_map"}` of the names."""
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in self.names:
-            try:
-                found = self.manager.load([name])
-            except Exception as error:
-                for leaf in self.leaves(name) if self.local else ():
-                    self._check(leaf)
-                raise self._load_error(name, error) from error
-            for key, values in found.items():
+            for key, values in (self._load_local if self.local else self._load_hub)(name).items():
                 loaded[key].update(values)
         for leaf, task in loaded["tasks"].items():
             _refuse_generation(leaf, task.OUTPUT_TYPE)
             if leaf in self.local:
-                self._check(leaf, task)
+                self.local[leaf].check(task)
         return loaded
 
-    def _register(self, leaf: str, **files: Path) -> None:
-        """Let the name stand for the definition over local rows."""
-        from lm_eval.tasks import TaskManager
+    def _load_local(self, name: str) -> dict[str, Any]:
+        try:
+            return self.manager.load([name])
+        except Exception as error:
+            for leaf in self.leaves(name):
+                self.local[leaf].check()
+            what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
+            raise UserError(f"benchmark {name} cannot be loaded: {what}") from error
 
-        place = self.folder / leaf
-        place.mkdir(exist_ok=True)
-        definition = self.local[leaf].definition(self.definitions[leaf], **files)
-        # every JSON document is a YAML document
-        (place / "task.yaml").write_text(json.dumps(definition), encoding="utf-8")
-        local = TaskManager(include_path=place, include_defaults=False)
-        self.index[leaf] = local.task_index[leaf]
-
-    def _check(self, leaf: str, task: Any = None) -> None:
-        """Raise UserError for the first bad line of the benchmark's files."""
-        local = self.local[leaf]
-        for split, path in local.files.items():
-            evaluated = split == local.evaluated
-            if not evaluated and not local.shots_from:
-                continue
-            if task is None or _first_problem(lambda: task, evaluated):
-
-                def build(part: Path, split: str = split) -> Any:
-                    self._register(leaf, **{split: part})
-                    return self.manager.load([leaf])["tasks"][leaf]
-
-                _raise_bad_line(path, build, evaluated)
-
-    def _load_error(self, name: str, error: Exception) -> Exception:
-        if self.local:
-            what = next(iter(str(error).splitlines()), "")[:160]
-            return UserError(f"benchmark {name} cannot be loaded: {type(error).__name__}: {what}")
-        paths = [self.index[leaf].cfg.get("dataset_path") for leaf in self.leaves(name)]
-        return hub_error(error, f"data set {paths[0]}", f"benchmark {name}")
+    def _load_hub(self, name: str) -> dict[str, Any]:
+        data_sets = [self.index[leaf].cfg.get("dataset_path") for leaf in self.leaves(name)]
+        with hub_errors(f"data set {data_sets[0]}", f"benchmark {name}"):
+            return self.manager.load([name])
 
 
 def _task_manager(names: list[str]) -> Any:
     """lm-eval's index of the folders that define the names; of all tasks if that is not enough.
 
-    Reading all 14,000 definitions takes 9 s, finding the lines that name their tasks 1 s, once.
+    Reading all 14,000 definitions takes 9 s, searching them for the names 1 s.
     """
     from lm_eval import tasks
 
-    found = [_definitions().get(name, []) for name in names]
+    files = _defining_files(frozenset(names))
     # a group's tasks may be defined in other folders, and of two definitions the first one counts
-    if all(len(places) == 1 and places[0][0] == "task" for places in found):
-        folders = list(dict.fromkeys(places[0][1] for places in found))
+    if len(files) == len(names):
+        folders = sorted({path.parent for path in files})
         manager = tasks.TaskManager(include_path=folders, include_defaults=False)
         if set(names) <= set(manager.all_subtasks):
             return manager
@@ -286,16 +280,13 @@ def _task_manager(names: list[str]) -> Any:
 
 
 @functools.cache
-def _definitions() -> dict[str, list[tuple[str, Path]]]:
-    """Of every task and group of lm-eval, by its name, the folders that define it, and as what."""
+def _defining_files(names: frozenset[str]) -> list[Path]:
+    """lm-eval's files with a line that gives one of the names to a task or group."""
     from lm_eval import tasks
 
-    line = re.compile(rb"^(task|group):[ \t]*[\"']?([^\"'\s]+)[\"']?[ \t\r]*$", re.M)
-    found: dict[str, list[tuple[str, Path]]] = {}
-    for path in Path(tasks.__file__).parent.rglob("*.yaml"):
-        for kind, name in line.findall(path.read_bytes()):
-            found.setdefault(name.decode(), []).append((kind.decode(), path.parent))
-    return found
+    lines = {f"{kind}: {name}".encode() for kind in ("task", "group") for name in names}
+    files = Path(tasks.__file__).parent.rglob("*.yaml")
+    return [path for path in files if not lines.isdisjoint(path.read_bytes().splitlines())]
 
 
 def _unknown(name: str, known: list[str]) -> str:
@@ -324,7 +315,5 @@ def _ask_hub(data_sets: dict[str | None, str]) -> None:
     for data_set, task in data_sets.items():
         if data_set in FILE_FORMATS or datasets.config.HF_HUB_OFFLINE:
             continue
-        try:
+        with hub_errors(f"data set {data_set}", f"benchmark {task}"):
             HfApi().dataset_info(data_set)
-        except Exception as error:
-            raise hub_error(error, f"data set {data_set}", f"benchmark {task}") from error

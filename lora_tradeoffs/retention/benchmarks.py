@@ -19,11 +19,9 @@ import inspect
 import io
 import json
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,8 +130,8 @@ class Benchmarks:
         self.encoded: dict[Any, Any] = {}  # tokens by context, and by context and continuation
         self.lengths: dict[str, int] = {}  # tokens of a perplexity task's document
         self.other_shots: dict[str, tuple[int, int]] = {}  # the definition's, and those shown
-        with quiet_lm_eval(), tempfile.TemporaryDirectory() as folder:
-            loader = TaskLoader(settings, names, num_fewshot, Path(folder))
+        with quiet_lm_eval():
+            loader = TaskLoader(settings, names, num_fewshot)
             self.names, self.loaded = loader.names, loader.load()
         self.tasks: dict[str, Any] = self.loaded["tasks"]
         self.identities = {}
