@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from dataset_descriptions import DESCRIPTIONS
-from lora_tradeoffs.figures import panels
+from lora_tradeoffs.figures import marks, panels
 from lora_tradeoffs.figures.style import METRIC_LABELS, style_of, styled
 from lora_tradeoffs.tables.frames import (
     is_trained,
@@ -34,15 +34,8 @@ def learning_curves(study: StudyRecords) -> Figure:
     if trained.empty:
         return panels.nothing(frame, "no primary metric of a checkpoint on the validation split")
     table = summarise(trained.assign(fraction=trained["fraction"].round(4)), by=("fraction",))
-    shift, limits = panels.training_axis(table["fraction"], table["arm"])
     figure, axes = _task_panels(table["task"], share_x="all")
-    for task, ax in axes.items():
-        base = panels.references(ax, rows[rows["task"] == task])
-        start = None if base is None else (0.0, base)
-        for arm, points in table[table["task"] == task].groupby("arm"):
-            panels.curve(ax, arm, points["fraction"] + shift[arm], points, start, alpha=0.5)
-        ax.set_xlim(*limits)
-    panels.label_edges(axes, "fraction of training")
+    panels.training_curves(axes, rows, table)
     about = "Split: validation. Arms are shifted sideways at a checkpoint to be told apart."
     return _finish(figure, frame, rows, table, about, "lines")
 
@@ -64,10 +57,8 @@ def last_by_rank(study: StudyRecords) -> Figure:
     table = summarise(trained)
     figure, axes = _task_panels(table["task"], share_x="all")
     for task, ax in axes.items():
-        panels.references(ax, rows[rows["task"] == task])
-        of_task = (part[part["task"] == task] for part in (trained, table))
-        panels.points_by_rank(ax, *of_task, table["arm"].unique())
-    panels.label_edges(axes, "LoRA rank, full fine-tuning")
+        marks.references(ax, rows[rows["task"] == task])
+    panels.points_by_rank(axes, trained, table)
     about = f"Split: {split}. Last checkpoint.{unfinished(frame)}"
     return _finish(figure, frame, rows, table, about, "lines over points")
 
@@ -90,8 +81,8 @@ def validation_against_test(study: StudyRecords) -> Figure:
             ax.errorbar(
                 [point["value"]],
                 [on_test["value"]],
-                xerr=panels.interval_lengths(point),
-                yerr=panels.interval_lengths(on_test),
+                xerr=marks.interval_lengths(point),
+                yerr=marks.interval_lengths(on_test),
                 label=point["arm"],
                 elinewidth=0.7,
                 **style_of(point["arm"]) | {"linestyle": "none"},

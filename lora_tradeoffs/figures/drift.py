@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES, INTRUDER_EPSILON, INTRUDER_K
-from lora_tradeoffs.figures import panels
+from lora_tradeoffs.figures import marks, panels
 from lora_tradeoffs.figures.style import style_of, styled
 from lora_tradeoffs.records import OVERALL
 from lora_tradeoffs.tables.arms import Arm
-from lora_tradeoffs.tables.frames import last_checkpoints, summarise
+from lora_tradeoffs.tables.frames import last_checkpoints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,8 @@ def drift_over_training(study: StudyRecords) -> Figure:
     for (measure, column), ax in axes.items():
         rows = of_column(measures[measure], columns[column])
         is_rotation = measure == rotation_label
-        arms |= _curves(ax, rows, "fraction", start=None if is_rotation else (0.0, 0.0))
+        start = None if is_rotation else (0.0, 0.0)
+        arms |= marks.mean_curves(ax, rows, "fraction", start, spread=0.02)
         if is_rotation and (measures[measure]["value"] > 0).any():
             ax.set_yscale("log")  # Q's is often a tenth of V's
         ax.set_xlim(-0.04, 1.06)
@@ -106,7 +107,7 @@ def intruders_by_threshold(study: StudyRecords) -> Figure:
     for (measure, column), ax in axes.items():
         table, x = rows[measure]
         own = of_column(table, columns[column])
-        arms |= _curves(ax, own, x)
+        arms |= marks.mean_curves(ax, own, x)
         if x == "k":
             ks = sorted(own["k"].unique())
             ks = ks[::-2] if len(ks) > 4 else ks  # every other where they are many
@@ -153,7 +154,7 @@ def drift_against_forgetting(study: StudyRecords) -> Figure:
         ax.axhline(0, color="#888888", lw=0.7, zorder=0)
         low, high = ax.get_ylim()  # else rounding errors of a zero fill the panel
         ax.set_ylim(min(low, -LEAST_FORGETTING), max(high, LEAST_FORGETTING))
-        panels.log_axis(ax, rows["value"])
+        marks.log_axis(ax, rows["value"])
     panels.label_edges(axes, SIZE, lambda family: f"{family}\nforgetting")
     about = (
         "Forgetting: the base's score minus the tuned model's, mean of the retention"
@@ -225,23 +226,12 @@ def layers_by_checkpoints(ax: Axes, rows: DataFrame, **style: Any) -> Any:
     rows = rows.assign(fraction=rows["fraction"].round(3), layer=rows["layer"].astype(int))
     table = rows.pivot_table(index="layer", columns="fraction", values="value")
     if table.empty:
-        panels.empty_panel(ax)
+        marks.empty_panel(ax)
         return None
-    mesh = panels.heat_map(ax, table, xticklabels=False, yticklabels=False, **style)
+    mesh = marks.heat_map(ax, table, xticklabels=False, yticklabels=False, **style)
     ax.invert_yaxis()
     columns = sorted({0, len(table.columns) // 2, len(table.columns) - 1})
     ax.set_xticks([i + 0.5 for i in columns], [f"{table.columns[i]:.2g}" for i in columns])
     layers = range(0, len(table), max(1, len(table) // 5))
     ax.set_yticks([i + 0.5 for i in layers], [str(table.index[i]) for i in layers])
     return mesh
-
-
-def _curves(ax: Axes, rows: DataFrame, x: str, start: Any = None) -> set[Arm]:
-    """A line for each arm over `x`, the mean over seeds with its interval; the arms."""
-    if rows.empty:
-        return set()
-    table = summarise(rows.assign(task="", **{x: rows[x].astype(float).round(4)}), by=(x,))
-    shift = panels.offsets(table["arm"], 0.02 if x == "fraction" else 0.0)
-    for arm, points in table.groupby("arm"):
-        panels.curve(ax, arm, points[x] + shift[arm], points, start, alpha=0.8)
-    return set(table["arm"])

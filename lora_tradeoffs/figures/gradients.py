@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_tradeoffs.figures import panels
+from lora_tradeoffs.figures import marks, panels
 from lora_tradeoffs.figures.drift import families_of, layers_by_checkpoints
 from lora_tradeoffs.figures.style import styled
 from lora_tradeoffs.records import BOTH, MEAN, OVERALL
-from lora_tradeoffs.tables.arms import BASE
-from lora_tradeoffs.tables.frames import last_checkpoints, ordered, summarise, unfinished
+from lora_tradeoffs.tables.frames import last_checkpoints, ordered, unfinished
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +111,9 @@ def _means_along(frame: DataFrame, rows: DataFrame, x: str, about: str) -> Figur
     figure, axes = panels.grid(MEASURES.values(), families, (2.7, 2.0), share_y="row")
     for (measure, family), ax in axes.items():
         own = rows[(rows["family"] == family) & (rows["metric"].map(MEASURES) == measure)]
-        _lines(ax, own, x)
+        ax.axhline(0.0, color="#bbbbbb", lw=0.7, zorder=0)
+        spread = 0.02 if x == "fraction" else 0.25
+        marks.mean_curves(ax, own, x, spread=spread, alpha=0.6)
         if measure == MEASURES["gradient_conflict"]:  # without any the axis shows a tenth
             ax.set_ylim(-0.02, max(0.1, ax.get_ylim()[1]))
         if x == "layer":
@@ -125,22 +126,10 @@ def _means_along(frame: DataFrame, rows: DataFrame, x: str, about: str) -> Figur
     )
 
 
-def _lines(ax: Axes, rows: DataFrame, x: str) -> None:
-    """A line for each arm over `x` with its intervals; over training the base is a level."""
-    table = summarise(rows.assign(task="", **{x: rows[x].astype(float).round(4)}), by=(x,))
-    ax.axhline(0.0, color="#bbbbbb", lw=0.7, zorder=0)
-    shift = panels.offsets(table["arm"], 0.02 if x == "fraction" else 0.25)
-    for arm, points in table.groupby("arm"):
-        if arm == BASE and x == "fraction":
-            panels.level(ax, arm, points.iloc[0])
-        else:
-            panels.curve(ax, arm, points[x] + shift[arm], points)
-
-
 def _cosines(ax: Axes, rows: DataFrame, limit: float) -> Any:
     """The symmetric matrix of the tasks' cosines, each written into its cell; None if empty."""
     if rows.empty:
-        panels.empty_panel(ax)
+        marks.empty_panel(ax)
         return None
     tasks = ordered({*rows["task"], *rows["other"]})
     table = rows.pivot_table(index="task", columns="other", values="value")
@@ -148,4 +137,4 @@ def _cosines(ax: Axes, rows: DataFrame, limit: float) -> Any:
     short = [task.split("_")[0] for task in tasks]
     table = table.fillna(table.T).set_axis(short).set_axis(short, axis=1)
     colours = {"cmap": "RdBu", "vmin": -limit, "vmax": limit, "square": True}
-    return panels.heat_map(ax, table, annot=True, fmt="+.2f", annot_kws={"size": 7}, **colours)
+    return marks.heat_map(ax, table, annot=True, fmt="+.2f", annot_kws={"size": 7}, **colours)

@@ -1,11 +1,12 @@
-"""What figures are put together from: panels, curves, heat maps, the legend and the small print.
+"""What figures are put together from: panels, their labels, the legend and the small print.
 
-with styled():
-    figure, axes = grid(["size", "rotation"], ["similar", "dissimilar"])
+@styled()
+def drift_by_family(study):
+    figure, axes = panels.grid(["size", "rotation"], ["similar", "dissimilar"])
     for (row, column), ax in axes.items():
-        curve(ax, arm, x, points)
-    label_edges(axes, "fraction of training", y=str)
-    return finish(figure, frame, arms, ["Mean over the layers.", *seeds_notes(frame)])
+        marks.curve(ax, arm, x, points)
+    panels.label_edges(axes, "fraction of training", y=str)
+    return panels.finish(figure, study.drift, arms, ["Mean over the layers."])
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from lora_tradeoffs.figures import marks
 from lora_tradeoffs.figures.style import GREY, palette, style_of, styled
 from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.frames import is_demo, is_trained
@@ -30,7 +32,6 @@ DEMO_NOTE = "demo: small instruct model, 4-bit weights, few rows: not evidence"
 PANEL = (2.4, 2.05)  # inches; three panels fill a page of two columns
 CELL = (1.75, 1.6)
 MOST_ARMS = 8  # columns of a figure with a panel for each arm
-ZERO = {"color": GREY, "linestyle": "--", "lw": 1.0, "zorder": 1, "label": "base"}
 # Are arms lines in the legend, and is the base?
 LEGENDS = {
     "lines": (True, True),
@@ -115,126 +116,52 @@ def most_arms(arms: Iterable[Arm]) -> list[Arm]:
     return sorted(sorted(set(arms), key=lambda arm: (bool(arm.details), arm))[:MOST_ARMS])
 
 
-# -------------------------------------------------------------------------- curves and points
+# ----------------------------------------------------------- over training and by rank
 
 
-def curve(
-    ax: Axes, arm: Arm, x: Any, points: DataFrame, start: Any = None, alpha: float = 0.6
-) -> None:
-    """An arm's line through its points with their intervals, from the point `start` on."""
-    bars(ax, x, points, arm, alpha)
-    line = [*([] if start is None else [start]), *zip(x, points["value"])]
-    marked = slice(int(start is not None), None)
-    ax.plot(*zip(*line), label=arm, markevery=marked, **style_of(arm))
+def training_curves(axes: Mapping[str, Axes], rows: DataFrame, table: DataFrame) -> None:
+    """The arms over the fraction of training in panels by task, from the base on.
 
-
-def bars(ax: Axes, x: Any, points: Any, arm: Arm, alpha: float = 0.8) -> None:
-    """The intervals of an arm's points."""
-    colour = style_of(arm)["color"]
-    style = {"yerr": interval_lengths(points), "fmt": "none", "elinewidth": 0.7, "alpha": alpha}
-    ax.errorbar(x, points["value"], ecolor=colour, label=arm, **style)
-
-
-def interval_lengths(points: Any) -> Any:
-    """Lengths (2 x points) below and above the value, 0 where an interval is missing."""
-    import numpy as np
-
-    low, value, high = (
-        np.atleast_1d(points[name]).astype(float) for name in ("low", "value", "high")
-    )
-    return np.nan_to_num(np.clip([value - low, high - value], 0, None))
-
-
-def references(ax: Axes, rows: DataFrame) -> float | None:
-    """The base as a dashed line in its interval's band, baselines dotted; the base's value."""
-    base = None
-    for _, row in rows[~is_trained(rows)].iterrows():
-        level(ax, row["arm"], row)
-        if row["method"] == "base":
-            base = row["value"]
-        else:
-            name = row["arm"].label.replace("_", " ")
-            ax.set_title(name, loc="right", size=6.5, weight="normal", color=GREY)
-    return base
-
-
-def level(ax: Axes, arm: Arm, point: Any) -> None:
-    """A horizontal line with the interval as a band."""
-    ax.axhline(point["value"], label=arm, **style_of(arm) | {"marker": "", "lw": 1.0, "zorder": 1})
-    if arm.method == "base" and math.isfinite(point["low"]) and math.isfinite(point["high"]):
-        ax.axhspan(point["low"], point["high"], color=GREY, alpha=0.15, lw=0, zorder=0)
-
-
-def training_axis(fractions: Iterable[float], arms: Iterable[Arm]) -> tuple[dict[Arm, float], Any]:
-    """Each arm's shift along the fraction of training, and the limits of the axis.
-
-    All arms lie within half the distance of two checkpoints, so that their bars do not overlap.
+    `rows` hold the base and the baselines, `table` is the summary. All arms lie within half the
+    distance of two checkpoints, so that their bars do not overlap.
     """
-    steps = [0.0, *sorted(set(fractions))]
+    steps = [0.0, *sorted(set(table["fraction"]))]
     gap = min((b - a for a, b in pairwise(steps) if b > a), default=1.0)
-    return offsets(arms, min(0.5 * gap, 0.07)), (-0.02, steps[-1] + 0.06)
+    shift = marks.offsets(table["arm"], min(0.5 * gap, 0.07))
+    for task, ax in axes.items():
+        base = marks.references(ax, rows[rows["task"] == task])
+        start = None if base is None else (0.0, base)
+        for arm, points in table[table["task"] == task].groupby("arm"):
+            marks.curve(ax, arm, points["fraction"] + shift[arm], points, start, alpha=0.5)
+        ax.set_xlim(-0.02, steps[-1] + 0.06)
+    label_edges(axes, "fraction of training")
 
 
-def offsets(arms: Iterable[Arm], width: float) -> dict[Arm, float]:
-    """Offsets of the arms around 0, over `width` from first to last."""
-    arms = sorted(set(arms))
-    step = width / max(len(arms) - 1, 1)
-    return {arm: step * (i - (len(arms) - 1) / 2) for i, arm in enumerate(arms)}
+def points_by_rank(axes: Mapping[str, Axes], rows: DataFrame, table: DataFrame) -> None:
+    """The arms over LoRA's ranks, full qv and full, in panels by task; beside a mean its seeds.
 
-
-def points_by_rank(ax: Axes, rows: DataFrame, table: DataFrame, arms: Iterable[Arm]) -> None:
-    """The arms' values and intervals over LoRA's ranks, full qv and full; beside a mean its seeds.
-
-    `rows` are the records, `table` their summary, `arms` all that the figure shows.
+    `rows` are the records, `table` is their summary.
     """
+    arms = set(table["arm"])
     slots = sorted({Arm(arm.method, arm.rank) for arm in arms})
+    x: dict[Arm, float] = {}
     for i, slot in enumerate(slots):
         at_slot = [arm for arm in arms if (arm.method, arm.rank) == (slot.method, slot.rank)]
-        for arm, offset in offsets(at_slot, 0.5).items():
-            points = table[table["arm"] == arm]
-            if points.empty:
-                continue
-            bars(ax, [i + offset], points, arm)
+        x |= {arm: i + offset for arm, offset in marks.offsets(at_slot, 0.5).items()}
+    for task, ax in axes.items():
+        for arm, points in table[table["task"] == task].groupby("arm"):
+            marks.bars(ax, [x[arm]], points, arm)
             style = style_of(arm) | {"linestyle": "none"}
-            ax.plot([i + offset], points["value"], label=arm, **style)
+            ax.plot([x[arm]], points["value"], label=arm, **style)
             if points["seeds"].iloc[0] > 1:
-                seeds = rows[rows["arm"] == arm]["value"]
+                seeds = rows[(rows["task"] == task) & (rows["arm"] == arm)]["value"]
                 small = {"marker": ".", "markersize": 3, "alpha": 0.7, "linestyle": "none"}
-                x = [i + offset - 0.2] * len(seeds)
-                ax.plot(x, seeds, label=f"seeds of {arm}", color=style["color"], **small)
-    names = [str(slot.rank or slot.kind.replace(" ", "\n")) for slot in slots]
-    ax.set_xticks(range(len(slots)), names)
-    ax.set_xlim(-0.6, len(slots) - 0.4)
-
-
-def heat_map(ax: Axes, table: DataFrame, **style: Any) -> Any:
-    """seaborn's heat map of a table with its labels, without a colour bar of its own; its mesh."""
-    import seaborn
-
-    seaborn.heatmap(table, ax=ax, cbar=False, rasterized=True, **style)
-    ax.set(xlabel="", ylabel="")
-    ax.grid(False)
-    ax.tick_params(length=0, labelrotation=0)
-    return ax.collections[0]
-
-
-def log_axis(
-    ax: Axes, values: Iterable[float], text: Callable[[float], str] = "{:g}".format
-) -> None:
-    """A logarithmic x axis with a handful of labelled ticks, whatever the values span."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    ax.set_xscale("log")
-    is_wide = max(values) / min(values) > 30
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if is_wide else (1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: text(x)))
-    ax.xaxis.set_minor_locator(NullLocator())
-
-
-def empty_panel(ax: Axes, text: str = "no such run") -> None:
-    ax.text(0.5, 0.5, text, ha="center", transform=ax.transAxes, color="grey")
-    ax.set(xticks=[], yticks=[])
-    ax.grid(False)
+                small |= {"label": f"seeds of {arm}", "color": style["color"]}
+                ax.plot([x[arm] - 0.2] * len(seeds), seeds, **small)
+        names = [str(slot.rank or slot.kind.replace(" ", "\n")) for slot in slots]
+        ax.set_xticks(range(len(slots)), names)
+        ax.set_xlim(-0.6, len(slots) - 0.4)
+    label_edges(axes, "LoRA rank, full fine-tuning")
 
 
 # ---------------------------------------------------------------------- legend and small print

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
-from lora_tradeoffs.figures import panels
+from lora_tradeoffs.figures import marks, panels
 from lora_tradeoffs.figures.style import GREY, METRIC_LABELS, style_of, styled
 from lora_tradeoffs.tables.arms import BASE, Arm
 from lora_tradeoffs.tables.frames import is_trained, last_checkpoints, summarise, unfinished
@@ -42,19 +42,13 @@ def retention_curves(study: StudyRecords) -> Figure:
     if trained.empty:
         return panels.nothing(study.retention, "no checkpoint's score on a benchmark")
     table = summarise(trained.assign(fraction=trained["fraction"].round(4)), by=("fraction",))
-    shift, limits = panels.training_axis(table["fraction"], table["arm"])
     chance = _chance(rows)
     figure, axes = panels.titled(blocks(trained, METRIC_LABELS), share_x="all")
+    panels.training_curves(axes, rows, table)
     for title, ax in axes.items():
-        base = panels.references(ax, rows[rows["task"] == title])
-        start = None if base is None else (0.0, base)
-        for arm, points in table[table["task"] == title].groupby("arm"):
-            panels.curve(ax, arm, points["fraction"] + shift[arm], points, start, alpha=0.5)
         low, high = ax.get_ylim()
         if low < chance.get(title, -1) < high:
             ax.axhline(chance[title], color=GREY, linestyle=":", lw=1.0, label="chance")
-        ax.set_xlim(*limits)
-    panels.label_edges(axes, "fraction of training")
     about = "Arms are shifted sideways at a checkpoint to be told apart. The mean is over the"
     about += f" benchmarks.{_mark_chance(axes, study.retention)}"
     labels = {line.get_label() for ax in axes.values() for line in ax.lines}
@@ -94,11 +88,9 @@ def _by_rank(frame: DataFrame, rows: DataFrame, label: str, about: str) -> Figur
     table = summarise(rows)
     has_base = label == "forgetting" and (frame["method"] == "base").any()
     figure, axes = panels.titled(blocks(rows, dict.fromkeys(rows["metric"], label)), share_x="all")
-    for title, ax in axes.items():
-        ax.axhline(0.0, **panels.ZERO)
-        in_panel = [part[part["task"] == title] for part in (rows, table)]
-        panels.points_by_rank(ax, *in_panel, table["arm"].unique())
-    panels.label_edges(axes, "LoRA rank, full fine-tuning")
+    for ax in axes.values():
+        ax.axhline(0.0, **marks.ZERO)
+    panels.points_by_rank(axes, rows, table)
     about += _mark_chance(axes, frame)
     arms = {*table["arm"], *([BASE] if has_base else [])}
     sentences = [about, *panels.interval_notes(table, "; small points: single seeds")]
@@ -118,13 +110,13 @@ def cka_by_layer(study: StudyRecords) -> Figure:
     arms = sorted(set(table["arm"]))
     figure, axes = panels.titled(blocks(rows, METRIC_LABELS), share_x="all")
     for title, ax in axes.items():
-        ax.axhline(1.0, **panels.ZERO)
+        ax.axhline(1.0, **marks.ZERO)
         for arm, points in table[table["task"] == title].groupby("arm"):
             # every arm marks and bars other layers, so that they do not overlap
             marked = slice(2 * arms.index(arm) % len(arms), None, len(arms))
             x, y = points["layer"], points["value"]
             ax.plot(x, y, label=arm, markevery=marked, **style_of(arm))
-            panels.bars(ax, x[marked], points[marked], arm)
+            marks.bars(ax, x[marked], points[marked], arm)
         ax.xaxis.get_major_locator().set_params(integer=True)
     panels.label_edges(axes, "layer")
     about = "Linear CKA with the base, last checkpoint; 1: the base's, but for rotation and scale."
@@ -204,7 +196,7 @@ def _ends(ax: Axes, ends: DataFrame) -> None:
         style = style_of(point["arm"]) | {"linestyle": "none", "ms": 7.5, "zorder": 6}
         gain = {name: point[f"{name}_gain"] for name in ("value", "low", "high")}
         at = [gain["value"]], [point["value"]]
-        lengths = {"xerr": panels.interval_lengths(gain), "yerr": panels.interval_lengths(point)}
+        lengths = {"xerr": marks.interval_lengths(gain), "yerr": marks.interval_lengths(point)}
         cross = {"fmt": "none", "elinewidth": 0.8, "alpha": 0.55, "zorder": 4}
         ax.errorbar(*at, **lengths, **cross, ecolor=style["color"], label=point["arm"])
         if style.get("markerfacecolor") != "white":
@@ -216,8 +208,8 @@ def _front(ax: Axes, points: DataFrame) -> None:
     """The Pareto front as steps, what it beats in grey, and the base at the origin."""
     x, y = ([0.0, *points[name]] for name in ("value_gain", "value"))
     chosen = pareto_front(x, y)
-    ax.axhline(0.0, **panels.ZERO | {"lw": 0.7, "label": "zero"})
-    ax.axvline(0.0, **panels.ZERO | {"lw": 0.7, "label": "zero"})
+    ax.axhline(0.0, **marks.ZERO | {"lw": 0.7, "label": "zero"})
+    ax.axvline(0.0, **marks.ZERO | {"lw": 0.7, "label": "zero"})
     ax.margins(0.06)
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     steps_x = [left, *(x[i] for i in chosen), x[chosen[-1]]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from config import INTRUDER_EPSILON, RANKS
-from lora_tradeoffs.figures import panels
+from lora_tradeoffs.figures import marks, panels
 from lora_tradeoffs.figures.drift import MODULES, families_of
 from lora_tradeoffs.figures.style import DENSE, GREY, style_of, styled
 from lora_tradeoffs.records import unit_name
@@ -175,7 +175,7 @@ def _phi_matrix(ax: Axes, rows: DataFrame, runs: dict[str, str]) -> Any:
         matrix[(i, j) if row.side == "left" else (j, i)] = row.value
     table = pd.DataFrame(matrix, [*runs.values()], [*runs.values()])
     numbers = {"annot": len(runs) <= MOST_NUMBERED, "fmt": ".2f", "annot_kws": {"size": 6}}
-    image = panels.heat_map(ax, table, cmap="magma", vmin=0, vmax=1, **numbers)
+    image = marks.heat_map(ax, table, cmap="magma", vmin=0, vmax=1, **numbers)
     ax.set_facecolor("#eeeeee")
     ax.set_xticks([i + 0.5 for i in range(len(runs))], runs.values(), rotation=90, size=5.5)
     ax.set_yticks([i + 0.5 for i in range(len(runs))], runs.values(), rotation=0, size=5.5)

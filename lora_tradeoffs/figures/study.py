@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
-from lora_tradeoffs.figures import panels
+from lora_tradeoffs.figures import marks, panels
 from lora_tradeoffs.figures.style import GREY, style_of, styled
 from lora_tradeoffs.statistics.seed_intervals import BOTH, ITEMS, NOTHING, SEEDS
 from lora_tradeoffs.tables.arms import FULL
@@ -73,8 +73,8 @@ def learning_rate_curves(study: StudyRecords) -> Figure:
         own = table[table["family"] == family]
         _rate_curves(ax, own.dropna(subset=[measure]), measure, best_retaining(table, family))
         if measure == "forgetting":
-            ax.axhline(0.0, **panels.ZERO)
-        panels.log_axis(ax, table["learning_rate"], lambda rate: rate_name(rate).removeprefix("lr"))
+            ax.axhline(0.0, **marks.ZERO)
+        marks.log_axis(ax, table["learning_rate"], lambda rate: rate_name(rate).removeprefix("lr"))
     panels.label_edges(axes, "learning rate", SWEPT.get)
     about = _about_rates(table, adaptation)
     return panels.finish(figure, adaptation, table["arm"], [about], extra=_rate_marks(table))
@@ -277,10 +277,10 @@ def gain_against_cost(study: StudyRecords) -> Figure:
         family, cost = shown[title]
         text, unit = COSTS[cost]
         costs = points[points["family"] == family].groupby(["arm", "step"])[cost].mean() / unit
-        ax.axhline(0.0, **panels.ZERO)
+        ax.axhline(0.0, **marks.ZERO)
         for arm, own in table[table["task"] == family].groupby("arm"):
             x = [costs[arm, step] for step in own["step"]]
-            panels.curve(ax, arm, x, own, start=(0.0, 0.0), alpha=0.5)
+            marks.curve(ax, arm, x, own, start=(0.0, 0.0), alpha=0.5)
         ax.set_xlabel(text)
         ax.locator_params(axis="x", nbins=6)
     about = (

@@ -22,6 +22,7 @@ FORMATS = {
     "minutes": ".1f",
     "trained (%)": ".2f",
 }
+COSTS = ("minutes", "trained (%)")  # shown without an error
 FIELDS = ["family", "arm", "seed", "value", "stderr", "low", "high"]
 
 
@@ -92,14 +93,15 @@ def _costs(study: StudyRecords) -> dict[str, DataFrame]:
         names |= {} if frame is None else dict(zip(frame["run"], frame["arm"]))
     costs = costs.assign(arm=[names.get(run, arm) for run, arm in zip(costs["run"], costs["arm"])])
     missing = dict.fromkeys(("stderr", "low", "high"), math.nan)
-    figures = {"minutes": costs["seconds"] / 60, "trained (%)": 100 * costs["trainable_share"]}
+    numbers = dict(zip(COSTS, (costs["seconds"] / 60, 100 * costs["trainable_share"])))
     return {
         name: costs.assign(value=values.astype(float), **missing)[FIELDS].dropna(subset="value")
-        for name, values in figures.items()
+        for name, values in numbers.items()
     }
 
 
 def _cell(measure: str, value: float, error: float) -> str:
     text = format(value, FORMATS[measure])
-    form = FORMATS[measure].removeprefix("+")
-    return text if math.isnan(error) else f"{text} ± {error:{form}}"
+    if math.isnan(error) or measure in COSTS:
+        return text
+    return f"{text} ± {error:{FORMATS[measure].removeprefix('+')}}"
