@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from dotenv import dotenv_values
 
@@ -26,16 +26,34 @@ FAMILIES = {
     "similar": ("sst2", "mnli", "qqp"),
     "dissimilar": ("squad_v2", "codexglue", "cnn_dailymail"),
 }
-TASKS = FAMILIES["similar"] + FAMILIES["dissimilar"]
+TASKS = tuple(task for tasks in FAMILIES.values() for task in tasks)
 RANKS = (4, 8, 16, 32, 64)
 SPLITS = ("train", "validation", "test")
-# Retention benchmarks (Hub id, configuration, split); training rows are checked for overlap.
+
+
+class Benchmark(NamedTuple):
+    """A data set of retention: its split on the Hub, and how many items that has.
+
+    `text` is the field of held-out text; a benchmark without it is multiple choice.
+    """
+
+    hub_id: str
+    hub_config: str | None
+    split: str
+    items: int
+    text: str | None = None
+
+
+# Training rows are checked for overlap with all of them.
 BENCHMARKS = {
-    "hellaswag": ("Rowan/hellaswag", None, "validation"),
-    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
-    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation"),
-    "wikitext": ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"),
+    "hellaswag": Benchmark("Rowan/hellaswag", None, "validation", 10_042),
+    "arc_challenge": Benchmark("allenai/ai2_arc", "ARC-Challenge", "test", 1_172),
+    "winogrande": Benchmark("allenai/winogrande", "winogrande_xl", "validation", 1_267),
+    "wikitext": Benchmark(
+        "EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test", 62, text="page"
+    ),
 }
+CHOICE_BENCHMARKS = tuple(name for name, benchmark in BENCHMARKS.items() if not benchmark.text)
 # The projections of LlamaForCausalLM that each value of --target-modules selects.
 TARGET_MODULES = {
     "qv": ("q_proj", "v_proj"),

@@ -13,46 +13,85 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from config import SPLITS, TASKS, Parser, UserError, guarded
+from config import FAMILIES, SPLITS, TASKS, Parser, UserError, guarded
 
 Row = dict[str, Any]
 FIELD_SEPARATOR, ELEMENT_SEPARATOR = "concode_field_sep", "concode_elem_sep"
 UNANSWERABLE = "unanswerable"
 
 
-@dataclass(frozen=True)
-class DatasetDescription:
-    """A data set as a text-to-text task.
+class EvaluateMetric(NamedTuple):
+    """A further metric, computed by the library `evaluate` for each item and averaged.
 
-    `template` holds the prompt with the row's fields; `passage` names the one field that truncation
-    may shorten. `hub_splits` maps our splits to the Hub's; a split that is missing there is carved
-    from train by `groups` (see data_preprocessing.py), since its official labels are hidden.
+    `path` is what `evaluate.load` takes: the folder or file of a metric script of your own, or a
+    name on the Hub. `key` names the figure in its result; `scale` is that figure's maximum.
+    """
+
+    path: str
+    key: str
+    scale: float = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetDescription:
+    """A data set as a text-to-text task, with everything particular to it: no code names a task.
+
+    A new task is one description in DESCRIPTIONS and its name in a family of config.FAMILIES.
     """
 
     name: str
     title: str
-    family: str
+    # Where rows come from.
     hub_id: str
-    hub_config: str | None
-    hub_splits: dict[str, str]
-    groups: str | None
-    columns: dict[str, type]
-    template: str
-    metrics: tuple[str, ...]
+    hub_config: str | None = None
+    hub_splits: dict[str, str]  # our split -> the Hub's; without "validation" it is carved by group
+    columns: dict[str, type]  # fields of a raw row; classification has its class in "label"
+    groups: str | None = None  # rows that carving keeps on one side, in words
+    grouping: tuple[str, ...] = ()  # how they are found (data/splits.py) and in which fields
+    rows: dict[str, int]  # official sizes
     licence: str
     citation: str
-    rows: dict[str, int]
-    label_names: tuple[str, ...] = ()
-    label_words: tuple[str, ...] = ()
-    answer: str | None = None
-    passage: str | None = None
-    max_new_tokens: int = 0
+    notes: tuple[str, ...] = ()
+    # What the model reads and writes.
+    template: str  # the prompt, with fields in braces
     paraphrases: tuple[str, ...] = ()  # other templates, to see how much the wording matters
+    derive: Callable[[Row], dict[str, str]] | None = None  # further fields of a row, by name
+    passage: str | None = None  # the one field that truncation may shorten
+    kind: str = (
+        "classification"  # or "answers" (as SQuAD v2's), "code", "summary": how it is scored
+    )
+    label_names: tuple[str, ...] = ()
+    label_words: tuple[str, ...] = ()  # in the labels' order
+    answer: str | None = None  # the field that is learned, unless it is a label word
+    max_new_tokens: int = 0
     stop: str = "\n"  # ends a generation as EOS does: an untuned model does not know when to end
-    notes: tuple[str, ...] = field(default=())
+    # How it is measured.
+    metrics: tuple[str, ...] = ("accuracy", "f1")  # the first is the primary metric
+    extra_metrics: tuple[EvaluateMetric, ...] = ()
+    positive_class: int | None = None  # F1 is of this class; None: the mean over all classes
+    item_groups: str | None = None  # items that share this field are resampled together
+    baseline: str = "majority_class"  # a key of BASELINES in adaptation/baselines.py
+    prose: str | None = None  # the field that serves as held-out text
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a description that contradicts itself."""
+        labelled = self.kind == "classification"
+        if labelled != bool(self.label_words) or len(self.label_words) != len(self.label_names):
+            raise ValueError(f"{self.name}: label words, one a label, are for classification")
+        if not labelled and (self.answer not in self.columns or self.max_new_tokens < 1):
+            raise ValueError(f"{self.name}: kind {self.kind!r} needs answer and max_new_tokens")
+
+    @property
+    def family(self) -> str:
+        """The family that config.FAMILIES has the task in."""
+        for family, tasks in FAMILIES.items():
+            if self.name in tasks:
+                return family
+        raise UserError(f"task {self.name} has no family; add it to FAMILIES in config.py")
 
     @property
     def extra_splits(self) -> tuple[str, ...]:
@@ -61,30 +100,16 @@ class DatasetDescription:
 
     @property
     def is_classification(self) -> bool:
-        return bool(self.label_words)
+        return self.kind == "classification"
 
-    def problem(self, row: Row) -> str | None:
-        """What is wrong with a raw row, in words, or None."""
-        for column, kind in self.columns.items():
-            if column not in row:
-                return f"field {column!r} is missing (fields: {', '.join(self.columns)})"
-            value = row[column]
-            if not isinstance(value, kind) or isinstance(value, bool):
-                return f"field {column!r} holds {value!r:.40}, not {kind.__name__}"
-            if kind is str and not value.strip():
-                return f"field {column!r} is empty"
-        if self.is_classification and not 0 <= row["label"] < len(self.label_words):
-            allowed = ", ".join(f"{i} {name}" for i, name in enumerate(self.label_names))
-            return f"label {row['label']} is outside the set ({allowed})"
-        if self.name == "squad_v2":
-            return _answers_problem(row)
-        return None
+    def fields(self, row: Row) -> dict[str, str]:
+        """The row's texts by field, with the derived ones."""
+        texts = {name: text.strip() for name, text in row.items() if isinstance(text, str)}
+        return {**texts, **(self.derive(row) if self.derive else {})}
 
     def prompt_parts(self, row: Row) -> tuple[str, str, str]:
         """The prompt as (head, passage, tail): only the passage may be shortened."""
-        fields = {k: v.strip() for k, v in row.items() if isinstance(v, str)}
-        if self.name == "codexglue":
-            fields["nl"], fields["environment"] = split_concode(row["nl"])
+        fields = self.fields(row)
         if self.passage is None:
             return self.template.format_map(fields), "", ""
         head, tail = self.template.split("{" + self.passage + "}")
@@ -97,30 +122,27 @@ class DatasetDescription:
         """The text to be learned, with the leading space that parts it from the prompt."""
         if self.is_classification:
             return " " + self.label_words[row["label"]]
-        if self.name == "squad_v2":
-            return " " + (row["answers"]["text"] or [UNANSWERABLE])[0].strip()
+        if self.kind == "answers":
+            return " " + (row[self.answer]["text"] or [UNANSWERABLE])[0].strip()
         return " " + row[self.answer].strip()
 
     def references(self, row: Row) -> list[str]:
         """Every text that a generation is scored against; [""] for an unanswerable question."""
-        if self.name == "squad_v2":
-            return list(row["answers"]["text"]) or [""]
+        if self.kind == "answers":
+            return list(row[self.answer]["text"]) or [""]
         return [self.completion(row).strip()]
 
     def page(self) -> str:
         """The description as a readable page."""
         wrap = textwrap.TextWrapper(width=96, subsequent_indent=" " * 14)
-        splits = ", ".join(f"{s} {n:,}" for s, n in self.rows.items())
+        pairs = enumerate(zip(self.label_names, self.label_words))
         parts = {
             "family": self.family,
             "Hub": self.hub_id + (f" ({self.hub_config})" if self.hub_config else ""),
-            "official": splits,
+            "official": ", ".join(f"{split} {count:,}" for split, count in self.rows.items()),
             "splits": self.splits_sentence(),
             "columns": ", ".join(self.columns),
-            "labels": ", ".join(
-                f"{i} {name} -> {word!r}"
-                for i, (name, word) in enumerate(zip(self.label_names, self.label_words))
-            ),
+            "labels": ", ".join(f"{i} {name} -> {word!r}" for i, (name, word) in pairs),
             "answer": "" if self.is_classification else f"{self.answer}, then end of text",
             "metrics": ", ".join(self.metrics),
             "licence": self.licence,
@@ -128,38 +150,28 @@ class DatasetDescription:
         }
         lines = [f"{self.name}: {self.title}"]
         lines += [wrap.fill(f"  {key:<10}  {text}") for key, text in parts.items() if text]
-        lines += [wrap.fill(f"  {'note':<10}  {note}") for note in self.notes]
+        notes = (*(() if "validation" in self.hub_splits else (CARVED,)), *self.notes)
+        lines += [wrap.fill(f"  {'note':<10}  {note}") for note in notes]
         prompt = textwrap.indent(self.template, "    | ")
         return "\n".join([*lines, "  prompt", prompt])
 
     def splits_sentence(self) -> str:
-        said = [f"{ours} = official {hub}" for ours, hub in self.hub_splits.items()]
+        """Where each split comes from, in words."""
+        sources = [f"{ours} = official {hub}" for ours, hub in self.hub_splits.items()]
         if "validation" not in self.hub_splits:
-            said.append(f"validation carved from train by {self.groups}")
-        return "; ".join(said)
+            sources.append(f"validation carved from train by {self.groups or 'row'}")
+        return "; ".join(sources)
 
 
-def split_concode(nl: str) -> tuple[str, str]:
-    """CONCODE's `nl` as (description, environment): the class's fields and methods, readable."""
-    description, *environment = (part.strip() for part in nl.split(FIELD_SEPARATOR))
+def concode_fields(row: Row) -> dict[str, str]:
+    """CONCODE's `nl` as description, readable environment, and its class as it is written."""
+    description, *members = (part.strip() for part in row["nl"].split(FIELD_SEPARATOR))
     lines = []
-    for title, members in zip(("Fields", "Methods"), environment):
-        names = "; ".join(member.strip() for member in members.split(ELEMENT_SEPARATOR))
+    for title, part in zip(("Fields", "Methods"), members):
+        names = "; ".join(member.strip() for member in part.split(ELEMENT_SEPARATOR))
         lines.append(f"{title}: {names}")
-    return description, "\n".join(lines)
-
-
-def _answers_problem(row: Row) -> str | None:
-    answers = row["answers"]
-    texts, starts = answers.get("text"), answers.get("answer_start")
-    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-        return "field 'answers' needs two lists of one length, text and answer_start"
-    for text, start in zip(texts, starts):
-        if not isinstance(text, str) or not text.strip():
-            return "field 'answers' holds an empty text"
-        if row["context"][start : start + len(text)] != text:
-            return f"answer_start {start} does not point at {text!r:.40} in the context"
-    return None
+    written = row["nl"].partition(FIELD_SEPARATOR)[2]
+    return {"nl": description, "environment": "\n".join(lines), "class": written}
 
 
 GLUE = "Wang et al. 2018, GLUE, arXiv:1804.07461"
@@ -171,11 +183,11 @@ DESCRIPTIONS = {
         DatasetDescription(
             name="sst2",
             title="Stanford Sentiment Treebank, binary sentiment of film reviews",
-            family="similar",
             hub_id="nyu-mll/glue",
             hub_config="sst2",
             hub_splits={"train": "train", "test": "validation"},
             groups="containment",
+            grouping=("containment", "sentence"),
             columns={"sentence": str, "label": int},
             template="Review: {sentence}\nSentiment:",
             paraphrases=(
@@ -183,22 +195,20 @@ DESCRIPTIONS = {
                 "Is this positive or negative? {sentence}\nAnswer:",
                 "Sentence: {sentence}\nOpinion:",
             ),
-            metrics=("accuracy", "f1"),
             licence="no formal licence stated; research use",
             citation=f"Socher et al. 2013, EMNLP; {GLUE}",
             rows={"train": 67_349, "validation": 872, "test": 1_821},
             label_names=("negative", "positive"),
             label_words=("negative", "positive"),
+            positive_class=1,
             notes=(
-                CARVED,
-                "Train holds phrases of the same sentences, so validation is carved by containment:"
-                " rows of five words and more that contain one another stay together.",
+                "Train holds phrases of the same sentences: rows of five words and more that"
+                " contain one another stay together.",
             ),
         ),
         DatasetDescription(
             name="mnli",
             title="Multi-Genre Natural Language Inference",
-            family="similar",
             hub_id="nyu-mll/glue",
             hub_config="mnli",
             hub_splits={
@@ -207,6 +217,7 @@ DESCRIPTIONS = {
                 "test_mismatched": "validation_mismatched",
             },
             groups="premise",
+            grouping=("equal", "premise"),
             columns={"premise": str, "hypothesis": str, "label": int},
             template=(
                 "Premise: {premise}\nHypothesis: {hypothesis}\n"
@@ -217,22 +228,21 @@ DESCRIPTIONS = {
                 "Given: {premise}\nClaim: {hypothesis}\nThe claim is",
                 "Text: {premise}\nStatement: {hypothesis}\nTrue, false or neutral:",
             ),
-            metrics=("accuracy", "f1"),
             licence="mostly OANC; fiction parts CC BY / CC BY-SA 3.0 / public domain",
             citation=f"Williams et al. 2018, NAACL, arXiv:1704.05426; {GLUE}",
             rows={"train": 392_702, "validation": 9_815, "test": 9_796},
             label_names=("entailment", "neutral", "contradiction"),
             label_words=("true", "neutral", "false"),
-            notes=(CARVED, "F1 is the macro average over the three classes."),
+            notes=("F1 is the macro average over the three classes.",),
         ),
         DatasetDescription(
             name="qqp",
             title="Quora Question Pairs, duplicate detection",
-            family="similar",
             hub_id="nyu-mll/glue",
             hub_config="qqp",
             hub_splits={"train": "train", "test": "validation"},
             groups="connected questions",
+            grouping=("connected", "question1", "question2"),
             columns={"question1": str, "question2": str, "label": int},
             template=(
                 "Question 1: {question1}\nQuestion 2: {question2}\n"
@@ -243,22 +253,20 @@ DESCRIPTIONS = {
                 "{question1}\n{question2}\nThese two questions are",
                 "Question A: {question1}\nQuestion B: {question2}\nRelation:",
             ),
-            metrics=("accuracy", "f1"),
             licence="Quora's terms, non-commercial use",
             citation=f"Iyer et al. 2017, First Quora Dataset Release; {GLUE}",
             rows={"train": 363_846, "validation": 40_430, "test": 390_965},
             label_names=("not_duplicate", "duplicate"),
             label_words=("different", "duplicate"),
-            notes=(CARVED,),
+            positive_class=1,
         ),
         DatasetDescription(
             name="squad_v2",
             title="Stanford Question Answering Dataset 2.0, extractive with unanswerable questions",
-            family="dissimilar",
             hub_id="rajpurkar/squad_v2",
-            hub_config=None,
             hub_splits={"train": "train", "test": "validation"},
             groups="article",
+            grouping=("equal", "title"),
             columns={"id": str, "title": str, "context": str, "question": str, "answers": dict},
             template=(
                 "Passage: {context}\nQuestion: {question}\n"
@@ -269,27 +277,25 @@ DESCRIPTIONS = {
                 f"Read: {{context}}\nQ: {{question}}\nA (from the text, or {UNANSWERABLE}):",
                 f"Context: {{context}}\n{{question}}\nShort answer, or {UNANSWERABLE}:",
             ),
+            kind="answers",
             metrics=("f1", "exact_match"),
+            item_groups="context",
+            baseline="always_abstain",
             licence="CC BY-SA 4.0",
             citation="Rajpurkar et al. 2018, ACL, arXiv:1806.03822",
             rows={"train": 130_319, "validation": 11_873},
             answer="answers",
             passage="context",
             max_new_tokens=48,
-            notes=(
-                CARVED,
-                f"An unanswerable question's completion is {UNANSWERABLE!r}; it is scored as the"
-                " empty string.",
-            ),
+            notes=(f"An unanswerable question's completion is {UNANSWERABLE!r}, scored as empty.",),
         ),
         DatasetDescription(
             name="codexglue",
             title="CodeXGLUE text-to-code (CONCODE): a Java method from its description and class",
-            family="dissimilar",
             hub_id="google/code_x_glue_tc_text_to_code",
-            hub_config=None,
             hub_splits={"train": "train", "test": "validation"},
             groups="class",
+            grouping=("equal", "class"),
             columns={"nl": str, "code": str},
             template="Description: {nl}\n{environment}\nJava method:",
             paraphrases=(
@@ -297,7 +303,10 @@ DESCRIPTIONS = {
                 "Write a Java method. {nl}\n{environment}\nMethod:",
                 "// {nl}\n{environment}\n// Java:",
             ),
+            derive=concode_fields,
+            kind="code",
             metrics=("codexglue_bleu", "sacrebleu", "exact_match"),
+            baseline="nearest_description",
             licence="C-UDA 1.0 (Computational Use of Data Agreement)",
             citation="Iyer et al. 2018, EMNLP, arXiv:1808.09588; Lu et al. 2021, arXiv:2102.04664",
             rows={"train": 100_000, "validation": 2_000, "test": 2_000},
@@ -305,7 +314,6 @@ DESCRIPTIONS = {
             passage="environment",
             max_new_tokens=192,
             notes=(
-                CARVED,
                 "CodeXGLUE has many tasks; text-to-code is its code generation, and the one meant"
                 " by 'CodeXGLUE' here. Code is tokenised by spaces and its names are normalised.",
             ),
@@ -313,11 +321,9 @@ DESCRIPTIONS = {
         DatasetDescription(
             name="cnn_dailymail",
             title="CNN/DailyMail 3.0.0, news summarisation",
-            family="dissimilar",
             hub_id="abisee/cnn_dailymail",
             hub_config="3.0.0",
             hub_splits={"train": "train", "validation": "validation", "test": "test"},
-            groups=None,
             columns={"article": str, "highlights": str},
             template="Article: {article}\nSummary:",
             paraphrases=(
@@ -325,7 +331,10 @@ DESCRIPTIONS = {
                 "News: {article}\nIn short:",
                 "Summarise this article. {article}\nSummary:",
             ),
+            kind="summary",
             metrics=("rougeL", "rougeLsum", "rouge1", "rouge2"),
+            baseline="lead_3",
+            prose="article",
             licence="card says Apache-2.0; the articles are their publishers' copyright",
             citation="Hermann et al. 2015, arXiv:1506.03340; See et al. 2017, arXiv:1704.04368",
             rows={"train": 287_113, "validation": 13_368, "test": 11_490},

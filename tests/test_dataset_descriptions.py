@@ -6,7 +6,7 @@ import pytest
 from support import assert_one_line_error
 
 from config import FAMILIES, TASKS
-from dataset_descriptions import DESCRIPTIONS, describe, main, split_concode
+from dataset_descriptions import DESCRIPTIONS, concode_fields, describe, main
 
 
 def test_there_is_one_description_a_task_of_its_family():
@@ -35,7 +35,11 @@ def test_an_unanswerable_question_is_answered_by_the_word_and_scored_as_empty():
 
 def test_concode_is_split_into_description_and_class():
     nl = "adds one . concode_field_sep int n concode_elem_sep long m concode_field_sep int get"
-    assert split_concode(nl) == ("adds one .", "Fields: int n; long m\nMethods: int get")
+    assert concode_fields({"nl": nl}) == {
+        "nl": "adds one .",
+        "environment": "Fields: int n; long m\nMethods: int get",
+        "class": " int n concode_elem_sep long m concode_field_sep int get",
+    }
 
 
 def test_braces_in_a_row_are_text():

@@ -21,8 +21,6 @@ from lora_tradeoffs.tables.scores import adaptation_table
 
 SAMPLES = 8  # items of each unit that are written as text
 SHOT_SEPARATOR = "\n\n"
-# Tasks whose items hang together, many to a passage. A passage that was cut counts as another.
-PASSAGES = {"squad_v2": "context"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class AdaptationOptions:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        most = min(len(d.paraphrases) for d in DESCRIPTIONS.values())
+        most = max(len(d.paraphrases) for d in DESCRIPTIONS.values())
         if not 0 <= self.prompts <= most or self.shots < 0:
             raise UserError(f"--prompts must be 0 to {most}, --shots 0 or more")
         if self.limit is not None and self.limit < 1:
@@ -91,7 +89,7 @@ class Adaptation(Analysis):
         splits = options.splits or (("validation", "test") if subject.is_final else ("validation",))
         for split in splits:
             units = [TaskUnit(subject, split, task, limit, n) for n in shots]
-            paraphrased = range(1, options.prompts + 1)
+            paraphrased = range(1, 1 + min(options.prompts, len(describe(task).paraphrases)))
             units += [TaskUnit(subject, split, task, limit, 0, k) for k in paraphrased]
             for unit in units:
                 yield unit
@@ -102,12 +100,14 @@ class Adaptation(Analysis):
     def request(self, unit: TaskUnit) -> dict[str, Any]:
         """What makes two measurements the same, beside the weights."""
         description = describe(unit.task)
+        extra = list(map(list, description.extra_metrics))
         return {
             "data": self.task(unit.task, unit.prompt).fingerprint,
             "limit": unit.limit,
             "shots": unit.shots,
             "precision": self.precision,
             "generation": [description.max_new_tokens, description.stop],
+            **({"extra_metrics": extra} if extra else {}),
         }
 
     def batch_tokens(self, unit: TaskUnit) -> int:
@@ -170,13 +170,14 @@ class Adaptation(Analysis):
     def groups(self, unit: TaskUnit) -> np.ndarray | None:
         """The number of the passage that an item shares with others, shape (items,).
 
-        Items are resampled by it. None where they share none, or where passages are too few.
+        Items are resampled by it. None where they share none, or where passages are too few. A
+        passage that was truncated counts as another.
         """
-        if unit.task not in PASSAGES:
-            return None
         description = describe(unit.task)
+        if description.item_groups is None:
+            return None
         templates = (description.template, *description.paraphrases)
-        tail = templates[unit.prompt].split("{" + PASSAGES[unit.task] + "}")[1]
+        tail = templates[unit.prompt].split("{" + description.item_groups + "}")[1]
         prompts = self.rows(unit)["prompt"][:]
         passages = group_by_key(p.rsplit("\n", tail.count("\n"))[0] for p in prompts)
         return passages if passages.max() + 1 >= MIN_GROUPS else None
@@ -219,29 +220,14 @@ class Adaptation(Analysis):
 
     def baseline(self, unit: TaskUnit) -> tuple[str, list[Any]]:
         """Name and scores of the predictions that need no model, on the unit's items."""
-        from lora_tradeoffs.adaptation.baselines import (
-            always_abstain,
-            lead,
-            majority_class,
-            retrieved_code,
-        )
+        from lora_tradeoffs.adaptation.baselines import BASELINES
         from lora_tradeoffs.adaptation.metrics import score
 
-        rows, name = self.rows(unit), unit.task
-        references = rows["references"][:]
-        if describe(name).is_classification:
-            labels = rows["label"][:]
-            return "majority_class", score(name, majority_class(labels).tolist(), labels)
-        if name == "squad_v2":
-            return "always_abstain", score(name, always_abstain(len(rows)), references)
-        if name == "cnn_dailymail":
-            head, tail = describe(name).template.split("{article}")
-            articles = [p.removeprefix(head).removesuffix(tail) for p in rows["prompt"][:]]
-            return "lead_3", score(name, [lead(a) for a in articles], references)
-        train = self.task(name).split("train")
-        code = [c.strip() for c in train["completion"][:]]
-        predictions = retrieved_code(rows["prompt"][:], train["prompt"][:], code)
-        return "nearest_description", score(name, predictions, references)
+        rows, description = self.rows(unit), describe(unit.task)
+        references = rows["label" if description.is_classification else "references"][:]
+        predict = BASELINES[description.baseline]
+        predictions = predict(description, rows, lambda: self.task(unit.task).split("train"))
+        return description.baseline, score(unit.task, predictions, references)
 
     def _prompts(self, rows: Any, unit: TaskUnit) -> list[list[int]]:
         from lora_tradeoffs.data.encoding import bos_ids, text_ids

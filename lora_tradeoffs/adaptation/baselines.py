@@ -1,11 +1,17 @@
-"""What a model must beat: predictions that need no model."""
+"""Baselines that a model must beat: predictions that need no model.
+
+A DatasetDescription's `baseline` is a key of BASELINES.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+
+from dataset_descriptions import DatasetDescription
 
 ABBREVIATIONS = (
     *("mr", "mrs", "ms", "dr", "prof", "rev", "hon", "gov", "sen", "rep", "gen", "col", "lt"),
@@ -34,7 +40,7 @@ def sentences(text: str) -> list[str]:
     quote, but for a full stop after an initial, a dotted abbreviation (U.S.) or one of
     ABBREVIATIONS: "the U.S. He" stays one sentence.
     """
-    found = []
+    parts = []
     for line in text.splitlines():
         start = 0
         for end in SENTENCE_END.finditer(line):
@@ -43,10 +49,10 @@ def sentences(text: str) -> list[str]:
             initial = re.fullmatch(r"[A-Z]|([A-Za-z]\.)+[A-Za-z]", word)
             if line[end.start()] == "." and (initial or word.lower() in ABBREVIATIONS):
                 continue
-            found.append(line[start : end.end()].strip())
+            parts.append(line[start : end.end()].strip())
             start = end.end()
-        found.append(line[start:].strip())
-    return [sentence for sentence in found if sentence]
+        parts.append(line[start:].strip())
+    return [sentence for sentence in parts if sentence]
 
 
 def lead(article: str, count: int = 3) -> str:
@@ -72,3 +78,23 @@ def retrieved_code(
         similarity = queries[start : start + 100] @ train.T
         nearest += np.asarray(similarity.argmax(axis=1)).ravel().tolist()
     return [train_code[row] for row in nearest]
+
+
+def _leads(description: DatasetDescription, rows: Any, train: Callable[[], Any]) -> list[str]:
+    head, tail = description.template.split("{" + description.passage + "}")
+    return [lead(prompt.removeprefix(head).removesuffix(tail)) for prompt in rows["prompt"][:]]
+
+
+def _retrieved(description: DatasetDescription, rows: Any, train: Callable[[], Any]) -> list[str]:
+    examples = train()
+    answers = [text.strip() for text in examples["completion"][:]]
+    return retrieved_code(rows["prompt"][:], examples["prompt"][:], answers)
+
+
+# Each takes the description, prepared rows, and a function that gives the prepared train rows.
+BASELINES: dict[str, Callable[[DatasetDescription, Any, Callable[[], Any]], list]] = {
+    "majority_class": lambda description, rows, train: majority_class(rows["label"][:]).tolist(),
+    "always_abstain": lambda description, rows, train: always_abstain(len(rows)),
+    "lead_3": _leads,
+    "nearest_description": _retrieved,
+}

@@ -9,10 +9,12 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
+from config import ROOT, UserError
+from dataset_descriptions import EvaluateMetric, describe
 from lora_tradeoffs.statistics.scores import (
     ORDERS,
     Scores,
@@ -24,8 +26,6 @@ from lora_tradeoffs.statistics.scores import (
 
 ABSTENTIONS = ("", "unanswerable", "no answer")  # as they are after normalisation
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-# The classes whose F1 is averaged: one, the positive, or all. GLUE's label numbers.
-F1_CLASSES = {"sst2": (1,), "qqp": (1,), "mnli": (0, 1, 2)}
 
 
 def correct(predictions: Sequence[int], labels: Sequence[int]) -> np.ndarray:
@@ -90,11 +90,11 @@ def answer_scores(predictions: Sequence[str], references: Sequence[Sequence[str]
 
 def _overlap_f1(answer: str, gold: str) -> float:
     """F1 of two normalised texts as bags of words."""
-    ours, theirs = answer.split(), gold.split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * common / (len(ours) + len(theirs))
+    words, gold_words = answer.split(), gold.split()
+    if not words or not gold_words:
+        return float(words == gold_words)
+    common = sum((Counter(words) & Counter(gold_words)).values())
+    return 2 * common / (len(words) + len(gold_words))
 
 
 def code_scores(predictions: Sequence[str], references: Sequence[str]) -> list[Scores]:
@@ -108,12 +108,13 @@ def code_scores(predictions: Sequence[str], references: Sequence[str]) -> list[S
 
     _same_length(predictions, references)
     tokenize = BLEU(tokenize="13a").tokenizer
-    ours, theirs = ([text.split() for text in texts] for texts in (predictions, references))
-    split = [[tokenize(text.rstrip()).split() for text in t] for t in (predictions, references)]
+    texts = predictions, references
+    by_space = [[text.split() for text in side] for side in texts]
+    tokens = [[tokenize(text.rstrip()).split() for text in side] for side in texts]
     return [
-        Scores("codexglue_bleu", bleu_statistics(ours, theirs), smoothed_bleu),
-        Scores("sacrebleu", bleu_statistics(*split), mteval_bleu),
-        mean_scores("exact_match", [a == b for a, b in zip(ours, theirs)]),
+        Scores("codexglue_bleu", bleu_statistics(*by_space), smoothed_bleu),
+        Scores("sacrebleu", bleu_statistics(*tokens), mteval_bleu),
+        mean_scores("exact_match", [a == b for a, b in zip(*by_space)]),
     ]
 
 
@@ -122,12 +123,12 @@ def bleu_statistics(
 ) -> np.ndarray:
     """Length, reference length, matches and possible matches of four orders, shape (items, 10)."""
     rows = np.zeros((len(predictions), 2 + 2 * ORDERS))
-    for row, ours, theirs in zip(rows, predictions, references):
-        row[:2] = len(ours), len(theirs)
+    for row, prediction, reference in zip(rows, predictions, references):
+        row[:2] = len(prediction), len(reference)
         for n in range(1, ORDERS + 1):
-            common = _ngrams(ours, n) & _ngrams(theirs, n)
+            common = _ngrams(prediction, n) & _ngrams(reference, n)
             row[1 + n] = sum(common.values())
-            row[1 + ORDERS + n] = max(len(ours) - n + 1, 0)
+            row[1 + ORDERS + n] = max(len(prediction) - n + 1, 0)
     return rows
 
 
@@ -147,49 +148,63 @@ def summary_scores(
 
     _same_length(predictions, references)
     scorer = RougeScorer(list(kinds), use_stemmer=True)
-    found = [scorer.score(theirs, ours) for ours, theirs in zip(predictions, references)]
-    return [mean_scores(kind, [scores[kind].fmeasure for scores in found]) for kind in kinds]
+    items = [scorer.score(*pair) for pair in zip(references, predictions)]
+    return [mean_scores(kind, [item[kind].fmeasure for item in items]) for kind in kinds]
 
 
 def score(task: str, predictions: Sequence, references: Sequence) -> list[Scores]:
-    """All metrics of a task.
+    """All metrics of a task, as its description's `kind` and `extra_metrics` say.
 
     `references` are labels for a classification task, else lists of texts
     (DatasetDescription.references). Raises ValueError where the lengths differ or code or a
-    summary has not exactly one reference; KeyError for an unknown task.
+    summary has not exactly one reference; UserError for an unknown task.
     """
-    if task in F1_CLASSES:
-        return classification_scores(predictions, references, F1_CLASSES[task])
-    if task == "squad_v2":
-        return answer_scores(predictions, references)
-    scorer = {"codexglue": code_scores, "cnn_dailymail": summary_scores}[task]
-    return scorer(predictions, [text for (text,) in references])
+    description = describe(task)
+    if description.is_classification:
+        positive = description.positive_class
+        classes = range(len(description.label_words)) if positive is None else (positive,)
+        scores = classification_scores(predictions, references, tuple(classes))
+    elif description.kind == "answers":
+        scores = answer_scores(predictions, references)
+    else:
+        scorer = {"code": code_scores, "summary": summary_scores}[description.kind]
+        scores = scorer(predictions, [text for (text,) in references])
+    extra = description.extra_metrics
+    return scores + [evaluate_scores(task, m, predictions, references) for m in extra]
+
+
+def evaluate_scores(
+    task: str, metric: EvaluateMetric, predictions: Sequence, references: Sequence
+) -> Scores:
+    """A metric that the library `evaluate` loads, of each item by itself; its mean is the figure.
+
+    A path is relative to the project's folder; another name is fetched from the Hub. An item's only
+    reference is given as a text, several as a list. Raises UserError for a metric that cannot be
+    loaded or computed, and for a value outside 0 and `scale`.
+    """
+    import evaluate  # takes five seconds
+
+    script = ROOT / metric.path
+    try:
+        module = evaluate.load(str(script if script.exists() else metric.path), keep_in_memory=True)
+        values = []
+        for prediction, reference in zip(predictions, references, strict=True):
+            if isinstance(reference, list) and len(reference) == 1:
+                reference = reference[0]
+            result = module.compute(predictions=[prediction], references=[reference])
+            values.append(float(result[metric.key]) / metric.scale)
+    except Exception as error:  # a script may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{task}: metric {metric.path} of `evaluate` failed: {reason}") from error
+    outside = [value for value in values if not 0 <= value <= 1]
+    if outside:
+        raise UserError(
+            f"{task}: metric {metric.path} gives {outside[0] * metric.scale:g}, outside 0 to"
+            f" {metric.scale:g}; set its scale in dataset_descriptions.py"
+        )
+    return mean_scores(Path(metric.path).stem, values)
 
 
 def _same_length(predictions: Sequence, references: Sequence) -> None:
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-
-
-def evaluate_metric(task: str, **options: Any) -> Any:
-    """The task's metrics as an `evaluate.Metric`, which needs no Hub (evaluate.load does).
-
-    `options` go to evaluate.Metric, such as cache_dir; compute() returns {metric: figure}.
-    """
-    import evaluate  # takes five seconds
-    from datasets import Features, Value
-
-    labels = task in F1_CLASSES
-    prediction = Value("int64" if labels else "string")
-    features = {"predictions": prediction, "references": prediction if labels else [prediction]}
-
-    class TaskMetric(evaluate.Metric):
-        def _info(self):
-            return evaluate.MetricInfo(
-                description=f"metrics.score({task!r})", citation="", features=Features(features)
-            )
-
-        def _compute(self, predictions, references):
-            return {s.name: s.value for s in score(task, predictions, references)}
-
-    return TaskMetric(**{"keep_in_memory": True, **options})

@@ -90,8 +90,9 @@ def _shorten(tokenizer: Any, head: str, passage: str, excess: int) -> str:
 
 def _answer_cut(description: DatasetDescription, row: Row, passage: str) -> str | None:
     """An answer that truncation took away would teach the model to make things up."""
-    if description.name != "squad_v2" or not row["answers"]["text"]:
+    if description.kind != "answers" or not row[description.answer]["text"]:
         return None
-    end = row["answers"]["answer_start"][0] + len(row["answers"]["text"][0])
-    lost = end > len(passage) + len(row["context"]) - len(row["context"].lstrip())
+    answers, context = row[description.answer], row[description.passage]
+    end = answers["answer_start"][0] + len(answers["text"][0])
+    lost = end > len(passage) + len(context) - len(context.lstrip())
     return "its answer was cut off" if lost else None

@@ -7,16 +7,14 @@ drawn singly, held-out rows would repeat what was trained on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from dataset_descriptions import FIELD_SEPARATOR
+from dataset_descriptions import DatasetDescription, Row
 
-Rows = Sequence[dict[str, Any]]
 CONTAINMENT_WORDS = 5
 NGRAM = 13  # words; the length that GPT-3's decontamination used (arXiv:2005.14165, appendix C)
 
@@ -58,16 +56,20 @@ def group_by_containment(texts: Sequence[str]) -> np.ndarray:
     return groups
 
 
-# How a DatasetDescription's `groups` is computed from its rows.
-GROUPINGS: dict[str, Callable[[Rows], np.ndarray]] = {
-    "containment": lambda rows: group_by_containment([r["sentence"] for r in rows]),
-    "premise": lambda rows: group_by_key(r["premise"] for r in rows),
-    "connected questions": lambda rows: group_by_connection(
-        (r["question1"], r["question2"]) for r in rows
-    ),
-    "article": lambda rows: group_by_key(r["title"] for r in rows),
-    "class": lambda rows: group_by_key(r["nl"].partition(FIELD_SEPARATOR)[2] for r in rows),
-}
+def group_rows(description: DatasetDescription, rows: Sequence[Row]) -> np.ndarray:
+    """Group number of each row, as the description's `grouping` says; shape (rows,).
+
+    ("equal", field) groups rows with equal texts, ("connected", field, field) pairs that share a
+    text, ("containment", field) texts that contain one another. () makes each row a group.
+    """
+    if not description.grouping:
+        return np.arange(len(rows))
+    method, *names = description.grouping
+    fields = map(description.fields, rows)
+    if method == "connected":
+        return group_by_connection(tuple(texts[name] for name in names) for texts in fields)
+    group = {"equal": group_by_key, "containment": group_by_containment}[method]
+    return group([texts[names[0]] for texts in fields])
 
 
 def carve(groups: np.ndarray, target: int, seed: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from config import DATA_SEED, FAMILIES, MID_TRAINING_LIMIT, Settings, UserError
+from config import CHOICE_BENCHMARKS, DATA_SEED, FAMILIES, MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions, TaskUnit
 from lora_tradeoffs.data.sources import source_folder
@@ -42,7 +42,7 @@ PASSAGE = 128  # tokens
 class RetentionOptions:
     """What retention_eval.py measures. Its flags have these names and defaults."""
 
-    tasks: tuple[str, ...] = ("hellaswag", "arc_challenge", "winogrande")
+    tasks: tuple[str, ...] = CHOICE_BENCHMARKS
     num_fewshot: int = 0
     limit: int | None = None
     scale_update: tuple[float, ...] | None = None  # (): SCALES

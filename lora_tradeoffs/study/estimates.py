@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import BENCHMARKS, Settings
+from config import BENCHMARKS, CHOICE_BENCHMARKS, Settings
 from dataset_descriptions import describe
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.study.steps import ANALYSES, Outcomes, Step
@@ -16,7 +16,6 @@ from lora_tradeoffs.training.run import Run
 
 GB = 1e9
 TRAINING = ("sweep", "train")
-BENCHMARK_ITEMS = {"hellaswag": 10_042, "arc_challenge": 1_172, "winogrande": 1_267}
 
 Arm = tuple[str, str, int]  # family, method, rank
 
@@ -168,7 +167,7 @@ def detectable_differences(
 
     tasks = list(dict.fromkeys(task for run in runs for task in run.config.tasks))
     counts = {task: task_items(task, settings) for task in tasks}
-    counts |= {name: benchmark_items(name, settings) for name in BENCHMARK_ITEMS}
+    counts |= {name: benchmark_items(name, settings) for name in CHOICE_BENCHMARKS}
     parts = []
     for name, count in counts.items():
         if count:
@@ -204,8 +203,8 @@ def benchmark_items(name: str, settings: Settings) -> int:
 
     source = source_folder(settings)
     if source is None:
-        return BENCHMARK_ITEMS[name]
-    return _lines(source / name / f"{BENCHMARKS[name][2]}.jsonl")
+        return BENCHMARKS[name].items
+    return _lines(source / name / f"{BENCHMARKS[name].split}.jsonl")
 
 
 def _lines(path: Path) -> int:

@@ -2,11 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from config import UserError
+from dataset_descriptions import DESCRIPTIONS, EvaluateMetric, describe
 from lora_tradeoffs.adaptation.baselines import (
     always_abstain,
     lead,
@@ -15,13 +18,11 @@ from lora_tradeoffs.adaptation.baselines import (
     sentences,
 )
 from lora_tradeoffs.adaptation.metrics import (
-    F1_CLASSES,
     accuracy,
     answer_scores,
     classification_scores,
     code_scores,
     correct,
-    evaluate_metric,
     normalize_answer,
     score,
     summary_scores,
@@ -276,21 +277,58 @@ def test_scores_come_back_from_their_rows_and_the_name_of_their_aggregate(task):
         assert 0 < s.value <= 100 or s.name in ("exact_match", "exact_match_has_answer")
 
 
-@pytest.mark.parametrize("task", SAMPLES)
-def test_the_evaluate_metric_gives_the_same_figures_without_the_hub(task, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    predictions, references = SAMPLES[task]
-    metric = evaluate_metric(task, cache_dir=str(tmp_path))
-    found = metric.compute(predictions=predictions, references=references)
-    assert found == values(score(task, predictions, references))
+SCRIPT = """
+import datasets
+import evaluate
 
 
-def test_the_evaluate_metric_gathers_batches(tmp_path):
-    metric = evaluate_metric("qqp", cache_dir=str(tmp_path))
-    metric.add_batch(predictions=[1, 0], references=[1, 1])
-    metric.add_batch(predictions=[1], references=[0])
-    # tp 1, fp 1, fn 1
-    assert metric.compute() == pytest.approx({"accuracy": 1 / 3, "f1": 0.5})
+class SharedPrefix(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        features = datasets.Features({"predictions": text, "references": text})
+        return evaluate.MetricInfo(
+            description="", citation="", inputs_description="", features=features
+        )
+
+    def _compute(self, predictions, references):
+        same = [p[:2] == r[:2] for p, r in zip(predictions, references)]
+        return {"prefix": 100 * sum(same) / len(same)}
+"""
+
+
+@pytest.fixture
+def shared_prefix(tmp_path, monkeypatch):
+    """Gives the summaries a metric script of their own, on a scale."""
+
+    def describe_with(scale):
+        script = tmp_path / "shared_prefix.py"
+        script.write_text(SCRIPT)
+        extra = (EvaluateMetric(str(script), "prefix", scale),)
+        changed = replace(DESCRIPTIONS["cnn_dailymail"], extra_metrics=extra)
+        monkeypatch.setitem(DESCRIPTIONS, "cnn_dailymail", changed)
+
+    return describe_with
+
+
+def test_a_metric_script_is_computed_by_evaluate_for_each_item_without_the_hub(shared_prefix):
+    shared_prefix(scale=100)
+    scores = score("cnn_dailymail", ["a red", "my dog", "it"], [["a dog"], ["a dog"], ["it is"]])
+    assert [s.name for s in scores][-1] == "shared_prefix"
+    assert scores[-1].items.tolist() == [1, 0, 1] and scores[-1].value == pytest.approx(2 / 3)
+
+
+def test_a_metric_beyond_its_scale_is_refused(shared_prefix):
+    shared_prefix(scale=1)
+    with pytest.raises(UserError, match="gives 100, outside 0 to 1; set its scale"):
+        score("cnn_dailymail", ["a red"], [["a dog"]])
+
+
+def test_a_metric_that_cannot_be_loaded_is_one_line(shared_prefix, tmp_path):
+    shared_prefix(scale=100)
+    (tmp_path / "shared_prefix.py").write_text("import evaluate\nraise OSError('broken\\nscript')")
+    with pytest.raises(UserError) as error:
+        score("cnn_dailymail", ["a red"], [["a dog"]])
+    assert "cnn_dailymail: metric " in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_majority_class_has_its_share_as_accuracy():
@@ -301,7 +339,7 @@ def test_the_majority_class_has_its_share_as_accuracy():
 
 
 def test_a_negative_majority_has_no_binary_f1():
-    assert F1_CLASSES["qqp"] == (1,)
+    assert describe("qqp").positive_class == 1
     assert values(score("qqp", majority_class([0, 0, 1]), [0, 0, 1]))["f1"] == 0
 
 

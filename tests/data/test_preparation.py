@@ -6,9 +6,10 @@ import shutil
 import pytest
 from support import ROOT, assert_one_line_error, settings_for
 
+import data_preprocessing
 from config import FAMILIES, TASKS, UserError
 from dataset_descriptions import DESCRIPTIONS, describe
-from lora_tradeoffs.data import preparation as data_preprocessing
+from lora_tradeoffs.data import preparation
 from lora_tradeoffs.data.encoding import bos_ids, encode, label_token_ids
 from lora_tradeoffs.data.preparation import prepare
 from lora_tradeoffs.data.sources import read_folder
@@ -223,5 +224,5 @@ def test_lengths_of_real_rows_leave_little_to_cut(real_data, tokenizer):
 def test_fingerprint_counts_the_code_version(tokenizer, monkeypatch):
     settings = settings_for(study="prepared")
     before = prepare(settings, tokenizer, ["sst2"], 256, 50)["sst2"].fingerprint
-    monkeypatch.setattr(data_preprocessing, "FORMAT", data_preprocessing.FORMAT + 1)
+    monkeypatch.setattr(preparation, "FORMAT", preparation.FORMAT + 1)
     assert prepare(settings, tokenizer, ["sst2"], 256, 50)["sst2"].fingerprint != before

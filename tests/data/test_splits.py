@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
+from dataset_descriptions import describe
 from lora_tradeoffs.data.sources import read_jsonl
 from lora_tradeoffs.data.splits import (
     carve,
     group_by_connection,
     group_by_containment,
     group_by_key,
+    group_rows,
     overlap,
 )
 
@@ -34,6 +36,17 @@ def test_texts_that_contain_one_another_are_one_group_and_short_ones_are_never_h
     assert groups[0] == groups[1] == groups[4]
     assert groups[3] not in (groups[0], -1)
     assert groups[2] == -1
+
+
+def test_rows_are_grouped_as_their_description_says():
+    rows = {
+        "sst2": [{"sentence": s} for s in ("not one dull moment in it", "one dull moment in it ")],
+        "qqp": [{"question1": "a?", "question2": "b?"}, {"question1": "B?", "question2": "c?"}],
+        "codexglue": [{"nl": f"{does} concode_field_sep int n"} for does in ("adds", "takes")],
+        "cnn_dailymail": [{"article": "the same"}, {"article": "the same"}],
+    }
+    groups = {task: group_rows(describe(task), rows[task]).tolist() for task in rows}
+    assert groups == {task: [0, 0] for task in rows} | {"cnn_dailymail": [0, 1]}
 
 
 def test_carving_takes_whole_groups_and_never_too_many_rows():
