@@ -50,8 +50,8 @@ class DatasetDescription:
     hub_config: str | None = None
     hub_splits: dict[str, str]  # our split -> the Hub's; without "validation" it is carved by group
     columns: dict[str, type]  # fields of a raw row; classification has its class in "label"
-    groups: str | None = None  # rows that carving keeps on one side, in words
-    grouping: tuple[str, ...] = ()  # how they are found (data/splits.py) and in which fields
+    grouping: tuple[str, ...] = ()  # rows that carving keeps together: see group_rows in splits.py
+    groups: str | None = None  # the grouping in words, part of the fingerprint of prepared rows
     rows: dict[str, int]  # official sizes
     licence: str
     citation: str
@@ -78,12 +78,13 @@ class DatasetDescription:
     prose: str | None = None  # the field that serves as held-out text
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a description that contradicts itself."""
+        """Fill in `groups`. Raises ValueError for a description that contradicts itself."""
         labelled = self.kind == "classification"
         if labelled != bool(self.label_words) or len(self.label_words) != len(self.label_names):
             raise ValueError(f"{self.name}: label words, one a label, are for classification")
         if not labelled and (self.answer not in self.columns or self.max_new_tokens < 1):
             raise ValueError(f"{self.name}: kind {self.kind!r} needs answer and max_new_tokens")
+        object.__setattr__(self, "groups", self.groups or " ".join(self.grouping) or None)
 
     @property
     def family(self) -> str:
@@ -186,8 +187,8 @@ DESCRIPTIONS = {
             hub_id="nyu-mll/glue",
             hub_config="sst2",
             hub_splits={"train": "train", "test": "validation"},
-            groups="containment",
             grouping=("containment", "sentence"),
+            groups="containment",
             columns={"sentence": str, "label": int},
             template="Review: {sentence}\nSentiment:",
             paraphrases=(
@@ -211,13 +212,10 @@ DESCRIPTIONS = {
             title="Multi-Genre Natural Language Inference",
             hub_id="nyu-mll/glue",
             hub_config="mnli",
-            hub_splits={
-                "train": "train",
-                "test": "validation_matched",
-                "test_mismatched": "validation_mismatched",
-            },
-            groups="premise",
+            hub_splits={"train": "train", "test": "validation_matched"}
+            | {"test_mismatched": "validation_mismatched"},
             grouping=("equal", "premise"),
+            groups="premise",
             columns={"premise": str, "hypothesis": str, "label": int},
             template=(
                 "Premise: {premise}\nHypothesis: {hypothesis}\n"
@@ -241,8 +239,8 @@ DESCRIPTIONS = {
             hub_id="nyu-mll/glue",
             hub_config="qqp",
             hub_splits={"train": "train", "test": "validation"},
-            groups="connected questions",
             grouping=("connected", "question1", "question2"),
+            groups="connected questions",
             columns={"question1": str, "question2": str, "label": int},
             template=(
                 "Question 1: {question1}\nQuestion 2: {question2}\n"
@@ -265,8 +263,8 @@ DESCRIPTIONS = {
             title="Stanford Question Answering Dataset 2.0, extractive with unanswerable questions",
             hub_id="rajpurkar/squad_v2",
             hub_splits={"train": "train", "test": "validation"},
-            groups="article",
             grouping=("equal", "title"),
+            groups="article",
             columns={"id": str, "title": str, "context": str, "question": str, "answers": dict},
             template=(
                 "Passage: {context}\nQuestion: {question}\n"
@@ -294,8 +292,8 @@ DESCRIPTIONS = {
             title="CodeXGLUE text-to-code (CONCODE): a Java method from its description and class",
             hub_id="google/code_x_glue_tc_text_to_code",
             hub_splits={"train": "train", "test": "validation"},
-            groups="class",
             grouping=("equal", "class"),
+            groups="class",
             columns={"nl": str, "code": str},
             template="Description: {nl}\n{environment}\nJava method:",
             paraphrases=(
@@ -362,8 +360,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 @guarded
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    print("\n\n".join(describe(name).page() for name in args.name or TASKS))
+    names = build_parser().parse_args(argv).name or TASKS
+    print("\n\n".join(describe(name).page() for name in names))
     return 0
 
 

@@ -37,7 +37,7 @@ flags = sys.argv[1:]
 short = ["--max-steps", "2", "--set", "checkpoints=2", "--dtype", "fp32"]
 assert data_preprocessing.main(["weather", *flags]) == 0
 assert multi_task_training.main(["--tasks", "weather", "--lora", "4", *short, *flags]) == 0
-assert eval.main([*flags, "--dtype", "fp32", "--shots", "2", "--prompts", "1"]) == 0
+assert eval.main(["--tasks", "weather", "--shots", "2", "--dtype", "fp32", *flags]) == 0
 """
 
 

@@ -1,7 +1,7 @@
 """Raw rows of the Hub, a folder or the sample -> checked, split, tokenised rows in data/<study>/.
 
-Prepared data carry a fingerprint of source, tokenizer, description and limits, so that a change
-prepares them anew and two settings lie side by side. Training calls `prepare` by itself.
+A fingerprint of source, tokenizer, description and limits names the folder of prepared data, so
+that a change prepares them again and two settings lie side by side.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # of the prepared rows; a change of this file that changes them counts it up
+FORMAT = 1  # of the prepared rows; raise it with a change that alters them
 REPORT = "report.json"
 # The fields of a description that decide what the rows are; a licence does not.
 ROW_FIELDS = (
@@ -81,18 +81,16 @@ def prepare(
     limit: int = 0,
     overwrite: bool = False,
 ) -> dict[str, PreparedTask]:
-    """The tasks' prepared data by name: found by fingerprint, or made and renamed into place.
+    """The tasks' prepared data by name: those with the same fingerprint, or newly made ones.
 
-    A task may be given as a description of one's own, such as one with another template.
-
-    Raises UserError for bad data; nothing half-written is left.
+    A task is a name or a description, such as one with another template. `limit` takes the first
+    rows of each split (0: all), `examples_per_task` then draws from train. Raises UserError for bad
+    data, and leaves nothing half-written.
     """
     prepared = {}
     for task in tasks:
-        description = describe(task) if isinstance(task, str) else task
-        prepared[description.name] = _prepare_task(
-            settings, tokenizer, description, max_length, examples_per_task, limit, overwrite
-        )
+        preparation = Preparation(settings, tokenizer, task, max_length, examples_per_task, limit)
+        prepared[preparation.description.name] = preparation.run(overwrite)
     return prepared
 
 
@@ -107,145 +105,141 @@ def find_prepared(
     """The tasks' prepared data by name as `prepare` would return them; None if any are missing."""
     prepared = {}
     for task in tasks:
-        made_from = _made_from(
-            settings, tokenizer, describe(task), max_length, examples_per_task, limit
-        )
-        folder = settings.prepared_dir / task / _fingerprint(made_from)
-        if not (folder / REPORT).is_file():
+        preparation = Preparation(settings, tokenizer, task, max_length, examples_per_task, limit)
+        if not preparation.is_done():
             return None
-        prepared[task] = _read_prepared(task, folder)
+        prepared[task] = preparation.read()
     return prepared
 
 
-def _prepare_task(
-    settings: Settings,
-    tokenizer: PreTrainedTokenizerFast,
-    description: DatasetDescription,
-    max_length: int,
-    examples_per_task: int,
-    limit: int,
-    overwrite: bool,
-) -> PreparedTask:
-    from filelock import FileLock
+class Preparation:
+    """One task's rows, from their source to the folder that their fingerprint names."""
 
-    if description.is_classification:
-        label_token_ids(tokenizer, description)
-    source = source_folder(settings)
-    made_from = _made_from(settings, tokenizer, description, max_length, examples_per_task, limit)
-    fingerprint = _fingerprint(made_from)
-    parent = settings.prepared_dir / description.name
-    folder = parent / fingerprint
-    parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(parent / ".lock"):
-        if overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
-        if not (folder / REPORT).is_file():
-            for leftover in parent.glob(f".{fingerprint}.*"):  # of a process that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
-            with written_whole(folder) as temporary:
-                report = _make(description, tokenizer, source, temporary, made_from)
-                report = {"fingerprint": fingerprint, **report}
-                (temporary / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return _read_prepared(description.name, folder)
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerFast,
+        task: str | DatasetDescription,
+        max_length: int,
+        examples_per_task: int,
+        limit: int,
+    ):
+        self.description = describe(task) if isinstance(task, str) else task
+        self.tokenizer, self.source = tokenizer, source_folder(settings)
+        self.max_length, self.cap, self.limit = max_length, examples_per_task, limit
+        made_from = {
+            "format": FORMAT,
+            "source": source_identity(self.source, self.description),
+            "description": {name: getattr(self.description, name) for name in ROW_FIELDS},
+            "tokenizer": _tokenizer_digest(tokenizer),
+            "max_length": max_length,
+            "examples_per_task": examples_per_task,
+            "limit": limit,
+            "seed": DATA_SEED,
+            "validation_rows": VALIDATION_ROWS,
+        }
+        text = json.dumps(made_from, sort_keys=True)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder = settings.prepared_dir / self.description.name / self.fingerprint
 
+    def is_done(self) -> bool:
+        return (self.folder / REPORT).is_file()
 
-def _made_from(
-    settings: Settings,
-    tokenizer: PreTrainedTokenizerFast,
-    description: DatasetDescription,
-    max_length: int,
-    examples_per_task: int,
-    limit: int,
-) -> dict[str, Any]:
-    """All that decides what the prepared rows are."""
-    return {
-        "format": FORMAT,
-        "source": source_identity(source_folder(settings), description),
-        "description": {name: getattr(description, name) for name in ROW_FIELDS},
-        "tokenizer": _tokenizer_digest(tokenizer),
-        "max_length": max_length,
-        "examples_per_task": examples_per_task,
-        "limit": limit,
-        "seed": DATA_SEED,
-        "validation_rows": VALIDATION_ROWS,
-    }
+    def read(self) -> PreparedTask:
+        report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
+        return PreparedTask(self.description.name, self.folder, report)
 
+    def run(self, overwrite: bool) -> PreparedTask:
+        """The prepared data, made if they are missing or to be overwritten."""
+        from filelock import FileLock
 
-def _fingerprint(made_from: dict[str, Any]) -> str:
-    text = json.dumps(made_from, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self.description.is_classification:
+            label_token_ids(self.tokenizer, self.description)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder.parent / ".lock"):
+            if overwrite:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.is_done():
+                for leftover in self.folder.parent.glob(f".{self.fingerprint}.*"):  # after a kill
+                    shutil.rmtree(leftover, ignore_errors=True)
+                with written_whole(self.folder) as temporary:
+                    report = {"fingerprint": self.fingerprint, **self._make(temporary)}
+                    (temporary / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        return self.read()
 
+    def _make(self, folder: Path) -> dict[str, Any]:
+        """Write every split into the folder; the report."""
+        if self.source is None:
+            splits, made = read_hub(self.description, self.limit)
+            recipe = self.description.splits_sentence()
+        else:
+            splits, made = read_folder(self.source, self.description, self.limit), {}
+            recipe = "the folder's three splits as they are"
+        if len(splits["train"]) > self.cap:
+            order = np.random.default_rng(DATA_SEED).permutation(len(splits["train"]))[: self.cap]
+            splits["train"] = [splits["train"][i] for i in np.sort(order)]
+            recipe += f"; {self.cap:,} train rows drawn with seed {DATA_SEED}"
+        report = {
+            "task": self.description.name,
+            "source": "hub" if self.source is None else str(self.source),
+            "recipe": recipe,
+            "revision": made.get("revision"),
+            "max_length": self.max_length,
+            "overlap": self._overlaps(splits),
+            "splits": {},
+        }
+        for split, rows in splits.items():
+            summary = self._write_split(rows, split, folder)
+            for reason, count in made.get("dropped", {}).get(split, {}).items():
+                summary["dropped"][reason] = summary["dropped"].get(reason, 0) + count
+            report["splits"][split] = summary
+        return report
 
-def _read_prepared(name: str, folder: Path) -> PreparedTask:
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    return PreparedTask(name, folder, report)
+    def _overlaps(self, splits: dict[str, list[Row]]) -> dict[str, dict[str, int]]:
+        """Overlap of train with each other split and each retention benchmark of the source."""
+        texts = {s: [row_text(self.description, row) for row in rows] for s, rows in splits.items()}
+        train = texts.pop("train")
+        others = texts | benchmark_texts(self.source)
+        return {name: overlap(train, other) for name, other in others.items()}
 
+    def _write_split(self, rows: list[Row], split: str, folder: Path) -> dict[str, Any]:
+        """Write the split's tokenised rows; their sizes, and what was cut and dropped."""
+        from datasets import disable_progress_bars, enable_progress_bars
 
-def _make(
-    description: DatasetDescription,
-    tokenizer: PreTrainedTokenizerFast,
-    source: Path | None,
-    folder: Path,
-    made_from: dict[str, Any],
-) -> dict[str, Any]:
-    if source is None:
-        splits, made = read_hub(description, made_from["limit"])
-        recipe = description.splits_sentence()
-    else:
-        splits, made = read_folder(source, description, made_from["limit"]), {}
-        recipe = "the folder's three splits as they are"
-    cap = made_from["examples_per_task"]
-    if len(splits["train"]) > cap:
-        order = np.random.default_rng(DATA_SEED).permutation(len(splits["train"]))[:cap]
-        splits["train"] = [splits["train"][i] for i in np.sort(order)]
-        recipe += f"; {cap:,} train rows drawn with seed {DATA_SEED}"
-    report = {
-        "task": description.name,
-        "source": "hub" if source is None else str(source),
-        "recipe": recipe,
-        "revision": made.get("revision"),
-        "max_length": made_from["max_length"],
-        "overlap": _overlaps(description, splits, source),
-        "splits": {},
-    }
-    for split, rows in splits.items():
-        summary = _write_split(description, tokenizer, rows, split, folder, made_from["max_length"])
-        for reason, count in made.get("dropped", {}).get(split, {}).items():
-            summary["dropped"][reason] = summary["dropped"].get(reason, 0) + count
-        report["splits"][split] = summary
-    return report
+        data = self._encode(rows, split)
+        problems = data["problem"]
+        # a held-out row keeps its place in the score though truncation took its answer
+        usable = [p is None or (split != "train" and "answer" in p) for p in problems]
+        dropped = Counter(p for p, use in zip(problems, usable, strict=True) if not use)
+        data = data.select(np.flatnonzero(usable))
+        if not len(data):
+            raise UserError(
+                f"{self.description.name}: no {split} row fits into {self.max_length} tokens; raise"
+                " max_length"
+            )
+        last = {ids[-1] for ids in data["input_ids"]}
+        assert last == {self.tokenizer.eos_token_id}, "every completion ends in EOS"
+        disable_progress_bars()
+        data.remove_columns(["problem", "cut"]).save_to_disk(str(folder / split))
+        enable_progress_bars()
+        return _summary(data, self.description) | {"dropped": dict(dropped)}
 
+    def _encode(self, rows: list[Row], split: str) -> Dataset:
+        from datasets import Dataset
 
-def _write_split(
-    description: DatasetDescription,
-    tokenizer: PreTrainedTokenizerFast,
-    rows: list[Row],
-    split: str,
-    folder: Path,
-    max_length: int,
-) -> dict[str, Any]:
-    from datasets import Dataset, disable_progress_bars, enable_progress_bars
-
-    processes = min(os.cpu_count() or 1, len(rows) // 2_000)
-    data = Dataset.from_list([{"row": i, "json": json.dumps(row)} for i, row in enumerate(rows)])
-    data = data.map(
-        lambda item: encode(tokenizer, description, json.loads(item["json"]), max_length),
-        remove_columns="json",
-        # processes pay where there are many rows; each needs a moment to start
-        num_proc=processes if processes > 1 else None,
-        desc=f"{description.name} {split}",
-    )
-    problems = data["problem"]
-    # a held-out row keeps its place in the score though truncation took its answer
-    keeps = [p is None or (split != "train" and "answer" in p) for p in problems]
-    dropped = Counter(p for p, keep in zip(problems, keeps, strict=True) if not keep)
-    data = data.select(np.flatnonzero(keeps))
-    if not len(data):
-        raise UserError(
-            f"{description.name}: no {split} row fits into {max_length} tokens; raise max_length"
+        tokenizer, description, max_length = self.tokenizer, self.description, self.max_length
+        items = [{"row": i, "json": json.dumps(row)} for i, row in enumerate(rows)]
+        processes = min(os.cpu_count() or 1, len(rows) // 2_000)
+        return Dataset.from_list(items).map(
+            lambda item: encode(tokenizer, description, json.loads(item["json"]), max_length),
+            remove_columns="json",
+            # processes pay where there are many rows; each needs a moment to start
+            num_proc=processes if processes > 1 else None,
+            desc=f"{description.name} {split}",
         )
-    last = [ids[-1] for ids in data["input_ids"]]
-    assert set(last) == {tokenizer.eos_token_id}, "every completion ends in EOS"
+
+
+def _summary(data: Dataset, description: DatasetDescription) -> dict[str, Any]:
     prompts = np.array(data["prompt_length"])
     completions = np.array(data["length"]) - prompts
     summary = {
@@ -254,14 +248,10 @@ def _write_split(
         "completion_tokens": _lengths(completions),
         "supervised_tokens": int(completions.sum()),
         "truncated": int(np.sum(np.array(data["cut"]) > 0)),
-        "dropped": dict(dropped),
     }
     if description.is_classification:
         counts = Counter(data["label"])
         summary["labels"] = {n: counts[i] for i, n in enumerate(description.label_names)}
-    disable_progress_bars()
-    data.remove_columns(["problem", "cut"]).save_to_disk(str(folder / split))
-    enable_progress_bars()
     return summary
 
 
@@ -273,19 +263,7 @@ def _lengths(tokens: np.ndarray) -> dict[str, float]:
     }
 
 
-def _overlaps(
-    description: DatasetDescription, splits: dict[str, list], source: Path | None
-) -> dict[str, dict[str, int]]:
-    """Overlap of train with validation, test, and the retention benchmarks that are there."""
-    texts = {s: [row_text(description, row) for row in rows] for s, rows in splits.items()}
-    held_out = {s: texts[s] for s in texts if s != "train"} | benchmark_texts(source)
-    return {name: overlap(texts["train"], other) for name, other in held_out.items()}
-
-
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, bos_ids(tokenizer)]
     text = tokenizer.backend_tokenizer.to_str() + json.dumps(special)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# --------------------------------------------------------------------------------- table
