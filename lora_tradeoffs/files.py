@@ -16,7 +16,7 @@ from typing import Any
 from config import UserError
 
 MANIFEST = "manifest.json"
-# What Trainer needs to go on, and nobody needs to evaluate: kept in the two newest checkpoints.
+# Needed to resume training, not to evaluate: only the two newest checkpoints have these.
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
@@ -97,7 +97,7 @@ class Checkpoint:
 
 
 def write_manifest(checkpoint: Path, **extra: Any) -> None:
-    """List the checkpoint's files with sizes and sha256. Written last: it makes it whole."""
+    """List the checkpoint's files with sizes and sha256; written last, it marks it as whole."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
     for path in files:
         sync(path)  # Trainer does not; a manifest must not outlive its files
@@ -106,10 +106,10 @@ def write_manifest(checkpoint: Path, **extra: Any) -> None:
 
 
 def checkpoint_problem(checkpoint: Path, suffix: str = "") -> str | None:
-    """Why the checkpoint is not whole, or None: it is whole iff its manifest agrees.
+    """Why the checkpoint is not whole, or None: it is whole iff its files match its manifest.
 
-    With `suffix` only files of that ending are read: whoever needs the weights alone need not
-    wait for the optimizer's state, which is twice as large.
+    With `suffix` only files with that ending are read: who needs only the weights need not wait for
+    the optimizer's state, which is twice as large.
     """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
@@ -126,9 +126,9 @@ def checkpoint_problem(checkpoint: Path, suffix: str = "") -> str | None:
 
 
 def check_whole(checkpoint: Checkpoint, suffix: str = "") -> None:
-    """Raise UserError for a checkpoint of ours whose manifest does not confirm it.
+    """Raise UserError for a checkpoint made here that does not match its manifest.
 
-    With `suffix` only files of that ending are looked at.
+    With `suffix` only files with that ending are read.
     """
     made_here = (checkpoint.folder.parent / "run.json").is_file()
     if made_here or (checkpoint.folder / MANIFEST).is_file():
@@ -138,15 +138,15 @@ def check_whole(checkpoint: Checkpoint, suffix: str = "") -> None:
 
 
 def weights_key(folder: Path) -> dict[str, Any]:
-    """What tells a checkpoint's weights from others: the manifest's sha256, else size and time."""
+    """What identifies a checkpoint's weights: sha256 of the manifest, or else size and time."""
     if (folder / MANIFEST).is_file():
         try:
             files = read_json(folder / MANIFEST)["files"]
-        except UserError:  # not measured, then; `check_whole` says what is wrong
+        except UserError:  # `check_whole` says what is wrong before anything is measured
             return {}
         return {name: r["sha256"] for name, r in files.items() if name.endswith(".safetensors")}
-    found = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+    stats = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -163,14 +163,14 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
-    """The checkpoints of a run's folder, or the folder itself if it is one; by step.
+    """The checkpoints of a run's folder, or the folder itself if it is one, ordered by step.
 
-    Any PEFT or Transformers folder is taken, also one that was not made here; `name` is the run's,
-    else its folder's. Raises UserError for a folder that holds none.
+    Any PEFT or Transformers folder is accepted, also one that was not made here. `name` is the
+    run's; by default it is the folder's. Raises UserError for a folder without a checkpoint.
     """
-    found = [Checkpoint(name or folder.name, checkpoint_step(p), p) for p in checkpoints(folder)]
-    if found:
-        return found
+    steps = [Checkpoint(name or folder.name, checkpoint_step(p), p) for p in checkpoints(folder)]
+    if steps:
+        return steps
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no checkpoint-<step> folder and no *.safetensors")
     run = folder.parent.name if checkpoint_step(folder) >= 0 else folder.name
@@ -178,7 +178,7 @@ def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
 
 
 def newest_whole_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint that can be resumed; what broke after it is deleted."""
+    """The newest whole checkpoint that can be resumed; broken ones after it are deleted."""
     for checkpoint in reversed(checkpoints(run_dir)):
         problem = checkpoint_problem(checkpoint)
         if problem is None and (checkpoint / "optimizer.pt").is_file():
@@ -190,12 +190,12 @@ def newest_whole_checkpoint(run_dir: Path) -> Path | None:
 
 def drop_resume_state(checkpoint: Path) -> None:
     """Delete optimizer and RNG state; the manifest is rewritten first, so it stays whole."""
-    doomed = [path for pattern in RESUME_FILES for path in checkpoint.glob(pattern)]
-    if not doomed:
+    resume_files = [path for pattern in RESUME_FILES for path in checkpoint.glob(pattern)]
+    if not resume_files:
         return
     manifest = read_json(checkpoint / MANIFEST)
-    for path in doomed:
+    for path in resume_files:
         manifest["files"].pop(path.name, None)
     write_json(checkpoint / MANIFEST, manifest)
-    for path in doomed:
+    for path in resume_files:
         path.unlink()

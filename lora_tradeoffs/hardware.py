@@ -1,4 +1,4 @@
-"""Where the suite runs: device, precision, memory, versions."""
+"""The machine that the suite runs on: device, precision, memory, versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetens
 
 
 def pick_device() -> str:
-    """cuda, mps or cpu: the first that is there."""
+    """The first available of cuda, mps and cpu."""
     import torch
 
     if torch.cuda.is_available():
@@ -25,15 +25,15 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def pick_precision(asked: str, device: str) -> str:
-    """bf16 (autocast) where the device computes with it, else fp32; what was asked for, if it was.
+def pick_precision(requested: str, device: str) -> str:
+    """The requested precision; for "auto" bf16 (autocast) if the device computes in it, else fp32.
 
-    Of CPUs those with AMX or AVX512-BF16: without them bf16 is emulated, and slower than fp32.
+    CPUs need AMX or AVX512-BF16 for it: without them bf16 is emulated, and slower than fp32.
     """
     import torch
 
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -44,7 +44,7 @@ def pick_precision(asked: str, device: str) -> str:
 def describe_environment(
     device: str, bf16: bool, attention: str, world_size: int
 ) -> dict[str, Any]:
-    """Versions, commit and hardware. Gradients depend on the threads, so they are here too."""
+    """Versions, commit, hardware, and the number of threads, on which gradients depend."""
     import torch
 
     versions = {"python": platform.python_version()}
@@ -78,25 +78,17 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    command = [
-        "git",
-        "--no-optional-locks",
-        "-C",
-        str(ROOT),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    command += ["--abbrev=40"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return process.stdout.strip()
 
 
 def reset_peak_memory(device: str) -> None:
-    """Begin to measure peak memory anew."""
+    """Start a new measurement of peak memory."""
     if device == "cuda":
         import torch
 
@@ -124,7 +116,7 @@ def peak_memory(device: str) -> int:
 
 
 def release_memory() -> None:
-    """Give back what the last run held, before the next begins."""
+    """Free what the last run held, before the next one starts."""
     import torch
 
     gc.collect()

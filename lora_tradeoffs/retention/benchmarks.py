@@ -1,13 +1,13 @@
 """lm-evaluation-harness on this suite's engine: its tasks, prompts, filters, metrics and errors.
 
 Only the scoring of tokenised requests is replaced: requests that begin alike share a row of the
-batch. Besides lm_eval_tasks.py and shared_prefix_lm.py no place imports lm_eval.
+batch. Besides benchmark_tasks.py and shared_prefix_lm.py no module imports lm_eval.
 
     benchmarks = Benchmarks(settings, tokenizer, ["hellaswag", "arc_challenge"])
     for model in models:
         results = benchmarks.measure(model)
 
-Tasks are loaded, and prompts made and tokenised, once; a measurement is then all model.
+Tasks are loaded, and prompts made and tokenised, once; measuring then only runs the model.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ import numpy as np
 from config import Settings, UserError
 from lora_tradeoffs.retention.benchmark_tasks import LocalBenchmark, TaskLoader
 
-SHOT_SEED = 1234  # of lm-eval's command line, so that its shots are drawn
-# What two definitions of the same task may differ in: where the rows come from.
-PLACES = ("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "training_split")
-PLACES += ("validation_split", "test_split", "fewshot_split", "metadata", "tag", "num_fewshot")
-PLACES += ("split", "task_alias")
+SHOT_SEED = 1234  # that of lm-eval's command line, so that the same shots are drawn
+# Fields that say where the rows come from, in which definitions of the same task may differ.
+SOURCE_FIELDS = {
+    *("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "training_split"),
+    *("validation_split", "test_split", "fewshot_split", "metadata", "tag", "num_fewshot"),
+    *("split", "task_alias"),
+}
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,9 @@ def text_log_likelihoods(
     lm = _quiet_lm(model, tokenizer, **options)
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     with quiet_lm_eval():
-        found = lm.loglikelihood_rolling(requests)
+        log_likelihoods = lm.loglikelihood_rolling(requests)
     tokens = [len(lm.tok_encode(text)) for text in texts]
-    return TextScores(np.array(found, dtype=float), np.array(tokens))
+    return TextScores(np.array(log_likelihoods, dtype=float), np.array(tokens))
 
 
 @contextlib.contextmanager
@@ -142,10 +144,10 @@ class Benchmarks:
     def _build_requests(self, name: str, task: Any, num_fewshot: int) -> None:
         """As lm-eval's `simple_evaluate` prepares a task, but once for all models."""
         shots = 0 if task.OUTPUT_TYPE == "loglikelihood_rolling" else num_fewshot
-        own = task.get_config("num_fewshot")
-        if own not in (None, num_fewshot):
-            self.other_shots[name] = own, shots if own else 0
-        if own != 0:
+        defined = task.get_config("num_fewshot")
+        if defined not in (None, num_fewshot):
+            self.other_shots[name] = defined, shots if defined else 0
+        if defined != 0:
             task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(SHOT_SEED)
         try:
@@ -162,7 +164,7 @@ class Benchmarks:
         gold = task.doc_to_text if in_text else task.doc_to_target
         texts = json.dumps([(i.args, gold(i.doc)) for i in task.instances], default=str)
         definition = json.dumps(
-            _without_places(task.dump_config()), sort_keys=True, default=_source
+            _without_source_fields(task.dump_config()), sort_keys=True, default=_source
         )
         return {
             "lm_eval": version("lm_eval"),
@@ -211,7 +213,7 @@ class Benchmarks:
             for key in parts[0][0]
             if key in shared
         }
-        found = [row for _, rows, _ in parts for row in rows]
+        log_likelihoods = [row for _, rows, _ in parts for row in rows]
         guesses = np.concatenate([guess for _, _, guess in parts])
         cut = {
             (task, i.doc_id)
@@ -220,9 +222,16 @@ class Benchmarks:
             if i.args in lm.truncated
         }
         identity = self.identities[name] if len(tasks) == 1 else _joined(self.identities, tasks)
-        chance = float(guesses.mean())
         return BenchmarkResult(
-            name, metrics, stderrs, items, found, len(found), chance, len(cut), identity
+            task=name,
+            metrics=metrics,
+            stderrs=stderrs,
+            items=items,
+            log_likelihoods=log_likelihoods,
+            n=len(log_likelihoods),
+            chance=float(guesses.mean()),
+            truncated=len(cut),
+            identity=identity,
         )
 
     def _items(self, lm: Any, name: str, samples: list[dict]) -> tuple[dict, list, np.ndarray]:
@@ -231,19 +240,19 @@ class Benchmarks:
         samples = [s for s in samples if s["filter"] == samples[0]["filter"]]
         samples.sort(key=lambda s: s["doc_id"])
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
-            found = [[float(s["filtered_resps"][0])] for s in samples]
+            log_likelihoods = [[float(s["filtered_resps"][0])] for s in samples]
             counts = [self._counts(lm, s["arguments"][0][0], s) for s in samples]
-            items = {"log_likelihood": np.array(found)[:, 0]}
+            items = {"log_likelihood": np.array(log_likelihoods)[:, 0]}
             items |= {key: np.array([c[key] for c in counts]) for key in counts[0]}
-            return items, found, np.full(len(samples), np.nan)
-        found = [[float(ll) for ll, _ in s["filtered_resps"]] for s in samples]
+            return items, log_likelihoods, np.full(len(samples), np.nan)
+        log_likelihoods = [[float(ll) for ll, _ in s["filtered_resps"]] for s in samples]
         names = [m for m in samples[0]["metrics"] if np.isscalar(samples[0][m])]
         items = {m: np.array([s[m] for s in samples], dtype=float) for m in names}
         if task.OUTPUT_TYPE != "multiple_choice":
-            return items, found, np.full(len(samples), np.nan)
+            return items, log_likelihoods, np.full(len(samples), np.nan)
         right = [len(s["target"]) if isinstance(s["target"], list) else 1 for s in samples]
         choices = [len(task.doc_to_choice(s["doc"])) for s in samples]
-        return items, found, np.array(right) / np.array(choices)
+        return items, log_likelihoods, np.array(right) / np.array(choices)
 
     def _counts(self, lm: Any, text: str, sample: dict) -> dict[str, int]:
         """Tokens of a document, and words and bytes as its definition counts them."""
@@ -288,9 +297,9 @@ def _joined(identities: dict[str, dict], tasks: list[str]) -> dict[str, Any]:
     return {**same, "requests": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
-def _without_places(value: Any) -> Any:
+def _without_source_fields(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_places(v) for k, v in value.items() if k not in PLACES}
+        return {k: _without_source_fields(v) for k, v in value.items() if k not in SOURCE_FIELDS}
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class SharedPrefixLM(HFLM):
 
     token_budget: padded tokens of a batch (default: `default_batch_tokens` of the device). bf16:
     under autocast. max_length: the window (default: the model's). encoded: tokens by text, kept for
-    the next model. progress is called with the rows done; items that share a row count once.
+    the next model.
     """
 
     def __init__(
@@ -36,14 +36,13 @@ class SharedPrefixLM(HFLM):
         bf16: bool = False,
         max_length: int | None = None,
         encoded: dict[Any, Any] | None = None,
-        progress: Callable[[int], None] = lambda done: None,
     ):
         # the batch size bounds only how many rolling windows come in one call
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=1 << 30, max_length=max_length
         )
         self.token_budget = token_budget or default_batch_tokens(self.device.type)
-        self.bf16, self.progress = bf16, progress
+        self.bf16 = bf16
         self.encoded = {} if encoded is None else encoded
         self.truncated: set[tuple[str, str]] = set()
 
@@ -77,7 +76,7 @@ class SharedPrefixLM(HFLM):
             texts.append((text, len(continuation)))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             rows = shared_rows(texts)
-            scores = log_likelihoods(self.model, rows, self.token_budget, self.progress)
+            scores = log_likelihoods(self.model, rows, self.token_budget)
         pairs = [(score.log_likelihood, score.is_greedy) for row in scores for score in row]
         # lm-eval would take the first choice in silence
         if not np.isfinite([log_likelihood for log_likelihood, _ in pairs]).all():

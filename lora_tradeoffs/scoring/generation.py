@@ -1,7 +1,7 @@
-"""Greedy generation in batches that are refilled. Knows no tasks.
+"""Greedy generation in batches that are refilled, for any task.
 
-Prompts go longest first; rows that have ended leave the batch, and others take their place. Texts
-come back in the caller's order; in fp32 they do not depend on the batch, but for ties.
+Prompts are read longest first; rows that have ended leave the batch, and others are added. Texts
+are returned in the caller's order; in fp32 they do not depend on the batch, except for ties.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# Tokens of a batch, prompts and new ones: every step reads all weights once, so the more rows the
-# better; what bounds them is the cache (Llama-3.2-1B in bf16: half a gigabyte).
+# Prompt and new tokens of a batch. Every step reads all weights once, so more rows are better; the
+# cache bounds them (half a gigabyte for Llama-3.2-1B in bf16).
 GENERATION_BUDGET = 16_384
-# Share of a batch's rows that have to be free before prompts are read: each time, the cache is
-# copied.
+# Share of a batch's rows that must be free before more prompts are read, which copies the cache.
 REFILL = 0.25
 
 
@@ -32,14 +31,13 @@ def generate_greedily(
     stopped: Callable[[list[int]], bool] = lambda tokens: False,
     token_budget: int = GENERATION_BUDGET,
     most_rows: int = 1_000,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """The greedy continuation of every prompt, in their order, without its EOS.
 
-    A row ends with an EOS token, when `stopped` says so of its tokens, or at `max_new_tokens`; it
-    then leaves the batch, and where REFILL of the rows have left, the next prompts take their
-    place: every step reads all weights once, for however many rows. Raises ValueError for an empty
-    prompt and FloatingPointError for logits that are not finite.
+    A row ends with an EOS token, when `stopped` returns true for its tokens, or at
+    `max_new_tokens`. It then leaves the batch; once REFILL of the rows have left, the next prompts
+    are added. Raises ValueError for an empty prompt and FloatingPointError for logits that are not
+    finite.
     """
     import torch
 
@@ -52,17 +50,15 @@ def generate_greedily(
     cache = mask = None
     eos = set(eos_token_ids)
 
-    def unended(asked: list[int], tokens: list[int]) -> list[int]:
-        """The rows that go on after these tokens."""
+    def unended_rows(batch: list[int], tokens: list[int]) -> list[int]:
+        """The rows that continue after these tokens."""
         rows = []
-        for row, (i, token) in enumerate(zip(asked, tokens, strict=True)):
+        for row, (i, token) in enumerate(zip(batch, tokens, strict=True)):
             if token in eos:
                 continue
             outputs[i].append(token)
             if len(outputs[i]) < max_new_tokens and not stopped(outputs[i]):
                 rows.append(row)
-        if len(rows) < len(asked):
-            progress(len(asked) - len(rows))
         return rows
 
     with torch.inference_mode():
@@ -70,15 +66,15 @@ def generate_greedily(
             longest = max(lengths[i] for i in (*active, *islice(waiting, 1)))
             most = min(most_rows, max(1, token_budget // longest))
             if waiting and len(active) <= (1 - REFILL) * most:
-                asked = [waiting.popleft() for _ in range(min(most - len(active), len(waiting)))]
-                read, read_mask, tokens = _read_prompts(model, [prompts[i] for i in asked])
-                if rows := unended(asked, tokens):
+                added = [waiting.popleft() for _ in range(min(most - len(active), len(waiting)))]
+                read, read_mask, tokens = _read_prompts(model, [prompts[i] for i in added])
+                if rows := unended_rows(added, tokens):
                     read_mask = _keep_rows(read, read_mask, rows)
                     cache, mask = _joined(cache, mask, read, read_mask)
-                    active += [asked[row] for row in rows]
+                    active += [added[row] for row in rows]
                 continue
             mask, tokens = _next_tokens(model, cache, mask, [outputs[i][-1] for i in active])
-            if rows := unended(active, tokens):
+            if rows := unended_rows(active, tokens):
                 mask = _keep_rows(cache, mask, rows)
             else:
                 cache = mask = None
@@ -113,7 +109,7 @@ def _read_prompts(
 def _next_tokens(
     model: Any, cache: Any, mask: torch.Tensor, tokens: list[int]
 ) -> tuple[torch.Tensor, list[int]]:
-    """Read a token a row into the cache; the mask with it, and the tokens that come next."""
+    """Read one token per row into the cache; the mask that includes it, and the next tokens."""
     import torch
 
     input_ids = torch.tensor(tokens, device=mask.device)[:, None]
@@ -137,7 +133,7 @@ def _last_logits(
 
 @functools.cache
 def _cache_argument() -> str:
-    """What the forward pass calls its cache: Transformers is giving up `past_key_values`."""
+    """The name of the forward pass's cache argument: Transformers deprecates `past_key_values`."""
     from transformers import LlamaForCausalLM
 
     known = signature(LlamaForCausalLM.forward).parameters
@@ -145,17 +141,17 @@ def _cache_argument() -> str:
 
 
 def _keep_rows(cache: Any, mask: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """Keep these rows of the cache, without columns that are padding in all; their mask."""
+    """Keep these rows of the cache, without columns that are padding in all of them; their mask."""
     import torch
 
     if len(rows) == len(mask):
         return mask
-    kept = torch.tensor(rows, device=mask.device)
-    mask = mask[kept]
+    index = torch.tensor(rows, device=mask.device)
+    mask = mask[index]
     start = int((mask.sum(0) > 0).int().argmax())
     for layer in cache.layers:
-        layer.keys = layer.keys[kept, :, start:]
-        layer.values = layer.values[kept, :, start:]
+        layer.keys = layer.keys[index, :, start:]
+        layer.values = layer.values[index, :, start:]
     return mask[:, start:]
 
 
@@ -170,10 +166,10 @@ def _joined(
         return other, other_mask
     width = max(mask.shape[1], other_mask.shape[1])
     first, second = width - mask.shape[1], width - other_mask.shape[1]
-    for layer, own in zip(cache.layers, other.layers, strict=True):
+    for layer, added in zip(cache.layers, other.layers, strict=True):
         for name in ("keys", "values"):
-            parts = (getattr(layer, name), first), (getattr(own, name), second)
+            parts = (getattr(layer, name), first), (getattr(added, name), second)
             joined = torch.cat([pad(part, (0, 0, missing, 0)) for part, missing in parts])
             setattr(layer, name, joined)
-            setattr(own, name, None)  # else both are held until the last layer is joined
+            setattr(added, name, None)  # else both are held until the last layer is joined
     return cache, torch.cat([pad(mask, (first, 0)), pad(other_mask, (second, 0))])

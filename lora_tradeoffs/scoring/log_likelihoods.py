@@ -1,25 +1,24 @@
-"""Scores of completions under a causal language model. Knows no tasks.
+"""Log-likelihoods of completions under a causal language model, for any task.
 
-Log-likelihoods with shared prefixes, and the small functions that training shares. Items go longest
-first, in batches by a budget of tokens, and results come back in the caller's order; in fp32 they
-do not depend on the batch. Logits are computed at the positions that are asked about, never for
-whole sequences.
+Continuations of a context share its row. Items are read longest first, in batches of a number of
+tokens, and results are returned in the caller's order; in fp32 they do not depend on the batch.
+Logits are computed at the positions that are scored, never for whole sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 TOKEN_BUDGET = 4_096  # padded tokens of a batch
-# Logits held at once, 32 MB in fp32: glibc takes larger blocks anew from the system each time, and
-# the page faults cost as much as the softmax. A GPU's allocator keeps them; there 16 times as many.
+# Logits held at once, 32 MB in fp32: glibc requests larger blocks from the system each time, and
+# the page faults cost as much as the softmax. A GPU's allocator caches them: 16 times as many.
 LOGIT_BUDGET = 1 << 23
-SHARED_SHARE = 0.25  # below, masked attention costs more than the shared tokens
+SHARED_SHARE = 0.25  # below this, masked attention costs more than the shared tokens
 SHARED_WIDTH = 1_024  # of a row of many texts that begin alike; attention is quadratic in it
 
 
@@ -27,8 +26,8 @@ SHARED_WIDTH = 1_024  # of a row of many texts that begin alike; attention is qu
 class Item:
     """A context and the continuations to be scored after it, as tokens; none of them empty.
 
-    Of continuation k the first `unscored[k]` tokens (none where it is empty) are read and not
-    scored: contexts that differ in their last tokens can so share what is before.
+    The first `unscored[k]` tokens of continuation k (none if `unscored` is empty) are read but not
+    scored, so that contexts that differ in their last tokens can share the tokens before them.
     """
 
     context: Sequence[int]
@@ -37,17 +36,17 @@ class Item:
 
     @property
     def length(self) -> int:
-        """Tokens that the model reads: a continuation's last token is only predicted."""
+        """Tokens that the model reads; the last token of a continuation is only predicted."""
         return len(self.context) + sum(len(c) - 1 for c in self.continuations)
 
     @property
     def predictions(self) -> int:
-        """Positions at which logits are needed, at most; the first one is shared."""
+        """The largest number of positions that need logits; the first one is shared."""
         return 1 + sum(len(c) - 1 for c in self.continuations)
 
     @property
     def branches(self) -> bool:
-        """Whether its row is more than one text: two continuations are read after the context."""
+        """Whether its row holds more than one text: several continuations after the context."""
         return sum(len(c) > 1 for c in self.continuations) > 1
 
 
@@ -101,15 +100,14 @@ def log_likelihoods(
     model: Any,
     items: Sequence[Item],
     token_budget: int = TOKEN_BUDGET,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Score]]:
     """Scores of every item's continuations, in the order of the items.
 
-    One row an item: [context, continuation 1, ..., continuation n]. Positions go on from the
-    context in every continuation, and a mask lets it see the context and itself, so the context is
-    read once. Rows of a single text are batched apart: causal attention needs no mask, which is
-    faster. Raises ValueError for an empty context or continuation, or one of which nothing is
-    scored.
+    One row per item: [context, continuation 1, ..., continuation n]. In every continuation the
+    positions continue from the context, and a mask lets it see the context and itself, so that the
+    context is read once. Rows with a single text are batched separately: causal attention needs no
+    mask, which is faster. Raises ValueError for an empty context or continuation, or one without a
+    scored token.
     """
     import torch
 
@@ -121,17 +119,16 @@ def log_likelihoods(
     scores: list[list[Score]] = [[] for _ in items]
     with torch.inference_mode():
         head = _last_layer(model, items[0].context[:8]) if items else None
-        most = _logit_rows(model)  # without the last layer apart, of a whole batch
+        most = _logit_rows(model)  # limits a batch if the last layer cannot be applied separately
         for branches in (False, True):
             chosen = [i for i, item in enumerate(items) if item.branches == branches]
             lengths = [items[i].length for i in chosen]
             weights = None if head is not None else [items[i].predictions for i in chosen]
             for rows in batches(lengths, token_budget, weights, most):
                 batch = [chosen[row] for row in rows]
-                found = _score_batch(model, head, [items[i] for i in batch], branches)
-                for i, row in zip(batch, found, strict=True):
-                    scores[i] = row
-                progress(len(rows))
+                batch_scores = _score_batch(model, head, [items[i] for i in batch], branches)
+                for i, item_scores in zip(batch, batch_scores, strict=True):
+                    scores[i] = item_scores
     return scores
 
 
@@ -191,86 +188,108 @@ def batches(
     batch: list[int] = []
     weight = 0
     for i in order:
-        own = weights[i] if weights else 0
+        row_weight = weights[i] if weights else 0
         full = batch and (len(batch) + 1) * lengths[batch[0]] > token_budget
-        if full or (batch and weights and weight + own > weight_budget):
+        if full or (batch and weights and weight + row_weight > weight_budget):
             yield batch
             batch, weight = [], 0
         batch.append(i)
-        weight += own
+        weight += row_weight
     if batch:
         yield batch
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The rows of a batch, padded to `width`, and where logits are needed.
+
+    `positions` and `segments` are those of the tokens: segment 0 is the context, k the k-th
+    continuation, -1 padding. `kept` are the positions that need logits, counted through all rows;
+    `targets`, `sources` and `owners` are the scored tokens, the index of their logits in `kept`,
+    and their continuations, counted through all items.
+    """
+
+    width: int
+    ids: list[list[int]] = field(default_factory=list)
+    positions: list[list[int]] = field(default_factory=list)
+    segments: list[list[int]] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+
+    def add(self, item: Item, owner: int) -> None:
+        """Add an item's row, whose first continuation is number `owner`."""
+        start_of_row, first = len(self.ids) * self.width, len(self.kept)
+        tokens, positions = list(item.context), list(range(len(item.context)))
+        segment = [0] * len(tokens)
+        unscored = item.unscored or [0] * len(item.continuations)
+        if not all(unscored):
+            self.kept.append(start_of_row + len(tokens) - 1)
+        for number, (tail, skip) in enumerate(zip(item.continuations, unscored)):
+            start, inside = start_of_row + len(tokens), len(tail) - 1
+            self.sources.extend([] if skip else [first])
+            self.sources.extend(range(len(self.kept), len(self.kept) + len(tail) - max(skip, 1)))
+            self.kept.extend(range(start + max(skip, 1) - 1, start + inside))
+            self.targets.extend(tail[skip:])
+            self.owners.extend([owner + number] * (len(tail) - skip))
+            tokens += tail[:-1]
+            positions += range(len(item.context), len(item.context) + inside)
+            segment += [number + 1] * inside
+        padding = [0] * (self.width - len(tokens))
+        self.ids.append(tokens + padding)
+        self.positions.append(positions + padding)
+        self.segments.append(segment + [-1] * len(padding))
 
 
 def _score_batch(model: Any, head: Any, items: Sequence[Item], branches: bool) -> list[list[Score]]:
     import torch
 
-    width = max(item.length for item in items)
-    ids, positions, segments = [], [], []  # a list a row
-    kept: list[int] = []  # where logits are needed, counted through all rows
-    targets, sources, owners = [], [], []  # token, its logits among the kept, its continuation
-    owner = 0
-    for row, item in enumerate(items):
-        # segment 0: context, k: the k-th continuation, -1: padding
-        tokens, place = list(item.context), list(range(len(item.context)))
-        segment, first = [0] * len(tokens), len(kept)
-        unscored = item.unscored or [0] * len(item.continuations)
-        if not all(unscored):
-            kept.append(row * width + len(tokens) - 1)
-        for number, (tail, skip) in enumerate(zip(item.continuations, unscored), 1):
-            start, inside = row * width + len(tokens), len(tail) - 1
-            sources += [] if skip else [first]
-            sources += range(len(kept), len(kept) + len(tail) - max(skip, 1))
-            kept += range(start + max(skip, 1) - 1, start + inside)
-            targets += tail[skip:]
-            owners += [owner] * (len(tail) - skip)
-            tokens += tail[:-1]
-            place += range(len(item.context), len(item.context) + inside)
-            segment += [number] * inside
-            owner += 1
-        padding = [0] * (width - len(tokens))
-        ids.append(tokens + padding)
-        positions.append(place + padding)
-        segments.append(segment + [-1] * len(padding))
+    layout, count = _Layout(max(item.length for item in items)), 0
+    for item in items:
+        layout.add(item, count)
+        count += len(item.continuations)
     device = model.device
-    inputs = {"input_ids": torch.tensor(ids, device=device)}
+    inputs = {"input_ids": torch.tensor(layout.ids, device=device)}
     if branches:
-        inputs["position_ids"] = torch.tensor(positions, device=device)
-        inputs["attention_mask"] = _attention_mask(model, torch.tensor(segments, device=device))
-    keep = torch.zeros(len(items) * width, dtype=torch.bool)
-    keep[kept] = True
-    keep = keep.view(len(items), width).to(device)
-    sources, targets, owners = map(torch.tensor, (sources, targets, owners))
+        inputs["position_ids"] = torch.tensor(layout.positions, device=device)
+        inputs["attention_mask"] = _attention_mask(
+            model, torch.tensor(layout.segments, device=device)
+        )
+    keep = torch.zeros(len(items) * layout.width, dtype=torch.bool)
+    keep[layout.kept] = True
+    keep = keep.view(len(items), layout.width).to(device)
+    sources, targets, owners = map(torch.tensor, (layout.sources, layout.targets, layout.owners))
     log_probs = torch.zeros(len(targets), dtype=torch.float64)
     greedy = torch.zeros(len(targets), dtype=torch.bool)
     start = 0
     for logits, hidden in _kept_logits(model, head, keep, inputs):
-        here = ((sources >= start) & (sources < start + len(logits))).nonzero()[:, 0]
-        at, token = (sources[here] - start).to(device), targets[here].to(device)
+        chunk = ((sources >= start) & (sources < start + len(logits))).nonzero()[:, 0]
+        at, token = (sources[chunk] - start).to(device), targets[chunk].to(device)
         # log_softmax rounds as lm-eval's and training's does: in fp32 each token is off by 1e-5
         table = logits.float().log_softmax(-1)
-        found = table[at, token]
+        values = table[at, token]
         if hidden is not None and logits.dtype != torch.float32:
-            # bf16 knows 1/16 of a logit at best: of two that it holds equal the first would win
-            found += _logits_of(head, hidden[at], token) - logits[at, token].float()
-        log_probs[here] = found.cpu().double()
-        # max, of ties the first as argmax's, takes half of argmax's time on a CPU
-        greedy[here] = (table.max(-1).indices[at] == token).cpu()
+            # bf16 resolves 1/16 of a logit at best: of two equal ones the first would win
+            values += _logits_of(head, hidden[at], token) - logits[at, token].float()
+        log_probs[chunk] = values.cpu().double()
+        # max gives the first of ties, as argmax, in half of its time on a CPU
+        greedy[chunk] = (table.max(-1).indices[at] == token).cpu()
         start += len(logits)
-        del logits, table  # before the next chunk is made, or three would be there at once
-    sums = torch.zeros(owner, dtype=torch.float64).index_add(0, owners, log_probs).tolist()
-    misses = torch.zeros(owner).index_add(0, owners, (~greedy).float()).tolist()
-    found = iter(Score(total, missed == 0) for total, missed in zip(sums, misses, strict=True))
-    return [[next(found) for _ in item.continuations] for item in items]
+        del logits, table  # before the next chunk is made, or three would be held at once
+    sums = torch.zeros(count, dtype=torch.float64).index_add(0, owners, log_probs).tolist()
+    misses = torch.zeros(count).index_add(0, owners, (~greedy).float()).tolist()
+    scores = iter(Score(total, missed == 0) for total, missed in zip(sums, misses, strict=True))
+    return [[next(scores) for _ in item.continuations] for item in items]
 
 
 def _kept_logits(
     model: Any, head: Any, keep: torch.Tensor, inputs: dict[str, torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The logits at the positions in `keep`, shape (rows, tokens), in turn, in chunks.
+    """The logits at the positions in `keep`, shape (rows, tokens), in order, in chunks.
 
-    With the last layer applied apart, no more than LOGIT_BUDGET of them are there at once, and the
-    hidden states that it was applied to stand beside them.
+    If the last layer is applied separately (`head`), at most LOGIT_BUDGET of them are held at once,
+    and each chunk comes with the hidden states that `head` was applied to.
     """
     if head is None:
         yield model(**inputs, logits_to_keep=keep, use_cache=False).logits, None
@@ -303,9 +322,9 @@ def _logit_rows(model: Any) -> int:
 
 
 def _last_layer(model: Any, tokens: Sequence[int]) -> Any:
-    """The layer whose output the logits are; None where the model changes it (a soft cap).
+    """The layer whose output is the logits; None if the model changes it, as by a soft cap.
 
-    Tried on a few tokens.
+    Found by trying it on a few tokens.
     """
     import torch
 
@@ -324,11 +343,11 @@ def _last_layer(model: Any, tokens: Sequence[int]) -> Any:
 
 
 def _attention_mask(model: Any, segments: torch.Tensor) -> torch.Tensor:
-    """What is added to the attention scores, shape (rows, 1, width, width).
+    """The mask added to the attention scores, shape (rows, 1, width, width).
 
-    A position sees what is before it in the context and in its own segment. Padding sees itself, so
-    that no softmax is empty. In the dtype that attention computes in: else it is converted anew in
-    every layer.
+    A position sees the positions before it in the context and in its own segment. Padding sees
+    itself, so that no softmax is empty. The dtype is that of attention, or every layer would
+    convert the mask.
     """
     import torch
 
