@@ -395,7 +395,7 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, model, tmp_p
         (
             ("cut, step 0", ADAPTER, "is corrupt"),
             ("nan-0: layer 1 v_proj: B holds values that are not finite",),
-            ("dora, step 0", "DoRA"),
+            ("dora, step 0", "use_dora"),
             ("infinite-0: model.norm.weight: the tensor holds values that are not finite",),
         ),
     ):
