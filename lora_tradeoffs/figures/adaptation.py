@@ -36,7 +36,7 @@ def learning_curves(study: StudyRecords) -> Figure:
     table = summarise(trained.assign(fraction=trained["fraction"].round(4)), by=("fraction",))
     figure, axes = _task_panels(table["task"], share_x="all")
     panels.training_curves(axes, rows, table)
-    about = "Split: validation. Arms are shifted sideways at a checkpoint to be told apart."
+    about = "Split: validation. Arms are shifted sideways at a checkpoint."
     return _finish(figure, frame, rows, table, about, "lines")
 
 

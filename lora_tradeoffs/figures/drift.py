@@ -76,8 +76,8 @@ def drift_by_layer_over_training(study: StudyRecords) -> Figure:
     figure, axes = panels.grid(columns, arms, share_x="none")
     image = None
     for (column, arm), ax in axes.items():
-        own = of_column(rows[rows["arm"] == arm], columns[column])
-        image = layers_by_checkpoints(ax, own, norm=norm, cmap="magma") or image
+        cells = of_column(rows[rows["arm"] == arm], columns[column])
+        image = layers_by_checkpoints(ax, cells, norm=norm, cmap="magma") or image
     panels.label_edges(axes, "fraction of training", lambda column: f"{column}\nlayer")
     figure.colorbar(image, ax=list(axes.values()), label=SIZE, aspect=40, pad=0.01)
     left_out = sorted(set(frame["arm"]) - set(arms))
@@ -106,10 +106,10 @@ def intruders_by_threshold(study: StudyRecords) -> Figure:
     arms: set[Arm] = set()
     for (measure, column), ax in axes.items():
         table, x = rows[measure]
-        own = of_column(table, columns[column])
-        arms |= marks.mean_curves(ax, own, x)
+        in_panel = of_column(table, columns[column])
+        arms |= marks.mean_curves(ax, in_panel, x)
         if x == "k":
-            ks = sorted(own["k"].unique())
+            ks = sorted(in_panel["k"].unique())
             ks = ks[::-2] if len(ks) > 4 else ks  # every other where they are many
             ax.set_xscale("log", base=2)
             ax.set_xticks(ks, [f"{k:.0f}" for k in ks], minor=False)
@@ -144,8 +144,8 @@ def drift_against_forgetting(study: StudyRecords) -> Figure:
     names = {"both": "drift of Q and V", "all": "drift of the whole model"}
     figure, axes = panels.grid(families_of(rows), names.values(), size=(2.7, 2.2))
     for (family, text), ax in axes.items():
-        own = rows[(rows["family"] == family) & (rows["module"].map(names) == text)]
-        for _, points in own.groupby("run"):
+        in_panel = rows[(rows["family"] == family) & (rows["module"].map(names) == text)]
+        for _, points in in_panel.groupby("run"):
             style = style_of(points["arm"].iloc[0])
             ax.plot(points["value"], points["forgetting"], alpha=0.8, **style)
             last = points.iloc[-1:]

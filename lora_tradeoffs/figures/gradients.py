@@ -41,8 +41,8 @@ def cosine_between_tasks(study: StudyRecords) -> Figure:
     figure, axes = panels.grid(families_of(rows), arms, CELL, share_x="none")
     image = None
     for (family, arm), ax in axes.items():
-        own = rows[(rows["family"] == family) & (rows["arm"] == arm)]
-        image = _cosines(ax, own, limit) or image
+        in_panel = rows[(rows["family"] == family) & (rows["arm"] == arm)]
+        image = _cosines(ax, in_panel, limit) or image
         ax.tick_params(labelsize=6, labelleft=arm == arms[0])
     panels.label_edges(axes, y=str)
     figure.colorbar(image, ax=list(axes.values()), label="cosine", aspect=40, pad=0.01)
@@ -90,8 +90,8 @@ def conflict_by_layer_over_training(study: StudyRecords) -> Figure:
     figure, axes = panels.grid(families_of(rows), arms, CELL, share_x="none")
     image = None
     for (family, arm), ax in axes.items():
-        own = rows[(rows["family"] == family) & (rows["arm"] == arm)]
-        image = layers_by_checkpoints(ax, own, **colours) or image
+        in_panel = rows[(rows["family"] == family) & (rows["arm"] == arm)]
+        image = layers_by_checkpoints(ax, in_panel, **colours) or image
     panels.label_edges(axes, "fraction of training", lambda family: f"{family}\nlayer")
     figure.colorbar(image, ax=list(axes.values()), label="cosine", aspect=40, pad=0.01)
     about = "Mean over the pairs of tasks; below 0 (red) they conflict."
@@ -110,10 +110,10 @@ def _means_along(frame: DataFrame, rows: DataFrame, x: str, about: str) -> Figur
     families = families_of(rows)
     figure, axes = panels.grid(MEASURES.values(), families, (2.7, 2.0), share_y="row")
     for (measure, family), ax in axes.items():
-        own = rows[(rows["family"] == family) & (rows["metric"].map(MEASURES) == measure)]
+        in_panel = rows[(rows["family"] == family) & (rows["metric"].map(MEASURES) == measure)]
         ax.axhline(0.0, color="#bbbbbb", lw=0.7, zorder=0)
         spread = 0.02 if x == "fraction" else 0.25
-        marks.mean_curves(ax, own, x, spread=spread, alpha=0.6)
+        marks.mean_curves(ax, in_panel, x, spread=spread, alpha=0.6)
         if measure == MEASURES["gradient_conflict"]:  # without any the axis shows a tenth
             ax.set_ylim(-0.02, max(0.1, ax.get_ylim()[1]))
         if x == "layer":

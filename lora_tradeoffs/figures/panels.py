@@ -184,7 +184,7 @@ def finish(
 def place_legend(figure: Figure, handles: Sequence[Artist], arms: Iterable[Arm] = ()) -> None:
     """The legend above the panels; the figure grows by what it takes beyond two lines.
 
-    What all trained arms have in their brackets is said once, as its title.
+    What all trained arms have in their brackets is its title, and left out of the labels.
     """
     trained = {arm for arm in arms if arm.is_trained}
     details = {arm.details for arm in trained}

@@ -49,8 +49,8 @@ def retention_curves(study: StudyRecords) -> Figure:
         low, high = ax.get_ylim()
         if low < chance.get(title, -1) < high:
             ax.axhline(chance[title], color=GREY, linestyle=":", lw=1.0, label="chance")
-    about = "Arms are shifted sideways at a checkpoint to be told apart. The mean is over the"
-    about += f" benchmarks.{_mark_chance(axes, study.retention)}"
+    about = "Arms are shifted sideways at a checkpoint. The mean is over the benchmarks."
+    about += _mark_chance(axes, study.retention)
     labels = {line.get_label() for ax in axes.values() for line in ax.lines}
     extra = [panels.dotted("chance")] * ("chance" in labels)
     arms = {*table["arm"], *rows["arm"][rows["method"] == "base"]}

@@ -44,8 +44,8 @@ def singular_values(study: StudyRecords) -> Figure:
     figure, axes = panels.grid(MODULES.values(), arms, size=(2.3, 1.9))
     for run, table in tables.items():
         for module, letter in MODULES.items():
-            own = table[table["module"] == module]
-            _spectrum(axes[letter, run.arm], own, style_of(run.arm)["color"])
+            of_module = table[table["module"] == module]
+            _spectrum(axes[letter, run.arm], of_module, style_of(run.arm)["color"])
     sigma = "$\\sigma_i$ / $\\sigma_1(W_0)$"
     panels.label_edges(axes, "index of the singular value", lambda letter: f"{letter}: {sigma}")
     panels.place_legend(
@@ -96,9 +96,9 @@ def similarity_matrices(study: StudyRecords) -> Figure:
                 for name, matrix in similarities.items()
                 if name.endswith(f".{module}") and f".{layers[module]}." in name
             )
-            own = spectra[spectra["module"] == module]
-            own = own[own["layer"] == layers[module]]
-            image = _similarity(axes[row, run.arm], matrix, own)
+            of_layer = spectra[spectra["module"] == module]
+            of_layer = of_layer[of_layer["layer"] == layers[module]]
+            image = _similarity(axes[row, run.arm], matrix, of_layer)
     panels.label_edges(axes, "tuned, $j$", str)
     label = "$|\\langle u^0_i, u_j\\rangle|$"
     figure.colorbar(image, ax=list(axes.values()), label=label, shrink=0.7, pad=0.01)
@@ -129,9 +129,9 @@ def _similarity(ax: Axes, matrix: Any, spectra: DataFrame) -> Any:
 
 def _least_familiar_layer(spectra: DataFrame, module: str) -> int | None:
     """The layer with the lowest largest cosine among the vectors that are shown."""
-    own = spectra[(spectra["module"] == module) & (spectra["index"] <= SHOWN)]
-    own = own.dropna(subset=["max_cosine"])
-    return None if own.empty else int(own["layer"].iloc[own["max_cosine"].argmin()])
+    rows = spectra[(spectra["module"] == module) & (spectra["index"] <= SHOWN)]
+    rows = rows.dropna(subset=["max_cosine"])
+    return None if rows.empty else int(rows["layer"].iloc[rows["max_cosine"].argmin()])
 
 
 @styled()
@@ -146,8 +146,8 @@ def phi_between_runs(study: StudyRecords) -> Figure:
     side = max(2.2, 0.13 * len(runs))
     figure, axes = panels.grid(kinds, MODULES.values(), (side, side), "all", "all")
     for (kind, letter), ax in axes.items():
-        own = rows[rows["directions"] == kinds[kind]]
-        image = _phi_matrix(ax, own[own["module"].map(MODULES) == letter], runs)
+        of_kind = rows[rows["directions"] == kinds[kind]]
+        image = _phi_matrix(ax, of_kind[of_kind["module"].map(MODULES) == letter], runs)
     panels.label_edges(axes, y=str)
     figure.colorbar(image, ax=list(axes.values()), label="$\\phi$", shrink=0.7, pad=0.01)
     expected = rows.groupby("module")["random"].agg(["min", "max"])
@@ -201,10 +201,10 @@ def contrasted_runs(frame: DataFrame) -> list[Any]:
     last = last[is_plain] if is_plain.any() else last
     best: list[Any] = []
     for family in families_of(last):
-        own = last[last["family"] == family].sort_values("seed").drop_duplicates("arm")
-        lora = own[own["method"] == "lora"].sort_values("rank")
+        of_family = last[last["family"] == family].sort_values("seed").drop_duplicates("arm")
+        lora = of_family[of_family["method"] == "lora"].sort_values("rank")
         picked = [*lora.iloc[[0, -1]].index.unique()] if len(lora) else []
-        picked += list(own[own["method"] == "full"].index)
+        picked += list(of_family[of_family["method"] == "full"].index)
         if len(picked) > len(best):
             best = picked
     return list(last.loc[best, ["run", "step", "arm", "rank"]].itertuples(index=False))

@@ -70,8 +70,8 @@ def learning_rate_curves(study: StudyRecords) -> Figure:
     families = list(dict.fromkeys(table["family"]))
     figure, axes = panels.grid(measures, families, size=(3.1, 1.75))
     for (measure, family), ax in axes.items():
-        own = table[table["family"] == family]
-        _rate_curves(ax, own.dropna(subset=[measure]), measure, best_retaining(table, family))
+        of_family = table[table["family"] == family]
+        _rate_curves(ax, of_family.dropna(subset=[measure]), measure, best_retaining(table, family))
         if measure == "forgetting":
             ax.axhline(0.0, **marks.ZERO)
         marks.log_axis(ax, table["learning_rate"], lambda rate: rate_name(rate).removeprefix("lr"))
@@ -170,14 +170,14 @@ def _about_transfer(table: DataFrame) -> str:
         "Transfer: the run on all tasks of the family minus the run on the task alone, last"
         " checkpoint, same arm and seed; right of the dashed line the other tasks helped."
     )
-    for over, own in table.groupby("over"):
-        arms = ", ".join(map(str, sorted(set(own["arm"]))))
+    for over, rows in table.groupby("over"):
+        arms = ", ".join(map(str, sorted(set(rows["arm"]))))
         who = f" ({arms})" if table["over"].nunique() > 1 else ""
         if over == NOTHING:
-            about += f" {_range(own['seeds'])} seed(s){who}: no interval."
+            about += f" {_range(rows['seeds'])} seed(s){who}: no interval."
         else:
             about += f" Bars{who}: 95 % interval {INTERVALS[over]}"
-            about += "." if over == ITEMS else f", {_range(own['seeds'])} seeds."
+            about += "." if over == ITEMS else f", {_range(rows['seeds'])} seeds."
     return about
 
 
@@ -210,8 +210,8 @@ def _predictors(study: StudyRecords, outcome: str, label: str) -> Figure:
     figure, axes = panels.titled(rows, columns=4, size=SMALL)
     for title, ax in axes.items():
         family, name = shown[title]
-        own = last[last["family"] == family].dropna(subset=[name])
-        _scatter(ax, own, name, outcome)
+        points = last[last["family"] == family].dropna(subset=[name])
+        _scatter(ax, points, name, outcome)
         correlation = _correlation(study.correlations, family, outcome, name)
         ax.set_title(correlation, loc="left", weight="normal")
         ax.set_xlabel(PREDICTORS[name])
@@ -230,8 +230,8 @@ def _scatter(ax: Axes, points: DataFrame, name: str, outcome: str) -> None:
     """
     from matplotlib.ticker import NullFormatter
 
-    for arm, own in points.groupby("arm"):
-        ax.plot(own[name], own[outcome], label=arm, **style_of(arm) | {"linestyle": "none"})
+    for arm, of_arm in points.groupby("arm"):
+        ax.plot(of_arm[name], of_arm[outcome], label=arm, **style_of(arm) | {"linestyle": "none"})
     ax.axhline(0.0, color=GREY, lw=0.6, zorder=0)
     if points.empty:
         return
@@ -278,9 +278,9 @@ def gain_against_cost(study: StudyRecords) -> Figure:
         text, unit = COSTS[cost]
         costs = points[points["family"] == family].groupby(["arm", "step"])[cost].mean() / unit
         ax.axhline(0.0, **marks.ZERO)
-        for arm, own in table[table["task"] == family].groupby("arm"):
-            x = [costs[arm, step] for step in own["step"]]
-            marks.curve(ax, arm, x, own, start=(0.0, 0.0), alpha=0.5)
+        for arm, of_arm in table[table["task"] == family].groupby("arm"):
+            x = [costs[arm, step] for step in of_arm["step"]]
+            marks.curve(ax, arm, x, of_arm, start=(0.0, 0.0), alpha=0.5)
         ax.set_xlabel(text)
         ax.locator_params(axis="x", nbins=6)
     about = (

@@ -184,11 +184,13 @@ def _matched(retention: DataFrame) -> list[Finding]:
         return [_missing(MATCHED, reason)]
     contrasts = []
     for family, arm in groups:
-        own = by_arm[family, arm]
+        differences = by_arm[family, arm]
         # each seed's error over items stands for what the seeds share of it: never too narrow
-        variance = float((own["stderr"] ** 2).fillna(0).mean())
-        comparison = compare_over_seeds(own["value"].to_numpy(), variance, 1 - ALPHA / len(groups))
-        result = Contrast(comparison, tuple(own["seed"]), BOTH if variance else SEEDS)
+        variance = float((differences["stderr"] ** 2).fillna(0).mean())
+        comparison = compare_over_seeds(
+            differences["value"].to_numpy(), variance, 1 - ALPHA / len(groups)
+        )
+        result = Contrast(comparison, tuple(differences["seed"]), BOTH if variance else SEEDS)
         sentences = SentenceTemplates.matched(arm)
         contrasts.append(TestedContrast(family, arm, MEAN, result, sentences))
     return _corrected(EXPLORATORY, MATCHED, contrasts)
@@ -238,8 +240,8 @@ def _transfer(transfer: DataFrame | None) -> list[Finding]:
         sentences = SentenceTemplates.transfer(row.arm, row.task, row.metric)
         contrasts.append(TestedContrast(row.family, row.arm, row.task, result, sentences))
     rest = transfer[transfer["seeds"] < MIN_SEEDS]
-    for family, own in rest.groupby("family", sort=False):
-        few = own.groupby("arm")["seeds"].max().to_dict()
+    for family, rows in rest.groupby("family", sort=False):
+        few = rows.groupby("arm")["seeds"].max().to_dict()
         results += _few_seeds(TRANSFER, family, few, enough.empty, "the single-task control")
     return _corrected(EXPLORATORY, TRANSFER, contrasts, len(transfer)) + results
 
@@ -254,9 +256,9 @@ def _goes_with(study: StudyRecords) -> list[Finding]:
         reason = "drift of the weights is not measured (python svd_analysis.py)"
         results.append(_missing(GOES_WITH["forgetting"], reason))
     for outcome, question in GOES_WITH.items():
-        own = across[across["outcome"] == outcome].dropna(subset=["rho"])
-        tests = int(own["p_value"].notna().sum())
-        for row in own.itertuples():
+        correlations = across[across["outcome"] == outcome].dropna(subset=["rho"])
+        tests = int(correlations["p_value"].notna().sum())
+        for row in correlations.itertuples():
             inside = within[row.family, outcome, row.predictor]
             sentence, verdict = association(row, inside, tests)
             results.append(
@@ -276,8 +278,8 @@ def _not_correlated(across: DataFrame, question: str) -> list[Finding]:
         return [_missing(question, "no last checkpoint has both forgetting and a measure of drift")]
     results = []
     unknown = across[across["rho"].isna()]
-    for (family, reason), own in unknown.groupby(["family", "reason"], sort=False):
-        names = ", ".join(PREDICTORS[name] for name in own["predictor"])
+    for (family, reason), rows in unknown.groupby(["family", "reason"], sort=False):
+        names = ", ".join(PREDICTORS[name] for name in rows["predictor"])
         sentence = f"{family}: nothing can be said of {names}: {reason}."
         results.append(Finding(MISSING, question, sentence, family))
     return results
