@@ -1,6 +1,6 @@
 """Unbiased linear CKA from minibatches: pure functions on features, (tokens, size), of one layer.
 
-Gram matrices of a few tokens each, so that one side can be kept and compared with many others.
+Gram matrices hold a few tokens each, so that one side can be stored and compared with many others.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-# Tokens of a Gram matrix; what is kept of the base grows with it. A batch's tokens are dealt out to
-# its minibatches, so that each spans as many passages as the batch does. Runs of tokens would come
-# from one passage each, whose mean the centring takes away: on WikiText runs of 256 found a sixth
-# less drift (CKA .963) than all tokens in one Gram matrix (.956), random minibatches the same.
+# Tokens of a Gram matrix; the memory for the base grows with it. A batch's tokens are dealt out to
+# its minibatches, so that each spans as many passages as the batch does. Consecutive tokens would
+# come from one passage each, whose mean the centring removes: on WikiText, minibatches of 256
+# consecutive tokens showed a sixth less drift (CKA .963) than one Gram matrix of all tokens (.956);
+# random minibatches showed the same as one matrix.
 MINIBATCH = 64
 SMALLEST = 4  # tokens of a minibatch
 
@@ -26,7 +27,7 @@ def centred_gram(features: torch.Tensor) -> torch.Tensor:
     Székely and Rizzo (2014, arXiv:1310.2926): without the diagonal, and with rows and columns that
     sum to zero. The inner product of two of them is n(n-3)/2 times the unbiased HSIC of Song et
     al. (2012). Computed in fp64 from features less their mean, which changes no entry but spares
-    digits; kept in fp32.
+    digits; stored in fp32.
     """
     import torch
 
@@ -45,19 +46,19 @@ def centred_gram(features: torch.Tensor) -> torch.Tensor:
 def hsic_terms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Unbiased HSIC of two `centred_gram`s, of the first with itself, and of the second: (..., 3).
 
-    Times the tokens, so that a minibatch that is short counts as its tokens do.
+    Multiplied by the tokens, so that a short minibatch weighs as much as its tokens.
     """
     import torch
 
     count = (1 + (1 + 8 * first.shape[-1]) ** 0.5) / 2
     first, second = first.to(widest(first)), second.to(widest(second))
-    # the same sum thrice, so that equal representations have a CKA of exactly 1
+    # the same sum three times, so that equal representations have a CKA of exactly 1
     products = [(a * b).sum(-1) for a, b in ((first, second), (first, first), (second, second))]
     return torch.stack(products, dim=-1) * (2 / (count - 3))
 
 
 def widest(tensor: torch.Tensor) -> torch.dtype:
-    """fp64, but for Apple's GPUs, which have none."""
+    """fp64, or fp32 on Apple's GPUs, which have no fp64."""
     import torch
 
     return torch.float32 if tensor.device.type == "mps" else torch.float64
@@ -90,10 +91,3 @@ def dealt(features: torch.Tensor) -> list[torch.Tensor]:
     parts = [features[at::count] for at in range(count)]
     longer = len(features) % count
     return [torch.stack(group) for group in (parts[:longer], parts[longer:]) if group]
-
-
-def linear_cka(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Unbiased linear CKA of two sets of features of the same tokens, (tokens, size) each."""
-    pairs = zip(dealt(first), dealt(second), strict=True)
-    terms = [hsic_terms(centred_gram(one), centred_gram(other)).cpu() for one, other in pairs]
-    return float(cka(np.concatenate([np.zeros((0, 3)), *terms])[:, None])[0])

@@ -1,11 +1,11 @@
-"""How far a tuned model's predictions and hidden states lie from its base's. Knows no tasks.
+"""The distance of a tuned model's predictions and hidden states from its base's. Knows no tasks.
 
-`KL(base || tuned)` and top-1 agreement at the positions that are asked about, and per layer the
-unbiased linear CKA of the hidden states. The base is read once (`observe`), and every checkpoint is
-compared with what is kept of it (`compare`): its last states, from which logits are made again a
-few positions at a time, and a Gram matrix per minibatch and layer. For 8,000 tokens that is 50 MB
-of SmolLM2-135M and 82 MB of Llama-3.2-1B, where the states of all layers would be 570 MB and
-1.1 GB. So a checkpoint costs one forward pass, not two, and no second model is in memory.
+`KL(base || tuned)` and top-1 agreement at chosen positions, and per layer the unbiased linear CKA
+of the hidden states. `observe` runs the base once and stores its last states, from which logits are
+computed again a few positions at a time, and a Gram matrix per minibatch and layer. `compare` runs
+a checkpoint and compares it with these. For 8,000 tokens they take 50 MB for SmolLM2-135M and 82 MB
+for Llama-3.2-1B, where the states of all layers would take 570 MB and 1.1 GB. So a checkpoint costs
+one forward pass, not two, and no second model is in memory.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ CHUNK = 32  # positions whose logits are held at once
 class Passage:
     """Tokens, and the positions at which predictions are compared: all but the first, if None.
 
-    The prediction at a position is that of the token after it: a prompt's last position is the one
-    that its answer is read from. CKA looks at all positions but the first, whatever is asked here.
+    The prediction at a position is that of the next token: a prompt's answer is read at its last
+    position. CKA uses all positions but the first, whatever `positions` are.
     """
 
     tokens: Sequence[int]
     positions: Sequence[int] | None = None
 
     @property
-    def asked(self) -> Sequence[int]:
+    def compared(self) -> Sequence[int]:
         return range(1, len(self.tokens)) if self.positions is None else self.positions
 
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """What lies between base and tuned model, so that it can be resampled over passages.
+    """The distance between base and tuned model, so that it can be resampled over passages.
 
     `kl`: sums of KL(base || tuned) in nats, `agreed`: positions with the same most likely token,
-    `tokens`: positions asked about, each of shape (passages,) in the caller's order. `terms`, shape
+    `tokens`: positions compared, each of shape (passages,) in the caller's order. `terms`, shape
     (minibatches, layers, 3), are those of `cka`; `batches`, shape (minibatches,), say which batch a
     minibatch is of: those of one batch share passages, so a bootstrap draws whole batches.
     `layers` are named as in `layer_names`.
@@ -62,16 +62,6 @@ class Drift:
     batches: np.ndarray
 
     @property
-    def mean_kl(self) -> float:
-        """Nats a token; nan if no position was asked about."""
-        return _ratio(self.kl, self.tokens)
-
-    @property
-    def agreement(self) -> float:
-        """Share of positions with the same most likely token."""
-        return _ratio(self.agreed, self.tokens)
-
-    @property
     def cka(self) -> np.ndarray:
         """Per layer, shape (layers,); 1 for representations equal but for rotation and scale."""
         return cka(self.terms)
@@ -79,10 +69,10 @@ class Drift:
 
 @dataclass(eq=False)
 class Reference:
-    """What is kept of a base: enough to compare any number of tuned models with it.
+    """What is stored of a base: enough to compare any number of tuned models with it.
 
     `grams[layer]` are the minibatches' centred Gram matrices as vectors, stacked as in `dealt`, and
-    `batches` the batch of each. `states` are the last hidden states at the positions asked about, a
+    `batches` the batch of each. `states` are the last hidden states at the compared positions, a
     tensor (positions, hidden size) a batch. `head` is the output embedding, (vocabulary, hidden
     size): the base's own tensor, or a copy.
     """
@@ -98,15 +88,15 @@ class Reference:
 
     @property
     def nbytes(self) -> int:
-        kept = [*self.states, *(gram for layer in self.grams for gram in layer)]
-        return sum(tensor.nbytes for tensor in kept)
+        tensors = [*self.states, *(gram for layer in self.grams for gram in layer)]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 # ------------------------------------------------------------------------- base and checkpoints
 
 
 def layer_names(blocks: int) -> tuple[str, ...]:
-    """Names of what Transformers calls hidden_states, in its order.
+    """Names of the layers in Transformers' `hidden_states`, in its order.
 
     The embeddings, the residual stream after every block but the last, and after the last block
     and the final norm: what the output embedding reads.
@@ -133,12 +123,12 @@ def observe(
     by those of full fine-tuning; without it, `compare` refuses such a model. Passages go longest
     first in batches of `token_budget` padded tokens. Many short passages (of 128 tokens, say) serve
     CKA better than a few long ones: a batch should hold several. Raises ValueError for an empty
-    passage, or a position that is not in it or stands there twice.
+    passage, and for a position that lies outside it or is given twice.
     """
     import torch
 
     for passage in passages:
-        positions = list(passage.asked)
+        positions = list(passage.compared)
         inside = all(0 <= position < len(passage.tokens) for position in positions)
         if not passage.tokens or not inside or len(set(positions)) < len(positions):
             raise ValueError("a passage needs tokens, and positions in it, each but once")
@@ -170,7 +160,7 @@ def compare(
 ) -> Drift:
     """Drift of a tuned model, over the same passages in the same batches as the base.
 
-    So a model that computes what the base does has KL 0, agreement 1 and CKA 1, all exactly.
+    A model that computes the same as the base has KL 0, agreement 1 and CKA 1, all exactly.
     Raises FloatingPointError for a model whose logits are not finite, and ValueError if the base's
     output embedding was overwritten since it was observed.
     """
@@ -189,23 +179,23 @@ def compare(
     base_states = iter(reference.states)
     with torch.inference_mode():
         for rows, states in _read(tuned, reference, take):
-            owners = np.repeat(rows, [len(reference.passages[row].asked) for row in rows])
+            owners = np.repeat(rows, [len(reference.passages[row].compared) for row in rows])
             divergences, same = _divergences(reference.head, next(base_states), tuned, states)
             np.add.at(kl, owners, divergences)
             np.add.at(agreed, owners, same)
             progress(len(rows))
-    found = np.zeros((len(reference.batches), len(terms), 3))
+    stacked = np.zeros((len(reference.batches), len(terms), 3))
     for layer, parts in enumerate(terms):
         if parts:
-            found[:, layer] = torch.cat(parts).cpu().numpy()
-    if not np.isfinite(kl).all() or not np.isfinite(found).all():
+            stacked[:, layer] = torch.cat(parts).cpu().numpy()
+    if not np.isfinite(kl).all() or not np.isfinite(stacked).all():
         raise FloatingPointError("the model's states or logits are not finite")
     return Drift(
         kl=kl,
         agreed=agreed,
-        tokens=np.array([len(passage.asked) for passage in reference.passages], dtype=float),
+        tokens=np.array([len(passage.compared) for passage in reference.passages], dtype=float),
         layers=reference.layers,
-        terms=found,
+        terms=stacked,
         batches=np.array(reference.batches, dtype=int),
     )
 
@@ -216,7 +206,7 @@ def compare(
 def _read(
     model: Any, reference: Reference, take: Callable[[int, torch.Tensor], None]
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Every batch's rows, and the last states at the positions asked about, row by row.
+    """Every batch's rows, and the last states at the compared positions, row by row.
 
     `take` gets every layer's states, (tokens, size), at all positions but the first. Rows are
     padded on the right and have no mask: in a causal model nothing sees what follows it.
@@ -229,23 +219,23 @@ def _read(
         width = max(len(passage.tokens) for passage in passages)
         input_ids = torch.zeros((len(rows), width), dtype=torch.long)
         inside = torch.zeros_like(input_ids, dtype=torch.bool)
-        asked = torch.zeros_like(inside)
+        compared = torch.zeros_like(inside)
         for row, passage in enumerate(passages):
             input_ids[row, : len(passage.tokens)] = torch.tensor(passage.tokens)
             # the first token's states are up to a thousand times as large as all others' (massive
             # activations, Sun et al. 2024, arXiv:2402.17762): CKA would be that of one token
             inside[row, 1 : len(passage.tokens)] = True
-            asked[row, list(passage.asked)] = True
+            compared[row, list(passage.compared)] = True
         with _tapped(decoder, inside.to(device), take):
             states = decoder(input_ids=input_ids.to(device), use_cache=False).last_hidden_state
-        yield rows, states[asked.to(device)]
+        yield rows, states[compared.to(device)]
 
 
 @contextmanager
 def _tapped(
     decoder: Any, inside: torch.Tensor, take: Callable[[int, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Hand every layer's states at the positions inside on while they are there.
+    """Pass on every layer's states at the positions `inside` as soon as they are computed.
 
     The tuple that Transformers returns holds the states of all layers at once: as much memory as
     the forward pass itself.
@@ -302,7 +292,3 @@ def _project(states: torch.Tensor, head: Any, out: torch.Tensor) -> None:
         torch.mm(states.to(head.dtype), head.mT, out=out)
     else:
         out.copy_(head(states.to(head.weight.dtype)))
-
-
-def _ratio(totals: np.ndarray, counts: np.ndarray) -> float:
-    return float(totals.sum() / counts.sum()) if counts.sum() else float("nan")
