@@ -85,7 +85,12 @@ def file_record(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk; its step is 0 if the folder's name has none."""
+    """A checkpoint on disk; its step is 0 if the folder's name has none.
+
+    >>> run = Path("models/demo/similar_lora_r8_seed42")
+    >>> Checkpoint(run.name, 6, run / "checkpoint-6").is_adapter
+    True
+    """
 
     run: str
     step: int
@@ -156,7 +161,11 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoint folders in the order of their steps, whole or not."""
+    """The run's checkpoint folders in the order of their steps, whole or not.
+
+    >>> [folder.name for folder in checkpoints(Path("models/demo/similar_lora_r8_seed42"))]
+    ['checkpoint-3', 'checkpoint-6']
+    """
     if not run_dir.is_dir():
         return []
     return sorted((p for p in run_dir.iterdir() if checkpoint_step(p) >= 0), key=checkpoint_step)
@@ -167,6 +176,9 @@ def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
 
     Any PEFT or Transformers folder is accepted, also one that was not made here. `name` is the
     run's; by default it is the folder's. Raises UserError for a folder without a checkpoint.
+
+    >>> [c.step for c in checkpoints_in(Path("models/demo/similar_lora_r8_seed42"))]
+    [3, 6]
     """
     steps = [Checkpoint(name or folder.name, checkpoint_step(p), p) for p in checkpoints(folder)]
     if steps:
@@ -178,7 +190,11 @@ def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
 
 
 def newest_whole_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint that can be resumed; broken ones after it are deleted."""
+    """The newest whole checkpoint that can be resumed; broken ones after it are deleted.
+
+    >>> newest_whole_checkpoint(Path("models/demo/similar_lora_r8_seed42")).name
+    'checkpoint-6'
+    """
     for checkpoint in reversed(checkpoints(run_dir)):
         problem = checkpoint_problem(checkpoint)
         if problem is None and (checkpoint / "optimizer.pt").is_file():

@@ -39,6 +39,14 @@ def checkpoint_models(
     round them. A model is valid until the next one is requested. For a checkpoint that is corrupt,
     half-written or does not fit the base, the UserError that says so takes the model's place, and
     the others follow.
+
+    >>> from checkpoint_utils import checkpoint_models, checkpoints_in, find_base
+    >>> wanted = checkpoints_in(Path("models/demo/similar_lora_r8_seed42"))
+    >>> for checkpoint, model in checkpoint_models(find_base(), wanted):
+    ...     print(checkpoint.step if checkpoint else "base", type(model).__name__)
+    base LlamaForCausalLM
+    3 PeftModel
+    6 PeftModel
     """
     model = load_base(base).eval().requires_grad_(False)
     if bf16:
@@ -73,6 +81,14 @@ def checkpoint_weights(
 
     The weights are verified and read when they are used. A checkpoint that is broken or does not
     fit the base comes with the UserError that says so instead.
+
+    >>> from checkpoint_utils import checkpoint_weights, checkpoints_in, find_base
+    >>> wanted = checkpoints_in(Path("models/demo/similar_lora_r8_seed42"))
+    >>> for checkpoint, weights in checkpoint_weights(find_base(), wanted):
+    ...     print(checkpoint.step if checkpoint else "base", type(weights).__name__)
+    base Weights
+    3 Adapter
+    6 Adapter
     """
     base_weights = Weights(base.folder)
     yield None, base_weights

@@ -64,8 +64,8 @@ def matched_forgetting(
     """The difference in forgetting at equal adaptation, with a percentile interval.
 
     `score` is the validation score at which the curves are compared; if None, the largest that both
-    arms reach at some scale, found anew in every resample. A curve is read off where it first rises
-    to the score, from t = 0 on: the smallest update that does, also if the score falls again and
+    arms reach at some scale, recomputed in every resample. A curve is read off where it first rises
+    to the score, from t = 0 on: at the smallest update that does, also if the score falls again and
     is passed more than once (`reason` then says so). Between scales both are linear in t.
 
     A resample draws the items of each task and each benchmark anew, the same for both arms and all
@@ -76,20 +76,22 @@ def matched_forgetting(
     """
     arms = (first, second)
     _check(arms)
-    gains = _figures(arms, "adaptation", resamples, seed)
-    kept = _figures(arms, "retention", resamples, seed + len(first.adaptation))
+    adaptation = _means(arms, "adaptation", resamples, seed)
+    retention = _means(arms, "retention", resamples, seed + len(first.adaptation))
     if score is None:
-        scores = np.minimum(*(gain.max(axis=0) for gain in gains))
+        scores = np.minimum(*(values.max(axis=0) for values in adaptation))
     else:
         scores = np.full(resamples + 1, float(score))
-    found = [_first_reach(a.scales, g, k, scores) for a, g, k in zip(arms, gains, kept)]
-    scales = tuple(float(scale[0]) for scale, _ in found)
-    forgotten = [keep[0] - there for keep, (_, there) in zip(kept, found)]
+    reached = [_first_reach(a.scales, *p, scores) for a, *p in zip(arms, adaptation, retention)]
+    scales = tuple(float(scale[0]) for scale, _ in reached)
+    forgotten = [values[0] - retained for values, (_, retained) in zip(retention, reached)]
     differences = forgotten[0] - forgotten[1]
     draws = differences[1:][np.isfinite(differences[1:])]
     defined = len(draws) / resamples
     stderr = low = high = float("nan")
-    reasons = [_remark(a, g[:, 0], scores[0], scale) for a, g, scale in zip(arms, gains, scales)]
+    reasons = [
+        _remark(a, g[:, 0], scores[0], scale) for a, g, scale in zip(arms, adaptation, scales)
+    ]
     if np.isfinite(differences[0]) and defined < ENOUGH:
         reasons.append(f"both arms reach the score in {defined:.0%} of the resamples only")
     elif np.isfinite(differences[0]):
@@ -124,13 +126,13 @@ def _check(arms: tuple[Curve, Curve]) -> None:
                 raise ValueError(f"{name} needs one metric, and its scores at every scale")
 
 
-def _figures(
+def _means(
     arms: tuple[Curve, Curve], side: str, resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means over tasks or benchmarks, (scales, 1 + resamples) an arm; what was observed is first.
 
-    The arms' items are drawn together, those of different tasks independently. BLEU counts in
-    hundredths, as all else does.
+    Both arms get the same draws of a task's items; tasks are drawn independently. BLEU is divided
+    by 100, its scale.
     """
     names = sorted(getattr(arms[0], side))
     total = 0
@@ -149,17 +151,17 @@ def _first_reach(
     """The scale at which adaptation first rises to the score, and retention there, (draws,) each.
 
     `adaptation` and `retention` have shape (scales, draws), `scores` (draws,). nan where it does
-    not, or is there at t = 0 already.
+    not, or has it at t = 0 already.
     """
-    at, there = np.full((2, len(scores)), np.nan)
+    at, retained = np.full((2, len(scores)), np.nan)
     below_from_start = adaptation[0] < scores
     for i in range(len(scales) - 1):
         low, high = adaptation[i], adaptation[i + 1]
         here = np.isnan(at) & below_from_start & (low < scores) & (scores <= high)
         share = (scores[here] - low[here]) / (high[here] - low[here])
         at[here] = (1 - share) * scales[i] + share * scales[i + 1]
-        there[here] = (1 - share) * retention[i][here] + share * retention[i + 1][here]
-    return at, there
+        retained[here] = (1 - share) * retention[i][here] + share * retention[i + 1][here]
+    return at, retained
 
 
 def _remark(curve: Curve, adaptation: np.ndarray, score: float, scale: float) -> str:
