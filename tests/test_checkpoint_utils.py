@@ -18,8 +18,8 @@ def run(tiny):
     short = ["--limit", "64", "--dtype", "fp32", "--set", "checkpoints=2"]
     argv = ["--similar", "--lora", "8", *short, "--model", str(tiny), "--study", "door"]
     assert train(argv) == 0
-    (run,) = settings_for(study="door").runs_dir.iterdir()
-    return run
+    (record,) = settings_for(study="door").runs_dir.glob("*/run.json")
+    return record.parent
 
 
 @pytest.fixture
