@@ -41,8 +41,8 @@ def checkpoint_models(
     the others follow.
 
     >>> from checkpoint_utils import checkpoint_models, checkpoints_in, find_base
-    >>> wanted = checkpoints_in(Path("models/demo/similar_lora_r8_seed42"))
-    >>> for checkpoint, model in checkpoint_models(find_base(), wanted):
+    >>> selected = checkpoints_in(Path("models/demo/similar_lora_r8_seed42"))
+    >>> for checkpoint, model in checkpoint_models(find_base(), selected):
     ...     print(checkpoint.step if checkpoint else "base", type(model).__name__)
     base LlamaForCausalLM
     3 PeftModel
@@ -83,8 +83,8 @@ def checkpoint_weights(
     fit the base comes with the UserError that says so instead.
 
     >>> from checkpoint_utils import checkpoint_weights, checkpoints_in, find_base
-    >>> wanted = checkpoints_in(Path("models/demo/similar_lora_r8_seed42"))
-    >>> for checkpoint, weights in checkpoint_weights(find_base(), wanted):
+    >>> selected = checkpoints_in(Path("models/demo/similar_lora_r8_seed42"))
+    >>> for checkpoint, weights in checkpoint_weights(find_base(), selected):
     ...     print(checkpoint.step if checkpoint else "base", type(weights).__name__)
     base Weights
     3 Adapter
