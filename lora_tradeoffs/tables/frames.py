@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES, SPLITS, TASKS, UserError
+from config import FAMILIES, PRESETS, SPLITS, TASKS, UserError
 from dataset_descriptions import DESCRIPTIONS
-from lora_tradeoffs.records import metric_scale, updated
-from lora_tradeoffs.tables.arms import FULL, GRID, arms_of, shared_words
+from lora_tradeoffs.files import read_json
+from lora_tradeoffs.records import OLD_VERSIONS, RECORD_VERSION, metric_scale, updated
+from lora_tradeoffs.tables.arms import FULL, GRID, METHODS, arms_of, shared_words
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -30,8 +32,22 @@ SCRIPTS = {
     "drift.json": "svd_analysis.py",
     "gradients.json": "gradient_conflict.py",
 }
-TEXT = ("run", "family", "method", "split", "task", "metric")
+# The columns of `run_table`, by where run.json has them.
+RUN_COLUMNS = {
+    "base.name": "base",
+    "steps": "steps",
+    **{
+        f"config.{name}": name
+        for name in ("method", "rank", "alpha", "learning_rate", "epochs", "batch_size", "seed")
+    },
+    **{f"environment.{name}": name for name in ("device_name", "precision")},
+    "environment.git_commit": "commit",
+    **{f"environment.versions.{name}": name for name in ("torch", "transformers")},
+    "note": "note",
+}
+TEXTS = ("run", "family", "method", "split", "task", "metric")
 NUMBERS = ("rank", "seed", "step", "fraction", "value")
+NEVER_NULL = ("run", "method", "metric", "rank", "seed", "step")
 OPTIONAL = {
     **dict.fromkeys(("low", "high", "stderr", "n"), math.nan),
     "shots": 0,
@@ -46,36 +62,69 @@ def load_records(path: Path) -> DataFrame:
     """The records of a results document, one a row, with their arm.
 
     `attrs["meta"]` and the column `preset` hold where they come from. Raises UserError if the file
-    is missing or holds no records of this suite.
+    is missing or holds what no script of this suite writes.
     """
     import pandas as pd
 
     script = SCRIPTS.get(path.name, "eval.py")
+    command = f"python {script} --study {path.parent.name}"
     if not path.is_file():
         others = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{path.name}"))
         raise UserError(
-            f"no {path}; make it with: python {script} --study {path.parent.name}"
+            f"no {path}; make it with: {command}"
             f" (studies that have one: {', '.join(others) or 'none'})"
         )
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        meta, records = dict(document["meta"]), [dict(record) for record in document["records"]]
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        meta, records = dict(document["meta"]), [*map(dict, document["records"])]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no results document of {script}; name another file") from None
-    for number, record in enumerate(records):
-        missing = [name for name in TEXT + NUMBERS if name not in record]
-        if missing:
-            raise UserError(f"{path}: record {number} lacks {', '.join(missing)}; run {script}")
-    columns = None if records else [*TEXT, *NUMBERS, "tasks", "variant"]
-    frame = pd.DataFrame(map(updated, records), columns=columns)
+        raise UserError(f"{path} is not a results document; {command} writes it anew") from None
+    frame = pd.DataFrame(records or {name: [] for name in (*TEXTS, *NUMBERS, "tasks", "variant")})
+    if problem := _problem(meta, records, frame):
+        raise UserError(f"{path}: {problem}; edited by hand? {command} writes it anew")
+    if "variant" not in frame:
+        frame = pd.DataFrame(map(updated, records))
     for name, default in OPTIONAL.items():
         frame[name] = frame[name].fillna(default) if name in frame else default
     for name in (*NUMBERS, "low", "high", "stderr"):
-        frame[name] = pd.to_numeric(frame[name], errors="coerce")
+        frame[name] = pd.to_numeric(frame[name])
     frame["arm"] = arms_of(frame)
-    frame["preset"] = meta.get("preset")
+    frame["preset"] = meta["preset"]
     frame.attrs["meta"] = meta
     return frame
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _problem(meta: dict[str, Any], records: list[dict[str, Any]], frame: DataFrame) -> str:
+    """What no script writes: a version, preset, field or type; "" if there is nothing."""
+    version = meta.get("record_version", 1)
+    if version not in (RECORD_VERSION, *OLD_VERSIONS):
+        return f"record version {version!r}, this suite reads {RECORD_VERSION}"
+    if meta.get("preset") not in PRESETS:
+        return f"preset is {meta.get('preset')!r}"
+    required = {*TEXTS, *NUMBERS}
+    for number, record in enumerate(records):
+        if missing := required - record.keys():
+            return f"record {number} lacks {', '.join(sorted(missing))}"
+    types: dict[str, Any] = dict.fromkeys(TEXTS, str)
+    types |= dict.fromkeys((*NUMBERS, *OPTIONAL), (int, float)) | {"target_modules": str}
+    for name in types.keys() & frame.keys():
+        column = frame[name]
+        wrong = column.isna() & (name in NEVER_NULL)
+        if name == "method":
+            wrong |= ~column.isin(METHODS)
+        if column.dtype == object or column.dtype.kind == "b":
+            wrong |= [isinstance(v, bool) or not isinstance(v, types[name]) for v in column]
+            wrong &= column.notna() | (name in NEVER_NULL)
+        elif len(column) and (types[name] is str) == (column.dtype.kind in "iuf"):
+            wrong |= column.notna()
+        if wrong.any():
+            number = int(wrong.argmax())
+            return f"{name} of record {number} is {reprlib.repr(records[number].get(name))}"
+    return ""
 
 
 def is_demo(frame: DataFrame) -> bool:
@@ -179,22 +228,15 @@ def run_table(runs_dir: Path) -> DataFrame:
     """What the study's run.json files say, a run a row; empty if there are none."""
     import pandas as pd
 
-    rows = {}
+    records: dict[str, Any] = {}
     for path in sorted(runs_dir.glob("*/run.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            config, environment = dict(record["config"]), dict(record["environment"])
-        except (OSError, ValueError, KeyError, TypeError):
-            rows[path.parent.name] = {"note": "run.json is unreadable"}
-            continue
-        names = ("method", "rank", "alpha", "learning_rate", "epochs", "batch_size", "seed")
-        row = {"base": record.get("base", {}).get("name"), "steps": record.get("steps")}
-        row |= {name: config.get(name) for name in names}
-        row |= {name: environment.get(name) for name in ("device_name", "precision")}
-        row["commit"] = str(environment.get("git_commit") or "")[:12]
-        versions = environment.get("versions", {})
-        rows[path.parent.name] = row | {p: versions.get(p) for p in ("torch", "transformers")}
-    return pd.DataFrame.from_dict(rows, orient="index")
+            records[path.parent.name] = dict(read_json(path))
+        except (UserError, ValueError, TypeError):
+            records[path.parent.name] = {"note": "run.json is unreadable"}
+    table = pd.json_normalize([*records.values()]).set_axis([*records])
+    table = table.reindex(columns=[c for c in RUN_COLUMNS if c != "note" or c in table])
+    return table.rename(columns=RUN_COLUMNS)
 
 
 def gaps(frame: DataFrame, tested: bool = True) -> list[str]:

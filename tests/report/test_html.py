@@ -13,7 +13,6 @@ from support import assert_one_line_error
 from synthetic_drift import write_drift
 from synthetic_records import retention_study, study, write_study
 
-from config import UserError
 from lora_tradeoffs.report import html as report
 from lora_tradeoffs.report.notebook import StudyReport
 
@@ -125,38 +124,6 @@ def test_a_results_file_that_was_edited_is_one_line_that_names_it(script, tmp_pa
         "-m", "lora_tradeoffs.report.html", "--study", "demo", OUTPUT_DIR=str(tmp_path)
     )
     assert_one_line_error(process, str(path), "value of record 5 is 'NaN'", "eval.py --study demo")
-
-
-@pytest.mark.parametrize(
-    "edit, said",
-    [
-        (lambda d: d["records"][1].update(value=math.nan), "value of record 1 is nan"),
-        (lambda d: d["records"][1].update(stderr="0.1"), "stderr of record 1 is '0.1'"),
-        (lambda d: d["records"][1].update(rank=None), "rank of record 1 is None"),
-        (lambda d: d["records"][1].update(seed=True), "seed of record 1 is True"),
-        (lambda d: d["records"][1].update(run=7), "run of record 1 is 7"),
-        (lambda d: d["records"][1].update(method="Lora"), "method of record 1 is 'Lora'"),
-        (lambda d: d["records"][1].pop("value"), "record 1 lacks value"),
-        (lambda d: d["records"].append([1]), "is [1]"),
-        (lambda d: d["records"].append({**d["records"][3], "value": 0.9}), "records 3 and "),
-        (lambda d: d["records"][-1].update(seed=43), "another arm or seed"),
-        (lambda d: d.update(records={}), "no meta and records"),
-        (lambda d: d["meta"].pop("preset"), "preset is None"),
-        (lambda d: d["meta"].update(preset="stduy"), "preset is 'stduy'"),
-    ],
-)
-def test_nonsense_in_a_results_file_is_told_from_what_scripts_write(
-    tmp_path, monkeypatch, edit, said
-):
-    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
-    path = write_study(tmp_path, study(grid=[("lora", 8)], points=1, families=("similar",)))
-    assert StudyReport("demo").study.adaptation is not None
-    document = json.loads(path.read_text())
-    edit(document)
-    path.write_text(json.dumps(document))
-    with pytest.raises(UserError) as error:
-        StudyReport("demo")
-    assert str(path) in str(error.value) and said in str(error.value)
 
 
 def test_small_and_large_numbers_of_a_table_keep_their_figures(tmp_path, monkeypatch):

@@ -1,0 +1,71 @@
+"""Results documents: what is missing, foreign or edited is named in one line."""
+
+import json
+
+import pytest
+from synthetic_records import study, write_study
+
+from config import UserError
+from lora_tradeoffs.tables.frames import load_records, run_table
+
+
+def test_a_missing_file_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"python eval\.py --study mine") as error:
+        load_records(tmp_path / "performance_analysis" / "mine" / "adaptation.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1, 2]", "{}", '{"meta": {}, "records": [3]}', '{"meta": {}, "records": [{}]}']
+)
+def test_a_foreign_file_is_one_line(tmp_path, text):
+    path = tmp_path / "adaptation.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"adaptation\.json") as error:
+        load_records(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda d: d["records"][1].update(value=float("nan")), "not a results document"),
+        (lambda d: d["records"][1].update(value="0.5"), "value of record 1 is '0.5'"),
+        (lambda d: d["records"][1].update(stderr="0.1"), "stderr of record 1 is '0.1'"),
+        (lambda d: [r.update(n="all") for r in d["records"]], "n of record 0 is 'all'"),
+        (lambda d: d["records"][1].update(rank=None), "rank of record 1 is None"),
+        (lambda d: d["records"][1].update(seed=True), "seed of record 1 is True"),
+        (lambda d: d["records"][1].update(run=7), "run of record 1 is 7"),
+        (lambda d: d["records"][1].update(method="Lora"), "method of record 1 is 'Lora'"),
+        (lambda d: d["records"][1].pop("value"), "record 1 lacks value"),
+        (lambda d: d["records"].append([1]), "not a results document"),
+        (lambda d: d.update(records=7), "not a results document"),
+        (lambda d: d["meta"].pop("preset"), "preset is None"),
+        (lambda d: d["meta"].update(preset="stduy"), "preset is 'stduy'"),
+        (lambda d: d["meta"].update(record_version=3), "record version 3, this suite reads 2"),
+    ],
+)
+def test_what_no_script_writes_is_refused_by_name(tmp_path, edit, message):
+    path = write_study(tmp_path, study(grid=[("lora", 8)], points=1, families=("similar",)))
+    assert len(load_records(path))
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError) as error:
+        load_records(path)
+    assert str(path) in str(error.value) and message in str(error.value)
+    assert "eval.py --study demo" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_runs_are_listed_with_their_settings(tmp_path):
+    assert run_table(tmp_path).empty
+    record = {"base": {"name": "b"}, "steps": 4, "config": {"method": "lora", "rank": 8}}
+    record |= {"environment": {"device_name": "an abacus", "versions": {"torch": "2"}}}
+    for run, text in (("whole", json.dumps(record)), ("broken", "{")):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "run.json").write_text(text)
+    table = run_table(tmp_path)
+    row = table.loc["whole"]
+    assert (row["base"], row["steps"], row["rank"], row["torch"]) == ("b", 4, 8, "2")
+    assert row["device_name"] == "an abacus"
+    assert table.loc["broken", "note"] == "run.json is unreadable"
