@@ -100,6 +100,8 @@ def _refuse(constant: str) -> None:
 
 def _problem(meta: dict[str, Any], records: list[dict[str, Any]], frame: DataFrame) -> str:
     """What no script writes: a version, preset, field or type; "" if there is nothing."""
+    import numpy as np
+
     version = meta.get("record_version", 1)
     if version not in (RECORD_VERSION, *OLD_VERSIONS):
         return f"record version {version!r}, this suite reads {RECORD_VERSION}"
@@ -109,18 +111,16 @@ def _problem(meta: dict[str, Any], records: list[dict[str, Any]], frame: DataFra
     for number, record in enumerate(records):
         if missing := required - record.keys():
             return f"record {number} lacks {', '.join(sorted(missing))}"
-    types: dict[str, Any] = dict.fromkeys(TEXTS, str)
-    types |= dict.fromkeys((*NUMBERS, *OPTIONAL), (int, float)) | {"target_modules": str}
-    for name in types.keys() & frame.keys():
-        column = frame[name]
-        wrong = column.isna() & (name in NEVER_NULL)
+    types: dict[str, Any] = dict.fromkeys(("target_modules", *TEXTS), str)
+    types = dict.fromkeys((*NUMBERS, *OPTIONAL), (int, float)) | types
+    for name in filter(types.get, frame):
+        wrong = frame[name].isna() & (name in NEVER_NULL)
         if name == "method":
-            wrong |= ~column.isin(METHODS)
-        if column.dtype == object or column.dtype.kind == "b":
-            wrong |= [isinstance(v, bool) or not isinstance(v, types[name]) for v in column]
-            wrong &= column.notna() | (name in NEVER_NULL)
-        elif len(column) and (types[name] is str) == (column.dtype.kind in "iuf"):
-            wrong |= column.notna()
+            wrong |= ~frame[name].isin(METHODS)
+        if types[name] is str or frame[name].dtype.kind not in "iuf":
+            values = frame[name].dropna()
+            right = [isinstance(v, types[name]) and not isinstance(v, bool) for v in values]
+            wrong[values.index] |= ~np.array(right, dtype=bool)
         if wrong.any():
             number = int(wrong.argmax())
             return f"{name} of record {number} is {reprlib.repr(records[number].get(name))}"
