@@ -41,96 +41,36 @@ FIXED = ("preset", "model", "data", "max_steps", "set", "dtype", "items", "measu
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description=__doc__,
-        epilog=settable_help(),
-    )
+    parser = Parser(description=__doc__, epilog=settable_help())
     add_common_arguments(parser)
-    grid = parser.add_argument_group("the grid of runs")
-    grid.add_argument(
-        "--families", nargs="+", choices=FAMILIES, help="families of tasks (default: both)"
-    )
-    grid.add_argument(
-        "--ranks",
-        nargs="+",
-        type=int,
-        metavar="R",
-        help=f"LoRA ranks to compare with full fine-tuning (study: {' '.join(map(str, RANKS))})",
-    )
-    grid.add_argument(
-        "--full-qv",
-        action="store_true",
-        help="also train q_proj and v_proj without low-rank factors",
-    )
-    grid.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        metavar="S",
-        help="seeds to train every configuration with (default: the preset's)",
-    )
-    grid.add_argument(
-        "--single-task-controls",
-        action="store_true",
-        help="also train every configuration on each task alone (needed for transfer)",
-    )
-    grid.add_argument(
-        "--lr-sweep",
-        nargs="*",
-        type=float,
-        metavar="FACTOR",
-        help="search the learning rate of every configuration with the first seed, from these"
-        f" factors of its default ({' '.join(f'{f:g}' for f in FACTORS)}), and train the other"
-        " seeds at the rate that it chose",
-    )
-    run = parser.add_argument_group("training and measuring")
-    run.add_argument(
-        "--max-steps", type=positive_int, metavar="N", help="train N optimizer steps, not epochs"
-    )
-    run.add_argument(
-        "--dtype",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="precision of computation: bf16 (autocast), fp32, or auto (default), which is bf16"
-        " where the device computes with it",
-    )
-    run.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        action="extend",
-        metavar="FIELD=VALUE",
-        help="set fields of the training configuration (listed below)",
-    )
-    run.add_argument(
-        "--items", type=positive_int, metavar="N", help="measure N items of a task or benchmark"
-    )
-    run.add_argument(
-        "--scale-update",
-        action="store_true",
-        help="also measure the last checkpoints with scaled updates (preset study: always)",
-    )
-    run.add_argument(
-        "--measure-then-delete",
-        action="store_true",
-        help="delete all checkpoints of a run but the last once all analyses have measured them",
-    )
-    how = parser.add_argument_group("execution")
-    how.add_argument(
-        "--only",
-        nargs="+",
-        choices=STAGES,
-        metavar="STAGE",
-        help=f"run only these stages: {', '.join(STAGES)}",
-    )
-    how.add_argument(
-        "--workers",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="run N steps at a time, each on a GPU of its own or on its share of the cores",
-    )
-    how.add_argument("--dry-run", action="store_true", help="print the plan and what it needs")
+    ranks, factors = (" ".join(f"{n:g}" for n in numbers) for numbers in (RANKS, FACTORS))
+    add = parser.add_argument_group("the grid of runs (default: the preset's)").add_argument
+    add("--families", nargs="+", choices=FAMILIES, help="families of tasks to train on")
+    add("--ranks", nargs="+", type=int, metavar="R", help=f"LoRA ranks beside full, e.g. {ranks}")
+    add("--full-qv", action="store_true", help="also train q_proj and v_proj without LoRA")
+    add("--seeds", nargs="+", type=int, metavar="S", help="seeds to train every configuration with")
+    text = "also train every configuration on each task alone (needed for transfer)"
+    add("--single-task-controls", action="store_true", help=text)
+    text = f"""search the learning rate of every configuration with the first seed, from these
+        factors of its default ({factors}), and train the other seeds at the rate that it chose"""
+    add("--lr-sweep", nargs="*", type=float, metavar="FACTOR", help=text)
+    add = parser.add_argument_group("training and measuring").add_argument
+    add("--max-steps", type=positive_int, metavar="N", help="train N optimizer steps, not epochs")
+    text = "precision: bf16 (autocast), fp32, or auto (default), which is bf16 where it is fast"
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=text)
+    text = "set fields of the training configuration (listed below)"
+    add("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help=text)
+    add("--items", type=positive_int, metavar="N", help="measure N items of a task or benchmark")
+    text = "also measure the last checkpoints with scaled updates (preset study: always)"
+    add("--scale-update", action="store_true", help=text)
+    text = "delete all checkpoints of a run but the last once all analyses have measured them"
+    add("--measure-then-delete", action="store_true", help=text)
+    add = parser.add_argument_group("execution").add_argument
+    text = f"run only these stages: {', '.join(STAGES)}"
+    add("--only", nargs="+", choices=STAGES, metavar="STAGE", help=text)
+    text = "run N steps at a time, each on a GPU of its own or on its share of the cores"
+    add("--workers", type=positive_int, default=1, metavar="N", help=text)
+    add("--dry-run", action="store_true", help="print the plan and what it needs")
     return parser
 
 

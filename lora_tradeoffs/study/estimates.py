@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from config import BENCHMARKS, CHOICE_BENCHMARKS, Settings
@@ -166,8 +166,7 @@ def detectable_differences(
     )
 
     tasks = list(dict.fromkeys(task for run in runs for task in run.config.tasks))
-    counts = {task: task_items(task, settings) for task in tasks}
-    counts |= {name: benchmark_items(name, settings) for name in CHOICE_BENCHMARKS}
+    counts = {name: items(name, settings) for name in (*tasks, *CHOICE_BENCHMARKS)}
     parts = []
     for name, count in counts.items():
         if count:
@@ -187,29 +186,20 @@ def detectable_differences(
     return lines
 
 
-def task_items(task: str, settings: Settings) -> int:
-    """Rows of a task's test split: the lines of a folder's file, else the official number."""
+def items(name: str, settings: Settings) -> int:
+    """Items of a task's test split, or of a benchmark; 0 if unknown.
+
+    Of a folder the lines of the file, else the official number.
+    """
     from lora_tradeoffs.data.sources import source_folder
 
-    source = source_folder(settings)
+    source, benchmark = source_folder(settings), BENCHMARKS.get(name)
     if source is not None:
-        return _lines(source / task / "test.jsonl")
-    description = describe(task)
-    return description.rows["test" if description.hub_splits["test"] == "test" else "validation"]
-
-
-def benchmark_items(name: str, settings: Settings) -> int:
-    from lora_tradeoffs.data.sources import source_folder
-
-    source = source_folder(settings)
-    if source is None:
-        return BENCHMARKS[name].items
-    return _lines(source / name / f"{BENCHMARKS[name].split}.jsonl")
-
-
-def _lines(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
+        split = benchmark.split if benchmark else "test"
+        with suppress(OSError), (source / name / f"{split}.jsonl").open("rb") as file:
             return sum(1 for _ in file)
-    except OSError:
         return 0
+    if benchmark:
+        return benchmark.items
+    description = describe(name)
+    return description.rows["test" if description.hub_splits["test"] == "test" else "validation"]

@@ -224,7 +224,7 @@ class DoneTests:
                 self._is_trained(run) or (step.stage == "sweep" and run.has_diverged)
                 for run in step.runs
             )
-        except UserError:
+        except (UserError, KeyError):
             return False
 
     def _is_trained(self, run: Run) -> bool:
@@ -250,7 +250,7 @@ class DoneTests:
         """The runs of these steps, and the base, that have a measurement left."""
         runs = list(dict.fromkeys(name for s in alike for name in s.measurable_runs()))
         try:
-            return self.unmeasured_runs(step.stage, step.options, runs)
+            return self.unmeasured_runs(step.stage, step.options, runs) if runs else {"base"}
         except UserError:
             return {"base"}
 
