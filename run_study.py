@@ -123,18 +123,19 @@ def unmeasured_runs(
 ) -> set[str]:
     """Names of these runs, and "base", of which the stage's analysis has a measurement pending."""
     from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions
+    from lora_tradeoffs.drift.analysis import DriftAnalysis, DriftOptions
+    from lora_tradeoffs.gradients.analysis import GradientAnalysis, GradientOptions
     from lora_tradeoffs.measuring.loop import pending
     from lora_tradeoffs.measuring.subjects import find_subjects
     from lora_tradeoffs.models.base import prepare_base
     from lora_tradeoffs.retention.analysis import Retention, RetentionOptions
 
-    classes = {
+    analysis_class, options_class = {
         "evaluate": (Adaptation, AdaptationOptions),
         "retention": (Retention, RetentionOptions),
-    }
-    if stage not in classes:
-        return {"base"}
-    analysis_class, options_class = classes[stage]
+        "drift": (DriftAnalysis, DriftOptions),
+        "gradients": (GradientAnalysis, GradientOptions),
+    }[stage]
     fields = {name: value for name, value in options.items() if name != "checkpoints"}
     base = prepare_base(settings)
     analysis = analysis_class(settings, base, options_class(**fields))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from config import ROOT, Settings, UserError
@@ -211,7 +212,9 @@ class DoneTests:
         """
         try:
             if step.stage == "report":
-                return self._report_is_new()
+                report = self.settings.output_dir / "outputs" / self.settings.study / "report.html"
+                documents = map(self.settings.document, ANALYSES.values())
+                return _is_newest(report, (NOTEBOOK, *documents))
             if step.stage == "prepare":
                 caps = self.settings.preset.max_length, self.settings.examples_per_task
                 return all(
@@ -247,19 +250,19 @@ class DoneTests:
         return not different_settings(read_json(run.folder / "run.json"), record)
 
     def _unmeasured(self, step: Step, alike: Sequence[Step]) -> set[str]:
-        """The runs of these steps, and the base, that have a measurement left."""
+        """The runs of these steps, and the base, that have a measurement left.
+
+        All of them if the analysis was killed between its last measurement and its document.
+        """
         runs = list(dict.fromkeys(name for s in alike for name in s.measurable_runs()))
+        document = self.settings.document(ANALYSES[step.stage])
+        records = (document.parent / "records").glob("*.json")
+        if not runs or not _is_newest(document, records):
+            return {"base"}
         try:
-            return self.unmeasured_runs(step.stage, step.options, runs) if runs else {"base"}
+            return self.unmeasured_runs(step.stage, step.options, runs)
         except UserError:
             return {"base"}
-
-    def _report_is_new(self) -> bool:
-        """Whether the report was written after the documents and the notebook that it shows."""
-        report = self.settings.output_dir / "outputs" / self.settings.study / "report.html"
-        sources = [NOTEBOOK, *map(self.settings.document, ANALYSES.values())]
-        times = [path.stat().st_mtime_ns for path in sources if path.is_file()]
-        return report.is_file() and report.stat().st_mtime_ns > max(times)
 
     @functools.cached_property
     def _base(self) -> Any:
@@ -283,3 +286,9 @@ class DoneTests:
             data = find_prepared(self.settings, self._tokenizer, tasks, *limits) if here else None
             self._data[tasks, limits] = data
         return self._data[tasks, limits]
+
+
+def _is_newest(path: Path, others: Iterable[Path]) -> bool:
+    """Whether the file exists and none of the others was written after it."""
+    times = [other.stat().st_mtime_ns for other in others if other.is_file()]
+    return path.is_file() and path.stat().st_mtime_ns >= max(times, default=0)

@@ -7,6 +7,8 @@ import pytest
 
 from config import resolve_settings
 from lora_tradeoffs.adaptation.analysis import AdaptationOptions
+from lora_tradeoffs.drift.analysis import DriftOptions
+from lora_tradeoffs.gradients.analysis import GradientOptions
 from lora_tradeoffs.retention.analysis import RetentionOptions
 from lora_tradeoffs.study.estimates import training_need
 from lora_tradeoffs.study.plan import SAMPLE_OPTIONS, plan_runs, plan_steps
@@ -76,14 +78,15 @@ def test_every_command_line_is_one_that_its_script_accepts(planned, flags):
 
 
 def test_the_options_of_the_sample_are_options_of_the_analyses():
-    fields = {
+    classes = {
         "evaluate": AdaptationOptions,
         "retention": RetentionOptions,
+        "drift": DriftOptions,
+        "gradients": GradientOptions,
     }
     for (stage, _), options in SAMPLE_OPTIONS.items():
-        if stage in fields:
-            names = {field.name for field in dataclasses.fields(fields[stage])}
-            assert options.keys() <= names | {"checkpoints"}
+        names = {field.name for field in dataclasses.fields(classes[stage])}
+        assert options.keys() <= names | {"checkpoints"}
 
 
 def test_workers_share_an_analysis_after_one_has_measured_the_base(planned):

@@ -10,7 +10,7 @@ from config import UserError
 from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.models.base import load_tokenizer, prepare_base
 from lora_tradeoffs.study import steps as study_steps
-from lora_tradeoffs.study.steps import DoneTests, Outcomes, Step, flags
+from lora_tradeoffs.study.steps import ANALYSES, DoneTests, Outcomes, Step, flags
 from lora_tradeoffs.training.plan import plan_runs
 from lora_tradeoffs.training.run import Run
 
@@ -51,6 +51,15 @@ def trained(settings, run):
     write_json(run.folder / "training.json", {})
 
 
+def measured(settings, run, stage="drift"):
+    """A checkpoint, a record and the document, as far as a step looks at them."""
+    write_json(run.folder / "checkpoint-4" / "manifest.json", {})
+    document = settings.document(ANALYSES[stage])
+    write_json(document.parent / "records" / f"{run.name}-4.json", {})
+    write_json(document, {})
+    return document
+
+
 def is_done(settings, step, ask=never):
     return DoneTests(settings, ask).done_steps([step]) == {step.name}
 
@@ -89,7 +98,8 @@ def test_a_diverged_run_is_a_result_of_a_sweep_alone(settings, run):
 def test_analyses_that_differ_in_their_runs_alone_are_asked_about_once(settings, run):
     runs = [run, run.at_rate(0.5), run.at_rate(0.25)]
     for one in runs:
-        write_json(one.folder / "checkpoint-4" / "manifest.json", {})
+        measured(settings, one, "retention")
+        measured(settings, one, "drift")
     asked = []
 
     def ask(stage, options, names):
@@ -117,8 +127,20 @@ def test_an_analysis_is_not_done_if_the_base_is_pending_or_nothing_can_be_said(s
     def broken(*_):
         raise UserError("a record cannot be read")
 
-    assert not is_done(settings, Step("drift", "drift", {}, (run,)), lambda *_: {"base"})
-    assert not is_done(settings, Step("drift", "drift", {}, (run,)), broken)
+    step = Step("drift", "drift", {}, (run,))
+    assert not is_done(settings, step)  # no checkpoint to measure
+    measured(settings, run)
+    assert is_done(settings, step, lambda *_: set())
+    assert not is_done(settings, step, lambda *_: {"base"})
+    assert not is_done(settings, step, broken)
+
+
+def test_an_analysis_that_was_killed_before_its_document_is_not_done(settings, run):
+    document = measured(settings, run)
+    os.utime(document, (1, 1))
+    assert not is_done(settings, Step("drift", "drift", {}, (run,)))
+    document.unlink()
+    assert not is_done(settings, Step("drift", "drift", {}, (run,)))
 
 
 def test_a_report_is_done_if_it_is_newer_than_what_it_shows(settings, tmp_path, monkeypatch):
