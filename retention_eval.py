@@ -45,6 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="show N in-context examples before every question (default 0)",
     )
     group.add_argument(
+        "--documents",
+        type=int,
+        metavar="N",
+        help="measure the log-likelihood of N documents of each held-out text (default: the"
+        " preset's)",
+    )
+    group.add_argument(
         "--scale-update",
         nargs="*",
         type=float,

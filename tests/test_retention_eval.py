@@ -266,6 +266,7 @@ def test_bad_input_is_one_line(folder, model, inside):
 
     assert_one_line_error(run("--tasks", "helaswag"), "hellaswag")
     assert_one_line_error(run("--limit", "0"), "--limit must be 1 or more")
+    assert_one_line_error(run("--documents", "0"), "--documents must be 1 or more")
     assert_one_line_error(run("--scale-update", "nan"), "--scale-update")
     assert_one_line_error(run("--runs", "none"), "no run 'none'")
     scaled = run("--runs", RUN, "--checkpoints", "3", "--scale-update")

@@ -45,12 +45,15 @@ class RetentionOptions:
     tasks: tuple[str, ...] = CHOICE_BENCHMARKS
     num_fewshot: int = 0
     limit: int | None = None
+    documents: int | None = None  # of each held-out text; None: the preset's
     scale_update: tuple[float, ...] | None = None  # (): SCALES
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise UserError("--limit must be 1 or more")
+        if self.documents is not None and self.documents < 1:
+            raise UserError("--documents must be 1 or more")
         if self.num_fewshot < 0:
             raise UserError("--num-fewshot must be 0 or more")
         for t in self.scale_update or ():
@@ -178,7 +181,8 @@ class Retention(Analysis):
         from lora_tradeoffs.data.sources import held_out_texts
 
         if not self._texts:
-            sources = held_out_texts(self.settings, self.settings.preset.held_out_documents)
+            count = self.options.documents or self.settings.preset.held_out_documents
+            sources = held_out_texts(self.settings, count)
             for source, texts in sources.items():
                 self._texts[source] = [text[:TEXT_CHARACTERS] for text in texts]
         return self._texts

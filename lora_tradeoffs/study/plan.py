@@ -18,11 +18,11 @@ from training_configs import parse_assignments
 SAMPLE_OPTIONS: dict[tuple[str, str | None], dict[str, Any]] = {
     ("evaluate", None): {"limit": 16, "shots": 0},
     ("evaluate", "dissimilar"): {
-        **{"checkpoints": ("last",), "splits": ("validation",), "limit": 6, "shots": 0},
+        **{"checkpoints": ("last",), "splits": ("validation",), "limit": 4, "shots": 0},
     },
-    ("retention", None): {"checkpoints": ("last",), "limit": 16},
+    ("retention", None): {"checkpoints": ("last",), "limit": 16, "documents": 4},
     ("drift", None): {"top_k": (4, 8, 16, 32)},
-    ("gradients", None): {"checkpoints": ("last",), "batches": 3, "batch_size": 2},
+    ("gradients", None): {"checkpoints": ("last",), "batches": 2, "batch_size": 2},
 }
 
 
