@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
-from lora_tradeoffs.statistics.contrasts import Items, Part, by_seed
+from lora_tradeoffs.statistics.contrasts import Items, WeightedScores, by_seed
 from lora_tradeoffs.tables.arms import GRID, Arm
 from lora_tradeoffs.tables.frames import last_checkpoints, scores
 from lora_tradeoffs.tables.retention import MEAN, forgotten, retained
@@ -47,7 +47,7 @@ def slope_weights(arms: Sequence[set[Arm]]) -> dict[Arm, float]:
     return dict(zip(shared_arms, (centred / (centred**2).sum()).tolist()))
 
 
-def shared_seeds(tasks: Sequence[Sequence[Part]]) -> int:
+def shared_seeds(tasks: Sequence[Sequence[WeightedScores]]) -> int:
     """How many seeds all parts have."""
     seeds = [set(part.rows) for parts in tasks for part in parts]
     return len(set.intersection(*seeds)) if seeds else 0
@@ -62,7 +62,7 @@ def mean_forgetting(retention: DataFrame, family: str) -> DataFrame:
 
 def forgetting_parts(
     retention: DataFrame, family: str, weights: dict[Arm, float], items: Items | None
-) -> list[list[Part]]:
+) -> list[list[WeightedScores]]:
     """Parts whose contrast is that of the mean forgetting.
 
     With items they are the benchmarks' own scores, of the runs that were compared with the base:
@@ -76,5 +76,8 @@ def forgetting_parts(
     rows = rows[rows["shots"] == rows["shots"].min()]
     benchmarks = [rows[rows["task"] == task] for task in sorted(set(rows["task"]))]
     if items is None or any(benchmark["n"].nunique() > 1 for benchmark in benchmarks):
-        return [[Part(w, rows_of(lost, arm)) for arm, w in weights.items()]]
-    return [[Part(-w, rows_of(part, arm)) for arm, w in weights.items()] for part in benchmarks]
+        return [[WeightedScores(w, rows_of(lost, arm)) for arm, w in weights.items()]]
+    return [
+        [WeightedScores(-w, rows_of(part, arm)) for arm, w in weights.items()]
+        for part in benchmarks
+    ]

@@ -51,7 +51,7 @@ from lora_tradeoffs.report.wording import (
     other_items,
 )
 from lora_tradeoffs.statistics.comparisons import LEVEL, MIN_SEEDS, Comparison, holm
-from lora_tradeoffs.statistics.contrasts import Contrast, Items, Part, contrast
+from lora_tradeoffs.statistics.contrasts import Contrast, Items, WeightedScores, contrast
 from lora_tradeoffs.statistics.seed_intervals import BOTH, SEEDS, compare_over_seeds
 from lora_tradeoffs.tables.arms import FULL, GRID, Arm
 from lora_tradeoffs.tables.predictors import PREDICTORS
@@ -132,7 +132,10 @@ def _adapts(adaptation: DataFrame, items: Items | None) -> list[Finding]:
         few: dict[Arm, int] = {}
         for arm, task in product(GRID, tasks):
             on_task = rows[(rows["family"] == family) & (rows["task"] == task)]
-            parts = [Part(1, rows_of(on_task, arm)), Part(-1, rows_of(on_task, FULL))]
+            parts = [
+                WeightedScores(1, rows_of(on_task, arm)),
+                WeightedScores(-1, rows_of(on_task, FULL)),
+            ]
             seeds = shared_seeds([parts])
             if seeds < MIN_SEEDS:
                 few[arm] = min(few.get(arm, seeds), seeds)
@@ -146,7 +149,7 @@ def _adapts(adaptation: DataFrame, items: Items | None) -> list[Finding]:
 
 def _forgets(retention: DataFrame, items: Items | None) -> list[Finding]:
     """Forgetting of LoRA minus that of full fine-tuning, mean over benchmarks."""
-    pairs: list[tuple[str, Arm, list[list[Part]]]] = []
+    pairs: list[tuple[str, Arm, list[list[WeightedScores]]]] = []
     results = []
     for family in FAMILIES:
         few = {}
@@ -206,7 +209,8 @@ def _rank(study: StudyRecords) -> list[Finding]:
             by_task = [rows[rows["task"] == task] for task in FAMILIES[family]]
             weights = slope_weights([grid_arms(part) for part in by_task])
             tasks = [
-                [Part(w, rows_of(rows, arm)) for arm, w in weights.items()] for rows in by_task
+                [WeightedScores(w, rows_of(rows, arm)) for arm, w in weights.items()]
+                for rows in by_task
             ]
             trends.append((family, "score", tasks, study.adaptation_items))
         if study.retention is not None:
@@ -307,11 +311,11 @@ def _corrected(
 ) -> list[Finding]:
     """The contrasts as findings, corrected over `tests`, of which the rest could not be made."""
     tests = len(contrasts) if tests is None else tests
-    p_values = [tested.result.found.p_value for tested in contrasts]
+    p_values = [tested.result.comparison.p_value for tested in contrasts]
     corrected = holm([*p_values, *[math.nan] * (tests - len(contrasts))])
     results = []
     for tested, p in zip(contrasts, map(float, corrected)):
-        c, about = tested.result.found, (tested.family, str(tested.arm), tested.about)
+        c, about = tested.result.comparison, (tested.family, str(tested.arm), tested.about)
         if math.isnan(c.p_value):
             results.append(Finding(MISSING, question, other_items(tested), *about))
             continue

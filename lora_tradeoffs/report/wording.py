@@ -133,7 +133,7 @@ def of_a_difference(tested: Any, corrected: float, tests: int) -> tuple[str, str
 
     Distinguishable is what has a corrected p-value below 5 %.
     """
-    c, sentences, digits = tested.result.found, tested.sentences, tested.sentences.digits
+    c, sentences, digits = tested.result.comparison, tested.sentences, tested.sentences.digits
     alone = f"{p_text(c.p_value)} alone, " if tests > 1 else ""
     evidence = [f"{alone}{p_text(corrected)}{after(tests)}", f"{len(tested.result.seeds)} seeds"]
     if math.isfinite(c.low):

@@ -1,14 +1,14 @@
 """Uncertainty and comparisons of scores: bootstrap over items, tests over items and over seeds.
 
 Two checkpoints are compared over items: the claim is about these two checkpoints. Two methods are
-compared over seeds, at least three: the checkpoints of one run are one trajectory, and thousands
-of test items do not make up for a single seed.
+compared over seeds, at least three (seed_intervals.py): the checkpoints of one run are one
+trajectory, and thousands of test items do not make up for a single seed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
@@ -231,49 +231,10 @@ def detectable_over_seeds(stderr: float, seeds: int) -> float:
     return float(shift * stderr)
 
 
-def compare_methods(first: Mapping[int, float], second: Mapping[int, float]) -> Comparison:
-    """Two methods, paired by seed: {seed: figure} each. Seeds that only one has are left out.
-
-    A paired t test: with three to five seeds a test without the normal assumption cannot reach the
-    5 % level at all (sign flips: at best 2/2^3 = .25 and 2/2^5 = .06). The assumption cannot be
-    checked with so few; `sign_flip_p` is worth reporting from six seeds on. It is about new seeds
-    on these test items. Raises ValueError for fewer than three seeds.
-    """
-    from scipy.stats import t
-
-    seeds = sorted(set(first) & set(second))
-    if len(seeds) < MIN_SEEDS:
-        named = f" ({', '.join(map(str, seeds))})" if seeds else ""
-        raise ValueError(
-            f"a claim about methods needs at least {MIN_SEEDS} seeds that both were trained with,"
-            f" here {len(seeds)}{named}: compare checkpoints, or train more seeds"
-        )
-    differences = np.array([first[seed] - second[seed] for seed in seeds])
-    difference = float(differences.mean())
-    stderr = float(differences.std(ddof=1) / np.sqrt(len(seeds)))
-    if np.allclose(differences, difference, rtol=0, atol=1e-12):
-        # Figures of few items can tie. t would be infinite, and three seeds give no certainty.
-        nan, p_value = float("nan"), sign_flip_p(differences)
-        return Comparison(
-            "exact sign flips over seeds", difference, 0.0, nan, nan, p_value, nan, len(seeds)
-        )
-    reach = float(t.ppf((1 + LEVEL) / 2, len(seeds) - 1) * stderr)
-    p_value = float(2 * t.sf(abs(difference) / stderr, len(seeds) - 1))
-    return Comparison(
-        test="paired t over seeds",
-        difference=difference,
-        stderr=stderr,
-        low=difference - reach,
-        high=difference + reach,
-        p_value=p_value,
-        detectable=detectable_over_seeds(stderr, len(seeds)),
-        n=len(seeds),
-    )
-
-
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Two-sided p-value of the exact paired permutation test (Fisher 1935): all sign flips.
 
+    With three to five seeds it cannot reach the 5 % level: at best 2/2^3 = .25 and 2/2^5 = .06.
     Raises ValueError for more than 20 differences, a million flips.
     """
     differences = np.asarray(differences, dtype=float)

@@ -1,8 +1,8 @@
-"""Weighted differences of arms, paired by seed and, where per-item outcomes are there, by item.
+"""Weighted differences of arms, paired by seed and, where per-item outcomes exist, by item.
 
 A contrast is a sum of weight times score: LoRA minus full fine-tuning, multi-task minus
-single-task, the slope of the score over ranks. Of several tasks or benchmarks it is the mean of
-theirs; those are different items, so the variances over items add.
+single-task, the slope of the score over ranks. Over several tasks or benchmarks it is the mean
+of their contrasts; their items differ, so the variances over items add.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
     from lora_tradeoffs.statistics.scores import Scores
 
-BySeed = Mapping[int, Any]  # a row (of DataFrame.itertuples) a seed
-Items = Callable[[Any], "Scores | None"]  # per-item statistics of a row; None if they are not there
+BySeed = Mapping[int, Any]  # seed -> row (of DataFrame.itertuples)
+Items = Callable[[Any], "Scores | None"]  # a row's per-item statistics; None if they do not exist
 
 
-class Part(NamedTuple):
+class WeightedScores(NamedTuple):
     """One arm's scores on one task, and their weight."""
 
     weight: float
@@ -49,108 +49,112 @@ class Part(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """What a contrast is, the seeds that all its parts share, and what its interval counts."""
+    """A contrast's value and test, and the seeds that all its arms share.
 
-    found: Comparison
+    `over` says what the interval is over: SEEDS, ITEMS, BOTH or NOTHING (seed_intervals.py).
+    """
+
+    comparison: Comparison
     seeds: tuple[int, ...]
     over: str
 
 
 def by_seed(rows: DataFrame) -> dict[int, Any]:
     """The rows by seed. Raises ValueError if a seed has several."""
-    found = {int(row.seed): row for row in rows.itertuples()}
-    if len(found) != len(rows):
-        raise ValueError(f"{len(rows)} rows of {len(found)} seeds: one figure a seed is needed")
-    return found
+    row_of = {int(row.seed): row for row in rows.itertuples()}
+    if len(row_of) != len(rows):
+        raise ValueError(f"{len(rows)} rows of {len(row_of)} seeds: one figure a seed is needed")
+    return row_of
 
 
 def contrast(
-    tasks: Sequence[Sequence[Part]], items: Items | None = None, level: float = LEVEL
+    tasks: Sequence[Sequence[WeightedScores]], items: Items | None = None, level: float = LEVEL
 ) -> Contrast:
     """The mean over tasks of each task's weighted sum, with the test that its seeds allow.
 
-    Three seeds and more: over seeds, and over items where all parts have theirs. One seed: over
-    items, about these runs alone. Two seeds, one without items, or parts of a task that were
-    measured on other numbers of items: the figure, all else nan. `level` is that at which the
-    detectable difference is reckoned. BLEU counts in hundredths where several tasks are averaged.
+    Three seeds and more: over seeds, and over items where all scores have them. One seed: over
+    items, about these runs alone. Two seeds, one without items, or scores of a task that are over
+    different numbers of items: the value, and nan for all else. `level` is that of the test whose
+    detectable difference is computed. Several tasks are averaged on a scale of 0 to 1.
     """
-    seeds = tuple(sorted(set.intersection(*(set(p.rows) for parts in tasks for p in parts))))
+    seeds = tuple(sorted(set.intersection(*(set(s.rows) for scores in tasks for s in scores))))
+    if len(tasks) > 1:
+        tasks = [[_on_unit_scale(s) for s in scores] for scores in tasks]
+    weights = [[s.weight for s in scores] for scores in tasks]
     differences = np.array(
         [
-            np.mean([sum(_unit(p, tasks) * p.rows[s].value for p in parts) for parts in tasks])
-            for s in seeds
+            np.mean([sum(s.weight * s.rows[seed].value for s in scores) for scores in tasks])
+            for seed in seeds
         ]
     )
-    found = {s: [_scores(parts, s, items) for parts in tasks] for s in seeds}
-    columns = list(zip(*found.values()))
+    # a row a seed, a column a task; None where a task lacks the items of an arm
+    outcomes = [[_outcomes(scores, seed, items) for scores in tasks] for seed in seeds]
+    columns = list(zip(*outcomes))
     same = all(len(_item_counts(column)) < 2 for column in columns)
     paired = bool(seeds) and same and all(None not in column for column in columns)
     if len(seeds) >= MIN_SEEDS and same:
-        variance = _shared(tasks, found) if paired else 0.0
-        compared = compare_over_seeds(differences, variance, level)
-        return Contrast(compared, seeds, BOTH if variance else SEEDS)
+        variance = _shared_variance(weights, columns) if paired else 0.0
+        comparison = compare_over_seeds(differences, variance, level)
+        return Contrast(comparison, seeds, BOTH if variance else SEEDS)
     if len(seeds) == 1 and paired:
-        compared = _over_items(tasks, found[seeds[0]], differences[0], level)
-        return Contrast(compared, seeds, ITEMS)
+        return Contrast(_over_items(weights, outcomes[0], differences[0], level), seeds, ITEMS)
     nan, value = math.nan, float(differences.mean()) if len(seeds) else math.nan
     return Contrast(Comparison("", value, nan, nan, nan, nan, nan, len(seeds)), seeds, NOTHING)
 
 
-def _unit(part: Part, tasks: Sequence[Sequence[Part]]) -> float:
-    """The part's weight, over the metric's scale where several tasks are averaged."""
-    row = next(iter(part.rows.values()))
-    return part.weight / (metric_scale(row.metric) if len(tasks) > 1 else 1)
+def _on_unit_scale(scores: WeightedScores) -> WeightedScores:
+    scale = max((metric_scale(row.metric) for row in scores.rows.values()), default=1)
+    return scores._replace(weight=scores.weight / scale)
 
 
-def _scores(parts: Sequence[Part], seed: int, items: Items | None) -> list[Scores] | None:
-    found = [items(part.rows[seed]) if items else None for part in parts]
-    return None if any(scores is None for scores in found) else found
+def _outcomes(
+    scores: Sequence[WeightedScores], seed: int, items: Items | None
+) -> list[Scores] | None:
+    outcomes = [items(s.rows[seed]) if items else None for s in scores]
+    return None if any(outcome is None for outcome in outcomes) else outcomes
 
 
 def _item_counts(column: Sequence[list[Scores] | None]) -> set[int]:
-    """Of how many items a task's scores are, those of all seeds that are there."""
-    return {len(scores.statistics) for own in column if own is not None for scores in own}
+    """How many items a task's scores are over, for the seeds that have items."""
+    return {len(s.statistics) for outcomes in column if outcomes is not None for s in outcomes}
 
 
-def _influence(
-    tasks: Sequence[Sequence[Part]], parts: Sequence[Part], scores: Sequence[Scores]
-) -> np.ndarray:
-    """The task's weighted sum without each item in turn, shape (items,)."""
-    return sum(_unit(part, tasks) * leave_one_out(s) for part, s in zip(parts, scores))
+def _jackknife(weights: Sequence[float], outcomes: Sequence[Scores]) -> np.ndarray:
+    """A task's weighted sum without each item in turn, shape (items,)."""
+    return sum(weight * leave_one_out(scores) for weight, scores in zip(weights, outcomes))
 
 
-def _shared(tasks: Sequence[Sequence[Part]], found: Mapping[int, list[list[Scores]]]) -> float:
-    total = 0.0
-    for number, parts in enumerate(tasks):
-        influences = [_influence(tasks, parts, own[number]) for own in found.values()]
-        total += shared_variance(np.array(influences))
-    return total / len(tasks) ** 2
+def _shared_variance(
+    weights: Sequence[Sequence[float]], columns: Sequence[Sequence[Sequence[Scores]]]
+) -> float:
+    """The variance over items that all seeds share, of the mean over tasks."""
+    variances = [
+        shared_variance(np.array([_jackknife(task_weights, outcomes) for outcomes in column]))
+        for task_weights, column in zip(weights, columns)
+    ]
+    return sum(variances) / len(weights) ** 2
 
 
 def _over_items(
-    tasks: Sequence[Sequence[Part]],
-    found: Sequence[Sequence[Scores]],
+    weights: Sequence[Sequence[float]],
+    outcomes: Sequence[Sequence[Scores]],
     value: float,
     level: float,
 ) -> Comparison:
     """One seed: the paired test of two checkpoints, else a normal interval over items."""
     from scipy.stats import norm
 
-    weights = [part.weight for part in tasks[0]]
     errors = float(norm.isf((1 - level) / 2) + norm.ppf(POWER))
-    if len(tasks) == 1 and weights == [1, -1]:
-        compared = compare_checkpoints(*found[0])
-        least = compared.detectable
+    if weights == [[1, -1]]:
+        comparison = compare_checkpoints(*outcomes[0])
+        detectable = comparison.detectable
         if level > LEVEL:  # McNemar's p-value of k items that all fall to one side is 2 / 2^k
-            fewest = (math.floor(math.log2(2 / (1 - level))) + 1) / compared.n
-            own = errors * compared.stderr
-            least = max(own, fewest) if compared.test == "exact McNemar" else own or math.nan
-        return replace(compared, detectable=least)
-    variances = [
-        shared_variance(_influence(tasks, parts, scores)[None])
-        for parts, scores in zip(tasks, found)
-    ]
-    stderr = math.sqrt(sum(variances)) / len(tasks)
+            fewest = (math.floor(math.log2(2 / (1 - level))) + 1) / comparison.n
+            detectable = errors * comparison.stderr or math.nan
+            if comparison.test == "exact McNemar":
+                detectable = max(errors * comparison.stderr, fewest)
+        return replace(comparison, detectable=detectable)
+    stderr = math.sqrt(_shared_variance(weights, [[task] for task in outcomes]))
     half = float(norm.isf((1 - LEVEL) / 2)) * stderr
     return Comparison(
         test="normal over items",

@@ -1,6 +1,6 @@
 """A metric of a list of items: one row of sufficient statistics an item, and their aggregate.
 
-So any weighting of the items has its figure in one product, and one bootstrap (comparisons.py)
+Any weighting of the items thus gives its figure by one product, and one bootstrap (comparisons.py)
 serves accuracy and corpus BLEU alike.
 """
 
@@ -99,8 +99,8 @@ def _bleu_parts(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 AGGREGATES = {f.__name__: f for f in (mean, macro_f1, smoothed_bleu, mteval_bleu)}
 
 
-def mean_scores(name: str, values: Sequence[float], kept: np.ndarray | None = None) -> Scores:
+def mean_scores(name: str, values: Sequence[float], mask: np.ndarray | None = None) -> Scores:
     """Scores whose figure is the mean of values in [0, 1], over the items of the mask or all."""
     values = np.asarray(values, dtype=float)
-    kept = np.ones(len(values)) if kept is None else np.asarray(kept, dtype=float)
-    return Scores(name, np.stack([values * kept, kept], axis=1), mean)
+    counts = np.ones(len(values)) if mask is None else np.asarray(mask, dtype=float)
+    return Scores(name, np.stack([values * counts, counts], axis=1), mean)

@@ -55,8 +55,8 @@ def reach(
     from scipy.stats import norm, t
 
     tail = (1 - level) / 2
-    own, shared = t.isf(tail, seeds - 1), norm.isf(tail)
-    return math.sqrt(own**2 * seed_variance + shared**2 * item_variance)
+    of_seeds, of_items = t.isf(tail, seeds - 1), norm.isf(tail)
+    return math.sqrt(of_seeds**2 * seed_variance + of_items**2 * item_variance)
 
 
 def estimate_over_seeds(
@@ -83,10 +83,10 @@ def shared_variance(leave_one_out: np.ndarray) -> float:
     covariance of two seeds' figures, jackknifed (Efron and Stein 1981); of one seed its variance,
     and 0 where chance makes the covariance negative.
     """
-    found = np.asarray(leave_one_out, dtype=float)
-    seeds, items = found.shape
-    off = found - found.mean(axis=1, keepdims=True)
-    covariance = (items - 1) / items * off @ off.T
+    figures = np.asarray(leave_one_out, dtype=float)
+    seeds, items = figures.shape
+    deviations = figures - figures.mean(axis=1, keepdims=True)
+    covariance = (items - 1) / items * deviations @ deviations.T
     if seeds == 1:
         return float(covariance[0, 0])
     between = covariance.sum() - np.trace(covariance)
@@ -98,27 +98,28 @@ def compare_over_seeds(
 ) -> Comparison:
     """Whether a paired difference of at least three seeds is zero, for new seeds and items.
 
-    Without an item variance it is the paired t test over seeds (comparisons.compare_methods). The
-    p-value is the largest at which the interval of that level still holds zero; `detectable` is
-    the smallest true difference that a test at 1 - `level` finds with 80 % power. Where all seeds
-    have the same difference, which figures of few items can, it is the exact test of sign flips.
+    Without an item variance it is the paired t test over seeds: with so few, a test without the
+    normal assumption cannot reach the 5 % level (comparisons.sign_flip_p). The p-value is the
+    largest at which the interval of that level still holds zero; `detectable` is the smallest true
+    difference that a test at 1 - `level` finds with 80 % power. Where all seeds have the same
+    difference, which figures of few items can, it is the exact test of sign flips.
     Raises ValueError for fewer than three seeds.
     """
     differences = np.asarray(differences, dtype=float)
-    seeds, found = len(differences), estimate_over_seeds(differences, item_variance)
+    seeds, mean = len(differences), estimate_over_seeds(differences, item_variance)
     over = BOTH if item_variance else SEEDS
-    if np.allclose(differences, found.value, rtol=0, atol=1e-12):
+    if np.allclose(differences, mean.value, rtol=0, atol=1e-12):
         nan, test = math.nan, "exact sign flips over seeds"
         p_value = sign_flip_p(differences)
-        return Comparison(test, found.value, found.stderr, nan, nan, p_value, nan, seeds)
+        return Comparison(test, mean.value, mean.stderr, nan, nan, p_value, nan, seeds)
     seed_variance = float(differences.var(ddof=1) / seeds)
     return Comparison(
         test=f"paired t over {over}",
-        difference=found.value,
-        stderr=found.stderr,
-        low=found.low,
-        high=found.high,
-        p_value=_p_value(found.value, seed_variance, seeds, item_variance),
+        difference=mean.value,
+        stderr=mean.stderr,
+        low=mean.low,
+        high=mean.high,
+        p_value=_p_value(mean.value, seed_variance, seeds, item_variance),
         detectable=detectable(seed_variance, seeds, item_variance, level),
         n=seeds,
     )
@@ -142,8 +143,8 @@ def detectable(
 ) -> float:
     """The smallest true difference that a test at 1 - `level` finds with 80 % power.
 
-    The variances are taken as they were found. Averages the power over quantiles of what a study
-    of so many seeds would have found the seeds' variance to be.
+    The variances are taken for the true ones. The power is averaged over quantiles of the seeds'
+    variance that a study of so many seeds would estimate.
     """
     from scipy.optimize import brentq
     from scipy.stats import chi2, norm, t
@@ -152,10 +153,10 @@ def detectable(
     shares = (np.arange(QUANTILES) + 0.5) / QUANTILES
     drawn = seed_variance * chi2.ppf(shares, freedom) / freedom
     bars = np.sqrt(t.isf(tail, freedom) ** 2 * drawn + norm.isf(tail) ** 2 * item_variance)
-    spread = math.sqrt(seed_variance + item_variance)
+    stderr = math.sqrt(seed_variance + item_variance)
 
-    def lacking(shift: float) -> float:
-        power = norm.sf((bars - shift) / spread) + norm.cdf((-bars - shift) / spread)
+    def missing_power(shift: float) -> float:
+        power = norm.sf((bars - shift) / stderr) + norm.cdf((-bars - shift) / stderr)
         return float(power.mean()) - POWER
 
-    return float(brentq(lacking, 0, bars.max() + 10 * spread))
+    return float(brentq(missing_power, 0, bars.max() + 10 * stderr))

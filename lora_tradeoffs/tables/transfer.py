@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES, TASKS
 from lora_tradeoffs.statistics.comparisons import LEVEL, holm
-from lora_tradeoffs.statistics.contrasts import Part, by_seed, contrast
+from lora_tradeoffs.statistics.contrasts import WeightedScores, by_seed, contrast
 from lora_tradeoffs.tables.frames import is_trained, last_checkpoints, scores
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def transfer_table(adaptation: DataFrame, items: Items | None = None) -> DataFra
     pairs, rows = list(_pairs(adaptation)), []
     level = 1 - (1 - LEVEL) / max(len(pairs), 1)
     for keys, multi, single in pairs:
-        c, seeds, over = contrast([[Part(1, multi), Part(-1, single)]], items, level)
+        c, seeds, over = contrast(
+            [[WeightedScores(1, multi), WeightedScores(-1, single)]], items, level
+        )
         figures = (c.difference, c.stderr, c.low, c.high, c.p_value, math.nan, c.detectable)
         rows.append((*keys, *figures, len(seeds), over, c.test))
     table = pd.DataFrame(rows, columns=list(COLUMNS))

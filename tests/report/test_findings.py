@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import ttest_rel
 from synthetic_effects import ARMS, Bench, arm_fields, write_scored
 from synthetic_records import kept, record, write_study
 
@@ -16,8 +17,7 @@ from lora_tradeoffs.measuring.results import adaptation_items, retention_items
 from lora_tradeoffs.report import findings as report_findings
 from lora_tradeoffs.report.findings import as_markdown, as_table
 from lora_tradeoffs.report.wording import ADAPTS, FORGETS, GOES_WITH, MATCHED, RANK, TRANSFER
-from lora_tradeoffs.statistics.comparisons import compare_methods
-from lora_tradeoffs.statistics.contrasts import Part, by_seed, contrast
+from lora_tradeoffs.statistics.contrasts import WeightedScores, by_seed, contrast
 from lora_tradeoffs.tables.arms import FULL, Arm
 from lora_tradeoffs.tables.frames import load_records
 from lora_tradeoffs.tables.learning_rates import at_chosen_rates
@@ -133,9 +133,11 @@ def test_the_figures_are_those_of_the_test_over_seeds(adapted):
     rows = frame[frame["task"] == "mnli"]
     arms = Arm("lora", 16), FULL
     sides = [rows[rows["arm"] == arm].set_index("seed")["value"] for arm in arms]
-    theirs = compare_methods(*map(dict, sides))
-    assert (f.effect, f.low, f.high) == pytest.approx((theirs.difference, theirs.low, theirs.high))
-    assert f.p_value == pytest.approx(theirs.p_value, rel=1e-6)
+    theirs = ttest_rel(sides[0], sides[1].reindex(sides[0].index))
+    interval = theirs.confidence_interval()
+    expected = (sides[0] - sides[1]).mean(), interval.low, interval.high
+    assert (f.effect, f.low, f.high) == pytest.approx(expected)
+    assert f.p_value == pytest.approx(theirs.pvalue, rel=1e-6)
     smallest = min(t.p_value for t in found)
     assert min(t.corrected for t in found) == pytest.approx(min(1, 30 * smallest))
 
@@ -336,9 +338,9 @@ def test_forgetting_with_items_is_the_difference_of_the_benchmarks_scores(tmp_pa
     read = retention_items(results)
     assert all(read(row) is not None for row in rows.itertuples())
     sides = [by_seed(rows[rows["arm"] == arm]) for arm in (Arm("lora", 8), FULL)]
-    found = contrast([[Part(-1, sides[0]), Part(1, sides[1])]], read)
+    found = contrast([[WeightedScores(-1, sides[0]), WeightedScores(1, sides[1])]], read)
     means = rows.groupby("arm")["value"].mean()
-    assert found.found.difference == pytest.approx(means[FULL] - means[Arm("lora", 8)])
+    assert found.comparison.difference == pytest.approx(means[FULL] - means[Arm("lora", 8)])
     assert found.over == "seeds and items"
 
 

@@ -13,7 +13,6 @@ from lora_tradeoffs.statistics import comparisons
 from lora_tradeoffs.statistics.comparisons import (
     bca_interval,
     compare_checkpoints,
-    compare_methods,
     detectable_over_items,
     detectable_over_seeds,
     estimate,
@@ -284,33 +283,6 @@ def test_the_paired_bootstrap_of_bleu_agrees_with_sacrebleus_randomisation(real_
     assert ours.test == "paired bootstrap"
     assert 0.02 < expected < 0.8  # where the two could disagree
     assert ours.p_value == pytest.approx(expected, abs=0.06)
-
-
-def test_methods_are_compared_by_the_paired_t_test_over_seeds():
-    from scipy.stats import ttest_rel
-
-    lora = {42: 0.81, 43: 0.79, 44: 0.84, 45: 0.80}
-    full = {42: 0.78, 43: 0.78, 44: 0.80, 45: 0.79, 46: 0.10}  # a seed without its partner
-    found = compare_methods(lora, full)
-    theirs = ttest_rel(list(lora.values()), list(full.values())[:4])
-    interval = theirs.confidence_interval()
-    assert found.p_value == pytest.approx(theirs.pvalue)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert (found.n, found.test) == (4, "paired t over seeds")
-    assert found.detectable > found.stderr * 3.18  # the critical value of t with 3 degrees
-
-
-@pytest.mark.parametrize("second", [{}, {42: 0.1}, {42: 0.1, 43: 0.2, 50: 0.3}])
-def test_fewer_than_three_seeds_are_refused_in_words(second):
-    with pytest.raises(ValueError, match=r"at least 3 seeds .* here [012].*train more seeds"):
-        compare_methods({42: 0.2, 43: 0.3, 44: 0.4}, second)
-
-
-def test_equal_differences_of_three_seeds_are_no_certainty():
-    found = compare_methods({1: 0.5, 2: 0.6, 3: 0.7}, {1: 0.4, 2: 0.5, 3: 0.6})
-    assert found.difference == pytest.approx(0.1)
-    assert found.p_value == 0.25  # two of the eight sign flips are as extreme
-    assert math.isnan(found.detectable)
 
 
 def test_sign_flips_count_the_sums_that_are_as_extreme():

@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t
+from scipy.stats import norm, t, ttest_rel
 
 from lora_tradeoffs.statistics.comparisons import (
-    compare_methods,
     detectable_over_seeds,
     leave_one_out,
 )
@@ -45,13 +44,17 @@ def test_seeds_that_agree_by_chance_less_than_not_at_all_share_nothing():
 
 
 def test_without_items_it_is_the_paired_t_test_over_seeds():
-    first, second = {1: 0.81, 2: 0.79, 3: 0.84, 4: 0.80}, {1: 0.78, 2: 0.78, 3: 0.80, 4: 0.79}
-    theirs = compare_methods(first, second)
-    ours = compare_over_seeds([first[s] - second[s] for s in first])
-    for name in ("test", "difference", "stderr", "low", "high", "n"):
-        assert getattr(ours, name) == pytest.approx(getattr(theirs, name))
-    assert ours.p_value == pytest.approx(theirs.p_value, rel=1e-6)
-    assert ours.detectable == pytest.approx(theirs.detectable, rel=5e-3)  # 400 quantiles
+    first, second = np.array([0.81, 0.79, 0.84, 0.80]), np.array([0.78, 0.78, 0.80, 0.79])
+    theirs = ttest_rel(first, second)
+    interval = theirs.confidence_interval()
+    ours = compare_over_seeds(first - second)
+    assert ours.difference == pytest.approx((first - second).mean())
+    assert (ours.low, ours.high) == pytest.approx((interval.low, interval.high))
+    assert ours.p_value == pytest.approx(theirs.pvalue, rel=1e-6)
+    assert (ours.n, ours.test) == (4, "paired t over seeds")
+    assert ours.stderr == pytest.approx((first - second).std(ddof=1) / 2)
+    exact = detectable_over_seeds(ours.stderr, 4)
+    assert ours.detectable == pytest.approx(exact, rel=5e-3)  # 400 quantiles
 
 
 def test_equal_differences_are_no_certainty_with_items_either():
