@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     def models(checkpoints):
-        return checkpoint_models(base, checkpoints, analysis.device)
+        return checkpoint_models(base, checkpoints, analysis.device, analysis.bf16)
 
     return run(analysis, analysis.units(subjects), models, draw, args)
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,10 +105,11 @@ def gradient_products(
             for i, rows in enumerate(rows_by_task):
                 losses = _half_losses(model, rows, collate, bf16)
                 gradients.append(_gradient(parameters, columns, losses, by_half[i]))
-                for j, other in enumerate(gradients):
-                    for name in gradients[i].keys() & other.keys():
-                        by_pair[i, j, columns[name]] += _dot(gradients[i][name], other[name])
-                    by_pair[j, i] = by_pair[i, j]
+            for name in gradients[0]:
+                vectors = [_vector(gradient[name]) for gradient in gradients]
+                for (i, a), (j, b) in combinations_with_replacement(enumerate(vectors), 2):
+                    by_pair[i, j, columns[name]] += a.dot(b)
+                    by_pair[j, i, columns[name]] = by_pair[i, j, columns[name]]
             if not (by_pair.isfinite().all() and by_half.isfinite().all()):
                 raise UserError("the gradients are not finite")
             between.append(by_pair.cpu().numpy())
@@ -150,15 +151,15 @@ def _gradient(
 
     def hook_for(name: str) -> Callable[[torch.nn.Parameter], None]:
         def hook(parameter: torch.nn.Parameter) -> None:
-            gradient, parameter.grad = parameter.grad, None
+            # a weight stored in bf16 has the same gradient, but sums need fp32
+            gradient, parameter.grad = parameter.grad.float(), None
             if name not in first:
                 first[name] = gradient
                 return
-            total = first[name]
-            pairs = (total, total), (total, gradient), (gradient, gradient)
-            for i, (a, b) in enumerate(pairs):
-                products[i, columns[name]] += _dot(a, b)
-            total += gradient
+            vectors = _vector(first[name]), _vector(gradient)
+            for i, (a, b) in enumerate(combinations_with_replacement(vectors, 2)):
+                products[i, columns[name]] += a.dot(b)
+            first[name] += gradient
 
         return hook
 
@@ -192,12 +193,9 @@ def _zeros(model: Any, *shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=_sum_dtype(model.device), device=model.device)
 
 
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The inner product; in fp64, since squares of small gradients underflow in fp32."""
-    import torch
-
-    dtype = _sum_dtype(a.device)
-    return torch.dot(a.flatten().to(dtype), b.flatten().to(dtype))
+def _vector(gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient, flat, for inner products: in fp64, since small squares underflow in fp32."""
+    return gradient.flatten().to(_sum_dtype(gradient.device))
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

@@ -15,14 +15,17 @@ from lora_tradeoffs.gradients.conflict import (
     measured_parameters,
     micro_batches,
 )
+from lora_tradeoffs.models.base import store_frozen_linears_in_bf16
 
 COLLATE = CompletionCollator(pad_token_id=0)
 
 
-def load(folder, adapted=False):
+def load(folder, adapted=False, bf16=False):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if bf16:
+        store_frozen_linears_in_bf16(model.requires_grad_(False))
     if adapted:
         from peft import LoraConfig, get_peft_model
 
@@ -91,6 +94,14 @@ def test_products_are_those_of_gradients_taken_one_row_at_a_time(tiny, adapted):
             assert products.halves[batch, 0, :, index] == pytest.approx(
                 np.array(expected), rel=1e-5, abs=1e-5 * scale
             )
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_linears_stored_in_bf16_change_nothing_under_autocast(tiny, adapted):
+    tasks = {"a": made_up(0), "b": made_up(1)}
+    first = gradient_products(load(tiny, adapted), tasks, COLLATE, bf16=True)
+    second = gradient_products(load(tiny, adapted, bf16=True), tasks, COLLATE, bf16=True)
+    assert (first.between == second.between).all() and (first.halves == second.halves).all()
 
 
 def test_no_more_than_one_gradient_a_task_is_in_memory(tiny):
