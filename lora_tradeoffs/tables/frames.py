@@ -79,7 +79,8 @@ def load_records(path: Path) -> DataFrame:
         meta, records = dict(document["meta"]), [*map(dict, document["records"])]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a results document; {command} writes it anew") from None
-    frame = pd.DataFrame(records or {name: [] for name in (*TEXTS, *NUMBERS, "tasks", "variant")})
+    columns = None if records else [*TEXTS, *NUMBERS, "tasks", "variant"]
+    frame = pd.DataFrame(records, columns=columns)
     if problem := _problem(meta, records, frame):
         raise UserError(f"{path}: {problem}; edited by hand? {command} writes it anew")
     if "variant" not in frame:
