@@ -16,30 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES, UserError
 from lora_tradeoffs.files import checkpoint_step
-from lora_tradeoffs.tables.arms import Arm, arm_of
+from lora_tradeoffs.tables.arms import arm_of
 from lora_tradeoffs.tables.retention import gains
 from training_configs import tasks_and_variant
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FIGURES = ("seconds", "examples_per_second", "tokens", "peak_memory_bytes", "trainable_parameters")
+NUMBERS = ("seconds", "examples_per_second", "tokens", "peak_memory_bytes", "trainable_parameters")
 COLUMNS = (
-    *("run", "family", "tasks", "arm", "seed", "steps", *FIGURES, "trainable_share"),
+    *("run", "family", "tasks", "arm", "seed", "steps", *NUMBERS, "trainable_share"),
     *("checkpoint_bytes", "disk_bytes", "device"),
 )
 POINTS = ("run", "family", "arm", "seed", "step", "fraction", "seconds", "tokens", "gain", "stderr")
-WEIGHTS = ".safetensors"
 
 
 def cost_table(runs_dir: Path) -> DataFrame:
-    """A row for each run that is done; empty if there is none. Raises UserError, naming the file,
-    for a record that no run writes; one that is not whole is passed over.
+    """A row for each finished run; empty if there is none. Unreadable records are skipped.
 
-    `seconds` are of training without validating and saving, `tokens` all that were trained on
-    (prompts and completions, without padding), `peak_memory_bytes` allocated on the GPU, or
-    resident.
-    `checkpoint_bytes` are the weights of one checkpoint, `disk_bytes` all files of the run.
+    `seconds` are those of training, without validation and saving; `tokens` all that were trained
+    on (prompts and completions, without padding); `peak_memory_bytes` allocated on the GPU, on a
+    CPU resident. `checkpoint_bytes` are the weights of one checkpoint, `disk_bytes` all files of
+    the run. Raises UserError for a run.json without a configuration.
     """
     import pandas as pd
 
@@ -48,26 +46,29 @@ def cost_table(runs_dir: Path) -> DataFrame:
         record, training = _read(folder / "run.json"), _read(folder / "training.json")
         if not record or not training:
             continue
-        config = _config(folder / "run.json", record)
-        _check_figures(folder / "training.json", training)
-        row = {name: training.get(name) for name in ("steps", *FIGURES)}
-        row |= {"run": folder.name, "family": config["family"], "seed": config["seed"]}
-        row["tasks"], variant = tasks_and_variant(folder.name, config)
-        row["arm"] = arm_of({**config, **row, "variant": variant})
-        parameters = training.get("base_parameters")
-        if parameters and row["trainable_parameters"]:
-            row["trainable_share"] = row["trainable_parameters"] / parameters
-        row["checkpoint_bytes"] = _weights(folder)
+        try:
+            row = training | _who(folder.name, record["config"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{folder / 'run.json'} holds no configuration: restore it") from None
+        row["checkpoint_bytes"] = _weight_bytes(folder)
         row["disk_bytes"] = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         row["device"] = record.get("environment", {}).get("device_name")
         rows.append(row)
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "base_parameters"])
+    numbers = [*NUMBERS, "steps", "base_parameters"]
+    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
+    table["trainable_share"] = table["trainable_parameters"] / table["base_parameters"]
+    return table[list(COLUMNS)]
+
+
+def _who(run: str, config: dict[str, Any]) -> dict[str, Any]:
+    tasks, variant = tasks_and_variant(run, config)
+    fields = {"run": run, "tasks": tasks, "family": config["family"], "seed": config["seed"]}
+    return fields | {"arm": arm_of({**config, **fields, "variant": variant})}
 
 
 def arm_costs(costs: DataFrame) -> DataFrame:
     """Means over an arm's seeds, in units to read, with the number of seeds; a row an arm."""
-    import pandas as pd
-
     shown = {
         "minutes": ("seconds", 1 / 60),
         "examples/s": ("examples_per_second", 1),
@@ -78,7 +79,7 @@ def arm_costs(costs: DataFrame) -> DataFrame:
         "checkpoint (MB)": ("checkpoint_bytes", 1e-6),
         "run on disk (GB)": ("disk_bytes", 1e-9),
     }
-    numbers = {name: unit * pd.to_numeric(costs[key]) for name, (key, unit) in shown.items()}
+    numbers = {name: unit * costs[key].astype(float) for name, (key, unit) in shown.items()}
     keys = ["family", "arm", "device"]
     table = costs[keys].fillna("unknown").assign(**numbers)
     grouped = table.groupby(keys)
@@ -93,36 +94,33 @@ def arm_costs(costs: DataFrame) -> DataFrame:
 def gain_costs(
     runs_dir: Path, retention: DataFrame | None = None, adaptation: DataFrame | None = None
 ) -> DataFrame:
-    """A row for each checkpoint of the runs that are done: its gain, and what it had cost by then.
+    """A row for each checkpoint of the finished runs: its gain, and what it had cost by then.
 
     The gain is the mean over the family's tasks of the validation score minus the base's. Seconds
     are the checkpoint's own, from its manifest, else the run's in proportion to its steps; tokens
     are always in proportion: every batch draws from the same mixture. Single-task controls have no
     gain over the family, and are left out.
     """
-    import pandas as pd
-
-    costs = cost_table(runs_dir).set_index("run")
-    arms: dict[str, Arm] = {}  # as the frames call them: at a chosen learning rate, plainly
+    costs = cost_table(runs_dir)
+    costs = costs[costs["tasks"].isin(FAMILIES)].drop(columns="arm")
+    gain = gains(retention, adaptation).rename(columns={"value": "gain"})
+    gain = gain[gain["update_scale"] == 1].drop(columns="family")
+    points = gain.merge(costs, on="run")
+    points["fraction"] = points["step"] / points["steps"].astype(float)
+    arms = {}  # as in the frames: a swept arm at its chosen learning rate has its plain label
     for frame in (retention, adaptation):
         arms |= {} if frame is None else dict(zip(frame["run"], frame["arm"]))
-    costs = costs.assign(**{n: pd.to_numeric(costs[n]) for n in ("steps", *FIGURES)})
-    rows = []
-    found = gains(retention, adaptation)
-    for point in found[found["update_scale"] == 1].itertuples():
-        if point.run not in costs.index or costs.loc[point.run, "tasks"] not in FAMILIES:
-            continue
-        run = costs.loc[point.run]
-        fraction = point.step / run["steps"]
-        manifest = _read(runs_dir / point.run / f"checkpoint-{point.step}" / "manifest.json") or {}
-        seconds = manifest.get("seconds", fraction * run["seconds"])
-        about = (point.run, run["family"], arms[point.run], run["seed"], point.step, fraction)
-        rows.append((*about, seconds, fraction * run["tokens"], point.value, point.stderr))
-    return pd.DataFrame(rows, columns=list(POINTS)).sort_values(["run", "step"], ignore_index=True)
+    points["arm"] = points["run"].map(arms)
+    points["tokens"] *= points["fraction"]
+    proportional = points["fraction"] * points["seconds"]
+    folders = [runs_dir / p.run / f"checkpoint-{p.step}" for p in points.itertuples()]
+    manifests = [_read(folder / "manifest.json") or {} for folder in folders]
+    points["seconds"] = [m.get("seconds", s) for m, s in zip(manifests, proportional)]
+    return points[list(POINTS)].sort_values(["run", "step"], ignore_index=True)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None if it is not there or not whole."""
+    """A JSON object; None if the file is missing or not whole."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -130,28 +128,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _config(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    config = record.get("config")
-    names = {"family", "method", "rank", "seed"}
-    if isinstance(config, dict) and names <= config.keys() and config["family"] in [*FAMILIES]:
-        return config
-    raise UserError(f"{path} holds no configuration of a run; was it edited? put it back")
-
-
-def _check_figures(path: Path, training: dict[str, Any]) -> None:
-    for name in ("steps", *FIGURES, "base_parameters"):
-        value = training.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise UserError(f"{path}: {name} is {value!r}, no number; was it edited? put it back")
-
-
-def _weights(folder: Path) -> int | None:
-    """Bytes of the weights of the last checkpoint, from its manifest; None if it does not say."""
+def _weight_bytes(folder: Path) -> int | None:
+    """Bytes of the weights of the last checkpoint, by its manifest; None if it does not say."""
     manifests = {checkpoint_step(p.parent): p for p in folder.glob("checkpoint-*/manifest.json")}
-    if not manifests:
-        return None
-    files = (_read(manifests[max(manifests)]) or {}).get("files", {})
-    try:
-        return sum(entry["size"] for name, entry in files.items() if name.endswith(WEIGHTS)) or None
-    except (AttributeError, KeyError, TypeError):  # nobody's manifest: the checkpoint is not whole
-        return None
+    files = (_read(manifests[max(manifests)]) or {}).get("files", {}) if manifests else {}
+    sizes = [entry["size"] for name, entry in files.items() if name.endswith(".safetensors")]
+    return sum(sizes) or None

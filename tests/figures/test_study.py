@@ -111,17 +111,13 @@ def test_an_unreadable_record_is_passed_over(runs_dir):
     assert set(cost_table(runs_dir)["run"]) == {"similar_lora_r8_seed43", "sst2_lora_r8_seed42"}
 
 
-def test_a_record_that_does_not_say_all_has_gaps_and_an_edited_one_is_named(runs_dir, retention):
+def test_a_gap_in_a_record_stays_one_and_a_missing_configuration_is_named(runs_dir, retention):
     path = runs_dir / "similar_full_seed42" / "training.json"
     training = json.loads(path.read_text()) | {"tokens": None, "peak_memory_bytes": None}
     for folder in runs_dir.iterdir():
         (folder / "training.json").write_text(json.dumps(training))
     assert arm_costs(cost_table(runs_dir))["million tokens"].isna().all()
     assert gain_costs(runs_dir, retention)["tokens"].isna().all()
-    path.write_text(json.dumps(training | {"seconds": "many"}))
-    with pytest.raises(UserError, match=r"training\.json: seconds is 'many', no number"):
-        cost_table(runs_dir)
-    path.write_text(json.dumps(training))
     run = path.with_name("run.json")
     run.write_text(json.dumps(json.loads(run.read_text()) | {"config": ["full"]}))
     with pytest.raises(UserError, match=r"run\.json holds no configuration"):

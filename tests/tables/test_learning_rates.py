@@ -22,11 +22,11 @@ from lora_tradeoffs.tables.frames import (
     summarise,
 )
 from lora_tradeoffs.tables.learning_rates import (
-    advantage_said,
+    advantage_sentences,
     advantages,
     at_chosen_rates,
     best_retaining,
-    rates_said,
+    rates_sentence,
     sweep_table,
     swept_arms,
 )
@@ -187,7 +187,7 @@ def test_without_retention_a_table_has_scores_alone(frames):
     table = sweep_table(adaptation)
     assert table["forgetting"].isna().all() and table["score"].notna().all()
     assert best_retaining(table, "similar") is None
-    assert "forgetting was not measured" in advantage_said(table)
+    assert "forgetting was not measured" in advantage_sentences(table)
 
 
 # ---------------------------------------------------------------------------- best retaining
@@ -197,8 +197,6 @@ def test_the_best_retaining_rate_forgets_least_at_no_cost_that_can_be_seen(frame
     table = sweep_table(*frames(*rate_points(POINTS)))
     row = best_retaining(table, "similar")
     assert (row["learning_rate"], row["forgetting"]) == (5e-4, pytest.approx(0.03))
-    assert best_retaining(table, "similar", within=0.05)["learning_rate"] == 2.5e-4
-    assert best_retaining(table, "similar", within=0.0)["learning_rate"] == 1e-3
     assert best_retaining(table, "similar", Arm("lora", 8))["learning_rate"] == 1e-3
     assert best_retaining(table, "dissimilar") is None
 
@@ -222,7 +220,7 @@ def test_lora_is_held_against_the_best_retaining_rate_in_either_direction(frames
     assert row.retaining_less == pytest.approx(0.03 - lost)
     # by hand: errors .01 and .01, 1.96 * .01 * sqrt(2) = .0277
     assert row.retaining_high - row.retaining_less == pytest.approx(0.0277, abs=1e-4)
-    said = advantage_said(table)
+    said = advantage_sentences(table)
     assert "\n" not in said and said.startswith("similar: at its best-retaining rate 0.0005")
     phrases = {"survives": "survives with", "lost": "does not survive", "reversed": "forgets more"}
     assert [v for v, phrase in phrases.items() if phrase in said] == [verdict]
@@ -232,7 +230,9 @@ def test_an_advantage_that_never_was_is_not_said_to_be_lost(frames):
     points = {FULL: {5e-4: (0.7, 0.02), 1e-3: (0.8, 0.02)}, LORA: {1e-3: (0.8, 0.01)}}
     table = sweep_table(*frames(*rate_points(points)))
     assert advantages(table)["verdict"].item() == "none"
-    assert "no advantage" in advantage_said(table) and "survive" not in advantage_said(table)
+    assert "no advantage" in advantage_sentences(table) and "survive" not in advantage_sentences(
+        table
+    )
 
 
 def test_arms_with_other_fields_are_held_against_their_own_kind(frames):
@@ -262,17 +262,19 @@ def test_without_a_sweep_it_is_said_that_the_defaults_stand(frames):
     one = {FULL: {1e-3: (0.8, 0.1)}, LORA: {1e-3: (0.8, 0.0)}}
     table = sweep_table(*frames(*rate_points(one)))
     assert swept_arms(table) == []
-    assert advantage_said(table) == ("No sweep of the learning rates: the defaults per arm stand.")
+    assert advantage_sentences(table) == (
+        "No sweep of the learning rates: the defaults per arm stand."
+    )
     table = sweep_table(*frames(*rate_points(one | {LORA: POINTS[LORA]})))
     assert swept_arms(table) == [("similar", Arm("lora", 8))]
-    assert advantage_said(table) == (
+    assert advantage_sentences(table) == (
         "similar: no sweep of full fine-tuning, so the default of that arm stands."
     )
 
 
 def test_no_records_are_no_sweep(frames):
     (empty,) = frames([])
-    assert advantage_said(sweep_table(empty)).startswith("No sweep")
+    assert advantage_sentences(sweep_table(empty)).startswith("No sweep")
 
 
 # ------------------------------------------------------------------- records at chosen rates
@@ -304,15 +306,15 @@ def test_what_a_run_is_held_against_is_left_out_with_its_rate(frames):
 
 def test_it_is_said_where_the_rates_come_from(frames):
     adaptation, *_ = frames(*rate_points(POINTS))
-    assert rates_said(adaptation, []) == (
+    assert rates_sentence(adaptation, []) == (
         "No sweep of the learning rates: the defaults per arm stand."
     )
     full = [choice("similar_full", 5e-4, 0.4, True), choice("similar_full", 1e-3, 0.5)]
-    assert rates_said(adaptation, full) == (
+    assert rates_sentence(adaptation, full) == (
         "Learning rates that a sweep chose on validation: similar full 0.0005."
         " No sweep of similar LoRA r=8: the default stands."
     )
-    assert rates_said(adaptation, CHOICES) == (
+    assert rates_sentence(adaptation, CHOICES) == (
         "Learning rates that a sweep chose on validation: similar LoRA r=8 0.001,"
         " similar full 0.001."
     )
@@ -321,18 +323,18 @@ def test_it_is_said_where_the_rates_come_from(frames):
 def test_a_sweep_that_chose_no_rate_is_not_said_to_be_none(frames):
     adaptation, retention, _ = frames(*rate_points(POINTS))
     refused = [c | {"chosen": False, "problem": "it is lowest at the edge"} for c in CHOICES[:4]]
-    assert rates_said(adaptation, [*refused, *CHOICES[4:]]) == (
+    assert rates_sentence(adaptation, [*refused, *CHOICES[4:]]) == (
         "Learning rates that a sweep chose on validation: similar LoRA r=8 0.001."
         " A sweep chose none for similar full: it is lowest at the edge."
     )
-    assert rates_said(adaptation, refused) == (
+    assert rates_sentence(adaptation, refused) == (
         "A sweep chose none for similar full: it is lowest at the edge."
         " No sweep of similar LoRA r=8: the default stands."
     )
     table = sweep_table(adaptation, retention, choices=[*refused, *CHOICES[4:]])
     assert set(table[table["chosen"]]["arm"]) == {Arm("lora", 8)}
     assert advantages(table).empty
-    assert advantage_said(table) == (
+    assert advantage_sentences(table) == (
         "similar: the sweep of full fine-tuning chose no learning rate."
     )
 
@@ -456,5 +458,5 @@ def test_every_point_of_a_sweep_is_measured_and_stands_in_the_table(tiny, capsys
     assert table["chosen"].sum() == 2
     assert (table.groupby("arm")["drift"].diff().dropna() > 0).all()  # a higher rate moves more
     assert str(advantages(table)["full"].item()) == f"full ({extra})"
-    about = rates_said(frames[0], choices)
+    about = rates_sentence(frames[0], choices)
     assert extra in about and "default" not in about
