@@ -27,7 +27,7 @@ SHOT_SEPARATOR = "\n\n"
 class AdaptationOptions:
     """What eval.py measures. Its flags have these names and defaults."""
 
-    splits: tuple[str, ...] | None = None  # None: validation, and test where `is_final`
+    splits: tuple[str, ...] | None = None  # None: validation, and test where `is_measured_in_full`
     tasks: tuple[str, ...] | None = None  # None: those of the run's family
     cross_family: bool = False
     limit: int | None = None
@@ -84,9 +84,11 @@ class Adaptation(Analysis):
 
     def _units_of(self, subject: Subject, task: str) -> Iterable[TaskUnit]:
         options = self.options
-        limit = options.limit or (0 if subject.is_final else MID_TRAINING_LIMIT)
+        limit = options.limit or (0 if subject.is_measured_in_full else MID_TRAINING_LIMIT)
         shots = (0, options.shots) if subject.checkpoint is None and options.shots else (0,)
-        splits = options.splits or (("validation", "test") if subject.is_final else ("validation",))
+        splits = options.splits or (
+            ("validation", "test") if subject.is_measured_in_full else ("validation",)
+        )
         for split in splits:
             units = [TaskUnit(subject, split, task, limit, n) for n in shots]
             paraphrased = range(1, 1 + min(options.prompts, len(describe(task).paraphrases)))

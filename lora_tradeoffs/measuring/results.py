@@ -1,13 +1,14 @@
-"""The one shape of a result: units on disk, written whole, and the document that joins them.
+"""Results on disk: a file for each unit, and the document that joins them.
 
-A unit is what one script measured of one checkpoint on one thing. Its file
-`records/<unit>.json` holds what was asked and the flat records that came out; per-item statistics
-lie beside it in `items/<unit>.parquet`, for paired tests.
+A unit is one measurement of one checkpoint by one script. `records/<unit>.json` holds its request
+(what identifies the measurement) and its flat records; `items/<unit>.parquet` holds the per-item
+statistics behind them, for paired tests.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,8 +34,11 @@ class Results:
     def unit_file(self, unit: str) -> Path:
         return self.folder / "records" / f"{unit}.json"
 
+    def items_file(self, unit: str) -> Path:
+        return self.folder / "items" / f"{unit}.parquet"
+
     def is_done(self, unit: str, request: dict[str, Any]) -> bool:
-        """Whether the unit was measured just as it is asked for now.
+        """Whether the unit has results of the same request.
 
         Raises UserError for a file that another version of the suite wrote.
         """
@@ -50,27 +54,25 @@ class Results:
         groups: np.ndarray | None = None,
         batch_tokens: int = 0,
     ) -> None:
-        """Write a unit, its items first, so that a record without items cannot be.
+        """Write a unit; its items first, so that records never lack their items.
 
-        `batch_tokens`, the tokens of its batches, are noted and identify nothing.
-        `groups`, shape (items,), has one number for items that hang together. Raises UserError
-        rather than write over what another version of the suite wrote.
+        `groups`, shape (items,), numbers the groups of items that are resampled together.
+        `batch_tokens`, the size of its batches, is recorded and identifies nothing. Raises
+        UserError rather than overwrite a file of another version of the suite.
         """
         if self.unit_file(unit).is_file():
             _read(self.unit_file(unit))
         if scores:
             self._write_items(unit, scores, groups)
-        records = [_strict(record) for record in records]
         document = {"record_version": RECORD_VERSION, "request": request}
         document |= {"batch_tokens": batch_tokens} if batch_tokens else {}
-        document["records"] = records
+        document["records"] = [_strict(record) for record in records]
         write_json(self.unit_file(unit), document)
 
     def _write_items(self, unit: str, scores: Sequence[Scores], groups: np.ndarray | None) -> None:
-
         import pandas as pd
 
-        together = {} if groups is None else {"group": groups}
+        group_column = {} if groups is None else {"group": groups}
         tables = [
             pd.DataFrame(
                 {
@@ -78,36 +80,42 @@ class Results:
                     "aggregate": s.aggregate.__name__,
                     "item": np.arange(len(s.statistics)),
                     "statistics": list(s.statistics),
-                    **together,
+                    **group_column,
                 }
             )
             for s in scores
         ]
-        path = self.folder / "items" / f"{unit}.parquet"
-        with written_whole(path) as temporary:
+        with written_whole(self.items_file(unit)) as temporary:
             pd.concat(tables, ignore_index=True).to_parquet(temporary)
 
     def items(self, unit: str, by_group: bool = False) -> dict[str, Scores]:
-        """The unit's per-item statistics by metric; none where all its figures are a corpus's.
+        """The unit's per-item statistics by metric; empty for metrics of a whole corpus.
 
-        With `by_group` those of items that hang together are one, as they are to be resampled.
+        `by_group` joins those of a group of items, which are resampled together. Raises
+        UserError for a broken file.
         """
         import pandas as pd
 
         from lora_tradeoffs.statistics.comparisons import grouped
         from lora_tradeoffs.statistics.scores import AGGREGATES, Scores
 
-        path = self.folder / "items" / f"{unit}.parquet"
+        path = self.items_file(unit)
         if not path.is_file():
             return {}
-        table = pd.read_parquet(path)
-        found = {}
-        for name, part in table.groupby("metric", sort=False):
-            aggregate = AGGREGATES[part["aggregate"].iloc[0]]
-            scores = Scores(name, np.stack(part["statistics"]), aggregate)
-            together = by_group and "group" in part
-            found[name] = grouped(scores, part["group"]) if together else scores
-        return found
+        scores = {}
+        try:
+            for name, rows in pd.read_parquet(path).groupby("metric", sort=False):
+                aggregate = AGGREGATES[rows["aggregate"].iloc[0]]
+                values = Scores(name, np.stack(rows["statistics"]), aggregate)
+                scores[name] = (
+                    grouped(values, rows["group"]) if by_group and "group" in rows else values
+                )
+        except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are such
+            raise UserError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}); delete"
+                f" {self.unit_file(unit)}, and it is measured again"
+            ) from None
+        return scores
 
     def units(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every unit's name and document, by name."""
@@ -115,14 +123,14 @@ class Results:
             yield path.stem, _read(path)
 
     def check(self, name: str) -> None:
-        """Raise UserError if a unit or the document is of another version: before any measuring."""
+        """Raise UserError if a unit or the document is of another version; before measuring."""
         _check_version(self.folder / f"{name}.json")
         for _ in self.units():
             pass
 
     @contextlib.contextmanager
     def joining(self) -> Iterator[None]:
-        """Hold the others off: of scripts side by side, the last to join has all units."""
+        """Hold a lock: of scripts that run side by side, the last to join has all units."""
         from filelock import FileLock
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,10 +138,10 @@ class Results:
             yield
 
     def join(self, name: str, meta: dict[str, Any], derived: Sequence[dict[str, Any]] = ()) -> Path:
-        """Write all units' records into one document, `<folder>/<name>.json`; its path.
+        """Write the records of all units to one document, `<folder>/<name>.json`; its path.
 
-        `derived` are records that compare units, and come after theirs. Raises UserError rather
-        than write over a document of another version.
+        `derived` are records that compare units; they come last. Raises UserError rather than
+        overwrite a document of another version.
         """
         path = self.folder / f"{name}.json"
         _check_version(path)
@@ -145,7 +153,7 @@ class Results:
 
 
 def _strict(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with null for what is not a finite number: JSON has no other word for it."""
+    """The record with null for nan and infinity, which JSON does not have."""
     return {
         k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()
     }
@@ -158,14 +166,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise _other_version(path, version, path.parent.parent)
     records = unit.get("records")
     if "request" not in unit or not isinstance(records, list) or not all(map(_is_record, records)):
-        raise UserError(f"{path} is not as it was written; delete it, and it is measured again")
+        raise UserError(f"{path} is broken; delete it, and it is measured again")
     if version in OLD_VERSIONS:
         unit["records"] = [updated(record) for record in records]
     return unit
 
 
 def _check_version(document: Path) -> None:
-    """Raise UserError for a joined document of another version; one that is broken is no loss."""
+    """Raise UserError for a joined document of another version; a broken one may be replaced."""
     try:
         meta = json.loads(document.read_text(encoding="utf-8"))["meta"]
         version = meta.get("record_version")
@@ -183,7 +191,7 @@ def _other_version(path: Path, version: Any, folder: Path) -> UserError:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether it says what was measured of which checkpoint, and a number that came out."""
+    """Whether it names a checkpoint and a metric, and holds a number or null."""
     return (
         isinstance(record, dict)
         and {"run", "step", "metric", "value"} <= record.keys()
@@ -195,12 +203,12 @@ def _is_record(record: Any) -> bool:
 
 
 def adaptation_items(results: Results) -> Items:
-    """Reads what eval.py kept of every item."""
+    """A reader of the per-item statistics of a record of adaptation."""
     return _reader(results, lambda row: unit_name(row.run, row.step, row.task, row.split))
 
 
 def retention_items(results: Results) -> Items:
-    """Reads what retention_eval.py kept of every item of a benchmark."""
+    """A reader of the per-item statistics of a benchmark's record."""
 
     def unit(row: Any) -> str:
         shots = f"{row.shots:.0f}shot" if row.shots else ""
@@ -210,22 +218,8 @@ def retention_items(results: Results) -> Items:
 
 
 def _reader(results: Results, unit_of: Callable[[Any], str]) -> Items:
-    kept: dict[str, dict[str, Scores]] = {}
+    @functools.cache
+    def items(unit: str) -> dict[str, Scores]:
+        return results.items(unit, by_group=True)
 
-    def read(row: Any) -> Scores | None:
-        unit = unit_of(row)
-        if unit not in kept:
-            kept[unit] = _items_of(results, unit)
-        return kept[unit].get(row.metric)
-
-    return read
-
-
-def _items_of(results: Results, unit: str) -> dict[str, Scores]:
-    path = results.folder / "items" / f"{unit}.parquet"
-    try:
-        return results.items(unit, by_group=True) if path.is_file() else {}
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are such
-        said = str(error).splitlines()[0]
-        again = f"delete {results.unit_file(unit)}, and it is measured again"
-        raise UserError(f"{path} cannot be read ({said}); {again}") from None
+    return lambda row: items(unit_of(row)).get(row.metric)

@@ -127,7 +127,7 @@ class Retention(Analysis):
                 " chosen checkpoints is one"
             )
         for subject in subjects:
-            limit = options.limit or (0 if subject.is_final else MID_TRAINING_LIMIT)
+            limit = options.limit or (0 if subject.is_measured_in_full else MID_TRAINING_LIMIT)
             shots = options.num_fewshot
             units += [RetentionUnit(subject, "benchmark", task, limit, shots) for task in tasks]
             units += [RetentionUnit(subject, "text", TEXT + source) for source in self.texts()]
