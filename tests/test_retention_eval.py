@@ -12,7 +12,8 @@ from support import ROOT, assert_one_line_error, settings_for
 
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.results import Results
-from lora_tradeoffs.retention.forgetting import at_chance, derived_records
+from lora_tradeoffs.retention.forgetting import derived_records
+from lora_tradeoffs.retention.scores import at_chance
 from lora_tradeoffs.statistics.scores import Scores, mean
 from multi_task_training import main as train
 from retention_eval import main

@@ -177,7 +177,7 @@ class Analysis:
         return load_tokenizer(self.base)
 
     def task(self, name: str, prompt: int = 0) -> Any:
-        """The prepared rows of a task, with its own prompt (0) or its k-th paraphrase."""
+        """The prepared rows of a task, with its default prompt (0) or its k-th paraphrase."""
         from lora_tradeoffs.data.preparation import prepare
 
         if (name, prompt) not in self._tasks:
@@ -290,7 +290,7 @@ def _measure_checkpoint(
 def add_analysis_arguments(
     parser: argparse.ArgumentParser, limit: bool = False, dtype: bool = True
 ) -> Any:
-    """Add the flags that the analyses share, with --limit and --dtype where asked; their group."""
+    """Add the flags that the analyses share, and return their group."""
     group = parser.add_argument_group("what to measure")
     group.add_argument(
         "--runs",

@@ -11,9 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from config import CHOICE_BENCHMARKS, DATA_SEED, FAMILIES, MID_TRAINING_LIMIT, Settings, UserError
+from config import CHOICE_BENCHMARKS, FAMILIES, MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions, TaskUnit
 from lora_tradeoffs.data.sources import source_folder
@@ -22,10 +20,11 @@ from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.base import Base
 from lora_tradeoffs.records import TEXT, unit_name
-from lora_tradeoffs.retention.forgetting import (
+from lora_tradeoffs.retention.forgetting import derived_records
+from lora_tradeoffs.retention.scores import (
     Record,
     benchmark_records,
-    derived_records,
+    drift_records,
     figures,
     item_scores,
 )
@@ -35,7 +34,6 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # of --scale-update without values
 TEXT_CHARACTERS = 4_000  # of each document's beginning: about a window's worth of tokens
 TEXT_WINDOW = 1_024  # tokens
 PROMPT_TOKENS = 1_000  # of each task, on which base and tuned model are compared
-PASSAGE = 128  # tokens
 
 
 @dataclass(frozen=True)
@@ -303,7 +301,6 @@ class Retention(Analysis):
         import torch
 
         from lora_tradeoffs.retention.representation import compare
-        from lora_tradeoffs.statistics.scores import Scores, mean
 
         records = []
         for task in ("text", *FAMILIES.get(unit.subject.family or "", ())):
@@ -311,52 +308,30 @@ class Retention(Analysis):
                 drift = compare(self._references[task], model)
             split = "test" if task == "text" else "validation"
             common = {**unit.fields, "split": split, "task": task}
-            for metric, sums in (("kl", drift.kl), ("agreement", drift.agreed)):
-                scores = Scores(metric, np.stack([sums, drift.tokens], 1), mean)
-                records.append({**common, "metric": metric, **figures(scores)})
-            if task == "text":
-                common |= {"metric": "cka", "n": len(drift.terms)}
-                records += [
-                    {**common, "value": float(value), "layer": layer, "of": name}
-                    for layer, (name, value) in enumerate(zip(drift.layers, drift.cka))
-                ]
+            records += drift_records(common, drift, with_layers=task == "text")
         return Measurement(records)
-
-    # ------------------------------------------------------------------- passages of drift
 
     def passages(self, family: str | None) -> dict[str, list[Any]]:
         """What base and tuned model are compared on: held-out text, and the family's prompts.
 
-        Of text every position but the first counts, of a prompt the last: its answer is read there.
+        Text is compared at every position but the first, a prompt at the last: its answer is read
+        there.
         """
-        from lora_tradeoffs.retention.representation import Passage, limited
+        from lora_tradeoffs.retention.representation import (
+            limited,
+            prompt_passages,
+            text_passages,
+        )
 
-        if family in self._passages:
-            return self._passages[family]
-        sources = [self._text_passages(texts) for texts in self.texts().values()]
-        each = self.settings.preset.drift_tokens // len(sources)
-        passages = {"text": [p for parts in sources for p in limited(parts, each)]}
-        for task in FAMILIES.get(family or "", ()):
-            rows = self.adaptation.task(task).split("validation")
-            rows = rows.select(range(min(200, len(rows))))
-            prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
-            prompts = [Passage(ids, [len(ids) - 1]) for ids in prompts]
-            passages[task] = limited(prompts, PROMPT_TOKENS) or prompts[:1]
-        self._passages[family] = passages
-        return passages
-
-    def _text_passages(self, texts: Sequence[str]) -> list[Any]:
-        """Stretches of PASSAGE tokens; a short rest is left out."""
-        from lora_tradeoffs.data.encoding import bos_ids, text_ids
-        from lora_tradeoffs.retention.representation import Passage
-
-        bos, passages = bos_ids(self.tokenizer), []
-        for tokens in (text_ids(self.tokenizer, text) for text in texts):
-            for start in range(0, len(tokens) - PASSAGE // 2, PASSAGE):
-                passages.append(Passage(bos + list(tokens[start : start + PASSAGE])))
-        # hidden states are compared within a batch: it should hold many documents, not one
-        order = np.random.default_rng(DATA_SEED).permutation(len(passages))
-        return [passages[i] for i in order]
+        if family not in self._passages:
+            sources = [text_passages(self.tokenizer, texts) for texts in self.texts().values()]
+            each = self.settings.preset.drift_tokens // len(sources)
+            passages = {"text": [p for parts in sources for p in limited(parts, each)]}
+            for task in FAMILIES.get(family or "", ()):
+                rows = self.adaptation.task(task).split("validation")
+                passages[task] = prompt_passages(rows, PROMPT_TOKENS)
+            self._passages[family] = passages
+        return self._passages[family]
 
     # ------------------------------------------------------------------------------ report
 

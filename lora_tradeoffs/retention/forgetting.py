@@ -1,4 +1,4 @@
-"""Records of retention: what a model kept of its base, in paired comparisons with it.
+"""Forgetting: a tuned model against its base on the same items, and means over benchmarks.
 
 Retention is the mean of the benchmarks' scores; forgetting is the base's score minus the tuned
 model's on the same items (Biderman et al. 2024, arXiv:2405.09673). A benchmark's score is acc_norm
@@ -8,7 +8,7 @@ where it has one, else acc. Benchmarks have different items, so their errors are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -18,89 +18,21 @@ import numpy as np
 from config import FAMILIES
 from lora_tradeoffs.records import TEXT, metric_scale
 from lora_tradeoffs.retention.matched import Curve, matched_forgetting
+from lora_tradeoffs.retention.scores import Record, at_chance, primary
 from lora_tradeoffs.statistics.comparisons import (
     Comparison,
     compare_checkpoints,
     detectable_over_items,
-    estimate,
 )
-from lora_tradeoffs.statistics.scores import Scores, mean
+from lora_tradeoffs.statistics.scores import Scores
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
     from lora_tradeoffs.measuring.results import Results
 
-Record = dict[str, Any]
-
 KEY = ["run", "step", "update_scale"]  # a model: a checkpoint with its update scaled
-PRIMARY = ("acc_norm", "acc", "log_likelihood")
 Z = 1.959964  # of a normal 95 % interval
-
-
-def primary(metrics: Mapping[str, Any] | Sequence[str]) -> str:
-    """The metric that a task is known by: acc_norm where there is one, else acc."""
-    return next((name for name in PRIMARY if name in metrics), min(metrics))
-
-
-def item_scores(items: Mapping[str, np.ndarray]) -> list[Scores]:
-    """Per-item values by metric as `Scores`; log-likelihoods over their `tokens`."""
-    values = dict(items)
-    counts = values.pop("tokens", None)
-    if counts is None:
-        return [Scores(m, np.stack([v, np.ones(len(v))], 1), mean) for m, v in values.items()]
-    return [Scores("log_likelihood", np.stack([values["log_likelihood"], counts], 1), mean)]
-
-
-def figures(scores: Scores) -> Record:
-    """Value, standard error, interval and number of items of a metric."""
-    e = estimate(scores)
-    return {"value": e.value, "stderr": e.stderr, "low": e.low, "high": e.high, "n": e.n}
-
-
-def benchmark_records(common: Record, result: Any) -> list[Record]:
-    """A benchmark's metrics as lm-eval gives them, with intervals over its items.
-
-    `result` is a `BenchmarkResult` of retention/benchmarks.py.
-    """
-    scores = {s.name: s for s in item_scores(result.items)}
-    # a score of the corpus alone (mcc) can be neither paired nor compared with chance by item
-    chance = result.chance if primary(result.metrics) in scores else math.nan
-    records = []
-    for metric, value in result.metrics.items():
-        interval = estimate(scores[metric]) if metric in scores else None
-        records.append(
-            {
-                **common,
-                "task": result.task,
-                "metric": metric,
-                "value": value,
-                "stderr": result.stderrs.get(metric, math.nan),
-                "low": interval.low if interval else math.nan,
-                "high": interval.high if interval else math.nan,
-                "n": result.n,
-                "chance": chance,
-                "truncated": result.truncated,
-            }
-        )
-    if "log_likelihood" in scores and "log_likelihood" not in result.metrics:  # perplexity tasks
-        likelihood = figures(scores["log_likelihood"]) | {"n": result.n}
-        records.append({**records[0], "metric": "log_likelihood", **likelihood})
-    return records
-
-
-def at_chance(record: Record) -> bool:
-    """Whether a model's score is within two standard errors of guessing's.
-
-    A base that guesses has nothing that a benchmark could show it to forget; nor does a single
-    item, which has no standard error.
-    """
-    if record["stderr"] is None:
-        return True
-    return bool(abs(record["value"] - record["chance"]) <= 2 * record["stderr"])
-
-
-# ------------------------------------------------------------------------ from unit to unit
 
 
 def derived_records(results: Results) -> tuple[list[Record], list[str]]:
@@ -330,7 +262,7 @@ def _matched(results: Results, units: DataFrame) -> list[Record]:
 def _curve(results: Results, base: DataFrame, model: DataFrame, family: str) -> Curve | None:
     """A checkpoint's curve from the base through its scaled updates.
 
-    None if a part is missing, or was not measured as the base was: on other items, say.
+    None if a part is missing, or was measured differently from the base, such as on other items.
     """
     parts = {0.0: base, **dict(iter(model.groupby("update_scale")))}
     scales = sorted(parts)

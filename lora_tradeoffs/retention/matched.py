@@ -148,7 +148,7 @@ def _means(
 def _first_reach(
     scales: Sequence[float], adaptation: np.ndarray, retention: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The scale at which adaptation first rises to the score, and retention there, (draws,) each.
+    """The scale at which adaptation first rises to the score, and its retention, (draws,) each.
 
     `adaptation` and `retention` have shape (scales, draws), `scores` (draws,). nan where it does
     not, or has it at t = 0 already.

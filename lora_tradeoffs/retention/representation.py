@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from config import DATA_SEED
+from lora_tradeoffs.data.encoding import bos_ids, text_ids
 from lora_tradeoffs.retention.cka import centred_gram, cka, dealt, hsic_terms, widest
 from lora_tradeoffs.scoring.log_likelihoods import batches
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 TOKEN_BUDGET = 2_048  # padded tokens of a batch
+PASSAGE = 128  # tokens of a stretch of text
 CHUNK = 32  # positions whose logits are held at once
 
 
@@ -74,7 +77,7 @@ class Reference:
     `grams[layer]` are the minibatches' centred Gram matrices as vectors, stacked as in `dealt`, and
     `batches` the batch of each. `states` are the last hidden states at the compared positions, a
     tensor (positions, hidden size) a batch. `head` is the output embedding, (vocabulary, hidden
-    size): the base's own tensor, or a copy.
+    size): the base's tensor, or a copy of it.
     """
 
     passages: Sequence[Passage]
@@ -92,6 +95,38 @@ class Reference:
         return sum(tensor.nbytes for tensor in tensors)
 
 
+# ------------------------------------------------------------------------------- passages
+
+
+def text_passages(tokenizer: Any, texts: Sequence[str]) -> list[Passage]:
+    """Stretches of PASSAGE tokens of the texts, shuffled; a rest of less than half is left out."""
+    bos, passages = bos_ids(tokenizer), []
+    for text in texts:
+        tokens = text_ids(tokenizer, text)
+        for start in range(0, len(tokens) - PASSAGE // 2, PASSAGE):
+            passages.append(Passage(bos + list(tokens[start : start + PASSAGE])))
+    # hidden states are compared within a batch: it should hold many documents, not one
+    order = np.random.default_rng(DATA_SEED).permutation(len(passages))
+    return [passages[i] for i in order]
+
+
+def prompt_passages(rows: Any, tokens: int) -> list[Passage]:
+    """The first prompts of prepared rows, up to 200 and so many tokens together, but at least one.
+
+    They are compared at their last position.
+    """
+    rows = rows.select(range(min(200, len(rows))))
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+    passages = [Passage(ids, [len(ids) - 1]) for ids in prompts]
+    return limited(passages, tokens) or passages[:1]
+
+
+def limited(passages: Sequence[Passage], tokens: int) -> list[Passage]:
+    """The first passages that have at most so many tokens together."""
+    total = np.cumsum([len(passage.tokens) for passage in passages])
+    return list(passages[: int((total <= tokens).sum())])
+
+
 # ------------------------------------------------------------------------- base and checkpoints
 
 
@@ -102,12 +137,6 @@ def layer_names(blocks: int) -> tuple[str, ...]:
     and the final norm: what the output embedding reads.
     """
     return ("embeddings", *(f"block {number}" for number in range(1, blocks)), "final norm")
-
-
-def limited(passages: Sequence[Passage], tokens: int) -> list[Passage]:
-    """The first passages that have at most so many tokens together."""
-    total = np.cumsum([len(passage.tokens) for passage in passages])
-    return list(passages[: int((total <= tokens).sum())])
 
 
 def observe(

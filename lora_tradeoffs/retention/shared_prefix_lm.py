@@ -60,7 +60,7 @@ class SharedPrefixLM(HFLM):
         """Log-probability of each continuation, and whether it is the greedy one.
 
         `requests` are ((context, continuation), their tokens, their tokens). A text longer than
-        the window loses its beginning, as in HFLM; which did is kept in `truncated`.
+        the window loses its beginning, as in HFLM; which texts did is in `truncated`.
         """
         window, texts = self.max_length, []
         for strings, context, continuation in requests:
