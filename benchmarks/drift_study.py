@@ -102,12 +102,12 @@ def _save(folder: Path, name: str, tensors: dict[str, Any], config: dict | None 
 class _Analysis:
     """The script's analysis of that folder, timed."""
 
-    def __init__(self, folder: Path, k: int, parallel_map: Any) -> None:
+    def __init__(self, folder: Path, k: int, pool: Any) -> None:
         from config import resolve_settings
         from lora_tradeoffs.drift.analysis import DriftAnalysis, DriftOptions
         from lora_tradeoffs.models.base import Base
 
-        self.folder, self.parallel_map = folder, parallel_map
+        self.folder, self.pool = folder, pool
         base = Base("made-up", folder / "base", folder, {"digest": ""})
         settings = resolve_settings(Namespace(preset="demo", study=f"benchmark-{k}"))
         settings = replace(settings, output_dir=folder / "results")
@@ -140,7 +140,7 @@ class _Analysis:
         start = time.perf_counter()
         check_whole(Checkpoint(run, 0, self.folder / run), ".safetensors")
         full = FullCheckpoint(self.folder / run, self.drift.weights)
-        self.parallel_map(full.squares, full.tensors)
+        list(self.pool.map(full.squares, full.tensors))
         return time.perf_counter() - start
 
 
@@ -149,10 +149,10 @@ def analyse_study(folder: Path, k: int, layers: int) -> dict[str, Any]:
     from lora_tradeoffs.drift.analysis import worker_threads
     from lora_tradeoffs.hardware import peak_memory
 
-    with worker_threads(WORKERS) as parallel_map:
-        analysis = _Analysis(folder, k, parallel_map)
+    with worker_threads(WORKERS) as pool:
+        analysis = _Analysis(folder, k, pool)
         start = time.perf_counter()
-        parallel_map(analysis.decompose, analysis.drift.weights.matrices())
+        list(pool.map(analysis.decompose, analysis.drift.weights.matrices()))
         base = time.perf_counter() - start
         analysis.seconds(f"lora_r{RANKS[0]}_{SIZES[0]:g}", False)  # imports, and the base's norms
         lora = {

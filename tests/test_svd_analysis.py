@@ -34,7 +34,7 @@ def base(tiny):
     return prepare_base(settings_for(model=str(tiny)))
 
 
-def place(study):
+def results_folder(study):
     return settings_for().output_dir / "drift_analysis_plots" / study
 
 
@@ -45,7 +45,7 @@ def folder(model):
     argv = ["--similar", "--lora", "4", "--full-finetune", *short, *model, "--study", STUDY]
     assert train(argv) == 0
     assert main([*model, "--study", STUDY]) == 0
-    return place(STUDY)
+    return results_folder(STUDY)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def make_full(base, folder, noise=0.02):
 def analyse(model, study, *argv):
     """Run the script; the records and all layers' rows."""
     assert main([*model, "--study", study, *map(str, argv)]) == 0
-    return records_in(place(study)), layers_in(place(study))
+    return records_in(results_folder(study)), layers_in(results_folder(study))
 
 
 def records_in(folder):
@@ -143,8 +143,8 @@ def reference(start, update, k, eps):
 
 def assert_equal_to_reference(layers, base, updates, run):
     start = {n: p.detach().double() for n, p in load_base(base).named_parameters()}
-    own = layers[layers.run == run]
-    assert {f"{r.layer}.{r.module}" for r in own.itertuples()} == {
+    rows = layers[layers.run == run]
+    assert {f"{r.layer}.{r.module}" for r in rows.itertuples()} == {
         f"{name.split('.')[2]}.{name.split('.')[-1]}" for name in updates
     }
     for name, update in updates.items():
@@ -155,8 +155,8 @@ def assert_equal_to_reference(layers, base, updates, run):
                 has_k = metric in ("rho", "phi", "value_shift", "legacy_drift", "intruders")
                 keys = {"k": k} if has_k else {}
                 keys |= {"eps": eps} if metric == "intruders" else {}
-                found = value(own, metric, side=side, **matrix, **keys)
-                assert found == pytest.approx(wanted, rel=1e-8, abs=1e-9), (name, metric, k)
+                measured = value(rows, metric, side=side, **matrix, **keys)
+                assert measured == pytest.approx(wanted, rel=1e-8, abs=1e-9), (name, metric, k)
 
 
 # ------------------------------------------------------------------------------------ values
@@ -202,8 +202,8 @@ def test_values_are_those_of_dense_decompositions_of_the_merged_weights(base, mo
     assert set(records[records.run == "places"].module) == {
         *("all", "both", "o_proj", "up_proj", "down_proj")
     }
-    own = layers[(layers.run == "lora") & (layers.module == "v_proj") & (layers.metric == "rho")]
-    mean = own[own.k == 8].value.mean()
+    rows = layers[(layers.run == "lora") & (layers.module == "v_proj") & (layers.metric == "rho")]
+    mean = rows[rows.k == 8].value.mean()
     assert value(records, "rho", "v_proj", run="lora", layer=-1, k=8) == pytest.approx(mean)
 
 
@@ -219,7 +219,10 @@ def test_the_reference_path_finds_the_same(base, model, tmp_path):
     )
     assert fast.drop(columns="value").equals(dense.drop(columns="value"))
     assert np.allclose(fast.value, dense.value, rtol=1e-8, atol=1e-9)
-    vectors = [load_file(place(s) / "directions" / "lora-0.safetensors") for s in ("fast", "dense")]
+    vectors = [
+        load_file(results_folder(s) / "directions" / "lora-0.safetensors")
+        for s in ("fast", "dense")
+    ]
     assert vectors[0].keys() == vectors[1].keys()
     for name, basis in vectors[0].items():
         assert torch.allclose((basis * vectors[1][name]).sum(0).abs(), torch.ones(4), atol=1e-4)
@@ -270,8 +273,8 @@ def test_a_planted_rotation_is_found_in_its_layer(base, model, tmp_path):
     assert (phi[~turned].value == 1).all()
     for k in (4, 8, 10):
         for side, lost in (("left", np.sin(angle) ** 2), ("right", 0)):
-            found = value(layers, "phi", "v_proj", layer=1, k=k, side=side)
-            assert found == pytest.approx(1 - lost / k, abs=1e-6)
+            phi_k = value(layers, "phi", "v_proj", layer=1, k=k, side=side)
+            assert phi_k == pytest.approx(1 - lost / k, abs=1e-6)
     assert value(layers, "value_shift", "v_proj", layer=1, k=10) < 1e-6
 
 
@@ -297,8 +300,8 @@ def test_phi_between_runs_is_that_of_their_updates(base, model, tmp_path):
     full = make_full(base, tmp_path / "whole")
     runs = [tmp_path / name for name in ("first", "second", "whole")]
     records, _ = analyse(model, "between", "--runs", *runs)
-    found = records[records.metric == "update_phi"]
-    assert len(found) == 3 * 3 * 2 * 2  # pairs, modules and both, sides, all and leading
+    similarities = records[records.metric == "update_phi"]
+    assert len(similarities) == 3 * 3 * 2 * 2  # pairs, modules and both, sides, all and leading
     for run, other, sizes, updates in (
         ("first", "second", (4, 8), (first, second)),
         ("first", "whole", (4, 4), (first, full)),
@@ -313,17 +316,18 @@ def test_phi_between_runs_is_that_of_their_updates(base, model, tmp_path):
                 overlap = bases[0][:, :i].T @ bases[1][:, :j]
                 expected.append(float(overlap.square().sum()) / min(i, j))
             row = dict(run=run, other=other, side=side, directions=kind, k=i, other_k=j)
-            phi = value(found, "update_phi", module, **row)
+            phi = value(similarities, "update_phi", module, **row)
             assert phi == pytest.approx(sum(expected) / 2, abs=1e-5)
-            keys = (found.run == run) & (found.other == other) & (found.module == module)
-            rows = found[keys & (found.side == side) & (found.directions == kind)]
+            keys = (similarities.run == run) & (similarities.other == other)
+            keys &= (similarities.module == module) & (similarities.side == side)
+            rows = similarities[keys & (similarities.directions == kind)]
             assert rows.random.item() == random_similarity(i, j, len(bases[0]))
 
 
 # ------------------------------------------------------------------------------ running again
 
 
-def test_what_is_there_is_not_measured_again_and_what_is_missing_is(folder, model, capsys):
+def test_existing_results_are_reused_and_missing_ones_are_measured(folder, model, capsys):
     files = [p for p in folder.rglob("*") if p.parent.name in ("records", "layers", "directions")]
     before = {p: p.stat().st_mtime_ns for p in files}
     argv = [*model, "--study", STUDY]
@@ -361,12 +365,12 @@ def test_a_foreign_folder_gives_what_our_run_gives(folder, model, tmp_path):
     shutil.copytree(run / "checkpoint-2", foreign)
     for name in ("manifest.json", "trainer_state.json"):
         (foreign / name).unlink()
-    found = analyse(model, "foreign", "--runs", foreign)[1]
+    layers = analyse(model, "foreign", "--runs", foreign)[1]
     ours = layers_in(folder).query("run == @RUN and step == 2").reset_index(drop=True)
     columns = ["layer", "module", "metric", "k", "eps", "side"]
-    assert found[columns].astype({"metric": str}).equals(ours[columns].astype({"metric": str}))
+    assert layers[columns].astype({"metric": str}).equals(ours[columns].astype({"metric": str}))
     # a decomposition that was read lies elsewhere in memory than a new one: rounding differs
-    assert np.allclose(found.value, ours.value, rtol=1e-12, atol=1e-13)
+    assert np.allclose(layers.value, ours.value, rtol=1e-12, atol=1e-13)
 
 
 # ----------------------------------------------------------------------------------- mistakes
@@ -400,7 +404,7 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, model, tmp_p
         ),
     ):
         assert all(part in line for part in parts), line
-    assert set(records_in(place("broken")).run) == {"good"}
+    assert set(records_in(results_folder("broken")).run) == {"good"}
 
 
 def test_a_checkpoint_that_its_manifest_does_not_confirm_is_named(folder, model, capsys):
@@ -410,7 +414,7 @@ def test_a_checkpoint_that_its_manifest_does_not_confirm_is_named(folder, model,
     path.write_bytes(path.read_bytes()[:-8] + b"corrupt!")
     assert main([*model, "--study", "corrupt-drift"]) == 1
     assert "checkpoint-1/adapter_model.safetensors is corrupt" in capsys.readouterr().err
-    assert set(records_in(place("corrupt-drift")).step) == {2}
+    assert set(records_in(results_folder("corrupt-drift")).step) == {2}
     (path.parent / "manifest.json").write_text("{")
     assert main([*model, "--study", "corrupt-drift"]) == 1
     assert "manifest.json cannot be read" in capsys.readouterr().err
@@ -447,7 +451,7 @@ def test_an_adapter_of_another_base_or_kind_is_told(base, model, tmp_path, capsy
     ]
     (error,) = (line for line in lines if line.startswith("error: "))
     assert "other, step 0" in error and "an adapter of type IA3, not LORA" in error
-    assert set(records_in(place("kinds")).run) == {"own", "foreign"}
+    assert set(records_in(results_folder("kinds")).run) == {"own", "foreign"}
 
 
 def test_bad_input_is_one_line(folder, model, script, capsys):

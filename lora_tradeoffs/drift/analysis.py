@@ -31,8 +31,6 @@ from lora_tradeoffs.tables.scores import drift_table
 if TYPE_CHECKING:
     from lora_tradeoffs.drift.matrix import BaseSpectra, MatrixDrift
 
-    ParallelMap = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
-
 TOP_K = (4, 8, 16, 32, 64, 128, 256)
 EPSILONS = tuple(i / 10 for i in range(1, 10))
 MOST_WORKERS = 8  # each holds a decomposition of the base and some copies of a matrix
@@ -121,13 +119,13 @@ class DriftAnalysis(Analysis):
         directions = max(RANKS) if unit.subject.is_last else 0
         settings = DriftSettings(self.ks, self.epsilons, self.options.dense, directions)
         matrices = self._matrices(model)
-        with worker_threads(self.options.workers or default_workers()) as parallel_map:
+        with worker_threads(self.options.workers or default_workers()) as pool:
 
             def measured(matrix: Matrix) -> MatrixDrift:
                 return measure(model, matrix, self.spectra, settings)
 
-            drifts = _by_item(parallel_map, measured, matrices, lambda matrix: matrix.label)
-            squares = self._squares(model, drifts, parallel_map)
+            drifts = _by_item(pool, measured, matrices, lambda matrix: matrix.label)
+            squares = self._squares(model, drifts, pool)
         self.methods.update(drift.method for drift in drifts.values())
         return CheckpointDrift(drifts, squares)
 
@@ -135,17 +133,17 @@ class DriftAnalysis(Analysis):
         self,
         checkpoint: Adapter | FullCheckpoint,
         drifts: dict[Matrix, MatrixDrift],
-        parallel_map: ParallelMap,
+        pool: ThreadPoolExecutor,
     ) -> dict[str, tuple[float, float]]:
         """||dW||_F^2 and ||W0||_F^2 of every tensor; empty if not all of an update is measured."""
         if not checkpoint.is_low_rank:
-            return _by_item(parallel_map, checkpoint.squares, checkpoint.tensors)
+            return _by_item(pool, checkpoint.squares, checkpoint.tensors)
         if len(drifts) < len(checkpoint.matrices):
             return {}
         if not self._base_squares:
             names = model_tensors(self.weights)
             self._base_squares = _by_item(
-                parallel_map, lambda tensor: self.weights.square(names[tensor]), list(names)
+                pool, lambda tensor: self.weights.square(names[tensor]), list(names)
             )
         moved = {matrix.tensor: drift.squares[0] for matrix, drift in drifts.items()}
         return {name: (moved.get(name, 0.0), base) for name, base in self._base_squares.items()}
@@ -215,31 +213,21 @@ def default_workers() -> int:
 
 
 @contextmanager
-def worker_threads(count: int) -> Iterator[ParallelMap]:
-    """A map over lists on `count` threads, each of which uses one core for linear algebra."""
+def worker_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `count` threads, each of which uses one core for linear algebra."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(count)
-
-    def parallel_map(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-
     try:
-        yield parallel_map
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
 
 def _by_item(
-    parallel_map: ParallelMap,
+    pool: ThreadPoolExecutor,
     function: Callable[[Any], Any],
     items: list[Any],
     label: Callable[[Any], str] = str,
@@ -252,7 +240,7 @@ def _by_item(
         except ValueError as error:
             raise UserError(f"{label(item)}: {error}") from None
 
-    return dict(zip(items, parallel_map(labelled, items)))
+    return dict(zip(items, pool.map(labelled, items)))
 
 
 # -------------------------------------------------------------------------------- warnings

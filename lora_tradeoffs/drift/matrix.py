@@ -124,10 +124,7 @@ def measure(
     else:
         weight, directions = checkpoint.weight(matrix).double(), settings.directions
         change = weight - start
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds values that are not finite")
-    top_triplets = dense_triplets if settings.dense else top_triplets_dense
-    triplets = top_triplets(base, weight, k)
+    triplets = top_triplets_dense(base, weight, k, iterate=not settings.dense)
     update, values = _update(change, directions)
     return _drift(base, update, triplets, settings, values)
 
@@ -141,25 +138,6 @@ def _update(change: torch.Tensor, directions: int) -> tuple[SVD, torch.Tensor]:
     values = singular_values(change)
     m, n = change.shape
     return SVD(change.new_zeros(m, 0), values[:0], change.new_zeros(0, n)), values
-
-
-def dense_triplets(base: SVD, weight: torch.Tensor, k: int) -> Triplets:
-    """The k leading triplets of W from a dense decomposition: the reference for `--dense`.
-
-    Their residual is measured; the distance of the vectors from the true ones is not bounded.
-    """
-    tuned = svd(weight)
-    left, right = tuned.U[:, :k], tuned.Vh[:k].T
-    cosines, right_cosines = base.U.T @ left, base.Vh @ right
-    outside = [
-        vectors - basis @ inside if len(vectors) > len(inside) else inside[:0]
-        for vectors, basis, inside in ((left, base.U, cosines), (right, base.Vh.T, right_cosines))
-    ]
-    values = tuned.S[:k]
-    parts = weight @ right - left * values, weight.T @ left - right * values
-    largest = float(torch.cat(parts).norm(dim=0).max())
-    residual = largest / float(values[0]) if largest else 0.0
-    return Triplets(values, cosines, right_cosines, *outside, residual, math.inf, "dense")
 
 
 def _drift(

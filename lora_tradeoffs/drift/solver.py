@@ -78,8 +78,10 @@ def top_triplets_lora(
     return _top_triplets(LowRank(base, A, B, scale), k)
 
 
-def top_triplets_dense(base: SVD, weight: torch.Tensor, k: int) -> Triplets:
+def top_triplets_dense(base: SVD, weight: torch.Tensor, k: int, iterate: bool = True) -> Triplets:
     """The k leading singular triplets of a tuned weight of the base's shape, m x n.
+
+    Without `iterate` they come from a dense decomposition, the reference for the iteration.
 
     Raises ValueError for NaN or infinity, another shape, and a k that is not in 1 ... min(m, n).
     Random probes check that no triplet was overlooked; this is no proof. A direction of the update
@@ -89,7 +91,8 @@ def top_triplets_dense(base: SVD, weight: torch.Tensor, k: int) -> Triplets:
     if tuple(weight.shape) != base.shape:
         raise ValueError(f"a weight of {tuple(weight.shape)} for {_size(base)}")
     _check_k(base, k)
-    return _top_triplets(Dense(base, finite(weight)), k)
+    matrix = Dense(base, finite(weight))
+    return _top_triplets(matrix, k) if iterate else _densely(matrix, k, "dense")
 
 
 def _size(base: SVD) -> str:

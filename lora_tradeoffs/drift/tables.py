@@ -84,15 +84,11 @@ def _spectrum_table(drift: CheckpointDrift) -> pd.DataFrame:
 
     parts = []
     for matrix, d in drift.matrices.items():
-        columns = {
-            "base": d.base_values,
-            "tuned": d.tuned_values,
-            "update": d.update_values,
-            "max_cosine": d.max_cosines,
-        }
-        columns = {name: pd.Series(c.float().numpy()) for name, c in columns.items()}
-        part = pd.DataFrame(columns).assign(layer=matrix.layer, module=matrix.module)
-        parts.append(part.assign(index=part.index + 1))
+        columns = (d.base_values, d.tuned_values, d.update_values, d.max_cosines)
+        columns = [pd.Series(column.float().numpy()) for column in columns]
+        part = pd.DataFrame(dict(zip(("base", "tuned", "update", "max_cosine"), columns)))
+        part = part.assign(layer=matrix.layer, module=matrix.module, index=part.index + 1)
+        parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
 

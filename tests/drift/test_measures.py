@@ -146,13 +146,13 @@ def test_intruders_are_those_that_peft_counts(real_weights, size):
         layer.lora_B["default"].weight.data *= size * norm
     total = 0
     for k, epsilon in ((10, 0.5), (40, 0.8)):
-        said = []
+        messages = []
         reduce_intruder_dimension(
-            model, top_k=k, threshold_epsilon=epsilon, logging_sink=said.append
+            model, top_k=k, threshold_epsilon=epsilon, logging_sink=messages.append
         )
         model.delete_adapter("intruder_reduced")
         for name, layer in layers.items():
-            line = next(line for line in said if name in line)
+            line = next(line for line in messages if name in line)
             expected = 0 if "No intruders" in line else int(line.rsplit(" ", 1)[1])
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             base = svd(layer.get_base_layer().weight)
