@@ -1,4 +1,4 @@
-"""Results as tables: the arm of a record, the last checkpoint of a run, means over seeds.
+"""Results as data frames: records with their arms, last checkpoints, means over seeds.
 
     records = load_records(Path("performance_analysis/demo/adaptation.json"))
     print(score_table(records))
@@ -129,19 +129,19 @@ def _problem(meta: dict[str, Any], records: list[dict[str, Any]], frame: DataFra
 
 
 def is_demo(frame: DataFrame) -> bool:
-    """Whether the records are the demo's, which no figure may pass over."""
+    """Whether the records are the demo's, which every figure must say."""
     meta = frame.attrs.get("meta", {})
     return meta.get("preset") == "demo" or bool((frame.get("preset") == "demo").any())
 
 
 def ordered(tasks: Iterable[str]) -> list[str]:
     """Tasks in the suite's order, others after them."""
-    found = set(tasks)
-    return [task for task in TASKS if task in found] + sorted(found - set(TASKS))
+    names = set(tasks)
+    return [task for task in TASKS if task in names] + sorted(names - set(TASKS))
 
 
 def scores(frame: DataFrame) -> DataFrame:
-    """The rows of each task's primary metric, the first of its description, on our own splits."""
+    """Rows of the primary metric of each task (its description's first), on validation and test."""
     first = {task: description.metrics[0] for task, description in DESCRIPTIONS.items()}
     frame = frame[frame["split"].isin(SPLITS)]
     return frame[frame["metric"] == frame["task"].map(first)].dropna(subset=["value"])
@@ -159,10 +159,10 @@ def last_checkpoints(frame: DataFrame) -> DataFrame:
     return frame[~is_trained(frame) | (last & ended)]
 
 
-def unfinished(frame: DataFrame, so: str = "Left out") -> str:
+def unfinished(frame: DataFrame, prefix: str = "Left out") -> str:
     """A sentence for captions: the runs that `last_checkpoints` leaves out."""
     runs = set(frame[is_trained(frame)]["run"]) - set(last_checkpoints(frame)["run"])
-    return f" {so}, not measured at its end: {', '.join(sorted(runs))}." if runs else ""
+    return f" {prefix}, not measured at its end: {', '.join(sorted(runs))}." if runs else ""
 
 
 def summarise(frame: DataFrame, by: tuple[str, ...] = ()) -> DataFrame:
@@ -195,8 +195,8 @@ def summarise(frame: DataFrame, by: tuple[str, ...] = ()) -> DataFrame:
         elif seeds >= MIN_SEEDS:
             item_variance = (group["stderr"] ** 2).mean()  # nan if no record has one
             over = BOTH if item_variance > 0 else SEEDS
-            found = estimate_over_seeds(values, item_variance if over == BOTH else 0.0)
-            stderr, low, high = found.stderr, found.low, found.high
+            estimate = estimate_over_seeds(values, item_variance if over == BOTH else 0.0)
+            stderr, low, high = estimate.stderr, estimate.low, estimate.high
         rows.append((*key, mean, stderr, low, high, seeds, over))
     columns = [*keys, "value", "stderr", "low", "high", "seeds", "over"]
     table = pd.DataFrame(rows, columns=columns)
@@ -247,28 +247,28 @@ def gaps(frame: DataFrame, tested: bool = True) -> list[str]:
     """
     from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
 
-    said = []
+    sentences = []
     runs = frame[is_trained(frame)]
     words = shared_words([frame])
     for family in FAMILIES:
         ended = last_checkpoints(runs[runs["family"] == family])
         if ended.empty:
-            said.append(f"{family}: no run that is measured at its end")
+            sentences.append(f"{family}: no run that is measured at its end")
             continue
         plain = ended["arm"].map(lambda arm: arm.without_rate.without(words))
         missing = [arm for arm in (*GRID, FULL) if arm not in set(plain)]
         if missing:
-            said.append(f"{family}: no {', '.join(map(str, missing))}")
+            sentences.append(f"{family}: no {', '.join(map(str, missing))}")
         at_rates = ended.assign(plain=plain).groupby(["plain", "arm"])["seed"].nunique()
         seeds = at_rates.groupby("plain").max()
         few = sorted(seeds[seeds < MIN_SEEDS].index)
         if few:
-            said.append(
+            sentences.append(
                 f"{family}: fewer than {MIN_SEEDS} seeds, so nothing about methods can be claimed:"
                 f" {', '.join(map(str, few))}"
             )
         untested = set(plain) - set(plain[ended["split"] == "test"])
         if tested and untested:
-            said.append(f"{family}: no test score of {', '.join(map(str, sorted(untested)))}")
+            sentences.append(f"{family}: no test score of {', '.join(map(str, sorted(untested)))}")
     left = set(runs["run"]) - set(last_checkpoints(runs)["run"])
-    return said + [f"not measured at its end: {run}" for run in sorted(left)]
+    return sentences + [f"not measured at its end: {run}" for run in sorted(left)]

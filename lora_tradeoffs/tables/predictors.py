@@ -1,4 +1,4 @@
-"""What goes with forgetting, and with learning: measures of drift against both, run by run.
+"""What predicts forgetting and learning: measures of drift correlated with both over runs.
 
     table = predictor_table(retention, drift, adaptation)
     print(across_runs(table), within_runs(table))
@@ -86,12 +86,12 @@ def across_runs(
     from scipy.stats import norm
 
     rows = table[table["is_last"]]
-    found = _by_family(rows, lambda own: _across(own, resamples, permutations, seed))
-    tests = found.groupby("outcome")["p_value"].transform("count")
+    table = _by_family(rows, lambda points: _across(points, resamples, permutations, seed))
+    tests = table.groupby("outcome")["p_value"].transform("count")
     reach = norm.isf((1 - LEVEL) / 2 / tests.clip(lower=1)) + norm.ppf(POWER)
-    error = (1.06 / (found["runs"] - 3).clip(lower=1)) ** 0.5
-    detectable = (reach * error).map(math.tanh).where(found["p_value"].notna())
-    return found.assign(detectable=detectable)
+    error = (1.06 / (table["runs"] - 3).clip(lower=1)) ** 0.5
+    detectable = (reach * error).map(math.tanh).where(table["p_value"].notna())
+    return table.assign(detectable=detectable)
 
 
 def within_runs(
@@ -108,7 +108,7 @@ def within_runs(
     Whole runs are resampled and permuted; of simulated studies of 9 and 18 unrelated runs, also of
     random walks, 4 to 9 % had p <= .05 and 93 to 98 % an interval around 0.
     """
-    return _by_family(table, lambda own: _within(own, resamples, permutations, seed))
+    return _by_family(table, lambda points: _within(points, resamples, permutations, seed))
 
 
 # ---------------------------------------------------------------------------- the measures
@@ -116,18 +116,19 @@ def within_runs(
 
 def _predictors(retention: DataFrame, drift: DataFrame | None) -> dict[str, Series]:
     """Each predictor's values by (run, step)."""
-    found = {}
+    measures = {}
     if drift is not None:
-        found["size"] = _size(drift)
-        found["rho"] = _measure(drift, "rho")
-        found["intruders"] = _measure(drift, "intruders", eps=INTRUDER_EPSILON)
-        found["rotation"] = 1 - _measure(drift, "phi", side="left")
+        measures["size"] = _size(drift)
+        measures["rho"] = _measure(drift, "rho")
+        measures["intruders"] = _measure(drift, "intruders", eps=INTRUDER_EPSILON)
+        measures["rotation"] = 1 - _measure(drift, "phi", side="left")
     kl = retention[retention["metric"] == "kl"]
     about_text = kl["task"] == TEXT
-    found["kl_tasks"] = kl[~about_text].groupby(KEYS)["value"].mean()
-    found["kl_text"] = kl[about_text].groupby(KEYS)["value"].mean()
-    found["cka_loss"] = 1 - retention[retention["metric"] == "cka"].groupby(KEYS)["value"].mean()
-    return {name: values for name, values in found.items() if len(values)}
+    measures["kl_tasks"] = kl[~about_text].groupby(KEYS)["value"].mean()
+    measures["kl_text"] = kl[about_text].groupby(KEYS)["value"].mean()
+    cka = retention[retention["metric"] == "cka"].groupby(KEYS)["value"].mean()
+    measures["cka_loss"] = 1 - cka
+    return {name: values for name, values in measures.items() if len(values)}
 
 
 def _measure(drift: DataFrame, metric: str, side: str | None = None, **fields: float) -> Series:
@@ -160,19 +161,19 @@ def _by_family(table: DataFrame, correlate: Callable[[Any], dict[str, Any]]) -> 
     for family in (f for f in FAMILIES if (table["family"] == f).any()):
         for outcome in OUTCOMES:
             for name in (p for p in PREDICTORS if p in table):
-                own = table[table["family"] == family]
-                own = own.assign(x=own[name], y=own[outcome]).dropna(subset=["x", "y"])
-                about = {"family": family, "outcome": outcome, "predictor": name}
-                about |= {"runs": own["run"].nunique(), "arms": own["arm"].nunique()}
-                rows.append(about | correlate(own))
-    found = pd.DataFrame(rows, columns=list(RESULT))
-    found["detectable"] = math.nan
-    found["corrected"] = found.groupby("outcome")["p_value"].transform(_holm)
-    return found
+                points = table[table["family"] == family]
+                points = points.assign(x=points[name], y=points[outcome]).dropna(subset=["x", "y"])
+                row = {"family": family, "outcome": outcome, "predictor": name}
+                row |= {"runs": points["run"].nunique(), "arms": points["arm"].nunique()}
+                rows.append(row | correlate(points))
+    correlations = pd.DataFrame(rows, columns=list(RESULT))
+    correlations["detectable"] = math.nan
+    correlations["corrected"] = correlations.groupby("outcome")["p_value"].transform(_holm)
+    return correlations
 
 
 def _holm(p_values: Series) -> Series:
-    """Corrected over the tests that could be made: what was not measured was not asked."""
+    """Corrected over the tests that could be made; what was not measured is no test."""
     corrected = p_values.copy()
     corrected[p_values.notna()] = holm(p_values.dropna())
     return corrected
@@ -207,10 +208,9 @@ def _correlation(
     ranks = [_residuals(values[None]) for values in (x, y)]
     for name, values in zip(("the predictor", "the outcome"), ranks):
         if np.allclose(values, 0):
-            said = (
-                "is the same in all runs" if checkpoints == 1 else "never changes the runs' order"
-            )
-            return _nothing(f"{name} {said}", checkpoints)
+            constant = "is the same in all runs"
+            reason = constant if checkpoints == 1 else "never changes the runs' order"
+            return _nothing(f"{name} {reason}", checkpoints)
     rho = float(_cosine(*ranks)[0])
     rng = np.random.default_rng(seed)
     drawn = rng.integers(runs, size=(resamples, runs))

@@ -45,9 +45,10 @@ def retained(frame: DataFrame) -> DataFrame:
     """
     rows = as_trained(frame)
     normed = rows["task"].isin(rows[rows["metric"] == "acc_norm"]["task"])
-    kept = (rows["metric"] == "acc_norm") | ((rows["metric"] == "acc") & ~normed)
-    kept |= (rows["task"] == MEAN) & (rows["metric"] == "retention")
-    return rows[kept | (rows["metric"] == "log_likelihood")]
+    metric = rows["metric"]
+    is_mean = (rows["task"] == MEAN) & (metric == "retention")
+    accuracy = (metric == "acc_norm") | ((metric == "acc") & ~normed)
+    return rows[accuracy | is_mean | (metric == "log_likelihood")]
 
 
 def forgotten(frame: DataFrame) -> DataFrame:
@@ -57,7 +58,7 @@ def forgotten(frame: DataFrame) -> DataFrame:
 
 
 def at_chance(frame: DataFrame) -> list[str]:
-    """Benchmarks on which the base knows nothing that could be forgotten."""
+    """Benchmarks on which the base guesses, so that forgetting cannot be measured."""
     if "at_chance" not in frame:
         return []
     return task_order(frame[frame["at_chance"].eq(True)]["task"])
@@ -65,29 +66,26 @@ def at_chance(frame: DataFrame) -> list[str]:
 
 def task_order(tasks: Any) -> list[str]:
     """Benchmarks, their mean, held-out text, the trained tasks."""
-    found, known = set(tasks), [*BENCHMARKS]
+    names = [*BENCHMARKS, *ordered(set(tasks) & set(DESCRIPTIONS))]
 
-    def place(task: str) -> tuple[int, int, str]:
-        kind = (
-            1 if task == MEAN else 2 if task.startswith(TEXT) else 3 if task in DESCRIPTIONS else 0
-        )
-        names = ordered(found) if kind == 3 else known
-        return kind, names.index(task) if task in names else len(names), task
+    def sort_key(task: str) -> tuple[bool, bool, bool, int, str]:
+        kinds = task in DESCRIPTIONS, task.startswith(TEXT), task == MEAN
+        return *kinds, names.index(task) if task in names else len(names), task
 
-    return sorted(found, key=place)
+    return sorted(set(tasks), key=sort_key)
 
 
 def in_panels(rows: DataFrame) -> DataFrame:
     """Rows with `task` turned into the title of their panel, "family: task"; `about` is the task.
 
-    The base, and runs of no family of ours, are in the panels of every family.
+    The base, and runs from elsewhere, are in the panels of every family.
     """
     import pandas as pd
 
     rows = rows[is_trained(rows) | ~rows.duplicated(["task", "run", "metric"])]
-    own = rows["family"].where(rows["family"].isin(list(FAMILIES)) & is_trained(rows))
-    families = [name for name in FAMILIES if (own == name).any()] or [NO_FAMILY]
-    parts = [rows[own.isna() | (own == name)].assign(family=name) for name in families]
+    family = rows["family"].where(rows["family"].isin(list(FAMILIES)) & is_trained(rows))
+    families = [name for name in FAMILIES if (family == name).any()] or [NO_FAMILY]
+    parts = [rows[family.isna() | (family == name)].assign(family=name) for name in families]
     joined = pd.concat(parts, ignore_index=True).assign(about=lambda r: r["task"])
     return joined.assign(task=joined["family"] + ": " + joined["about"])
 
@@ -97,20 +95,19 @@ def blocks(rows: DataFrame, labels: dict[str, str]) -> list[dict[str, str]]:
 
     Families of one panel each share a row.
     """
-    found = []
-    for family in rows["family"].unique():
-        own = rows[rows["family"] == family]
-        metrics = dict(zip(own["about"], own["metric"]))
-        of = dict(zip(own["about"], own["of"])) if "of" in own else {}
+    blocks = []
+    for family, panels in rows.groupby("family", sort=False):
+        metrics = dict(zip(panels["about"], panels["metric"]))
+        of = dict(zip(panels["about"], panels["of"])) if "of" in panels else {}
         names = {task: labels.get(metrics[task], metrics[task]) for task in task_order(metrics)}
         for task in names:
             nats = task.startswith(f"{TEXT}_") or of.get(task) == "log_likelihood"
             if nats and metrics[task] == "forgetting":
                 names[task] += " (nats/token)"
-        found.append({f"{family}: {task}": label for task, label in names.items()})
-    if all(len(block) == 1 for block in found):
-        return [{title: label for block in found for title, label in block.items()}]
-    return found
+        blocks.append({f"{family}: {task}": label for task, label in names.items()})
+    if all(len(block) == 1 for block in blocks):
+        return [{title: label for block in blocks for title, label in block.items()}]
+    return blocks
 
 
 def plane_points(retention: DataFrame, adaptation: DataFrame | None = None) -> DataFrame:
@@ -151,19 +148,19 @@ def gains(retention: DataFrame | None, adaptation: DataFrame | None) -> DataFram
         half = NORMAL * levels["stderr"]
         low = levels["low"].fillna(levels["value"] - half)
         high = levels["high"].fillna(levels["value"] + half)
-        found = levels.assign(value=levels["value"] - start, low=low - start, high=high - start)
-        parts.append(found[is_trained(found)][columns].dropna(subset=["value"]))
+        gain = levels.assign(value=levels["value"] - start, low=low - start, high=high - start)
+        parts.append(gain[is_trained(gain)][columns].dropna(subset=["value"]))
     return pd.concat(parts or [pd.DataFrame(columns=columns)]).drop_duplicates(POINT)
 
 
 def plane_table(points: DataFrame) -> DataFrame:
     """Means over seeds of gain and forgetting, for each family, arm, fraction and scale."""
     by = ("fraction", "update_scale")
-    own = points.drop(columns=[*ESTIMATE]).rename(columns={"gain": "value"})
-    own = own.rename(columns={f"gain_{name}": name for name in ESTIMATE[1:]})
-    gain, lost = summarise(own, by=by), summarise(points, by=by)
+    gains = points.drop(columns=[*ESTIMATE]).rename(columns={"gain": "value"})
+    gains = gains.rename(columns={f"gain_{name}": name for name in ESTIMATE[1:]})
+    gain, forgetting = summarise(gains, by=by), summarise(points, by=by)
     keys = ["task", "arm", *by]
-    return lost.merge(gain[[*keys, *ESTIMATE]], on=keys, suffixes=("", "_gain"))
+    return forgetting.merge(gain[[*keys, *ESTIMATE]], on=keys, suffixes=("", "_gain"))
 
 
 def pareto_front(gain: Sequence[float], forgetting: Sequence[float]) -> np.ndarray:
@@ -184,8 +181,8 @@ def matched(frame: DataFrame) -> DataFrame:
     """Forgetting of every arm minus that of a family's reference where both score the same.
 
     The reference, `other`, is full fine-tuning, else the last arm of the legend. Runs of different
-    seeds are not held against each other (those of one seed saw the same batches), but for runs
-    from outside. Of several scores at which two runs were compared, the highest counts.
+    seeds are not compared (those of one seed saw the same batches), except for runs from
+    elsewhere. Of several scores at which two runs were compared, the highest counts.
     """
     import pandas as pd
 
@@ -200,16 +197,16 @@ def matched(frame: DataFrame) -> DataFrame:
     turned = turned.assign(value=-rows["value"], low=-rows["high"], high=-rows["low"])
     rows = pd.concat([rows, turned]).sort_values("score", kind="stable")
     rows = rows.drop_duplicates(["family", "run", "other_run"], keep="last")
-    ours = (rows["tasks"] != "") & (rows["other_tasks"] != "")
-    rows = rows[(rows["seed"] == rows["other_seed"]) | ~ours]
-    found = rows.groupby("family")["other"].unique()
-    references = {f: FULL if FULL in a else max(a) for f, a in found.items()}
+    is_foreign = (rows["tasks"] == "") | (rows["other_tasks"] == "")
+    rows = rows[(rows["seed"] == rows["other_seed"]) | is_foreign]
+    others = rows.groupby("family")["other"].unique()
+    references = {f: FULL if FULL in arms else max(arms) for f, arms in others.items()}
     reference = rows["family"].map(references)
     return rows[(rows["other"] == reference) & (rows["arm"] != reference)]
 
 
 def _both_ways(*names: str) -> dict[str, str]:
-    """A renaming that swaps run, arm and seed with those of the other side."""
+    """A renaming that swaps the columns of a run with those of the run it is compared with."""
     others = {name: "other" if name == "arm" else f"other_{name}" for name in names}
     return others | {other: name for name, other in others.items()}
 
@@ -217,19 +214,20 @@ def _both_ways(*names: str) -> dict[str, str]:
 def retention_gaps(retention: DataFrame, adaptation: DataFrame | None = None) -> list[str]:
     """What the records of retention lack, a sentence each."""
     rows = as_trained(retention)
-    said = gaps(rows[rows["metric"] == "forgetting"], tested=False)
+    sentences = gaps(rows[rows["metric"] == "forgetting"], tested=False)
     if adaptation is not None:
         runs, measured = (set(f[is_trained(f)]["run"]) for f in (adaptation, rows))
-        said += [
+        sentences += [
             f"adaptation is measured, retention is not: {run}" for run in sorted(runs - measured)
         ]
     points = plane_points(retention, adaptation)
     lacking = set(rows[is_trained(rows) & ~_is_control(rows)]["run"]) - set(points["run"])
-    said += [f"retention is measured, no validation score: {run}" for run in sorted(lacking)]
+    sentences += [f"retention is measured, no validation score: {run}" for run in sorted(lacking)]
     if retention[retention["update_scale"] != 1].empty:
-        said.append("no scaled updates, so no forgetting at equal scores (--scale-update)")
+        sentences.append("no scaled updates, so no forgetting at equal scores (--scale-update)")
     tasks = ", ".join(at_chance(retention))
-    return said + [f"the base is at chance, nothing can be forgotten: {tasks}"] * bool(tasks)
+    chance = f"the base is at chance, so forgetting cannot be measured: {tasks}"
+    return sentences + [chance] * bool(tasks)
 
 
 def _is_control(frame: DataFrame) -> Any:

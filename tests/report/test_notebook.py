@@ -107,7 +107,7 @@ def test_report_of_a_whole_study(report, tmp_path):
     ):
         paths = (tmp_path / folder / "demo" / "figures").glob("*.png")
         assert {path.stem for path in paths} == names_of(*groups)
-    assert "the base is at chance, nothing can be forgotten: arc_challenge" in text
+    assert "the base is at chance, so forgetting cannot be measured: arc_challenge" in text
     assert DEMO in text
     across = (tmp_path / "outputs/demo/tables/across_runs.csv").read_text()
     assert "forgetting" in across
