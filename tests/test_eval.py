@@ -14,6 +14,7 @@ from eval import main
 from lora_tradeoffs.adaptation.metrics import accuracy
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.models.base import load_base, prepare_base
+from lora_tradeoffs.records import RECORD_VERSION
 from multi_task_training import main as train
 
 STUDY = "evaluated"
@@ -338,8 +339,9 @@ def test_a_base_that_gives_nan_is_told(folder, model, tmp_path, capsys):
 def test_results_of_another_version_are_left_alone(folder, model, capsys):
     path = folder / "records" / f"{RUN}-6-sst2-validation.json"
     text = path.read_text()
-    path.write_text(text.replace('"record_version": 1', '"record_version": 0'))
-    old = path.read_text()
+    old = text.replace(f'"record_version": {RECORD_VERSION}', '"record_version": 0')
+    assert old != text
+    path.write_text(old)
     for more in ([], ["--overwrite"]):
         assert main([*model, "--dtype", "fp32", "--shots", "2", *more]) == 2
         assert "record version 0" in capsys.readouterr().err
