@@ -1,10 +1,10 @@
-"""Raw rows of the Hub, a folder or the sample -> checked, split, tokenised rows in data/<study>/.
+"""Prepare the tasks' data: raw rows -> checked, split, tokenised rows in data/<study>/.
 
-    python data_preprocessing.py                  # all six tasks of the preset
-    python data_preprocessing.py sst2 squad_v2    # the named ones
+    python data_preprocessing.py                  # all tasks
+    python data_preprocessing.py sst2 squad_v2    # the named tasks
 
-Prepared data carry a fingerprint of source, tokenizer, description and limits, so that a change
-prepares them anew and two settings lie side by side. Training calls `prepare` by itself.
+Training and the analyses prepare what they need by themselves; this command prints what came out.
+Prepared data are found again by a fingerprint of source, tokenizer, description and limits.
 """
 
 from __future__ import annotations
@@ -12,66 +12,105 @@ from __future__ import annotations
 import argparse
 import sys
 
-from config import TASKS, Parser, UserError, add_common_arguments, guarded, resolve_settings
+from config import (
+    TASKS,
+    Parser,
+    UserError,
+    add_common_arguments,
+    guarded,
+    resolve_settings,
+)
 from dataset_descriptions import describe
 from lora_tradeoffs.data.preparation import PreparedTask, prepare
 
+SHORTEST = 64  # tokens; a prompt without its passage, and a completion, need about that
+
 
 def table(prepared: dict[str, PreparedTask]) -> str:
-    """The prepared data as text: sizes, lengths, shares, what was cut or dropped, overlap."""
-    head = ("task", "split", "rows", "prompt mean/95%/max", "completion", "supervised", "share")
-    lines = ["{:<14}{:<16}{:>7}  {:<20}{:<16}{:>11}{:>7}  cut  dropped  labels".format(*head)]
-    splits = dict.fromkeys(split for task in prepared.values() for split in task.splits)
-    for split in splits:
-        having = {name: task for name, task in prepared.items() if split in task.splits}
-        total = sum(p.report["splits"][split]["supervised_tokens"] for p in having.values())
-        for name, task in having.items():
-            s = task.report["splits"][split]
+    """The prepared splits as text: rows, lengths, shares, what was truncated or dropped."""
+    import pandas as pd
+
+    rows = []
+    for task in prepared.values():
+        for split, summary in task.report["splits"].items():
             prompt, completion = (
-                "{mean:g}/{p95}/{max}".format(**s[key])
+                "{mean:g}/{p95}/{max}".format(**summary[key])
                 for key in ("prompt_tokens", "completion_tokens")
             )
-            share = f"{s['supervised_tokens'] / total:.1%}"
-            labels = " ".join(f"{k}:{v}" for k, v in s.get("labels", {}).items())
-            lines.append(
-                f"{name:<14}{split:<16}{s['rows']:>7,}  {prompt:<20}{completion:<16}"
-                f"{s['supervised_tokens']:>11,}{share:>7}  {s['truncated']:>3}"
-                f"  {sum(s['dropped'].values()):>7}  {labels}"
+            rows.append(
+                {
+                    "task": task.name,
+                    "split": split,
+                    "rows": summary["rows"],
+                    "prompt mean/95%/max": prompt,
+                    "completion": completion,
+                    "supervised": summary["supervised_tokens"],
+                    "truncated": summary["truncated"],
+                    "dropped": sum(summary["dropped"].values()),
+                    "labels": " ".join(f"{k}:{n}" for k, n in summary.get("labels", {}).items()),
+                }
             )
-    for name, task in prepared.items():
-        overlaps = task.report["overlap"]
-        found = [
-            f"{o['exact']} of {o['of']:,} rows of {other} equal, {o['ngram']} share 13 words"
-            for other, o in overlaps.items()
-            if o["exact"] or o["ngram"]
-        ]
-        none = [other for other, o in overlaps.items() if not (o["exact"] or o["ngram"])]
-        found += ["none with " + ", ".join(none)] if none else []
-        lines.append(f"{name}: {task.report['recipe']}. Overlap with train: {'; '.join(found)}")
-        for split, s in task.report["splits"].items():
-            lines += [f"  {split}: {n} rows dropped: {why}" for why, n in s["dropped"].items()]
-    return "\n".join(lines)
+    frame = pd.DataFrame(rows)
+    totals = frame.groupby("split")["supervised"].transform("sum")
+    frame.insert(6, "share", (frame["supervised"] / totals).map("{:.1%}".format))
+    order = list(dict.fromkeys(frame["split"]))
+    frame = frame.sort_values("split", key=lambda s: s.map(order.index), kind="stable")
+    frame["task"] = frame["task"].str.ljust(frame["task"].str.len().max())
+    formats = dict.fromkeys(("rows", "supervised"), "{:,}".format)
+    return frame.to_string(index=False, formatters=formats)
+
+
+def notes(task: PreparedTask) -> list[str]:
+    """How the task's splits were made, their overlap with train, and why rows were dropped."""
+    overlaps = [
+        f"{o['exact']} of {o['of']:,} rows of {other} equal, {o['ngram']} share 13 words"
+        for other, o in task.report["overlap"].items()
+        if o["exact"] or o["ngram"]
+    ]
+    clean = [n for n, o in task.report["overlap"].items() if not (o["exact"] or o["ngram"])]
+    overlaps += ["none with " + ", ".join(clean)] if clean else []
+    lines = [f"{task.name}: {task.report['recipe']}. Overlap with train: {'; '.join(overlaps)}"]
+    for split, summary in task.report["splits"].items():
+        lines += [f"  {split}: {n} rows dropped: {why}" for why, n in summary["dropped"].items()]
+    return lines
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description="Prepare the tasks' data: check, split, tokenise, and say what came out."
+    parser = Parser(description="Prepare the tasks' data: check, split and tokenise the rows.")
+    parser.add_argument(
+        "tasks",
+        nargs="*",
+        metavar="TASK",
+        help=f"tasks to prepare (default all: {' '.join(TASKS)})",
     )
-    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}; default all")
     add_common_arguments(parser)
-    parser.add_argument("--limit", type=int, default=0, help="only the first N rows of each split")
-    parser.add_argument("--max-length", type=int, help="tokens of prompt and completion")
-    parser.add_argument("--overwrite", action="store_true", help="prepare again what is there")
+    group = parser.add_argument_group("what is prepared")
+    group.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="use only the first N rows of each split (default 0: all)",
+    )
+    group.add_argument(
+        "--max-length",
+        type=int,
+        metavar="TOKENS",
+        help="truncate the passage so that prompt and completion fit into so many tokens"
+        " (default: the preset's for the task's family)",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="prepare the data again even if they exist"
+    )
     return parser
 
 
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    tasks = list(dict.fromkeys(args.tasks or TASKS))
-    descriptions = [describe(task) for task in tasks]
-    if args.limit < 0 or (args.max_length is not None and args.max_length < 64):
-        raise UserError("--limit takes 0 or more, --max-length at least 64")
+    descriptions = [describe(task) for task in dict.fromkeys(args.tasks or TASKS)]
+    if args.limit < 0 or (args.max_length is not None and args.max_length < SHORTEST):
+        raise UserError(f"--limit must be 0 or more, --max-length {SHORTEST} or more")
     settings = resolve_settings(args)
     print(settings.headline("none"))
     from lora_tradeoffs.models.base import load_tokenizer, prepare_base
@@ -79,17 +118,12 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(prepare_base(settings))
     prepared = {}
     for description in descriptions:
-        max_length = args.max_length or settings.preset.max_length[description.family]
-        prepared |= prepare(
-            settings,
-            tokenizer,
-            [description.name],
-            max_length,
-            settings.examples_per_task,
-            args.limit,
-            args.overwrite,
-        )
+        length = args.max_length or settings.preset.max_length[description.family]
+        rows = settings.examples_per_task, args.limit
+        prepared |= prepare(settings, tokenizer, [description], length, *rows, args.overwrite)
     print(table(prepared))
+    for task in prepared.values():
+        print("\n".join(notes(task)))
     print(f"prepared data: {settings.prepared_dir}")
     return 0
 
