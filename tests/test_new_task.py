@@ -1,4 +1,4 @@
-"""A task is added by one description and one entry in config.FAMILIES, and by nothing else."""
+"""A new task is one description and one entry in config.FAMILIES (docs/contributing.md)."""
 
 import ast
 import json
@@ -14,21 +14,8 @@ from support import DEMO, ROOT
 
 from config import TASKS
 
-DESCRIPTION = """
-        DatasetDescription(
-            name="weather",
-            title="What a sentence says of the weather",
-            hub_id="someone/weather",
-            hub_splits={"train": "train", "validation": "validation", "test": "test"},
-            columns={"sentence": str, "label": int},
-            rows={"train": 48, "validation": 12, "test": 12},
-            licence="CC0",
-            citation="someone 2026",
-            template="Sentence: {sentence}\\nWeather:",
-            label_names=("rain", "sun", "snow"),
-            label_words=("rain", "sun", "snow"),
-        ),
-"""
+CONTRIBUTING = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+DESCRIPTION = re.search(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)[1].rstrip() + ",\n"
 COMMANDS = """
 import sys
 import data_preprocessing, eval, multi_task_training
@@ -71,7 +58,7 @@ def records(tiny, tmp_path_factory):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, project)
     insert(project / "config.py", '"similar": ("sst2", "mnli", "qqp"', ', "weather"')
-    insert(project / "dataset_descriptions.py", "    for d in (", DESCRIPTION)
+    insert(project / "dataset_descriptions.py", "    for d in (\n", DESCRIPTION)
     write_rows(folder / "rows" / "weather")
     flags = ["--model", str(tiny), "--data", str(folder / "rows"), "--study", "weather"]
     places = {"OUTPUT_DIR": str(folder), "DATA_DIR": str(folder / "data")}

@@ -20,13 +20,13 @@ def bos_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def label_token_ids(
     tokenizer: PreTrainedTokenizerFast, description: DatasetDescription
 ) -> list[int]:
-    """The label words' tokens, in label order. Raises UserError unless each is one of its own."""
+    """The label words' tokens, in label order. Raises UserError unless each is one other token."""
     ids = [text_ids(tokenizer, " " + word) for word in description.label_words]
     words = ", ".join(f"{w!r} -> {i}" for w, i in zip(description.label_words, ids, strict=True))
     if any(len(i) != 1 for i in ids) or len({i[0] for i in ids}) != len(ids):
         raise UserError(
-            f"{description.name}: this tokenizer does not tell the label words apart by one token"
-            f" each ({words}); choose other label_words in dataset_descriptions.py"
+            f"{description.name}: the label words are not one distinct token each with this"
+            f" tokenizer ({words}); choose other label_words in dataset_descriptions.py"
         )
     return [i[0] for i in ids]
 
@@ -42,9 +42,9 @@ def encode(
     row: Row,
     max_length: int,
 ) -> dict[str, Any]:
-    """The row as tokens; the end of its passage is cut until all fits into `max_length`.
+    """The row as tokens, its passage truncated at the end until all fits into `max_length`.
 
-    `problem` tells why the row cannot be used (or None); `cut` counts the tokens that went.
+    `problem` says why the row cannot be used (or None); `cut` counts the removed tokens.
     """
     head, passage, tail = description.prompt_parts(row)
     completion = description.completion(row)
@@ -82,14 +82,14 @@ def _shorten(tokenizer: Any, head: str, passage: str, excess: int) -> str:
     offsets = encoded["offset_mapping"]
     if excess >= len(offsets):
         return ""
-    kept = passage[: offsets[len(offsets) - excess][0]].rstrip()
-    words = kept.rsplit(maxsplit=1)
-    whole_word = len(kept) == len(passage) or passage[len(kept)].isspace()
-    return kept if whole_word or len(words) < 2 else words[0].rstrip()
+    start = passage[: offsets[len(offsets) - excess][0]].rstrip()
+    words = start.rsplit(maxsplit=1)
+    whole_word = len(start) == len(passage) or passage[len(start)].isspace()
+    return start if whole_word or len(words) < 2 else words[0].rstrip()
 
 
 def _answer_cut(description: DatasetDescription, row: Row, passage: str) -> str | None:
-    """An answer that truncation took away would teach the model to make things up."""
+    """Whether truncation removed the answer: such a row would teach the model to make things up."""
     if description.kind != "answers" or not row[description.answer]["text"]:
         return None
     answers, context = row[description.answer], row[description.passage]

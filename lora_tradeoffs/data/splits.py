@@ -26,7 +26,7 @@ def group_by_key(keys: Iterable[str]) -> np.ndarray:
 
 
 def group_by_connection(pairs: Iterable[tuple[str, str]]) -> np.ndarray:
-    """Group number of each pair: pairs that share a text, directly or over others, are one."""
+    """Group number of each pair: pairs that share a text, directly or through others, are one."""
     numbers: dict[str, int] = {}
     ends = [[numbers.setdefault(_normal(t), len(numbers)) for t in pair] for pair in pairs]
     left, right = np.array(ends).T
@@ -36,7 +36,7 @@ def group_by_connection(pairs: Iterable[tuple[str, str]]) -> np.ndarray:
 def group_by_containment(texts: Sequence[str]) -> np.ndarray:
     """Group number of each text; texts that contain one another, word for word, are one group.
 
-    Texts below CONTAINMENT_WORDS words get -1: they lie in everything, and are never held out.
+    Texts below CONTAINMENT_WORDS words get -1: many texts contain them, so they stay in train.
     """
     words = [text.lower().split() for text in texts]
     n = CONTAINMENT_WORDS
@@ -73,9 +73,9 @@ def group_rows(description: DatasetDescription, rows: Sequence[Row]) -> np.ndarr
 
 
 def carve(groups: np.ndarray, target: int, seed: int) -> np.ndarray:
-    """Mask of the rows to hold out: whole groups in random order, never above `target` rows.
+    """Mask of the rows to hold out: whole groups in random order, at most `target` rows.
 
-    A group that would overshoot is left in train, so one giant group cannot become the split.
+    A group that would exceed it stays in train, so one giant group cannot become the split.
     """
     sizes = np.bincount(groups[groups >= 0])
     chosen, total = np.zeros(len(sizes), bool), 0

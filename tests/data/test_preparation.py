@@ -205,10 +205,10 @@ def test_the_script_refuses_in_one_line(inside, tmp_path, smollm2):
 
 def test_label_words_that_are_not_single_tokens_are_refused(tokenizer):
     changed = {**vars(describe("sst2")), "label_words": ("unanswerable", "positive")}
-    with pytest.raises(UserError, match="does not tell the label words apart"):
+    with pytest.raises(UserError, match="label words are not one distinct token"):
         label_token_ids(tokenizer, type(describe("sst2"))(**changed))
     changed["label_words"] = ("positive", "positive")
-    with pytest.raises(UserError, match="does not tell the label words apart"):
+    with pytest.raises(UserError, match="label words are not one distinct token"):
         label_token_ids(tokenizer, type(describe("sst2"))(**changed))
 
 
