@@ -1,228 +1,263 @@
-"""Evaluation: this suite's engine against the plain way, on the same model and rows.
+"""Evaluation: this suite's engine against what a user would take, on the same model and rows.
 
-    python benchmarks/evaluation_speed.py --data FOLDER --json FILE
+    python -m benchmarks.evaluation_speed --data FOLDER --json FILE
 
-SmolLM2-135M, fp32, one process, turn about (ours, plain, ours, plain ...); predictions must agree.
+SmolLM2-135M, fp32, one process, in turn (ours, the peer's, ours ...); predictions must agree. Both
+sides start from the prompts' texts. A peer runs at its best batch size of 8, 16 and 32, found
+beforehand on the same rows.
 
-    classification  label words' log-likelihoods under one forward pass an item, longest first;
-                    against a padded pass for each label word with logits of the whole sequence,
-                    in data order, in batches of 16
+    classification  label words' log-likelihoods under one forward pass per item, longest first;
+                    against lm-evaluation-harness's HFLM on a multiple_choice task over the rows
     generation      16 rows at a time, longest first; rows that have ended (EOS or the task's stop
                     string) leave, and the next prompts take their place; against model.generate
-                    on batches of 16 in data order, with texts cut at the stop string afterwards
+                    on batches sorted by length, with texts cut at the stop string afterwards
 
-Generation takes each task's own limit of new tokens, or --new-tokens. The base generates, or with
---checkpoint a PEFT folder over it, whose answers end where they should: then a batch in data order
+Generation takes each task's limit of new tokens, or --new-tokens. The base generates, or with
+--checkpoint a PEFT folder over it, whose answers end where they should: a batch of model.generate
 waits for its longest answer.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
+import json
 import sys
-import time
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.comparison import (
+    benchmark_settings,
+    build_parser,
+    print_medians,
+    print_ratios,
+    ratios_of,
+    timed,
+    write,
+)
+from config import FAMILIES, UserError, guarded, positive_int
+from dataset_descriptions import describe
 
-from config import FAMILIES, Parser, UserError, add_common_arguments, guarded, resolve_settings
-
-ROWS = 16  # of a batch
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser)
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of timings (default 3)")
-    parser.add_argument("--checkpoint", type=Path, help="PEFT folder over the base, for generation")
-    parser.add_argument("--new-tokens", type=int, help="at most so many, for generation")
-    parser.add_argument("--quick", action="store_true", help="few rows, in about two minutes")
-    parser.add_argument("--json", type=Path, help="write meta, ratios and rows to this file")
-    return parser
-
-
-def prompts_of(prepared: Any, count: int) -> list[list[int]]:
-    rows = prepared.split("test").select(range(count))
-    pairs = zip(rows["input_ids"][:], rows["prompt_length"][:], strict=True)
-    return [ids[:start] for ids, start in pairs]
+ROWS = 16  # that our engine generates for at a time
+BATCH_SIZES = (8, 16, 32)
+QUICK_TOKENS = 16
 
 
-def classify(model: Any, prompts: list[list[int]], words: list[int]) -> list[int]:
+@dataclass(frozen=True)
+class Engine:
+    """A model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        from lora_tradeoffs.data.encoding import bos_ids, text_ids
+
+        bos = bos_ids(self.tokenizer)
+        return [[*bos, *text_ids(self.tokenizer, prompt)] for prompt in prompts]
+
+
+# ---------------------------------------------------------------------------- classification
+
+
+def classify(engine: Engine, task: str, prompts: list[str]) -> list[int]:
+    """The label of the highest log-likelihood, by our engine."""
+    from lora_tradeoffs.data.encoding import label_token_ids
     from lora_tradeoffs.scoring.log_likelihoods import Item, log_likelihoods
 
-    found = log_likelihoods(model, [Item(p, [[w] for w in words]) for p in prompts])
-    return [max(range(len(words)), key=lambda k: r[k].log_likelihood) for r in found]
+    words = [[token] for token in label_token_ids(engine.tokenizer, describe(task))]
+    scores = log_likelihoods(engine.model, [Item(ids, words) for ids in engine.encode(prompts)])
+    return [max(range(len(words)), key=lambda k: row[k].log_likelihood) for row in scores]
 
 
-def classify_plainly(model: Any, prompts: list[list[int]], words: list[int], pad: int) -> list[int]:
-    """One padded pass for each label word, dense logits, in data order."""
-    import torch
+def classify_with_lm_eval(
+    engine: Engine, task: str, prompts: list[str], batch_size: int
+) -> list[int]:
+    """The same by lm-eval, on a task that is defined over a file of the prompts."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
-    predictions = []
-    for start in range(0, len(prompts), ROWS):
-        batch = prompts[start : start + ROWS]
-        scores = []
-        for word in words:
-            rows = [[*p, word] for p in batch]
-            width = max(map(len, rows))
-            ids = torch.tensor([r + [pad] * (width - len(r)) for r in rows])
-            mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
-            with torch.inference_mode():
-                log_probs = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-            scores.append([log_probs[i, len(r) - 2, word].item() for i, r in enumerate(rows)])
-        predictions += torch.tensor(scores).argmax(0).tolist()
-    return predictions
+    from lora_tradeoffs.retention.benchmarks import quiet_lm_eval
+
+    with quiet_lm_eval(), tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = [json.dumps({"prompt": prompt, "label": 0}) for prompt in prompts]
+        (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+        definition = {
+            "task": f"{task}_rows",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "prompt",
+            "doc_to_choice": list(describe(task).label_words),
+            "doc_to_target": "label",
+            "target_delimiter": " ",
+            "metric_list": [{"metric": "acc"}],
+        }
+        # YAML reads JSON
+        (folder / "rows.yaml").write_text(json.dumps(definition), encoding="utf-8")
+        results = lm_eval.simple_evaluate(
+            HFLM(pretrained=engine.model, tokenizer=engine.tokenizer, batch_size=batch_size),
+            tasks=[f"{task}_rows"],
+            task_manager=TaskManager(include_path=name, include_defaults=False),
+            log_samples=True,
+            bootstrap_iters=0,
+        )
+    samples = sorted(results["samples"][f"{task}_rows"], key=lambda sample: sample["doc_id"])
+    scores = [[score for score, _ in sample["filtered_resps"]] for sample in samples]
+    return [max(range(len(row)), key=row.__getitem__) for row in scores]
 
 
-def generate(model: Any, prompts: list[list[int]], new: int, stop: str, tokenizer: Any) -> list:
+# -------------------------------------------------------------------------------- generation
+
+
+def generate(engine: Engine, task: str, prompts: list[str], new_tokens: int) -> list[str]:
+    """Greedy answers by our engine."""
     from lora_tradeoffs.scoring.generation import generate_greedily
+
+    tokenizer, stop = engine.tokenizer, describe(task).stop
 
     def stopped(tokens: list[int]) -> bool:
         return stop in tokenizer.decode(tokens[-8:]).lstrip()
 
-    found = generate_greedily(
-        model,
-        prompts,
-        new,
+    answers = generate_greedily(
+        engine.model,
+        engine.encode(prompts),
+        new_tokens,
         [tokenizer.eos_token_id],
         stopped,
         token_budget=1 << 30,
         most_rows=ROWS,
     )
-    return [text_of(tokens, stop, tokenizer) for tokens in found]
+    return [_cut(tokenizer.decode(tokens), stop) for tokens in answers]
 
 
-def generate_plainly(
-    model: Any, prompts: list[list[int]], new: int, stop: str, tokenizer: Any
+def generate_with_transformers(
+    engine: Engine, task: str, prompts: list[str], new_tokens: int, batch_size: int
 ) -> list[str]:
-    """model.generate on padded batches in data order."""
+    """Greedy answers by model.generate, longest prompts first."""
     import torch
 
-    eos, outputs = tokenizer.eos_token_id, []
-    for start in range(0, len(prompts), ROWS):
-        batch = prompts[start : start + ROWS]
-        width = max(map(len, batch))
-        ids = torch.tensor([[eos] * (width - len(p)) + p for p in batch])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
-        found = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=new,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=eos,
-        )[:, width:].tolist()
-        rows = (row[: row.index(eos)] if eos in row else row for row in found)
-        outputs += [text_of(row, stop, tokenizer) for row in rows]
-    return outputs
+    tokenizer, stop = engine.tokenizer, describe(task).stop
+    encoded, answers = engine.encode(prompts), [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        inputs = tokenizer.pad(
+            {"input_ids": [encoded[i] for i in batch]}, padding_side="left", return_tensors="pt"
+        )
+        with torch.inference_mode():
+            tokens = engine.model.generate(
+                **inputs,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )[:, inputs["input_ids"].shape[1] :].tolist()
+        for i, row in zip(batch, tokens, strict=True):
+            ended = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else None
+            answers[i] = _cut(tokenizer.decode(row[:ended]), stop)
+    return answers
 
 
-def text_of(tokens: list[int], stop: str, tokenizer: Any) -> str:
-    return tokenizer.decode(tokens).lstrip().partition(stop)[0].strip()
+def _cut(text: str, stop: str) -> str:
+    return text.lstrip().partition(stop)[0].strip()
 
 
-@guarded
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    if args.pairs < 3:
-        raise UserError("--pairs takes at least 3: a median of fewer says nothing")
-    args.preset, args.study = args.preset or "demo", args.study or "benchmark"
-    settings = resolve_settings(args)
-    from dataset_descriptions import describe
-    from lora_tradeoffs.data.encoding import label_token_ids
-    from lora_tradeoffs.data.preparation import prepare
-    from lora_tradeoffs.models.base import load_base, load_tokenizer, prepare_base
-
-    base = prepare_base(settings)
-    tokenizer, model = load_tokenizer(base), load_base(base).eval()
-    eos = tokenizer.eos_token_id
-    measured = []
-    counts = (32, 6) if args.quick else (64, 32)
-    for kind, family, count in zip(("classification", "generation"), FAMILIES, counts, strict=True):
-        length = settings.preset.max_length[family]
-        prepared = prepare(settings, tokenizer, FAMILIES[family], length, 2_000)
-        work = []
-        for task, data in prepared.items():
-            prompts = prompts_of(data, min(count, len(data.split("test"))))
-            if kind == "classification":
-                words = label_token_ids(tokenizer, describe(task))
-                ways = (classify, (prompts, words)), (classify_plainly, (prompts, words, eos))
-            else:
-                own = describe(task).max_new_tokens
-                new = min(args.new_tokens or own, own)
-                asked = (prompts, new, describe(task).stop, tokenizer)
-                ways = (generate, asked), (generate_plainly, asked)
-            work.append((task, ways))
-        if kind == "generation" and args.checkpoint:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, args.checkpoint).eval()
-        measured += measure(kind, work, model, args.pairs)
-    return report(args, measured)
+# ------------------------------------------------------------------------------------ timings
 
 
-def measure(kind: str, work: list, model: Any, pairs: int) -> list[dict[str, Any]]:
-    """Seconds of both ways over all tasks of the kind, turn about, after a warm-up of each."""
+def measure(
+    kind: str, work: dict[str, tuple], ours: Callable, peer: Callable, pairs: int
+) -> list[dict[str, Any]]:
+    """A row per task and pair of timings, after a warm-up of each side.
+
+    `work` has a task's arguments. Raises UserError if predictions differ.
+    """
     from tqdm import tqdm
 
     rows = []
-    for number in tqdm(range(-1, pairs), desc=kind):
-        seconds, outputs = [0.0, 0.0], [[], []]
-        for _, ways in work:
-            for side, (function, arguments) in enumerate(ways):
-                if number < 0:  # warm-up
-                    arguments = (arguments[0][:ROWS], *arguments[1:])
-                start = time.perf_counter()
-                outputs[side] += function(model, *arguments)
-                seconds[side] += time.perf_counter() - start
-        different = sum(a != b for a, b in zip(*outputs, strict=True))
-        allowed = 0 if kind == "classification" else max(1, len(outputs[0]) // 32)  # ties in fp32
-        if different > allowed:
-            raise UserError(f"{different} of {len(outputs[0])} predictions differ in {kind}")
-        if number >= 0:
+    for task, (engine, prompts, *rest) in work.items():
+        for function, extra in ((ours, rest), (peer, [*rest, BATCH_SIZES[0]])):
+            function(engine, task, prompts[:4], *extra)
+        arguments = (engine, task, prompts, *rest)
+        seconds = {size: timed(peer, *arguments, size)[0] for size in BATCH_SIZES}
+        best = min(seconds, key=seconds.get)
+        for pair in tqdm(range(pairs), desc=f"{kind} {task}"):
+            our_seconds, predictions = timed(ours, *arguments)
+            peer_seconds, peer_predictions = timed(peer, *arguments, best)
+            different = sum(a != b for a, b in zip(predictions, peer_predictions, strict=True))
+            if different > max(1, len(prompts) // 32):  # ties in fp32
+                raise UserError(f"{different} of {len(prompts)} predictions differ in {task}")
             rows.append(
-                {"kind": kind, "pair": number, "items": len(outputs[0]), "different": different}
-                | {"ours_seconds": seconds[0], "plain_seconds": seconds[1]}
+                {"kind": kind, "task": task, "pair": pair, "items": len(prompts)}
+                | {"different": different, "ours_seconds": our_seconds}
+                | {"peer_seconds": peer_seconds, "peer_batch_size": best}
             )
     return rows
 
 
+def by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the tasks of a kind added up, pair by pair."""
+    import pandas as pd
+
+    columns = ["items", "different", "ours_seconds", "peer_seconds"]
+    sums = pd.DataFrame(rows).groupby(["kind", "pair"])[columns].sum()
+    return sums.reset_index().to_dict("records")
+
+
 def describe_adapter(folder: Path) -> str:
-    """What the adapter is: its rank, and the steps it was trained for where its folder says so."""
+    """The adapter's rank, and the steps it was trained for if its folder says so."""
     from lora_tradeoffs.files import checkpoint_step, read_json
 
     rank, step = read_json(folder / "adapter_config.json")["r"], checkpoint_step(folder)
     return f"LoRA r = {rank}" + (f" after {step} steps" if step > 0 else "")
 
 
-def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
-    from lora_tradeoffs.files import write_json
+@guarded
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, help="PEFT folder over the base, for generation")
+    parser.add_argument(
+        "--new-tokens", type=positive_int, metavar="N", help="generate at most N tokens"
+    )
+    parser.add_argument("--items", type=positive_int, metavar="N", help="at most N items per task")
+    args = parser.parse_args(argv)
+    settings = benchmark_settings(args)
+    from lora_tradeoffs.data.preparation import prepare
     from lora_tradeoffs.hardware import describe_environment, pick_device
+    from lora_tradeoffs.models.base import load_base, load_tokenizer, prepare_base
 
-    ratios: dict[str, list[float]] = {}
-    for row in rows:
-        ratio = row["plain_seconds"] / row["ours_seconds"]
-        ratios.setdefault(row["kind"], []).append(round(ratio, 3))
-    for kind, values in ratios.items():
-        own = [row for row in rows if row["kind"] == kind]
-        ours, plain = (
-            statistics.median(row["items"] / row[key] for row in own)
-            for key in ("ours_seconds", "plain_seconds")
-        )
-        print(
-            f"{kind:<16}ours {ours:.2f} items/s, plain {plain:.2f}, median ratio"
-            f" {statistics.median(values):.2f} ({', '.join(f'{v:.2f}' for v in values)}),"
-            f" {own[0]['different']} of {own[0]['items']} differ"
-        )
-    if args.json:
-        meta = describe_environment(pick_device(), False, "sdpa", 1)
-        meta.pop("git_commit")
-        meta["shapes"] = {"batch": ROWS, "new_tokens": args.new_tokens or "the tasks' own"}
-        meta["generating"] = describe_adapter(args.checkpoint) if args.checkpoint else "the base"
-        write_json(args.json, {"meta": meta, "ratios": ratios, "rows": rows})
-        print(f"written: {args.json}")
+    base = prepare_base(settings)
+    engine = Engine(load_base(base).eval(), load_tokenizer(base))
+    rows = []
+    sides = (classify, classify_with_lm_eval), (generate, generate_with_transformers)
+    counts = (24, 4) if args.quick else (64, 32)
+    for (ours, peer), family, count in zip(sides, FAMILIES, counts, strict=True):
+        length, work = settings.preset.max_length[family], {}
+        kind = "classification" if ours is classify else "generation"
+        if kind == "generation" and args.checkpoint:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(engine.model, args.checkpoint).eval()
+            engine = Engine(model, engine.tokenizer)
+        prepared = prepare(settings, engine.tokenizer, FAMILIES[family], length, 2_000)
+        for task, data in prepared.items():
+            prompts = data.split("test")["prompt"][: min(count, args.items or count)]
+            limit = describe(task).max_new_tokens
+            limit = min(limit, args.new_tokens or (QUICK_TOKENS if args.quick else limit))
+            work[task] = (engine, prompts) if kind == "classification" else (engine, prompts, limit)
+        rows += measure(kind, work, ours, peer, args.pairs)
+    ratios = ratios_of(by_kind(rows), "kind", "peer_seconds")
+    print_medians(rows, ["kind", "task"])
+    print_ratios(ratios)
+    meta = describe_environment(pick_device(), False, "sdpa", 1)
+    meta["shapes"] = {"rows": ROWS, "new_tokens": args.new_tokens or "the tasks' limits"}
+    meta["generating"] = describe_adapter(args.checkpoint) if args.checkpoint else "the base"
+    write(args.json, meta, ratios, rows)
     return 0
 
 

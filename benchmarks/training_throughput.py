@@ -1,11 +1,10 @@
 """Training throughput: this suite against Trainer and TRL as they are commonly used.
 
-    python benchmarks/training_throughput.py --data FOLDER --json FILE
+    python -m benchmarks.training_throughput --data FOLDER --json FILE
 
 SmolLM2-135M, LoRA rank 8 on q_proj and v_proj, batches of 16 rows of the three classification
-tasks, fp32 weights under bf16 autocast where the device has it. Every peer sees the same rows: a
-warm-up set, then a timed set. Each runs in a process of its own, in turn (A B C ... A B C ...), so
-that a noisy machine is noisy for all; quote the median of the ratios.
+tasks, fp32 weights under bf16 autocast where the device has it. Every peer trains on the same rows:
+a warm-up set, then a timed set. Each runs in a process of its own, in turn (A B C ... A B C ...).
 
     ours                    masked logits, lengths grouped in windows, attention by length
     grouped                 Trainer, dynamic padding, group_by_length, its default attention
@@ -28,29 +27,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from config import FAMILIES, Parser, UserError, add_common_arguments, guarded, resolve_settings
+from benchmarks.comparison import (
+    benchmark_settings,
+    build_parser,
+    print_medians,
+    print_ratios,
+    write,
+)
+from config import FAMILIES, ROOT, UserError, guarded, positive_int
 
 PEERS = ("ours", "grouped", "grouped_same_attention", "padded", "trl", "trl_plain")
 BATCH, WIDTH, RANK, SEED = 16, 128, 8, 42
 # So small that the weights hardly move: then the mean loss over the same rows must be the same.
 RATE = 1e-6
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__.splitlines()[0])
-    add_common_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of all peers (default 3)")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, help="default all")
-    parser.add_argument(
-        "--quick", action="store_true", help="few steps of three peers, in about two minutes"
-    )
-    parser.add_argument("--json", type=Path, help="write meta, ratios and rows to this file")
-    parser.add_argument("--child", choices=PEERS, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", nargs=2, type=int, default=(5, 20), help=argparse.SUPPRESS)
-    return parser
-
 
 # ------------------------------------------------------------------- one peer, in its process
 
@@ -85,7 +74,7 @@ def rows_for(settings: Any, tokenizer: Any, steps: tuple[int, int]) -> tuple[Any
     train = train.shuffle(seed=SEED)
     warm, timed = (n * BATCH for n in steps)
     if warm + timed > len(train):
-        raise UserError(f"{len(train)} rows are too few for {sum(steps)} steps; use --quick")
+        raise UserError(f"{len(train)} rows are too few for {sum(steps)} steps; lower --steps")
     return train.select(range(warm)), train.select(range(warm, warm + timed))
 
 
@@ -123,10 +112,10 @@ def our_trainer(base: Any, tokenizer: Any, rows: Any, common: dict, model: Any) 
     import numpy as np
     from transformers import TrainingArguments
 
-    from lora_tradeoffs.training.row_order import lay_out
+    from lora_tradeoffs.training.row_order import order_rows
     from lora_tradeoffs.training.trainer import MultiTaskTrainer
 
-    order = lay_out([np.array(rows["length"])], np.ones(1), BATCH, common["max_steps"], SEED)
+    order = order_rows([np.array(rows["length"])], np.ones(1), BATCH, common["max_steps"], SEED)
     extra = {"train_sampling_strategy": "sequential", "remove_unused_columns": False}
     return MultiTaskTrainer(
         our_config(),
@@ -183,13 +172,13 @@ def trl_trainer(base: Any, tokenizer: Any, rows: Any, common: dict, model: Any, 
 
 
 def run_peer(peer: str, settings: Any, steps: tuple[int, int]) -> dict[str, Any]:
-    """Train on the warm-up rows, then on the timed rows; what was measured."""
+    """Train on the warm-up rows, then on the timed rows; returns the peer's row of the results."""
     from datasets import disable_progress_bars
 
     from lora_tradeoffs.hardware import peak_memory, pick_device, pick_precision, reset_peak_memory
     from lora_tradeoffs.models.base import load_tokenizer, prepare_base, quiet_transformers
-    from lora_tradeoffs.training.run import eager_is_faster
-    from lora_tradeoffs.training.trainer import build_model
+    from lora_tradeoffs.training.trainer import pick_attention
+    from multi_task_training import build_model
 
     disable_progress_bars()
     device = pick_device()
@@ -197,7 +186,7 @@ def run_peer(peer: str, settings: Any, steps: tuple[int, int]) -> dict[str, Any]
     base = prepare_base(settings)
     tokenizer = load_tokenizer(base)
     warm, timed = rows_for(settings, tokenizer, steps)
-    ours = "eager" if eager_is_faster(timed["length"], device, bf16) else "sdpa"
+    ours = pick_attention("auto", timed["length"], device, bf16)
     attention = ours if peer in ("ours", "grouped_same_attention") else "sdpa"
     if peer == "ours":
         model = build_model(base, our_config(), bf16, attention)
@@ -233,35 +222,38 @@ def environment(device: str, bf16: bool, rows: Any) -> dict[str, Any]:
 
     from lora_tradeoffs.hardware import describe_environment
 
-    found = describe_environment(device, bf16, "see rows", 1)
+    meta = describe_environment(device, bf16, "see rows", 1)
     try:
-        found["versions"]["trl"] = version("trl")
+        meta["versions"]["trl"] = version("trl")
     except PackageNotFoundError:
-        found["versions"]["trl"] = "not installed"
+        meta["versions"]["trl"] = "not installed"
     lengths = rows["length"]
-    found.pop("git_commit")
-    found["shapes"] = {
+    meta["shapes"] = {
         "batch": BATCH,
         "rows": len(rows),
         "mean_tokens": round(statistics.fmean(lengths), 1),
         "longest": max(lengths),
     }
-    return found
+    return meta
 
 
 # ------------------------------------------------------------------------- all peers, in turn
 
 
-def spawn(peer: str, args: argparse.Namespace, steps: tuple[int, int]) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", peer, "--steps", *map(str, steps)]
-    for flag in ("preset", "study", "model", "data"):
-        if getattr(args, flag):
-            command += [f"--{flag}", getattr(args, flag)]
+def spawn(peer: str, settings: Any, steps: tuple[int, int]) -> dict[str, Any]:
+    """Run a peer in a process of its own; it writes its results to a file."""
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    process = subprocess.run(command, capture_output=True, text=True, env=quiet)
-    if process.returncode:
-        raise UserError(f"{peer} failed: {process.stderr.strip().splitlines()[-1]}")
-    return json.loads(process.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.json"
+        command = [sys.executable, "-m", "benchmarks.training_throughput", "--child", peer]
+        command += ["--steps", *map(str, steps), "--json", str(file)]
+        command += ["--preset", settings.preset.name, "--study", settings.study]
+        command += ["--model", settings.model, "--data", settings.data]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quiet)
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+            raise UserError(f"{peer} failed: {lines[-1]}")
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def ratios_of(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -277,42 +269,37 @@ def ratios_of(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 @guarded
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    if args.rounds < 3:
-        raise UserError("--rounds takes at least 3: a median of fewer says nothing")
-    args.preset = args.preset or "demo"
-    args.study = args.study or "benchmark"
-    settings = resolve_settings(args)
-    steps = (1, 3) if args.quick else tuple(args.steps)
-    chosen = args.peers or (("grouped", "padded") if args.quick else PEERS)
+    parser = build_parser(__doc__)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="peers to compare (default all)")
+    parser.add_argument(
+        "--steps",
+        nargs=2,
+        type=positive_int,
+        metavar=("WARM_UP", "TIMED"),
+        help="optimizer steps before and while the clock runs (default 5 20)",
+    )
+    parser.add_argument("--child", choices=PEERS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    settings = benchmark_settings(args)
+    from lora_tradeoffs.files import write_json
+
+    steps = tuple(args.steps or ((1, 3) if args.quick else (5, 20)))
     if args.child:
-        print(json.dumps(run_peer(args.child, settings, tuple(args.steps))))
+        write_json(args.json, run_peer(args.child, settings, steps))
         return 0
     from tqdm import tqdm
 
-    peers = ["ours", *(p for p in chosen if p != "ours")]
+    peers = args.peers or (("grouped", "padded") if args.quick else PEERS)
+    peers = ["ours", *(p for p in peers if p != "ours")]
     rows = []
-    for number, peer in tqdm([(i, p) for i in range(args.rounds) for p in peers]):
-        rows.append({"round": number, **spawn(peer, args, steps)})
+    for number, peer in tqdm([(i, p) for i in range(args.pairs) for p in peers]):
+        rows.append({"round": number, **spawn(peer, settings, steps)})
     meta = rows[0]["environment"] | {"steps": {"warm_up": steps[0], "timed": steps[1]}}
     rows = [{k: v for k, v in row.items() if k != "environment"} for row in rows]
     ratios = ratios_of(rows)
-    print(f"{'peer':<24}{'examples/s':>12}{'peak GB':>9}{'loss':>8}  attention")
-    for peer in peers:
-        own = [r for r in rows if r["peer"] == peer]
-        speed, memory, loss = (
-            statistics.median(r[k] for r in own)
-            for k in ("examples_per_second", "peak_memory_bytes", "loss")
-        )
-        print(f"{peer:<24}{speed:>12.2f}{memory / 1e9:>9.2f}{loss:>8.4f}  {own[0]['attention']}")
-    for name, values in ratios.items():
-        listed = ", ".join(f"{v:.2f}" for v in values)
-        print(f"{name:<32}median {statistics.median(values):.2f}   ({listed})")
-    if args.json:
-        from lora_tradeoffs.files import write_json
-
-        write_json(args.json, {"meta": meta, "ratios": ratios, "rows": rows})
-        print(f"written: {args.json}")
+    print_medians(rows, ["peer", "attention"])
+    print_ratios(ratios)
+    write(args.json, meta, ratios, rows)
     return 0
 
 
