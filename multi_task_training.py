@@ -45,6 +45,7 @@ from lora_tradeoffs.training.run import (
 )
 from lora_tradeoffs.training.run_record import summary
 from training_configs import (
+    CHOICES,
     SCALINGS,
     TrainingConfig,
     arms,
@@ -126,43 +127,29 @@ def build_parser() -> argparse.ArgumentParser:
     for family, names in FAMILIES.items():
         tasks.add_argument(f"--{family}", action="store_true", help=f"train on {', '.join(names)}")
     tasks.add_argument("--tasks", nargs="+", metavar="TASK", help="one run on these tasks")
-    arm = parser.add_argument_group("arms (default: full fine-tuning and LoRA at every rank)")
-    arm.add_argument(
-        "--lora",
-        nargs="+",
-        type=int,
-        metavar="R",
-        help=f"LoRA at these ranks, e.g. {' '.join(map(str, RANKS))}",
-    )
-    arm.add_argument("--full-finetune", action="store_true", help="train all weights")
-    arm.add_argument(
-        "--full-qv", action="store_true", help="train q_proj and v_proj without low-rank factors"
-    )
+
+    add = parser.add_argument_group(
+        "arms (default: full fine-tuning and LoRA at every rank)"
+    ).add_argument
+    ranks = " ".join(map(str, RANKS))
+    add("--lora", nargs="+", type=int, metavar="R", help=f"LoRA at these ranks, e.g. {ranks}")
+    add("--full-finetune", action="store_true", help="train all weights")
+    dense_qv = "train q_proj and v_proj without low-rank factors"
+    add("--full-qv", action="store_true", help=dense_qv)
+
     add_common_arguments(parser)
     run = parser.add_argument_group("runs")
-    run.add_argument(
-        "--seed", nargs="+", type=int, metavar="S", help="a run per seed (default: the preset's)"
-    )
-    run.add_argument(
-        "--max-steps", type=int, metavar="N", help="train N optimizer steps instead of epochs"
-    )
-    run.add_argument(
-        "--target-modules", choices=TARGET_MODULES, help="which projections get LoRA (default qv)"
-    )
-    run.add_argument(
-        "--scaling",
-        choices=SCALINGS,
-        help="how alpha follows the rank: 2r (default), constant 32, or rsLoRA",
-    )
-    run.add_argument(
-        "--dtype",
-        choices=("auto", "bf16", "fp32"),
-        help="precision of the computation (default auto: bf16 autocast where it is fast)",
-    )
-    run.add_argument(
-        "--limit", type=int, metavar="N", help="use only the first N rows of each data file"
-    )
-    run.add_argument(
+    add = run.add_argument
+    add("--seed", nargs="+", type=int, metavar="S", help="a run per seed (default: the preset's)")
+    add("--max-steps", type=int, metavar="N", help="train N optimizer steps instead of epochs")
+    modules = "which projections get LoRA (default qv)"
+    add("--target-modules", choices=TARGET_MODULES, help=modules)
+    scaling = "how alpha follows the rank: 2r (default), constant 32, or rsLoRA"
+    add("--scaling", choices=SCALINGS, help=scaling)
+    dtype = "precision of the computation (default auto: bf16 autocast where it is fast)"
+    add("--dtype", choices=CHOICES["dtype"], help=dtype)
+    add("--limit", type=int, metavar="N", help="use only the first N rows of each data file")
+    add(
         "--set",
         nargs="+",
         default=[],
@@ -180,15 +167,10 @@ def build_parser() -> argparse.ArgumentParser:
         f" these factors of its default ({' '.join(f'{f:g}' for f in FACTORS)}), then at half and"
         " twice the best until neither is better",
     )
-    rates.add_argument(
-        "--swept-rates", action="store_true", help="train at the rates that --lr-sweep chose"
-    )
-    run.add_argument(
-        "--dry-run", action="store_true", help="print the plan and its expected cost, then stop"
-    )
-    run.add_argument(
-        "--overwrite", action="store_true", help="delete existing runs of the plan and retrain them"
-    )
+    swept = "train at the rates that --lr-sweep chose"
+    rates.add_argument("--swept-rates", action="store_true", help=swept)
+    add("--dry-run", action="store_true", help="print the plan and its expected cost, then stop")
+    add("--overwrite", action="store_true", help="delete the plan's existing runs and retrain them")
     return parser
 
 

@@ -1,11 +1,11 @@
-"""What svd_analysis.py takes for a study of Llama-3.2-1B's shape: made-up checkpoints on disk.
+"""How long svd_analysis.py takes for a study of Llama-3.2-1B's shape, on made-up checkpoints.
 
 Used by spectral_speed.py. A base of 16 layers of q_proj and v_proj, LoRA checkpoints of every rank
-and a fully fine-tuned one are written as safetensors, then analysed by the script's own functions
-with two workers: manifest, reading, all measures, writing. The study is 100 LoRA checkpoints (20
-of each rank, each measured as the last of its run) and 20 of full fine-tuning, 2 of them the last.
-Where fewer layers are made, the rest is projected from theirs; so is what the other tensors of a
-full checkpoint take.
+and a fully fine-tuned one are written as safetensors, then analysed by the command's functions with
+two workers: manifest, reading, all measures, writing. The study has 100 LoRA checkpoints (20 of
+each rank, each measured as the last of its run) and 20 of full fine-tuning, 2 of them the last. If
+fewer layers are made, the time of the others is projected from theirs, and so is the time for the
+other tensors of a full checkpoint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def base_of(values: Any, shape: tuple[int, int]) -> Any:
 
 
 def update_of(shape: tuple[int, int], rank: int, norm: float) -> tuple[Any, ...]:
-    """A, B and B A, or for rank 0 a dense update alone, with that Frobenius norm."""
+    """A, B and B A, or for rank 0 only a dense update, with that Frobenius norm."""
     import torch
 
     m, n = shape
@@ -56,7 +56,7 @@ def update_of(shape: tuple[int, int], rank: int, norm: float) -> tuple[Any, ...]
 
 
 def write_study(folder: Path, bases: dict[str, Any], layers: int) -> None:
-    """`base/`, `lora_r<rank>_<size>/` and `full_<size>/`; every layer has other vectors."""
+    """Write `base/`, `lora_r<rank>_<size>/` and `full_<size>/`; layers differ in their vectors."""
     import torch
 
     weights = {}
@@ -78,9 +78,9 @@ def write_study(folder: Path, bases: dict[str, Any], layers: int) -> None:
                 A, B, _ = update_of(weight.shape, rank, size * float(weight.norm()))
                 prefix = f"base_model.model.{name}.lora_"
                 factors |= {f"{prefix}A.weight": A.float(), f"{prefix}B.weight": B.float()}
-            own = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
-            own["target_modules"] = list(SHAPES)
-            _save(folder / f"lora_r{rank}_{size:g}", "adapter_model", factors, own)
+            config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+            config["target_modules"] = list(SHAPES)
+            _save(folder / f"lora_r{rank}_{size:g}", "adapter_model", factors, config)
 
 
 def _name(layer: int, module: str) -> str:
@@ -100,7 +100,7 @@ def _save(folder: Path, name: str, tensors: dict[str, Any], config: dict | None 
 
 
 class _Analysis:
-    """The script's analysis of that folder, timed."""
+    """The command's analysis of that folder, timed."""
 
     def __init__(self, folder: Path, k: int, pool: Any) -> None:
         from config import resolve_settings
@@ -115,11 +115,11 @@ class _Analysis:
         self.drift = DriftAnalysis(settings, base, options)
 
     def decompose(self, matrix: Any) -> None:
-        """A matrix of the base; what is kept of it is up to the analysis."""
+        """Decompose a matrix of the base."""
         self.drift.spectra.svd(matrix)
 
     def seconds(self, run: str, is_last: bool) -> float:
-        """Of one checkpoint, from its manifest to its records."""
+        """Seconds of one checkpoint, from its manifest to its records."""
         from checkpoint_utils import Checkpoint, checkpoint_weights
         from lora_tradeoffs.drift.analysis import DriftUnit
         from lora_tradeoffs.measuring.subjects import Subject, no_arm
@@ -133,7 +133,7 @@ class _Analysis:
         return time.perf_counter() - start
 
     def reading(self, run: str) -> float:
-        """What confirming a full checkpoint and the norms of all of its tensors take of that."""
+        """Seconds of verifying a full checkpoint and of the norms of all its tensors."""
         from lora_tradeoffs.files import Checkpoint, check_whole
         from lora_tradeoffs.models.weights import FullCheckpoint
 
@@ -145,7 +145,7 @@ class _Analysis:
 
 
 def analyse_study(folder: Path, k: int, layers: int) -> dict[str, Any]:
-    """Seconds of every kind of checkpoint, the slower size of update, and the study's."""
+    """Seconds of every kind of checkpoint (the slower update size) and of the whole study."""
     from lora_tradeoffs.drift.analysis import worker_threads
     from lora_tradeoffs.hardware import peak_memory
 
@@ -185,7 +185,7 @@ def analyse_study(folder: Path, k: int, layers: int) -> dict[str, Any]:
 
 
 def study_cost(bases: dict[str, Any], layers: int, ks: tuple[int, ...]) -> list[dict[str, Any]]:
-    """A row for every k, each measured in a process of its own; the base's SVD in the first."""
+    """A row per k, each measured in a process of its own; the first decomposes the base."""
     name = f"{LORA_A_RANK * len(RANKS)} LoRA and {FULL} full checkpoints, {2 * LAYERS} matrices"
     rows = []
     with TemporaryDirectory() as folder:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from config import Settings, UserError
 from dataset_descriptions import describe
-from lora_tradeoffs.data.sources import source_folder
 from lora_tradeoffs.files import checkpoint_step, checkpoints
 from lora_tradeoffs.training.learning_rates import chosen_rate, rates_around
 from lora_tradeoffs.training.row_order import steps_for
@@ -66,6 +65,8 @@ def plan_runs(
 
 def expected_steps(config: TrainingConfig, settings: Settings) -> int:
     """Steps estimated before any row is read, from line counts or the data sets' official sizes."""
+    from lora_tradeoffs.data.sources import source_folder
+
     source, rows = source_folder(settings), []
     for task in config.tasks:
         count = describe(task).rows["train"]
