@@ -1,10 +1,13 @@
 """Settings: precedence, and values that cannot be."""
 
+import importlib
+
 import pytest
 from support import ROOT, assert_one_line_error, settings_for
 
 import config
 from config import UserError, guarded
+from training_configs import settable_fields
 
 
 def test_flag_beats_environment_beats_env_file_beats_preset(monkeypatch):
@@ -108,3 +111,19 @@ def test_a_count_below_one_is_refused_by_its_flag(capsys):
         assert exit.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: --limit") and message in line
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("data_preprocessing", "multi_task_training", "eval", "retention_eval"),
+        *("svd_analysis", "gradient_conflict", "run_study"),
+    ],
+)
+def test_every_flag_of_every_command_has_a_sentence(command):
+    parser = importlib.import_module(command).build_parser()
+    assert not [action.dest for action in parser._actions if not action.help]
+    if any(action.dest == "set" for action in parser._actions):
+        lines = parser.format_help().splitlines()
+        for name in settable_fields():
+            assert sum(line.startswith(f"  {name} ") for line in lines) == 1, name
