@@ -246,6 +246,7 @@ assert code == 0, code
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_in_a_repository_are_evaluated(served, tmp_path):
     done = python(EVALUATE.format(run="study/adapters"), tmp_path, served.url)
     assert done.returncode == 0, done.stderr

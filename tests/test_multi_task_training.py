@@ -69,8 +69,8 @@ def test_what_is_loras_alone_is_not_asked_of_the_other_arms():
     assert names == ["similar_full_seed42", "similar_lora_r8_all_seed42"]
 
 
-def test_dry_run_says_what_would_run_and_writes_nothing(script, tiny):
-    process = script(SCRIPT, "--model", tiny, "--study", "dry", "--dry-run", "--lora", "4", "8")
+def test_dry_run_says_what_would_run_and_writes_nothing(inside, tiny):
+    process = inside(main, "--model", tiny, "--study", "dry", "--dry-run", "--lora", "4", "8")
     assert process.returncode == 0, process.stderr
     for part in (
         "4 runs",
@@ -155,11 +155,12 @@ def test_all_arms_of_a_seed_see_the_same_rows(finished):
 
 # ------------------------------------------------------------------- stopped and resumed
 
+slow = pytest.mark.slow
 STOPPED = [
     ("lora", LORA, "killed-between-saves", 5),
-    ("lora", LORA, "killed-before-the-optimizer-is-saved", 6),
-    ("full", FULL, "killed-between-saves", 5),
-    ("full", FULL, "killed-before-the-manifest", 6),
+    pytest.param("lora", LORA, "killed-before-the-optimizer-is-saved", 6, marks=slow),
+    pytest.param("full", FULL, "killed-between-saves", 5, marks=slow),
+    pytest.param("full", FULL, "killed-before-the-manifest", 6, marks=slow),
 ]
 
 
@@ -211,7 +212,7 @@ def test_sigterm_saves_a_whole_checkpoint_and_ends(script, finished, tiny):
     assert not (run / "checkpoint-5").exists()  # it is not on the grid
 
 
-@pytest.mark.parametrize(("arm", "argv"), [("lora", LORA), ("full", FULL)])
+@pytest.mark.parametrize(("arm", "argv"), [("full", FULL), pytest.param("lora", LORA, marks=slow)])
 def test_a_disk_that_fills_during_a_save_loses_nothing_before_it(script, finished, tiny, arm, argv):
     study = f"full-disk-{arm}"
     argv = [*argv, "--model", str(tiny), "--study", study, "--set", "report_to=none"]
@@ -224,6 +225,7 @@ def test_a_disk_that_fills_during_a_save_loses_nothing_before_it(script, finishe
     assert_same_weights(run, finished / NAMES[arm])
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(script, tiny):
     argv = [*SHORT, "logging_steps=1", "--lora", "4", "--dtype", "fp32", "--model", str(tiny)]
     losses = []
@@ -258,11 +260,11 @@ def test_a_run_begun_with_other_settings_is_refused_with_what_differs(
     assert len(checkpoints(copy)) == 6
 
 
-def test_two_processes_on_one_run_are_refused(script, tiny):
+def test_two_processes_on_one_run_are_refused(inside, tiny):
     folder = runs_dir("locked")
     folder.mkdir(parents=True)
     with FileLock(folder / f".{NAMES['lora']}.lock"):
-        process = script(SCRIPT, *LORA, "--model", tiny, "--study", "locked")
+        process = inside(main, *LORA, "--model", tiny, "--study", "locked")
     assert_one_line_error(process, "is being trained by another process")
     assert not (folder / NAMES["lora"]).exists()
 
@@ -478,16 +480,20 @@ def test_a_point_that_fails_otherwise_leaves_the_arm_without_a_choice(tiny, caps
 # -------------------------------------------------------------------- the real model, real rows
 
 
-def test_smollm2_learns_from_real_rows_and_loads_in_plain_peft(script, smollm2, real_data):
-    argv = [SCRIPT, "--similar", "--lora", "8", "--data", real_data, "--study", "real"]
+@pytest.mark.parametrize(
+    "tasks", [["sst2"], pytest.param(["sst2", "mnli", "qqp"], marks=slow)], ids=len
+)
+def test_smollm2_learns_from_real_rows_and_loads_in_plain_peft(script, smollm2, real_data, tasks):
+    study = f"real-{len(tasks)}"
+    argv = [SCRIPT, "--tasks", *tasks, "--lora", "8", "--data", real_data, "--study", study]
     argv += ["--max-steps", "8", "--limit", "200", "--set", "checkpoints=2", "warmup=0"]
     process = script(*argv, EVAL_EXAMPLES_PER_TASK="16")
     assert process.returncode == 0, process.stderr[-2000:]
     assert "accuracy before -> after" in process.stdout
-    (run,) = [p for p in runs_dir("real").iterdir() if p.name.startswith("similar")]
+    (run,) = [p.parent for p in runs_dir(study).glob("*/training.json")]
     training = json.loads((run / "training.json").read_text())
     first, last = training["validation"][0], training["validation"][-1]
-    for task in ("sst2", "mnli", "qqp"):
+    for task in tasks:
         assert last[f"eval_{task}_loss"] < 0.5 * first[f"eval_{task}_loss"]
 
     from peft import PeftModel
@@ -502,12 +508,11 @@ def test_smollm2_learns_from_real_rows_and_loads_in_plain_peft(script, smollm2, 
     assert answer in (" positive", " negative")
 
 
-def test_sources_hold_no_token_of_the_user(script, tiny):
+def test_sources_hold_no_token_of_the_user(inside, tiny, monkeypatch):
     token = "hf_" + "x" * 30
-    process = script(
-        SCRIPT, "--tasks", "sst2", "--lora", "2", "--limit", "16", "--max-steps", "1",
-        *("--model", tiny, "--study", "secret"), HF_TOKEN=token,
-    )  # fmt: skip
+    monkeypatch.setenv("HF_TOKEN", token)
+    argv = ["--tasks", "sst2", "--lora", "2", "--limit", "16", "--max-steps", "1"]
+    process = inside(main, *argv, "--model", tiny, "--study", "secret")
     assert process.returncode == 0, process.stderr
     assert token not in process.stdout + process.stderr
     folder = Path(os.environ["OUTPUT_DIR"])

@@ -16,6 +16,7 @@ from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.retention.benchmark_tasks import TaskLoader, schema_problem
 from lora_tradeoffs.retention.benchmarks import Benchmarks, quiet_lm_eval, text_log_likelihoods
 
+slow = pytest.mark.slow
 TASKS = ("hellaswag", "arc_challenge", "winogrande", "piqa", "boolq")
 # lm-eval's file of each definition, and the split that it evaluates
 DEFINITIONS = {
@@ -27,11 +28,6 @@ DEFINITIONS = {
     "wikitext": ("wikitext/wikitext", "test"),
     "truthfulqa_mc1": ("truthfulqa/truthfulqa_mc1", "validation"),
 }
-
-
-@pytest.fixture(scope="module")
-def model(smollm2):
-    return load_base(smollm2).eval()
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +105,13 @@ def largest_difference(model, tokenizer, data, tasks, rows, shots, folder):
 
 
 @pytest.mark.parametrize(
-    ("which", "shots", "rows"), [("tiny_model", 0, 24), ("tiny_model", 2, 24), ("model", 1, 3)]
+    ("which", "shots", "rows"),
+    [
+        ("tiny_model", 2, 6),
+        pytest.param("tiny_model", 0, 24, marks=slow),
+        pytest.param("tiny_model", 2, 24, marks=slow),
+        pytest.param("smollm2_model", 1, 3, marks=slow),
+    ],
 )
 def test_every_figure_is_that_of_lm_evals_own_model(
     which, shots, rows, tokenizer, real_data, tmp_path, request
@@ -134,16 +136,16 @@ def test_wikitext_is_lm_evals_rolling_log_likelihood(tiny_model, tokenizer, real
     assert result.metrics["word_perplexity"] == pytest.approx(np.exp(whole), rel=1e-9)
 
 
-def test_smollm2_on_wikitext_equals_lm_eval_in_windows(model, tokenizer, real_data, tmp_path):
+def test_smollm2_on_wikitext_equals_lm_eval_in_windows(smollm2_model, tokenizer, real_data):
     text = read_jsonl(Path(real_data) / "wikitext" / "test.jsonl", limit=1)[0]["page"][:2_000]
-    found = text_log_likelihoods(model, tokenizer, [text], max_length=128)
+    found = text_log_likelihoods(smollm2_model, tokenizer, [text], max_length=128)
     ids = tokenizer(text).input_ids
     total, seen = 0.0, [tokenizer.bos_token_id, *ids]
     for start in range(0, len(ids), 128):
         end = min(start + 128, len(ids))
         # every window is as long as it can be; only what no window had is scored
         context = seen[max(0, end - 128) : start + 1] if start else seen[:1]
-        total += plain_score(model, context, ids[start:end])[0]
+        total += plain_score(smollm2_model, context, ids[start:end])[0]
     assert found.tokens.tolist() == [len(ids)]
     assert found.log_likelihoods[0] == pytest.approx(total, rel=1e-5)
 
@@ -193,6 +195,7 @@ def test_a_model_that_computes_no_numbers_is_an_error(tiny, tokenizer, real_data
         benchmarks.measure(broken)
 
 
+@pytest.mark.slow
 def test_a_group_is_one_result_over_its_tasks(tmp_path, tiny_model, tokenizer):
     for name, count in (("wmdp_bio", 3), ("wmdp_chem", 4), ("wmdp_cyber", 5)):
         row = {"question": "Which?", "choices": ["this", "that", "these", "those"]}
@@ -215,6 +218,7 @@ def test_a_definitions_own_number_of_examples_is_told(tmp_path, tokenizer):
     assert not Benchmarks(settings, tokenizer, ["truthfulqa_mc1", "piqa"]).other_shots
 
 
+@pytest.mark.slow
 def test_a_group_without_a_mean_is_its_tasks(tmp_path, tiny_model, tokenizer):
     row = {"question": "Which?", "choices": ["this", "that", "these", "those"], "answer": 1}
     for name in ("wmdp_bio", "wmdp_chem", "wmdp_cyber"):
@@ -294,10 +298,11 @@ def test_a_tasks_requests_are_rows_and_not_all_logits(
     assert 0 < max(sizes) <= 64
 
 
-@pytest.mark.parametrize("task", ["hellaswag", "winogrande"])
-def test_memory_is_that_of_the_forward_pass(model, tokenizer, task):
+@pytest.mark.parametrize("task", ["hellaswag", pytest.param("winogrande", marks=slow)])
+def test_memory_is_that_of_the_forward_pass(smollm2_model, tokenizer, task):
     """A batch's logits over SmolLM2's vocabulary would be a third of its weights."""
     benchmarks = Benchmarks(settings_for(), tokenizer, [task], 0, 12)
+    model = smollm2_model
     weights = sum(parameter.nbytes for parameter in model.parameters())
     with Allocations(model) as forward, torch.inference_mode():
         model(torch.ones((8, 128), dtype=torch.long), use_cache=False, logits_to_keep=1)

@@ -419,6 +419,7 @@ def test_no_text_of_the_figure_overlaps_or_leaves_it(frames, tmp_path):
 # ------------------------------------------------------------------- a sweep, from run to report
 
 
+@pytest.mark.slow
 def test_every_point_of_a_sweep_is_measured_and_stands_in_the_table(tiny, capsys):
     import eval
     import multi_task_training

@@ -203,7 +203,7 @@ def test_llama_1b_has_106496_trainable_parameters_a_rank():
     assert cost.trainable == 106_496 * 16
     assert cost.parameters == 1_235_814_400
     full = expected_cost(model, config_of("full", 0), bf16=True)
-    assert full.disk == 5 * 4 * cost.parameters + 2 * 8 * cost.parameters  # the demo's five
+    assert full.disk == 3 * 4 * cost.parameters + 2 * 8 * cost.parameters  # the demo's three
 
 
 def test_lora_starts_at_the_base_and_saves_the_adapter_alone(base, tmp_path):
