@@ -34,6 +34,7 @@ from lora_tradeoffs.report.wording import (
     ALL_RUNS,
     CONFIRMATORY,
     DEMO,
+    EQUAL_SCORES,
     EXPLORATORY,
     FORGETS,
     FULL_TESTED,
@@ -194,7 +195,7 @@ def _matched(retention: DataFrame) -> list[Finding]:
             differences["value"].to_numpy(), variance, 1 - ALPHA / len(groups)
         )
         result = Contrast(comparison, tuple(differences["seed"]), BOTH if variance else SEEDS)
-        sentences = SentenceTemplates.matched(arm)
+        sentences = SentenceTemplates.forgets(arm, EQUAL_SCORES)
         contrasts.append(TestedContrast(family, arm, MEAN, result, sentences))
     return _corrected(EXPLORATORY, MATCHED, contrasts)
 

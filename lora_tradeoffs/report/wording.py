@@ -18,6 +18,7 @@ HIGHER, LOWER, SAME = "higher", "lower", "not distinguishable"
 ADAPTS = "Does LoRA learn the tasks better or worse than full fine-tuning?"
 FORGETS = "Does LoRA forget less than full fine-tuning?"
 MATCHED = "Does LoRA forget less where both score the same on validation?"
+EQUAL_SCORES = "where both score the same on validation"
 RANK = "Does the rank matter?"
 TRANSFER = "Do the tasks help or disturb each other?"
 GOES_WITH = {
@@ -81,17 +82,7 @@ class SentenceTemplates(NamedTuple):
         )
 
     @classmethod
-    def forgets(cls, arm: str) -> SentenceTemplates:
-        return cls(
-            f"{arm} forgets {{}} more than full fine-tuning (mean over the benchmarks)",
-            f"{arm} forgets {{}} less than full fine-tuning (mean over the benchmarks)",
-            f"{arm} and full fine-tuning are not distinguishable in what they forget (mean over the"
-            " benchmarks): difference {}",
-        )
-
-    @classmethod
-    def matched(cls, arm: str) -> SentenceTemplates:
-        where = "where both score the same on validation"
+    def forgets(cls, arm: str, where: str = "(mean over the benchmarks)") -> SentenceTemplates:
         return cls(
             f"{arm} forgets {{}} more than full fine-tuning {where}",
             f"{arm} forgets {{}} less than full fine-tuning {where}",
