@@ -18,17 +18,19 @@ OLD_VERSIONS = (1,)  # without `tasks` and `variant`, which `updated` adds
 
 # -------------------------------------------------------------------- who a record is about
 
-# How a run was trained, as its configuration says it; 0 or "" for the base and baselines.
+# A record is flat. It says who it is about (study, base_model, run, family, tasks, TRAINED,
+# variant, step, fraction), then what was measured: split, task, metric, value, stderr, low, high,
+# n, and columns of its script's own. `tasks` is the family's name for all of its tasks, else
+# their names joined by "+"; `variant` is what the run's name says beside tasks, method, target
+# modules, rate and seed: "steps4_fp32". A run from elsewhere has tasks "", and its name is its
+# variant.
+
+# How a run was trained, by its configuration; 0 or "" for the base and baselines.
 TRAINED = ("method", "rank", "alpha", "scaling", "target_modules", "learning_rate", "seed")
-# `tasks` is the family's name for all of its tasks, else their names joined by "+"; `variant` is
-# what else the run's name says beside tasks, method, rate and seed: "steps4_fp32".
-SUBJECT = (
-    *("study", "base_model", "run", "family", "tasks", *TRAINED, "variant", "step", "fraction"),
-)
 
 
 def unit_name(run: str, step: int, *parts: str) -> str:
-    """The name of a unit's files: what was measured (`parts`, empty ones left out) of whom."""
+    """The name of a unit's files: run, step and what was measured (empty parts are left out)."""
     return "-".join([run, str(step), *filter(None, parts)])
 
 
