@@ -106,11 +106,17 @@ def test_what_cannot_be_generated_is_refused(model):
     assert generate_greedily(model, [], 4, [2]) == []
 
 
-@pytest.mark.parametrize("task", FAMILIES["dissimilar"])
-def test_32_real_rows_are_generated_as_model_generate_does(
-    smollm2_model, tokenizer, real_data, task
+@pytest.mark.parametrize(
+    ("task", "count"),
+    [
+        ("squad_v2", 8),
+        *(pytest.param(task, 32, marks=pytest.mark.slow) for task in FAMILIES["dissimilar"]),
+    ],
+)
+def test_real_rows_are_generated_as_model_generate_does(
+    smollm2_model, tokenizer, real_data, task, count
 ):
-    rows = read_jsonl(Path(real_data) / task / "test.jsonl", limit=32)
+    rows = read_jsonl(Path(real_data) / task / "test.jsonl", limit=count)
     encoded = [encode(tokenizer, describe(task), row, 192) for row in rows]
     prompts = [e["input_ids"][: e["prompt_length"]] for e in encoded]
     eos = tokenizer.eos_token_id
@@ -119,4 +125,4 @@ def test_32_real_rows_are_generated_as_model_generate_does(
         assert_same_text(smollm2_model, p, o, plain_generation(smollm2_model, p, 24, eos))
         for p, o in zip(prompts, ours, strict=True)
     ]
-    assert sum(same) >= 31
+    assert sum(same) >= count - 1

@@ -138,10 +138,11 @@ def test_batches_are_longest_first_and_within_budget():
         assert sum(weights[i] for i in batch) <= 9
 
 
-def test_hellaswag_items_are_scored_as_one_by_one(smollm2_model, tokenizer, real_data):
+@pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_hellaswag_items_are_scored_as_one_by_one(smollm2_model, tokenizer, real_data, count):
     from pathlib import Path
 
-    rows = read_jsonl(Path(real_data) / "hellaswag" / "validation.jsonl", limit=12)
+    rows = read_jsonl(Path(real_data) / "hellaswag" / "validation.jsonl", limit=count)
     items = [
         Item(text_ids(tokenizer, r["ctx"]), [text_ids(tokenizer, " " + e) for e in r["endings"]])
         for r in rows
@@ -149,12 +150,20 @@ def test_hellaswag_items_are_scored_as_one_by_one(smollm2_model, tokenizer, real
     assert_plain(smollm2_model, items, log_likelihoods(smollm2_model, items))
 
 
-@pytest.mark.parametrize("task", FAMILIES["similar"])
-def test_classification_is_the_argmax_that_training_sees(smollm2_model, tokenizer, real_data, task):
+@pytest.mark.parametrize(
+    ("task", "count"),
+    [
+        ("mnli", 8),
+        *(pytest.param(task, 24, marks=pytest.mark.slow) for task in FAMILIES["similar"]),
+    ],
+)
+def test_classification_is_the_argmax_that_training_sees(
+    smollm2_model, tokenizer, real_data, task, count
+):
     from pathlib import Path
 
     description = describe(task)
-    rows = read_jsonl(Path(real_data) / task / "validation.jsonl", limit=24)
+    rows = read_jsonl(Path(real_data) / task / "validation.jsonl", limit=count)
     encoded = [encode(tokenizer, description, row, 256) for row in rows]
     ids = label_token_ids(tokenizer, description)
     items = [Item(e["input_ids"][: e["prompt_length"]], [[i] for i in ids]) for e in encoded]
