@@ -50,6 +50,30 @@ def timed(function: Callable, *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, value
 
 
+def evaluate_with_lm_eval(
+    task: Any, tokenizer: Any, model: Any, batch_size: int, bf16: bool = False, **options: Any
+) -> dict[str, Any]:
+    """lm-eval's results for a loaded task by its own model class, without examples in the prompt.
+
+    `simple_evaluate` would also read the definitions of all tasks and describe the machine.
+    """
+    from lm_eval import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from lora_tradeoffs.retention.benchmarks import quiet_lm_eval
+
+    task.set_config("num_fewshot", 0)
+    loaded = {"tasks": {task.task_name: task}, "groups": {}, "group_map": {}}
+    with quiet_lm_eval():
+        peer = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            mixed_precision_dtype="bfloat16" if bf16 else None,
+        )
+        return evaluate(peer, loaded, **options)
+
+
 def ratios_of(
     rows: Sequence[Mapping[str, Any]], case: str, peer: str, ours: str = "ours_seconds"
 ) -> dict[str, list[float]]:

@@ -19,6 +19,7 @@ waits for its longest answer.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from typing import Any
 from benchmarks.comparison import (
     benchmark_settings,
     build_parser,
+    evaluate_with_lm_eval,
     print_medians,
     print_ratios,
     ratios_of,
@@ -71,17 +73,12 @@ def classify(engine: Engine, task: str, prompts: list[str]) -> list[int]:
     return [max(range(len(words)), key=lambda k: row[k].log_likelihood) for row in scores]
 
 
-def classify_with_lm_eval(
-    engine: Engine, task: str, prompts: list[str], batch_size: int
-) -> list[int]:
-    """The same by lm-eval, on a task that is defined over a file of the prompts."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+@functools.cache
+def lm_eval_task(task: str, prompts: tuple[str, ...]) -> Any:
+    """lm-eval's multiple_choice task over a file of the prompts, whose choices are the labels."""
     from lm_eval.tasks import TaskManager
 
-    from lora_tradeoffs.retention.benchmarks import quiet_lm_eval
-
-    with quiet_lm_eval(), tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = [json.dumps({"prompt": prompt, "label": 0}) for prompt in prompts]
         (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
@@ -99,13 +96,16 @@ def classify_with_lm_eval(
         }
         # YAML reads JSON
         (folder / "rows.yaml").write_text(json.dumps(definition), encoding="utf-8")
-        results = lm_eval.simple_evaluate(
-            HFLM(pretrained=engine.model, tokenizer=engine.tokenizer, batch_size=batch_size),
-            tasks=[f"{task}_rows"],
-            task_manager=TaskManager(include_path=name, include_defaults=False),
-            log_samples=True,
-            bootstrap_iters=0,
-        )
+        manager = TaskManager(include_path=name, include_defaults=False)
+        return manager.load([definition["task"]])["tasks"][definition["task"]]
+
+
+def classify_with_lm_eval(
+    engine: Engine, task: str, prompts: list[str], batch_size: int
+) -> list[int]:
+    """The same by lm-eval's HFLM; its task over the prompts is loaded beforehand."""
+    loaded, options = lm_eval_task(task, tuple(prompts)), {"log_samples": True}
+    results = evaluate_with_lm_eval(loaded, engine.tokenizer, engine.model, batch_size, **options)
     samples = sorted(results["samples"][f"{task}_rows"], key=lambda sample: sample["doc_id"])
     scores = [[score for score, _ in sample["filtered_resps"]] for sample in samples]
     return [max(range(len(row)), key=row.__getitem__) for row in scores]
@@ -181,6 +181,8 @@ def measure(
 
     rows = []
     for task, (engine, prompts, *rest) in work.items():
+        if peer is classify_with_lm_eval:
+            lm_eval_task(task, tuple(prompts))
         for function, extra in ((ours, rest), (peer, [*rest, BATCH_SIZES[0]])):
             function(engine, task, prompts[:4], *extra)
         arguments = (engine, task, prompts, *rest)

@@ -6,8 +6,8 @@ SmolLM2-135M, fp32 (or --dtype bf16: autocast), one process, in turn (ours, lm-e
 each from the task's name to its scores; acc, acc_norm and standard errors must be equal in fp32.
 
     ours     requests with a common prefix share a row, longest first, logits where they are scored
-    lm-eval  simple_evaluate with HFLM, at its best batch size of 8, 16 and 32, found beforehand on
-             the same items
+    lm-eval  its evaluate with HFLM, at its best batch size of 8, 16 and 32, found beforehand on the
+             same items; its index of all tasks, which takes seconds to read, is not read
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.comparison import (
     benchmark_settings,
     build_parser,
+    evaluate_with_lm_eval,
     print_medians,
     print_ratios,
     ratios_of,
@@ -43,22 +44,13 @@ def lm_eval_scores(
     settings: Any, tokenizer: Any, model: Any, name: str, limit: int, bf16: bool, batch_size: int
 ) -> dict[str, float]:
     """The same by lm-eval's own model class; the task is loaded over the same rows."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
     from lora_tradeoffs.retention.benchmark_tasks import TaskLoader
     from lora_tradeoffs.retention.benchmarks import quiet_lm_eval
 
     with quiet_lm_eval():
         task = TaskLoader(settings, [name], 0).load()["tasks"][name]
-        peer = HFLM(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            mixed_precision_dtype="bfloat16" if bf16 else None,
-        )
-        results = lm_eval.simple_evaluate(peer, tasks=[task], num_fewshot=0, limit=limit)
-    scores = results["results"][task.task_name]
+    results = evaluate_with_lm_eval(task, tokenizer, model, batch_size, limit=limit, bf16=bf16)
+    scores = results["results"][name]
     return {key.removesuffix(",none"): v for key, v in scores.items() if key.endswith(",none")}
 
 
