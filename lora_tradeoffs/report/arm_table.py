@@ -30,10 +30,10 @@ def arm_table(study: StudyRecords) -> DataFrame:
     """A row for each arm of a family at its last checkpoint, the base first; "" where unknown.
 
     `score` is the mean over the family's tasks of the primary metric (BLEU in hundredths), on test
-    where runs were measured on it, else on validation; `forgetting` the mean over the benchmarks
-    of base minus tuned; `drift` the norm of the update over that of the base's q_proj and v_proj;
-    `minutes` and `trained` the time and the share of the parameters that were trained. ± is the
-    standard error, over items for one seed, over seeds and items for three and more.
+    for tasks that runs were tested on, else on validation; `forgetting` the mean over the
+    benchmarks of base minus tuned; `drift` the norm of the update over that of the base's q_proj
+    and v_proj; `minutes` and `trained` the time and the share of the parameters that were trained.
+    ± is the standard error, over items for one seed, over seeds and items for three and more.
     """
     import pandas as pd
 
@@ -62,8 +62,10 @@ def _scores(adaptation: DataFrame | None) -> DataFrame | None:
     if adaptation is None:
         return None
     rows = last_checkpoints(adaptation)
-    test = rows[rows["split"] == "test"].assign(split="validation")
-    means = family_means(test if is_trained(test).any() else rows)
+    rows = rows[rows["split"].isin(["validation", "test"])]
+    is_test = rows["split"] == "test"
+    tested = rows["task"].isin(rows["task"][is_test & is_trained(rows)])
+    means = family_means(rows[is_test == tested].assign(split="validation"))
     arms = rows[(rows["shots"] == 0) & (rows["prompt"] == 0)].drop_duplicates("run")
     return means.merge(arms[["run", "arm", "seed"]], on="run")[FIELDS]
 
