@@ -181,7 +181,8 @@ def _with_adapter(model: Any, folder: Path) -> Any:
             _remove_adapter_layers(model)
         else:
             adapted.unload()
-        if isinstance(error, UserError):
+        is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, UserError) or is_memory:  # too little memory says nothing of the file
             raise
         message = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} is corrupt or does not fit the base: {message}") from None

@@ -299,3 +299,25 @@ print(peak_memory("cpu"))
     peak(1)  # writes them
     assert peak(many) < 1.1 * peak(1)
     assert Path(tmp_path / "run" / f"checkpoint-{many}").exists()
+
+
+def test_too_little_memory_is_not_told_as_a_corrupt_adapter(tmp_path, monkeypatch):
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lora_tradeoffs.models.checkpoint_models import _with_adapter
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=32, num_attention_heads=2, num_key_value_heads=2, **shape)
+    adapted = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(PeftModel, "load_adapter", full)
+    model = LlamaForCausalLM(config)
+    with pytest.raises(torch.OutOfMemoryError):
+        _with_adapter(model, tmp_path)
+    assert not any("lora" in name for name, _ in model.named_parameters())
