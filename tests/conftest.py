@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,17 @@ def workspace(tmp_path_factory):
     yield folder
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def studies(workspace):
+    """No file of tests sees the studies of another, whichever ran before it in this process."""
+    yield
+    for folder in ("data", "drift_analysis_plots", "logs", "outputs", "performance_analysis"):
+        shutil.rmtree(workspace / folder, ignore_errors=True)
+    for study in (workspace / "models").glob("*"):
+        if study.name != "base":
+            shutil.rmtree(study)
 
 
 @pytest.fixture(scope="session")
