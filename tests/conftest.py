@@ -6,10 +6,22 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
+import hypothesis
 import pytest
 from support import DEMO, ROOT, VARIABLES, settings_for
+
+# Tests marked `fuzz`: the same few examples every time, or with HYPOTHESIS_PROFILE=fuzz other ones.
+COMMON = {
+    "database": None,
+    "deadline": timedelta(seconds=60),
+    "suppress_health_check": list(hypothesis.HealthCheck),
+}
+hypothesis.settings.register_profile("few", max_examples=40, derandomize=True, **COMMON)
+hypothesis.settings.register_profile("fuzz", max_examples=10_000, **COMMON, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
-from config import PRESETS
+from config import PRESETS, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = (
@@ -40,3 +42,31 @@ def assert_one_line_error(process, *parts):
     assert lines[0].startswith("error: ")
     for part in parts:
         assert part in lines[0], (part, lines[0])
+
+
+class Hang(BaseException):
+    """A block that did not end in time; no `except Exception` of the code under test takes it."""
+
+
+@contextmanager
+def ends_or_refuses(seconds=20):
+    """The block ends within `seconds`, or raises UserError with one printable line.
+
+    What else it raises is a fault, and passes. The list that it gives holds the error's line.
+    """
+
+    def stop(*_):
+        raise Hang(f"no end after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    lines = []
+    try:
+        yield lines
+    except UserError as error:
+        lines.append(str(error))
+        assert lines[0].strip() and len(lines[0].splitlines()) == 1, repr(lines[0])
+        lines[0].encode()  # a surrogate or the like could not be printed
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
