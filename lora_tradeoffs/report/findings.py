@@ -12,6 +12,7 @@ step of the correction finds with 80 % power. The demo has no findings.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 ALPHA = 1 - LEVEL
+# Names of runs stand in sentences; Markdown would show what they contain as HTML, links or formulas.
+MARKUP, ESCAPED = re.compile(r"([\\`*\[\]<&$])"), r"\\\1"
 
 
 class TestedContrast(NamedTuple):
@@ -117,7 +120,8 @@ def as_markdown(results: Sequence[Finding]) -> str:
     lines: list[str] = []
     for question in dict.fromkeys(finding.question for finding in results):
         lines += ["", f"**{question}**{kinds.get(question, '')}", ""] if question else [""]
-        lines += [f"- {finding.sentence}" for finding in results if finding.question == question]
+        sentences = (finding.sentence for finding in results if finding.question == question)
+        lines += [f"- {MARKUP.sub(ESCAPED, sentence)}" for sentence in sentences]
     return "\n".join(lines[1:])
 
 

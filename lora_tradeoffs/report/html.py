@@ -29,10 +29,13 @@ from lora_tradeoffs.files import written_whole
 
 NOTEBOOK = ROOT / "plot_results.ipynb"
 KERNEL = "python3"
+# A browser then runs no script and loads nothing, whatever names and values the page shows.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{title}</title>
@@ -138,7 +141,7 @@ def page(notebook: Any, study: str) -> str:
     if rest:  # the contents stand below the title
         body, contents = f"{heading}</h1>{contents}{rest}", ""
     title = html.escape(f"{study}: LoRA against full fine-tuning")
-    return PAGE.format(title=title, contents=contents, body=body)
+    return PAGE.format(policy=POLICY, title=title, contents=contents, body=body)
 
 
 def write_report(settings: Settings, pdf: bool = False) -> Path:

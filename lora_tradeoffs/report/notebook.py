@@ -78,7 +78,7 @@ class StudyReport:
         shown = frame.rename(index=plain) if index else frame
         if "arm" in frame:
             shown = shown.assign(arm=frame["arm"].map(plain))
-        styled = shown.style.format(_number, na_rep="", escape="html")
+        styled = shown.style.format(_cell, na_rep="").format_index(_cell).format_index(_cell, axis=1)
         display(styled if index else styled.hide(axis="index"))
         if words and not shown.equals(frame):
             display(HTML(f"<p>All runs: {html.escape(' '.join(sorted(words)))}.</p>"))
@@ -101,8 +101,8 @@ class StudyReport:
             print(f"{name}:", *(sentences or ["nothing, the grid is complete"]), sep="\n  ")
 
 
-def _number(value: Any) -> str:
-    """A table's number with four figures, however small: learning rates and p-values are."""
+def _cell(value: Any) -> str:
+    """A cell or label as HTML; numbers have four figures, however small: learning rates are."""
     if not isinstance(value, float):
-        return str(value)
+        return html.escape(str(value))  # also of a list or dict, which pandas would not escape
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

@@ -60,7 +60,7 @@ class Arm:
             f"{self.shots}-shot" if self.shots else "",
             f"prompt {self.prompt}" if self.prompt else "",
         )
-        return ", ".join(filter(None, words))
+        return ", ".join(filter(None, words)).replace("$", r"\$")  # no formula, in figures too
 
     @property
     def label(self) -> str:

@@ -1,5 +1,6 @@
 """The report: one page that needs nothing else, in a real browser."""
 
+import html
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from support import assert_one_line_error
 from synthetic_drift import write_drift
+from synthetic_effects import write_run
 from synthetic_records import retention_study, study, write_study
 
 from lora_tradeoffs.report import html as report
@@ -23,16 +25,34 @@ BROWSER = next(
 REPORT = ("-m", "lora_tradeoffs.report.html")
 
 
+RAN = "document.documentElement.dataset.ran=1"
+IMAGE, SVG, SCRIPT = f"<img src=x onerror={RAN}>", f"<svg onload={RAN}>", f"<script>{RAN}</script>"
+HOSTILE = {  # in run.json, where nothing else says what type a value has
+    "base": {"name": [SCRIPT]},
+    "config": {"method": IMAGE, "alpha": {IMAGE: SCRIPT}, "learning_rate": [SVG], "family": SVG},
+    "environment": {"device_name": SCRIPT, "versions": {"torch": [[IMAGE]]}},
+    "note": SVG,
+}
+
+
 @pytest.fixture(scope="module")
 def page(workspace, tmp_path_factory):
-    """The report of a made-up study, and the folder that it lies in."""
+    """The report of a made-up study with hostile names and values, and where it is."""
     folder = tmp_path_factory.mktemp("report")
-    grid = [("lora", 8), ("full", 0)]
-    write_study(folder, study(grid=grid, points=2, families=("similar",)))
-    write_study(
-        folder, retention_study(grid=grid, points=2, families=("similar",)), script="retention"
-    )
-    write_drift(folder, grid, families=("similar",), points=2)
+    grid, families, seeds = [("lora", 8), ("full", 0)], ("similar",), (42, 43, 44)
+    for script, make in (("adaptation", study), ("retention", retention_study)):
+        records = make(grid=grid, points=2, families=families, seeds=seeds)
+        for r in records:
+            r["run"] = r["run"].replace("_seed", f"_{SVG}$x^$_seed")
+            if r["seed"] == 44:
+                r |= {"run": IMAGE, "target_modules": SVG}  # as of an adapter from elsewhere
+            r["base_model"] = SCRIPT
+        write_study(folder, records, script=script, preset="study")
+    write_drift(folder, grid, families=families, points=2)
+    config = {"family": "similar", "method": "lora", "rank": 8, "seed": 42}
+    write_run(folder / "models" / "demo", f"similar_lora_r8_{SVG}$x^$_seed42", config)
+    (run := folder / "models" / "demo" / IMAGE).mkdir()
+    (run / "run.json").write_text(json.dumps(HOSTILE))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OUTPUT_DIR", str(folder))
         patch.setenv("PRESET", "demo")
@@ -41,10 +61,27 @@ def page(workspace, tmp_path_factory):
     return path.read_text(encoding="utf-8"), path
 
 
+def in_browser(text, folder, *options):
+    """The page's DOM, and what the browser printed. Skips without a browser."""
+    if BROWSER is None:
+        pytest.skip("no Chromium")
+    path = folder / "report.html"
+    path.write_text(text, encoding="utf-8")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options)
+    offline = ("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}")
+    process = subprocess.run(
+        [BROWSER, *options, *offline, "--window-size=390,800", "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return process.stdout, process.stderr
+
+
 def test_the_page_fetches_nothing_and_hides_the_code(page):
     text, _ = page
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text)
-    assert "<script" not in text and "@import" not in text and "url(" not in text
+    assert "<script" not in text and "Content-Security-Policy" in text and "@import" not in text and "url(" not in text
     assert "STUDY =" not in text and "resolve_settings" not in text
     assert text.count("data:image/png;base64,") >= 12
 
@@ -67,28 +104,33 @@ def test_every_figure_says_what_it_is(page):
 
 
 def test_a_browser_shows_every_figure_without_an_error(page, tmp_path):
-    if BROWSER is None:
-        pytest.skip("no Chromium")
     text, _ = page
     count = (
         "<script>window.onload = () => { const all = [...document.images];"
         " document.title = `${all.filter(i => i.naturalWidth > 100).length} of ${all.length}"
         " wide ${document.documentElement.scrollWidth <= window.innerWidth}`; }</script>"
     )
-    counted = tmp_path / "report.html"
-    counted.write_text(text.replace("</body>", count + "</body>"), encoding="utf-8")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr")
-    offline = ("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}")
-    found = subprocess.run(
-        [BROWSER, *options, *offline, "--window-size=390,800", "--dump-dom", counted.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    title = re.search(r"<title>(\d+) of (\d+) wide (\w+)</title>", found.stdout)
-    assert title and title[1] == title[2] == str(text.count("<img ")), found.stderr[-2000:]
+    dom, log = in_browser(without_policy(text).replace("</body>", count + "</body>"), tmp_path)
+    title = re.search(r"<title>(\d+) of (\d+) wide (\w+)</title>", dom)
+    assert title and title[1] == title[2] == str(text.count("<img ")), log[-2000:]
     assert title[3] == "true"  # nothing is wider than a phone
-    assert "CONSOLE" not in found.stderr
+    assert "CONSOLE" not in log
+
+
+def without_policy(text):
+    return re.sub(r"<meta http-equiv[^>]*>", "", text)
+
+
+def test_a_browser_runs_nothing_of_hostile_names_and_values(page, tmp_path):
+    text, _ = page
+    for payload in (IMAGE, SVG, SCRIPT):
+        assert html.escape(payload) in text and payload not in text
+    ran = re.compile(r"<html[^>]*data-ran")
+    assert not ran.search(in_browser(without_policy(text), tmp_path)[0])  # escaped: shown as text
+    attacked = text.replace("<nav", f"{SCRIPT}{IMAGE}<nav")
+    assert ran.search(in_browser(without_policy(attacked), tmp_path)[0])
+    dom, log = in_browser(attacked, tmp_path)  # what would not be escaped may not run
+    assert not ran.search(dom) and "Content Security Policy" in log
 
 
 def test_a_study_without_results_still_has_a_report(tmp_path, monkeypatch, capsys):
