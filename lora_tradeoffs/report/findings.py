@@ -63,8 +63,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 ALPHA = 1 - LEVEL
-# Names of runs stand in sentences; Markdown would show what they contain as HTML, links or formulas.
-MARKUP, ESCAPED = re.compile(r"([\\`*\[\]<&$])"), r"\\\1"
+# Names of runs stand in sentences, and Markdown takes HTML, links and formulas from them.
+MARKUP, ESCAPED = re.compile(r"([\\`*$]|\](?=\()|<(?=\S)|&(?=\S))"), r"\\\1"
 
 
 class TestedContrast(NamedTuple):
