@@ -141,7 +141,7 @@ PRESETS = {
         lora_rate_factor=15,  # the best factor in runs of about 100 steps
         batch_size={"similar": 16, "dissimilar": 8},
         micro_batch_size={"similar": 16, "dissimilar": 8},
-        max_length={"similar": 256, "dissimilar": 256},
+        max_length={"similar": 256, "dissimilar": 416},
         held_out_documents=8,
         drift_tokens=1_024,
     ),

@@ -116,8 +116,55 @@ def llama3_tokenizer():
 
 
 @pytest.fixture(scope="session")
+def blank_first_tokenizer():
+    """As those of Llama 2 and Mistral: a blank before any text, BOS, words with their blank."""
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    from dataset_descriptions import DESCRIPTIONS
+
+    special = ["<s>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    alphabet = ["\n", *map(chr, range(32, 127))]
+    words = [word for d in DESCRIPTIONS.values() for word in d.label_words]
+    files = sorted((ROOT / "data" / "sample").glob("*/train.jsonl"))
+    texts = [*words * 999, *(path.read_text(encoding="utf-8") for path in files)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2_000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # as LlamaTokenizerFast has it: a text that begins with a blank gets a second one
+    tokenizer.pre_tokenizer = None
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    names = dict(zip(("bos_token", "eos_token", "unk_token"), special))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.fixture(scope="session")
 def tiny(workspace, tokenizer):
     """Folder of a two-layer random Llama with SmolLM2's tokenizer."""
+    return tiny_llama(workspace / "tiny", tokenizer)
+
+
+def tiny_llama(folder, tokenizer):
+    """Save a two-layer random Llama and its tokenizer in the folder, and return it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -133,7 +180,6 @@ def tiny(workspace, tokenizer):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    folder = workspace / "tiny"
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

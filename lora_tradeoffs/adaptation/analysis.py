@@ -234,10 +234,9 @@ class Adaptation(Analysis):
     def _prompts(self, rows: Any, unit: TaskUnit) -> list[list[int]]:
         from lora_tradeoffs.data.encoding import bos_ids, text_ids
 
-        ids, starts = rows["input_ids"][:], rows["prompt_length"][:]
-        prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
         if not unit.shots:
-            return prompts
+            ids, starts = rows["input_ids"][:], rows["prompt_length"][:]
+            return [row[:start] for row, start in zip(ids, starts, strict=True)]
         train = self.task(unit.task).split("train")
         if unit.shots > len(train):
             raise UserError(f"{unit.task} has {len(train)} train rows: lower --shots {unit.shots}")
@@ -245,7 +244,7 @@ class Adaptation(Analysis):
         examples = [train[int(i)]["prompt"] + train[int(i)]["completion"] for i in chosen]
         text = "".join(example + SHOT_SEPARATOR for example in examples)
         bos = bos_ids(self.tokenizer)
-        return [bos + text_ids(self.tokenizer, text) + prompt[len(bos) :] for prompt in prompts]
+        return [bos + text_ids(self.tokenizer, text + prompt) for prompt in rows["prompt"][:]]
 
     def _classify(
         self, model: Any, prompts: list[list[int]], description: Any, batch_tokens: int

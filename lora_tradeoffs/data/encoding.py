@@ -21,7 +21,8 @@ def label_token_ids(
     tokenizer: PreTrainedTokenizerFast, description: DatasetDescription
 ) -> list[int]:
     """The label words' tokens, in label order. Raises UserError unless each is one other token."""
-    ids = [text_ids(tokenizer, " " + word) for word in description.label_words]
+    before = description.template.rpartition("}")[2] or "."
+    ids = [continuation_ids(tokenizer, before, " " + word) for word in description.label_words]
     words = ", ".join(f"{w!r} -> {i}" for w, i in zip(description.label_words, ids, strict=True))
     if any(len(i) != 1 for i in ids) or len({i[0] for i in ids}) != len(ids):
         raise UserError(
@@ -36,6 +37,22 @@ def text_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
+def continuation_ids(
+    tokenizer: PreTrainedTokenizerFast, before: str, continuation: str
+) -> list[int]:
+    """Tokens of `continuation` where it follows the text `before`.
+
+    They are read from the joint text, since some tokenizers (those of Llama 2, Mistral) put a blank
+    before any text. Where the last token before and the first after are one in the joint text,
+    they are those after a line break.
+    """
+    for context in (before, "\n", ""):
+        start, joint = (text_ids(tokenizer, t) for t in (context, context + continuation))
+        if joint[: len(start)] == start:
+            break
+    return joint[len(start) :]
+
+
 def encode(
     tokenizer: PreTrainedTokenizerFast,
     description: DatasetDescription,
@@ -44,13 +61,14 @@ def encode(
 ) -> dict[str, Any]:
     """The row as tokens, its passage truncated at the end until all fits into `max_length`.
 
-    `problem` says why the row cannot be used (or None); `cut` counts the removed tokens.
+    The prompt leaves room for the longest answer that is generated, not for the row's own: a
+    truncated prompt's length must not tell the length of its reference. `problem` says why the row
+    cannot be used (or None); `cut` counts the removed tokens.
     """
     head, passage, tail = description.prompt_parts(row)
-    completion = description.completion(row)
-    completion_ids = [*text_ids(tokenizer, completion), tokenizer.eos_token_id]
     bos = bos_ids(tokenizer)
-    room = max_length - len(bos) - len(completion_ids)
+    reserved = 2 if description.is_classification else description.max_new_tokens  # with EOS
+    room = max_length - len(bos) - reserved
     prompt_ids = text_ids(tokenizer, head + passage + tail)
     whole, problem = len(prompt_ids), None
     while len(prompt_ids) > room:
@@ -60,9 +78,13 @@ def encode(
             break
         passage = shorter
         prompt_ids = text_ids(tokenizer, head + passage + tail)
-    ids = bos + prompt_ids + completion_ids
+    prompt, completion = head + passage + tail, description.completion(row)
+    completion_ids = continuation_ids(tokenizer, prompt, completion)
+    ids = [*bos, *prompt_ids, *completion_ids, tokenizer.eos_token_id]
+    if len(ids) > max_length:
+        problem = problem or "its answer does not fit"
     return {
-        "prompt": head + passage + tail,
+        "prompt": prompt,
         "completion": completion,
         "references": description.references(row),
         "label": row["label"] if description.is_classification else -1,

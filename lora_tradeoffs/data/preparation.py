@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # of the prepared rows; raise it with a change that alters them
+FORMAT = 2  # of the prepared rows; raise it with a change that alters them
 REPORT = "report.json"
 # The fields of a description that decide what the rows are; a licence does not.
 ROW_FIELDS = (
     *("name", "hub_id", "hub_config", "hub_splits", "groups"),
-    *("template", "label_words", "answer", "passage"),
+    *("template", "label_words", "answer", "passage", "max_new_tokens"),
 )
 
 
@@ -208,7 +208,7 @@ class Preparation:
 
         data = self._encode(rows, split)
         problems = data["problem"]
-        # a held-out row keeps its place in the score though truncation took its answer
+        # a held-out row keeps its place in the score though its answer was cut off or is too long
         usable = [p is None or (split != "train" and "answer" in p) for p in problems]
         dropped = Counter(p for p, use in zip(problems, usable, strict=True) if not use)
         data = data.select(np.flatnonzero(usable))

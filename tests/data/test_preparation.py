@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 from support import ROOT, assert_one_line_error, settings_for
 
@@ -21,10 +23,9 @@ def first_row(task):
     return read_folder(SAMPLE, describe(task))["train"][0]
 
 
-@pytest.fixture(params=["smollm2", "llama3"])
+@pytest.fixture(params=["tokenizer", "llama3_tokenizer", "blank_first_tokenizer"])
 def any_tokenizer(request):
-    name = "tokenizer" if request.param == "smollm2" else "llama3_tokenizer"
-    return request.getfixturevalue(name)
+    return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -38,7 +39,7 @@ def test_a_row_is_bos_once_prompt_completion_and_eos(any_tokenizer, task):
     assert ids[: len(bos)] == bos
     assert ids[-1] == tokenizer.eos_token_id and ids.count(ids[-1]) == 1
     assert tokenizer.decode(ids[len(bos) : start]) == row["prompt"]
-    assert tokenizer.decode(ids[start:-1]) == row["completion"]
+    assert tokenizer.decode(ids[len(bos) : -1]) == row["prompt"] + row["completion"]
 
 
 @pytest.mark.parametrize("task", FAMILIES["similar"])
@@ -64,7 +65,7 @@ def test_special_tokens_in_a_text_stay_text(tokenizer):
 
 
 @pytest.mark.parametrize("task", FAMILIES["dissimilar"])
-@pytest.mark.parametrize("max_length", [128, 140, 151])
+@pytest.mark.parametrize("max_length", [256, 270, 281])
 def test_truncation_cuts_the_end_of_the_passage_only(tokenizer, task, max_length):
     description, row = describe(task), first_row(task)
     row |= {k: row[k] * 3 for k in ("context", "article") if k in row}
@@ -73,7 +74,8 @@ def test_truncation_cuts_the_end_of_the_passage_only(tokenizer, task, max_length
     head, passage, tail = description.prompt_parts(row)
     short = encode(tokenizer, description, row, max_length)
     assert short["cut"] > 0 and short["problem"] in (None, "its answer was cut off")
-    assert max_length - 12 < short["length"] <= max_length
+    answer = description.max_new_tokens
+    assert max_length - 12 < short["prompt_length"] + answer <= max_length >= short["length"]
     assert short["prompt"].startswith(head) and short["prompt"].endswith(tail)
     kept = short["prompt"][len(head) : len(short["prompt"]) - len(tail)]
     assert passage.startswith(kept) and passage[len(kept)].isspace()  # ends with a whole word
@@ -81,6 +83,49 @@ def test_truncation_cuts_the_end_of_the_passage_only(tokenizer, task, max_length
     ids = short["input_ids"]
     assert tokenizer.decode(ids[short["prompt_length"] : -1]) == short["completion"]
     assert ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_truncated_prompt_does_not_depend_on_the_reference(tokenizer, tmp_path, split):
+    """Every article with short and with long highlights, in every split."""
+    articles = [f"{word} " * 400 for word in ("one", "two", "three")]
+    highlights = ["Yes.", "It rained all day. " * 20]
+    rows = [{"article": a, "highlights": h} for a in articles for h in highlights]
+    others = [{"article": name, "highlights": "x"} for name in "ab"]
+    names = [split, *({"train", "validation", "test"} - {split})]
+    write_rows(tmp_path, "cnn_dailymail", dict(zip(names, (rows, others[:1], others[1:]))))
+    settings = settings_for(data=str(tmp_path), study=f"leak-{split}")
+    task = prepare(settings, tokenizer, ["cnn_dailymail"], 256, 50)["cnn_dailymail"]
+    prepared = task.split(split)
+    starts = zip(prepared["input_ids"], prepared["prompt_length"], strict=True)
+    prompts = [ids[:length] for ids, length in starts]
+    assert len(prompts) == 6 and prompts[::2] == prompts[1::2]
+    assert task.report["splits"][split]["truncated"] == 6
+    assert max(prepared["length"]) <= 256
+
+
+def test_prompt_and_reference_lengths_of_truncated_rows_are_unrelated(tokenizer, real_data):
+    description = describe("cnn_dailymail")
+    rows = read_folder(Path(real_data), description, 300)["test"]
+    encoded = [encode(tokenizer, description, row, 512) for row in rows]
+    cut = [(e["prompt_length"], e["length"] - e["prompt_length"]) for e in encoded if e["cut"]]
+    prompts, completions = np.array(cut).T
+    assert len(cut) > 100 and completions.std() > 10
+    # the most that a whole last word takes
+    assert prompts.max() - prompts.min() < 12 and prompts.max() == 512 - description.max_new_tokens
+    assert abs(np.corrcoef(prompts, completions)[0, 1]) < 3 / len(cut) ** 0.5
+
+
+def test_an_answer_that_is_too_long_is_dropped_from_train_alone(tokenizer, tmp_path):
+    lengths = {"a": 5, "b": 500, "c": 9}
+    rows = [{"article": f"{a} " * 300, "highlights": "w " * n} for a, n in lengths.items()]
+    others = [{"article": f"d{i} " * 300, "highlights": "w " * 500} for i in range(2)]
+    write_rows(tmp_path, "cnn_dailymail", dict(train=rows, validation=others[:1], test=others[1:]))
+    settings = settings_for(data=str(tmp_path), study="long")
+    task = prepare(settings, tokenizer, ["cnn_dailymail"], 256, 50)["cnn_dailymail"]
+    splits = task.report["splits"]
+    assert [splits[s]["rows"] for s in ("train", "validation", "test")] == [2, 1, 1]
+    assert splits["train"]["dropped"] == {"its answer does not fit": 1}
 
 
 def test_an_answer_that_truncation_took_is_told(tokenizer):
