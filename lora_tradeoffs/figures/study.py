@@ -216,9 +216,9 @@ def _predictors(study: StudyRecords, outcome: str, label: str) -> Figure:
         ax.set_title(correlation, loc="left", weight="normal")
         ax.set_xlabel(PREDICTORS[name])
     about = (
-        "A point is a run at its last checkpoint. Over the panels: Spearman's rank correlation"
-        " with its 95 % interval over resampled runs. Correlations of one grid's runs show what"
-        " goes together, not what causes what; runs of one arm lie close together."
+        "A point is a run at its last checkpoint. Over the panels: Spearman's rank correlation of"
+        " the arms' means with its 95 % interval over resampled arms. Correlations of one grid's"
+        " arms show what goes together, not what causes what."
     )
     return panels.finish(figure, frame, last["arm"], [about], "points")
 

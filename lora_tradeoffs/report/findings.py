@@ -274,7 +274,7 @@ def _goes_with(study: StudyRecords) -> list[Finding]:
                 Finding(
                     *(EXPLORATORY, question, sentence, row.family, "", row.predictor),
                     *(row.rho, row.low, row.high, row.p_value, row.corrected, row.detectable),
-                    **{"over": f"{row.runs} runs", "verdict": verdict},
+                    **{"over": f"{row.arms} arms", "verdict": verdict},
                 )
             )
         results += _not_correlated(across[across["outcome"] == outcome], question)

@@ -177,7 +177,7 @@ def association(across: Any, within: Any, tests: int) -> tuple[str, str]:
     """The sentence for a predictor's correlation across runs, with the one within runs, and its
     verdict."""
     name, outcome = PREDICTORS[across.predictor], OUTCOMES[across.outcome]
-    head = f"{across.family}: across {across.runs} runs of {across.arms} arms"
+    head = f"{across.family}: across {across.arms} arms ({across.runs} runs)"
     size = correlation(across)
     if math.isnan(across.corrected):
         text, verdict = f"{name} and {outcome} have a {size} ({across.reason})", ""
@@ -198,7 +198,7 @@ def association(across: Any, within: Any, tests: int) -> tuple[str, str]:
 
 
 def correlation(row: Any) -> str:
-    """A correlation and its interval over runs, as text."""
+    """A correlation and its interval over arms, as text."""
     if math.isnan(row.low):
         return f"rank correlation of {row.rho:.2f}"
     return f"rank correlation of {row.rho:.2f} ({INTERVAL} {row.low:.2f} to {row.high:.2f})"

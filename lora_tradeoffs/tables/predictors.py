@@ -3,9 +3,10 @@
     table = predictor_table(retention, drift, adaptation)
     print(across_runs(table), within_runs(table))
 
-All of it is exploratory: correlations among the runs of one grid, in which rank, method and rate
-move everything together. Ten checkpoints of a run are one trajectory, so runs are resampled and
-permuted, never rows; runs of one arm that differ by the seed alone still lie close together.
+All of it is exploratory: correlations among the arms of one grid, in which rank, method and rate
+move everything together. The unit is the arm (at one learning rate): ten checkpoints of a run are
+one trajectory, and the seeds of an arm are one cluster. Seeds are averaged, and arms are resampled
+and permuted.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ PREDICTORS = {
 OUTCOMES = {"forgetting": "forgetting", "gain": "gain on validation"}
 RESAMPLES = 2_000
 PERMUTATIONS = 10_000
-ENOUGH_FOR_P = 8  # runs; with fewer the order of a few points decides
-ENOUGH = 4  # runs; three points have a rank correlation of 1 by chance once in three
+ENOUGH_FOR_P = 8  # arms; with fewer the order of a few points decides
+ENOUGH = 6  # arms; of fewer that are unrelated, up to 34 % of the intervals leave 0 out
 KEYS = ["run", "step"]
 RESULT = (
     *("family", "outcome", "predictor", "rho", "low", "high", "p_value"),
@@ -75,13 +76,13 @@ def predictor_table(
 def across_runs(
     table: DataFrame, resamples: int = RESAMPLES, permutations: int = PERMUTATIONS, seed: int = 0
 ) -> DataFrame:
-    """Spearman's rank correlation over the runs' last checkpoints, by family, outcome, predictor.
+    """Spearman's rank correlation over the arms' last checkpoints, by family, outcome, predictor.
 
-    The interval is the percentile bootstrap's over runs (of 300 simulated sets of 8 and of 18 runs
-    it held the truth in 95 to 99 %), the p-value that of permuted runs (from eight runs on),
-    `corrected` by Holm over an outcome's tests; `detectable` is the correlation that the first,
-    strictest step finds with 80 % power (Fieller, Hartley and Pearson 1957). `reason` says why
-    figures are nan.
+    Of an arm the mean over its seeds counts. The interval is the percentile bootstrap's over arms,
+    the p-value that of permuted arms (from eight arms on), `corrected` by Holm over an outcome's
+    tests; `detectable` is the correlation that the first, strictest step finds with 80 % power
+    (Fieller, Hartley and Pearson 1957). `reason` says why figures are nan. Coverage and error
+    rates at several correlations within arms: docs/verification.md.
     """
     from scipy.stats import norm
 
@@ -89,7 +90,7 @@ def across_runs(
     table = _by_family(rows, lambda points: _across(points, resamples, permutations, seed))
     tests = table.groupby("outcome")["p_value"].transform("count")
     reach = norm.isf((1 - LEVEL) / 2 / tests.clip(lower=1)) + norm.ppf(POWER)
-    error = (1.06 / (table["runs"] - 3).clip(lower=1)) ** 0.5
+    error = (1.06 / (table["arms"] - 3).clip(lower=1)) ** 0.5
     detectable = (reach * error).map(math.tanh).where(table["p_value"].notna())
     return table.assign(detectable=detectable)
 
@@ -99,14 +100,13 @@ def within_runs(
 ) -> DataFrame:
     """The same over checkpoints within runs, with the step partialled out.
 
-    At every checkpoint the runs of a family are ranked among each other, which takes out whatever
-    training does to all of them; then each run's mean rank is taken off, and what is left is
-    correlated: does a run that climbs among the others in drift climb in forgetting? Run by run,
-    with the step as a number, nothing could be said: a drift that rises at every checkpoint is the
-    step's own rank. Ranks over all checkpoints would not do either: taking means off them leaves a
-    trace of the trend that both measures share. Of checkpoints those count that all runs have.
-    Whole runs are resampled and permuted; of simulated studies of 9 and 18 unrelated runs, also of
-    random walks, 4 to 9 % had p <= .05 and 93 to 98 % an interval around 0.
+    At every checkpoint the arms of a family, each the mean of its seeds, are ranked among each
+    other, which takes out whatever training does to all of them; then each arm's mean rank is taken
+    off, and what is left is correlated: does an arm that climbs among the others in drift climb in
+    forgetting? Arm by arm, with the step as a number, nothing could be said: a drift that rises at
+    every checkpoint is the step's own rank. Ranks over all checkpoints would not do either: taking
+    means off them leaves a trace of the trend that both measures share. Of checkpoints those count
+    that all runs have. Whole trajectories of arms are resampled and permuted.
     """
     return _by_family(table, lambda points: _within(points, resamples, permutations, seed))
 
@@ -180,16 +180,19 @@ def _holm(p_values: Series) -> Series:
 
 
 def _across(rows: DataFrame, resamples: int, permutations: int, seed: int) -> dict[str, Any]:
-    x, y = (rows[[name]].to_numpy(float) for name in ("x", "y"))  # (runs, 1)
+    means = rows.groupby("arm")[["x", "y"]].mean()
+    x, y = (means[[name]].to_numpy(float) for name in ("x", "y"))  # (arms, 1)
     return _correlation(x, y, resamples, permutations, seed)
 
 
 def _within(rows: DataFrame, resamples: int, permutations: int, seed: int) -> dict[str, Any]:
     at = rows.assign(at=rows["fraction"].fillna(1.0).round(4))
-    x, y = (at.pivot_table(index="run", columns="at", values=v).dropna(axis=1) for v in ("x", "y"))
-    if x.shape[1] < 2:
-        return _nothing(f"2 checkpoints that all runs have are needed, here {x.shape[1]}", 0)
-    return _correlation(x.to_numpy(), y.to_numpy(), resamples, permutations, seed)
+    at = at[at.groupby("at")["run"].transform("nunique") == at["run"].nunique()]
+    if (checkpoints := at["at"].nunique()) < 2:
+        return _nothing(f"2 checkpoints that all runs have are needed, here {checkpoints}", 0)
+    means = at.groupby(["arm", "at"])[["x", "y"]].mean()
+    x, y = (means[name].unstack().to_numpy() for name in ("x", "y"))
+    return _correlation(x, y, resamples, permutations, seed)
 
 
 def _correlation(
@@ -199,32 +202,32 @@ def _correlation(
     permutations: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Correlation of residuals of ranks, (runs, checkpoints) each, with interval and p-value."""
+    """Correlation of residuals of ranks, (arms, checkpoints) each, with interval and p-value."""
     import numpy as np
 
-    runs, checkpoints = x.shape
-    if runs < ENOUGH:
-        return _nothing(f"{ENOUGH} runs are needed, here {runs}", checkpoints)
+    arms, checkpoints = x.shape
+    if arms < ENOUGH:
+        return _nothing(f"{ENOUGH} arms are needed, here {arms}", checkpoints)
     ranks = [_residuals(values[None]) for values in (x, y)]
     for name, values in zip(("the predictor", "the outcome"), ranks):
         if np.allclose(values, 0):
-            constant = "is the same in all runs"
-            reason = constant if checkpoints == 1 else "never changes the runs' order"
+            constant = "is the same in all arms"
+            reason = constant if checkpoints == 1 else "never changes the arms' order"
             return _nothing(f"{name} {reason}", checkpoints)
     rho = float(_cosine(*ranks)[0])
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(runs, size=(resamples, runs))
+    drawn = rng.integers(arms, size=(resamples, arms))
     draws = _cosine(*(_residuals(values[drawn]) for values in (x, y)))
-    draws = draws[np.isfinite(draws)]  # a resample of one run alone has no order
+    draws = draws[np.isfinite(draws)]  # a resample of one arm alone has no order
     low, high = map(float, np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     p_value = math.nan
-    if runs >= ENOUGH_FOR_P:
-        orders = rng.permuted(np.tile(np.arange(runs), (permutations, 1)), axis=1)
+    if arms >= ENOUGH_FOR_P:
+        orders = rng.permuted(np.tile(np.arange(arms), (permutations, 1)), axis=1)
         others = _cosine(ranks[0], ranks[1][0][orders])
         far = np.abs(others) >= abs(rho) - 1e-12
         p_value = float((far.sum() + 1) / (permutations + 1))
     figures = {"rho": rho, "low": low, "high": high, "p_value": p_value}
-    reason = "" if runs >= ENOUGH_FOR_P else f"{runs} runs: no p-value below {ENOUGH_FOR_P}"
+    reason = "" if arms >= ENOUGH_FOR_P else f"{arms} arms: no p-value below {ENOUGH_FOR_P}"
     if low == high:
         figures |= {"low": math.nan, "high": math.nan}
         reason = "; ".join(filter(None, ["in perfect order, resampling knows no other", reason]))
@@ -237,8 +240,8 @@ def _nothing(reason: str, checkpoints: int) -> dict[str, Any]:
 
 
 def _residuals(values: np.ndarray) -> np.ndarray:
-    """Ranks among the runs at each checkpoint, less their mean; of several checkpoints, less each
-    run's own mean. Shape (draws, runs, checkpoints).
+    """Ranks among the arms at each checkpoint, less their mean; of several checkpoints, less each
+    arm's own mean. Shape (draws, arms, checkpoints).
     """
     from scipy.stats import rankdata
 

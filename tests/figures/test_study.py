@@ -165,7 +165,7 @@ def predictor_rows(families=("similar", "dissimilar"), runs=9):
             rows.append(
                 {
                     **{"run": f"{family}{i}", "family": family, "seed": 42, "step": 10},
-                    **{"arm": Arm("lora", 2 ** (2 + i % 5)), "fraction": 1.0, "is_last": True},
+                    **{"arm": Arm("lora", 2 + i), "fraction": 1.0, "is_last": True},
                     **{"forgetting": size**0.5, "gain": rng.normal(), "size": size},
                     **{"rho": rng.uniform(0.5, 1.5)},
                 }
@@ -187,7 +187,7 @@ def test_predictors_show_every_run_and_the_correlation(empty):
     shown = rho.get_title(loc="left")
     expected = own["rho"].corr(own["forgetting"], method="spearman")
     assert float(shown.split(" (")[0]) == pytest.approx(expected, abs=0.006)
-    assert "resampled runs" in notes(figure)
+    assert "resampled arms" in notes(figure)
     gain = predicted(study_figures.predictors_of_gain, table, empty())
     assert "gain on validation" in gain.axes[0].get_ylabel()
 

@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import spearmanr
+from simulated_studies import CORRELATIONS, association_errors
 from synthetic_drift import checkpoint
 from synthetic_records import kept, record
 
+from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.frames import load_records
 from lora_tradeoffs.tables.predictors import ENOUGH_FOR_P, across_runs, predictor_table, within_runs
 
@@ -22,7 +24,7 @@ def measured(x, y, family="similar", steps=None, arms=None):
     x, y = (np.asarray(v, dtype=float).reshape(len(v), -1) for v in (x, y))
     rows = [
         {
-            **{"run": f"run{i}", "family": family, "arm": f"LoRA r={i if arms is None else arms}"},
+            **{"run": f"run{i}", "family": family, "arm": i if arms is None else arms[i]},
             **{"step": j, "fraction": (j + 1) / x.shape[1], "is_last": j + 1 == x.shape[1]},
             **{"size": x[i, j], "forgetting": y[i, j], "gain": np.nan, "seed": 42},
         }
@@ -60,8 +62,9 @@ def test_across_runs_it_is_spearmans_correlation():
 
 
 def test_by_hand():
-    # ranks 1 2 3 4 against 2 1 4 3: 1 - 6 * (1 + 1 + 1 + 1) / (4 * 15) = .6
-    assert the_row(across_runs(measured([1, 2, 3, 4], [20, 10, 40, 30]))).rho == pytest.approx(0.6)
+    # ranks 1 to 6 against 2 1 4 3 6 5: 1 - 6 * 6 / (6 * 35) = .8286
+    row = the_row(across_runs(measured([1, 2, 3, 4, 5, 6], [20, 10, 40, 30, 60, 50])))
+    assert row.rho == pytest.approx(0.82857, abs=1e-5)
 
 
 def test_only_last_checkpoints_count():
@@ -81,32 +84,56 @@ def test_a_strong_relation_is_found_in_either_direction_and_none_is_not():
     assert none.p_value > 0.05 and none.low < 0 < none.high
 
 
-def test_the_permutation_test_is_wrong_about_unrelated_runs_in_five_percent():
-    rng, studies = np.random.default_rng(3), 200
-    found = [
-        the_row(across_runs(measured(*rng.normal(size=(2, 9))), 10, 300)).p_value <= 0.05
-        for _ in range(studies)
-    ]
-    assert np.mean(found) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / studies)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("correlation", CORRELATIONS)
+def test_seeds_of_an_arm_do_not_make_unrelated_measures_related(correlation, steps):
+    p_values, missed, tests = association_errors(5, 8, correlation, steps, resamples=100)
+    # 3.5 standard errors; with seeds as units .20 at a correlation of .8, .27 at .95
+    bound = 0.05 + 3.5 * math.sqrt(0.05 * 0.95 / tests)
+    assert p_values < bound and missed < bound
 
 
-def test_below_eight_runs_there_is_no_p_value():
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("correlation", CORRELATIONS)
+def test_the_error_rate_is_five_percent_at_every_correlation_within_arms(correlation, steps):
+    p_values, _, _ = association_errors(60, 8, correlation, steps)
+    assert 0.03 < p_values < 0.07
+
+
+def test_the_unit_is_the_arm_at_a_rate_and_its_seeds_are_averaged():
+    rng = np.random.default_rng(10)
+    x, y = rng.normal(size=(2, 9, 3))
+    arms = [Arm("lora", 8, learning_rate=rate) for rate in np.arange(1, 10) / 1e4]
+    table = measured(x.ravel(), y.ravel(), arms=np.repeat(arms, 3))
+    row = the_row(across_runs(table))
+    assert row.rho == pytest.approx(spearmanr(x.mean(axis=1), y.mean(axis=1)).statistic)
+    assert (row.runs, row.arms) == (27, 9)
+    # a seed that is there twice is no evidence
+    twice = pd.concat([table, table.assign(run=table["run"] + "again")])
+    again = the_row(across_runs(twice))
+    assert (again.p_value, again.low, again.arms) == (row.p_value, row.low, 9)
+    six = the_row(across_runs(table[table["arm"].isin(arms[:6])]))
+    assert (six.runs, six.arms) == (18, 6) and math.isnan(six.p_value)
+
+
+def test_below_eight_arms_there_is_no_p_value():
     x = np.arange(ENOUGH_FOR_P, dtype=float)
     y = x + np.array([0, 3, 0, -3, 0, 3, 0, 0])
     assert the_row(across_runs(measured(x, y))).p_value < 0.05
     row = the_row(across_runs(measured(x[:7], y[:7])))
     assert math.isnan(row.p_value) and math.isnan(row.corrected) and math.isnan(row.detectable)
-    assert row.low < row.rho and row.reason == "7 runs: no p-value below 8"
+    assert row.low < row.rho and row.reason == "7 arms: no p-value below 8"
 
 
 @pytest.mark.parametrize(
     "x, y, reason",
     [
-        ([1, 2, 3], [1, 2, 3], "4 runs are needed, here 3"),
-        ([2] * 9, range(9), "the predictor is the same in all runs"),
-        (range(9), [0] * 9, "the outcome is the same in all runs"),
-        ([math.nan] * 9, range(9), "4 runs are needed, here 0"),
-        ([1, 2, 3, 4, math.nan], range(5), "4 runs: no p-value below 8"),
+        ([1, 2, 3, 4, 5], [1, 2, 3, 5, 4], "6 arms are needed, here 5"),
+        ([2] * 9, range(9), "the predictor is the same in all arms"),
+        (range(9), [0] * 9, "the outcome is the same in all arms"),
+        ([math.nan] * 9, range(9), "6 arms are needed, here 0"),
+        ([1, 2, 3, 4, 5, 6, math.nan], range(7), "6 arms: no p-value below 8"),
     ],
 )
 def test_what_cannot_be_correlated_says_why(x, y, reason):
@@ -195,7 +222,7 @@ def test_a_run_that_lacks_a_checkpoint_takes_it_from_all():
 def test_runs_that_keep_their_order_say_nothing_within():
     x = np.arange(6)[None] + 10.0 * np.arange(8)[:, None]
     row = the_row(within_runs(measured(x, np.random.default_rng(9).normal(size=(8, 6)))))
-    assert row.reason == "the predictor never changes the runs' order"
+    assert row.reason == "the predictor never changes the arms' order"
     one = the_row(within_runs(measured(range(8), range(8))))
     assert "all runs have are needed, here 1" in one.reason and math.isnan(one.rho)
 
