@@ -170,15 +170,12 @@ class Preparation:
     def _make(self, folder: Path) -> dict[str, Any]:
         """Write every split into the folder; the report."""
         if self.source is None:
-            splits, made = read_hub(self.description, self.limit)
+            splits, made = read_hub(self.description, self.limit, self.cap)
             recipe = self.description.splits_sentence()
         else:
-            splits, made = read_folder(self.source, self.description, self.limit), {}
+            splits, made = read_folder(self.source, self.description, self.limit, self.cap), {}
             recipe = "the folder's three splits as they are"
-        if len(splits["train"]) > self.cap:
-            order = np.random.default_rng(DATA_SEED).permutation(len(splits["train"]))[: self.cap]
-            splits["train"] = [splits["train"][i] for i in np.sort(order)]
-            recipe += f"; {self.cap:,} train rows drawn with seed {DATA_SEED}"
+        recipe += f"; at most {self.cap:,} train rows, drawn with seed {DATA_SEED}"
         report = {
             "task": self.description.name,
             "source": "hub" if self.source is None else str(self.source),

@@ -6,17 +6,21 @@ the Hub's official data are dropped and counted.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from config import BENCHMARKS, DATA_SEED, ROOT, SPLITS, Settings, UserError
 from dataset_descriptions import DESCRIPTIONS, DatasetDescription, Row
-from lora_tradeoffs.data.splits import carve, group_rows
+from lora_tradeoffs.data.splits import carve, draw, group_rows
+from lora_tradeoffs.files import file_sha256
 from lora_tradeoffs.hub import hub_errors
 
 if TYPE_CHECKING:
@@ -43,7 +47,7 @@ def source_identity(source: Path | None, description: DatasetDescription) -> Any
     names = [f"{description.name}/{split}.jsonl" for split in (*SPLITS, *description.extra_splits)]
     names += [f"{name}/{benchmark.split}.jsonl" for name, benchmark in BENCHMARKS.items()]
     paths = [source / name for name in names if (source / name).is_file()]
-    return [[str(p.relative_to(source)), hashlib.sha256(p.read_bytes()).hexdigest()] for p in paths]
+    return [[str(p.relative_to(source)), file_sha256(p)] for p in paths]
 
 
 def row_problem(description: DatasetDescription, row: Row) -> str | None:
@@ -53,13 +57,13 @@ def row_problem(description: DatasetDescription, row: Row) -> str | None:
             return f"field {column!r} is missing (fields: {', '.join(description.columns)})"
         value = row[column]
         if not isinstance(value, kind) or isinstance(value, bool):
-            return f"field {column!r} holds {value!r:.40}, not {kind.__name__}"
+            return f"field {column!r} holds {reprlib.repr(value)}, not {kind.__name__}"
         if kind is str and not value.strip():
             return f"field {column!r} is empty"
     words = description.label_words
     if description.is_classification and not 0 <= row["label"] < len(words):
         allowed = ", ".join(f"{i} {name}" for i, name in enumerate(description.label_names))
-        return f"label {row['label']} is outside the set ({allowed})"
+        return f"label {reprlib.repr(row['label'])} is outside the set ({allowed})"
     return _answers_problem(description, row) if description.kind == "answers" else None
 
 
@@ -70,89 +74,129 @@ def _answers_problem(description: DatasetDescription, row: Row) -> str | None:
         return f"field {field!r} needs two lists of one length, text and answer_start"
     for text, start in zip(texts, starts):
         if not isinstance(text, str) or not text.strip():
-            return f"field {field!r} holds an empty text"
+            return f"field {field!r} needs texts that are not empty, not {reprlib.repr(text)}"
+        if type(start) is not int or start < 0:  # pandas writes 28.0
+            return f"answer_start is {reprlib.repr(start)}, not a whole number of 0 or more"
         if context[start : start + len(text)] != text:
-            passage = description.passage
-            return f"answer_start {start} does not point at {text!r:.40} in the {passage}"
+            place, words = reprlib.repr(start), reprlib.repr(text)
+            return f"answer_start {place} does not point at {words} in the {description.passage}"
     return None
 
 
-def read_folder(folder: Path, description: DatasetDescription, limit: int = 0) -> dict[str, list]:
+def read_folder(
+    folder: Path, description: DatasetDescription, limit: int = 0, cap: int = 0
+) -> dict[str, list]:
     """Rows of <folder>/<task>/<split>.jsonl by split, every line checked.
 
-    Raises UserError with file and line for what is wrong, and for a row that is in two splits.
+    Of train the `cap` rows (0: all) that `draw` chooses are held in memory. Raises UserError with
+    file and line for what is wrong, and for a row that is in two splits.
     """
-    splits, first_lines = {}, {}
-    for split in (*SPLITS, *description.extra_splits):
-        path = folder / description.name / f"{split}.jsonl"
+    names = (*SPLITS, *description.extra_splits)
+    paths = {name: folder / description.name / f"{name}.jsonl" for name in names}
+    problem = partial(row_problem, description)
+    with readable(train := paths.pop("train")), train.open("rb") as file:
+        count = sum(1 for _ in file)
+    drawn = draw(min(limit or count, count), cap)
+    splits, lines = {"train": []}, {}
+    for split, path in paths.items():
         if split not in SPLITS and not path.exists():
             continue
-        splits[split] = read_jsonl(path, partial(row_problem, description), limit)
-        for line, row in enumerate(splits[split], 1):
-            first = first_lines.setdefault(row_text(description, row), f"{path.name}:{line}")
-            if not first.startswith(path.name):
-                raise UserError(f"{path}:{line}: the same row is also in {first}; keep one of them")
+        splits[split] = read_jsonl(path, problem, limit)
+        for number, row in enumerate(splits[split], 1):
+            first = lines.setdefault(row_text(description, row), (path, number))
+            if first[0] != path:
+                raise _in_two_splits(path, number, *first)
+    for number, row in enumerate(iterate_jsonl(train, problem, limit), 1):
+        if first := lines.get(row_text(description, row)):
+            raise _in_two_splits(*first, train, number)
+        if drawn[number - 1]:
+            splits["train"].append(row)
     return splits
+
+
+def _in_two_splits(path: Path, number: int, other: Path, line: int) -> UserError:
+    place = f"{other.name}:{line}"
+    return UserError(f"{path}:{number}: the same row is also in {place}; keep one of them")
 
 
 def read_jsonl(
     path: Path, problem: Callable[[Row], str | None] = lambda row: None, limit: int = 0
 ) -> list[Row]:
     """The first `limit` (0: all) rows of a JSON-lines file. Raises UserError with file and line."""
-    rows: list[Row] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if limit and len(rows) == limit:
-                    break
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}:{number}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: not a JSON object")
-                if reason := problem(row):
-                    raise UserError(f"{path}:{number}: {reason}")
-                rows.append(row)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not rows:
+    return list(iterate_jsonl(path, problem, limit))
+
+
+def iterate_jsonl(
+    path: Path, problem: Callable[[Row], str | None], limit: int = 0
+) -> Iterator[Row]:
+    """The rows of `read_jsonl`, one after another."""
+    number = 0
+    with readable(path), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if limit and number > limit:
+                return
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+                if rb"\u" in line:  # may be half of a surrogate pair, which is no text
+                    json.dumps(row, ensure_ascii=False).encode()
+                reason = problem(row) if isinstance(row, dict) else "not a JSON object"
+            except UnicodeError as error:
+                reason = f"not UTF-8 text ({error.reason})"
+            except ValueError as error:
+                reason = f"not JSON ({error})"
+            except RecursionError:
+                reason = "nested too deeply"
+            if reason:
+                raise UserError(f"{path}:{number}: {reason}")
+            yield row
+    if not number:
         raise UserError(f"{path} is empty; it needs at least one row")
-    return rows
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise UserError if the file cannot be read inside the block."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_hub(
-    description: DatasetDescription, limit: int = 0
+    description: DatasetDescription, limit: int = 0, cap: int = 0
 ) -> tuple[dict[str, list], dict[str, Any]]:
     """Rows by our splits from the Hub, validation carved where it must be; and what was done.
 
-    Broken rows, and train rows that recur in a held-out split, are dropped and counted.
+    Broken rows, and train rows that recur in a held-out split, are dropped and counted. Of train
+    the `cap` rows (0: all) that `draw` chooses are held in memory.
     """
-    splits, made = {}, {"dropped": {}, "revision": None}
-    for ours, official in description.hub_splits.items():
+    official, keys, made = {}, {}, {"dropped": {}, "revision": None}
+    for split, name in description.hub_splits.items():
         data, made["revision"] = load_hub_split(
-            description.hub_id, description.hub_config, official, description.name
+            description.hub_id, description.hub_config, name, description.name
         )
+        data = data.select(range(min(limit or len(data), len(data))))
         dropped: Counter[str] = Counter()
-        splits[ours] = []
-        for row in data.select(range(min(limit or len(data), len(data)))):
+        good, keys[split] = [], []
+        for i, row in enumerate(data):
             if reason := row_problem(description, row):
                 dropped[reason.partition(" (")[0]] += 1
             else:
-                splits[ours].append(row)
-        made["dropped"][ours] = dict(dropped)
-    held_out = {
-        row_text(description, row) for split in splits if split != "train" for row in splits[split]
-    }
-    train = [row for row in splits["train"] if row_text(description, row) not in held_out]
-    if len(train) < len(splits["train"]):
-        made["dropped"]["train"]["recurs in a held-out split"] = len(splits["train"]) - len(train)
+                good.append(i)
+                keys[split].append(hash(row_text(description, row)))
+        made["dropped"][split], official[split] = dict(dropped), data.select(good)
+    train, train_keys = official.pop("train"), keys.pop("train")
+    splits = {split: list(data) for split, data in official.items()}
+    is_new = ~np.isin(train_keys, [key for split in keys.values() for key in split])
+    if not is_new.all():
+        made["dropped"]["train"]["recurs in a held-out split"] = int(np.sum(~is_new))
+        train = train.select(np.flatnonzero(is_new))
     if "validation" not in splits:
         groups = group_rows(description, train)
         mask = carve(groups, min(VALIDATION_ROWS, len(train) // 10), DATA_SEED)
-        splits["validation"] = [row for row, out in zip(train, mask, strict=True) if out]
-        train = [row for row, out in zip(train, mask, strict=True) if not out]
-    splits["train"] = train
+        splits["validation"] = list(train.select(np.flatnonzero(mask)))
+        train = train.select(np.flatnonzero(~mask))
+    splits["train"] = list(train.select(np.flatnonzero(draw(len(train), cap))))
     for split in SPLITS:
         if not splits[split]:
             raise UserError(f"{description.name}: no row is left in {split}; raise --limit")

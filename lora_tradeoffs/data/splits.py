@@ -13,6 +13,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from config import DATA_SEED
 from dataset_descriptions import DatasetDescription, Row
 
 CONTAINMENT_WORDS = 5
@@ -84,6 +85,14 @@ def carve(groups: np.ndarray, target: int, seed: int) -> np.ndarray:
             chosen[group] = True
             total += sizes[group]
     return (groups >= 0) & chosen[groups]
+
+
+def draw(rows: int, cap: int) -> np.ndarray:
+    """Mask of `cap` rows (0: all) of so many, drawn with DATA_SEED."""
+    drawn = np.ones(rows, bool)
+    if cap and rows > cap:
+        drawn[np.random.default_rng(DATA_SEED).permutation(rows)[cap:]] = False
+    return drawn
 
 
 def overlap(train: Sequence[str], held_out: Sequence[str]) -> dict[str, int]:

@@ -1,12 +1,16 @@
 """From raw rows to tokens: what is cut, what is refused, what is kept."""
 
 import json
+import re
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT, assert_one_line_error, settings_for
+from hypothesis import given
+from hypothesis import strategies as st
+from support import ROOT, assert_one_line_error, ends_or_refuses, settings_for
 
 import data_preprocessing
 from config import FAMILIES, TASKS, UserError
@@ -14,13 +18,13 @@ from dataset_descriptions import DESCRIPTIONS, describe
 from lora_tradeoffs.data import preparation
 from lora_tradeoffs.data.encoding import bos_ids, encode, label_token_ids
 from lora_tradeoffs.data.preparation import prepare
-from lora_tradeoffs.data.sources import read_folder
+from lora_tradeoffs.data.sources import read_folder, read_jsonl
 
 SAMPLE = ROOT / "data" / "sample"
 
 
-def first_row(task):
-    return read_folder(SAMPLE, describe(task))["train"][0]
+def first_row(task, split="train"):
+    return read_jsonl(SAMPLE / task / f"{split}.jsonl", limit=1)[0]
 
 
 @pytest.fixture(params=["tokenizer", "llama3_tokenizer", "blank_first_tokenizer"])
@@ -209,6 +213,15 @@ BAD = {
     "a label as text": ({"train": sentences("e", label="1")}, "train.jsonl:1: field 'label' holds"),
     "an empty field": ({"train": sentences("x", " ")}, "train.jsonl:2: field 'sentence' is empty"),
     "an empty split": ({"validation": []}, "validation.jsonl is empty"),
+    "a lone surrogate": (
+        {"train": ['{"sentence": "a \\ud83d film", "label": 1}\n']},
+        "train.jsonl:1: not UTF-8 text (surrogates not allowed)",
+    ),
+    "deep nesting": (
+        {"test": ['{"sentence": "a", "label": 1, "x": ' + "[" * 9_999 + "]" * 9_999 + "}\n"]},
+        "test.jsonl:1: nested too deeply",
+    ),
+    "a long number": ({"train": ['{"label": ' + "9" * 5_000 + "}\n"]}, "train.jsonl:1: not JSON"),
     "a row in two splits": ({"test": sentences("d", "b")}, "test.jsonl:2: the same row"),
 }
 
@@ -222,11 +235,102 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, case):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_answer_that_is_not_where_it_should_be_is_named(tmp_path):
-    row = first_row("squad_v2") | {"answers": {"text": ["nowhere"], "answer_start": [3]}}
-    write_rows(tmp_path, "squad_v2", {"train": [row]})
-    with pytest.raises(UserError, match="does not point at 'nowhere'"):
+def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path):
+    write_rows(tmp_path, "sst2", GOOD)
+    (tmp_path / "sst2" / "test.jsonl").write_bytes(b'{"sentence": "a\xe9", "label": 1}\n')
+    with pytest.raises(UserError, match=r"test.jsonl:1: not UTF-8 text"):
+        read_folder(tmp_path, describe("sst2"))
+
+
+@pytest.mark.parametrize(
+    "answers, message",
+    [
+        ({"text": ["nowhere"], "answer_start": [3]}, "answer_start 3 does not point at 'nowhere'"),
+        ({"text": ["a"], "answer_start": ["24"]}, "answer_start is '24', not a whole number"),
+        ({"text": ["a"], "answer_start": [24.0]}, "answer_start is 24.0, not a whole number"),
+        ({"text": ["a"], "answer_start": [None]}, "answer_start is None, not a whole number"),
+        ({"text": ["a"], "answer_start": [True]}, "answer_start is True, not a whole number"),
+        ({"text": ["."], "answer_start": [-1]}, "answer_start is -1, not a whole number"),
+        ({"text": [7], "answer_start": [0]}, "needs texts that are not empty, not 7"),
+        ({"text": "a", "answer_start": [0]}, "needs two lists of one length"),
+        ({"text": ["a"]}, "needs two lists of one length"),
+        (["a"], "field 'answers' holds ['a'], not dict"),
+    ],
+)
+def test_an_answer_that_cannot_be_is_named_by_file_and_line(tmp_path, answers, message):
+    rows = [first_row("squad_v2"), first_row("squad_v2") | {"answers": answers}]
+    write_rows(tmp_path, "squad_v2", dict.fromkeys(("train", "validation", "test"), rows))
+    with pytest.raises(UserError, match=re.escape("validation.jsonl:2: ") + ".*") as error:
         read_folder(tmp_path, describe("squad_v2"))
+    assert message in str(error.value)
+
+
+def test_train_rows_are_drawn_while_they_are_read(tmp_path):
+    """The rows are those that a draw from all of them gives; the others are never held."""
+    rows = sentences(*(f"{i} {'long ' * 200}" for i in range(5_000)))
+    write_rows(tmp_path, "sst2", GOOD | {"train": rows})
+    chosen = np.sort(np.random.default_rng(42).permutation(5_000)[:50])
+    tracemalloc.start()
+    train = read_folder(tmp_path, describe("sst2"), cap=50)["train"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert train == [rows[i] for i in chosen]
+    assert peak < 1e6 < 5_000 * len(rows[0]["sentence"])
+    chosen = np.sort(np.random.default_rng(42).permutation(99)[:50])
+    limited = read_folder(tmp_path, describe("sst2"), limit=99, cap=50)["train"]
+    assert limited == [rows[i] for i in chosen]
+    assert read_folder(tmp_path, describe("sst2"))["train"] == rows
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=6,
+)
+ANY_TEXT = st.text(st.characters(exclude_categories=()))  # lone surrogates too
+
+
+@st.composite
+def broken_lines(draw):
+    """A task, and a line of its data: a good row with some fields changed, or any bytes."""
+    task = draw(st.sampled_from(TASKS))
+    row = ROWS[task]
+    answers = st.fixed_dictionaries(
+        {"text": st.lists(JSON | st.just("1889")), "answer_start": st.lists(JSON | st.just(24))}
+    )
+    fields = st.sampled_from([*row, "extra"])
+    changed = row | draw(st.dictionaries(fields, JSON | ANY_TEXT | answers, max_size=3))
+    for field in draw(st.lists(fields, max_size=1)):
+        changed.pop(field, None)
+    line = json.dumps(changed).encode()
+    at = draw(st.integers(0, len(line)))
+    cut = line[:at] + draw(st.binary(max_size=3)) + line[at + draw(st.integers(0, 3)) :]
+    return task, draw(st.sampled_from([line, line, cut]))
+
+
+ROWS = {task: first_row(task) for task in TASKS}
+
+
+@pytest.mark.fuzz
+@given(broken_lines())
+def test_any_line_is_read_or_named(tmp_path_factory, tokenizer, example):
+    from datasets import Dataset
+
+    task, line = example
+    folder = tmp_path_factory.mktemp("fuzz")
+    write_rows(folder, task, {split: [first_row(task, split)] for split in ("validation", "test")})
+    path = folder / task / "train.jsonl"
+    path.write_bytes(line)
+    with ends_or_refuses() as lines:
+        (row,) = read_folder(folder, describe(task))["train"]
+        Dataset.from_list([encode(tokenizer, describe(task), row, 256)])
+    if lines:
+        assert "train.jsonl" in lines[0]
+    assert sorted(p.name for p in folder.rglob("*")) == sorted([task, *SPLIT_FILES])
+    shutil.rmtree(folder)
+
+
+SPLIT_FILES = ("train.jsonl", "validation.jsonl", "test.jsonl")
 
 
 def test_bad_data_leave_nothing_half_written(tmp_path, tokenizer):
