@@ -53,9 +53,10 @@ def test_base_and_every_checkpoint_have_benchmarks_text_and_drift(folder):
         assert set(texts.task) == {"text_prose", "text_cnn_dailymail"} and (texts.value < 0).all()
     ours = records[(records.run == RUN) & (records.step == 6) & (records.update_scale == 1)]
     assert {"kl", "agreement", "cka", "forgetting", "retention"} <= set(ours.metric)
-    assert set(ours[ours.metric == "kl"].task) == {"text", "sst2", "mnli", "qqp"}
+    assert set(ours[ours.metric == "kl"].task) == {"text"}
+    assert set(ours[ours.metric == "answer_kl"].task) == {"sst2", "mnli", "qqp"}
     assert set(ours[ours.metric == "cka"].layer) == {0, 1, 2}
-    assert (ours[ours.metric == "kl"].value > 0).all()
+    assert (ours[ours.metric.isin(["kl", "answer_kl"])].value > 0).all()
 
 
 def test_the_mean_takes_acc_norm_where_there_is_one(folder):
@@ -114,8 +115,8 @@ def test_an_adapter_of_zeros_forgets_exactly_nothing(folder, model, tmp_path):
     assert main(argv) == 0
     records = records_in(settings_for().output_dir / "outputs" / "zeros").query("run == 'zeros'")
     value = records[records.layer.isna()].set_index(["metric", "task"]).value
-    assert set(value["forgetting"]) == {0} and set(value["kl"]) == {0}
-    assert set(value["agreement"]) == {1}
+    assert set(value["forgetting"]) == {0} and set(value["kl"]) == set(value["answer_kl"]) == {0}
+    assert set(value["agreement"]) == set(value["answer_agreement"]) == {1}
     assert set(records[records.metric == "cka"].value) == {1}
 
 

@@ -234,17 +234,20 @@ class Adaptation(Analysis):
     def _prompts(self, rows: Any, unit: TaskUnit) -> list[list[int]]:
         from lora_tradeoffs.data.encoding import bos_ids, text_ids
 
-        if not unit.shots:
-            ids, starts = rows["input_ids"][:], rows["prompt_length"][:]
-            return [row[:start] for row, start in zip(ids, starts, strict=True)]
+        if unit.shots:
+            bos, start = bos_ids(self.tokenizer), self.shots_text(unit)
+            return [bos + text_ids(self.tokenizer, start + prompt) for prompt in rows["prompt"][:]]
+        ids, starts = rows["input_ids"][:], rows["prompt_length"][:]
+        return [row[:start] for row, start in zip(ids, starts, strict=True)]
+
+    def shots_text(self, unit: TaskUnit) -> str:
+        """The in-context examples before a prompt, the same for all. Raises UserError for few."""
         train = self.task(unit.task).split("train")
         if unit.shots > len(train):
             raise UserError(f"{unit.task} has {len(train)} train rows: lower --shots {unit.shots}")
         chosen = np.random.default_rng(DATA_SEED).permutation(len(train))[: unit.shots]
         examples = [train[int(i)]["prompt"] + train[int(i)]["completion"] for i in chosen]
-        text = "".join(example + SHOT_SEPARATOR for example in examples)
-        bos = bos_ids(self.tokenizer)
-        return [bos + text_ids(self.tokenizer, text + prompt) for prompt in rows["prompt"][:]]
+        return "".join(example + SHOT_SEPARATOR for example in examples)
 
     def _classify(
         self, model: Any, prompts: list[list[int]], description: Any, batch_tokens: int

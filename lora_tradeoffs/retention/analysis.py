@@ -14,6 +14,7 @@ from typing import Any
 from config import CHOICE_BENCHMARKS, FAMILIES, MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions, TaskUnit
+from lora_tradeoffs.data.encoding import bos_ids
 from lora_tradeoffs.data.sources import source_folder
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
@@ -33,7 +34,7 @@ from lora_tradeoffs.tables.scores import retention_table
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # of --scale-update without values
 TEXT_CHARACTERS = 4_000  # of each document's beginning: about a window's worth of tokens
 TEXT_WINDOW = 1_024  # tokens
-PROMPT_TOKENS = 1_000  # of each task, on which base and tuned model are compared
+ANSWER_TOKENS = 1_000  # of each task's rows on which base and tuned model are compared
 
 
 @dataclass(frozen=True)
@@ -193,12 +194,17 @@ class Retention(Analysis):
             identities = identities or self.benchmarks(unit.task, unit.limit).identities
             return request | {"benchmark": identities}
         if unit.kind == "text":
-            return request | {"texts": _digest(self.texts()[unit.task.removeprefix(TEXT)])}
+            # older measurements with a tokenizer that adds BOS put two before the text
+            bos = {"bos": 1} if bos_ids(self.tokenizer) else {}
+            return request | {"texts": _digest(self.texts()[unit.task.removeprefix(TEXT)])} | bos
         if unit.kind == "adaptation":
             return request | self.adaptation.request(unit.as_task)
         passages = self.passages(unit.subject.family)
-        tokens = {name: [list(p.tokens) for p in parts] for name, parts in passages.items()}
-        return request | {"passages": _digest(tokens)}
+        read = {
+            name: [(list(p.tokens), list(p.compared)) for p in parts]
+            for name, parts in passages.items()
+        }
+        return request | {"passages": _digest(read)}
 
     def _recorded_identities(self, unit: RetentionUnit) -> dict[str, Any] | None:
         """With `trusts_records` the identities in the unit's file, if lm-eval is the same version
@@ -308,18 +314,17 @@ class Retention(Analysis):
                 drift = compare(self._references[task], model)
             split = "test" if task == "text" else "validation"
             common = {**unit.fields, "split": split, "task": task}
-            records += drift_records(common, drift, with_layers=task == "text")
+            records += drift_records(common, drift, of_text=task == "text")
         return Measurement(records)
 
     def passages(self, family: str | None) -> dict[str, list[Any]]:
-        """What base and tuned model are compared on: held-out text, and the family's prompts.
+        """What base and tuned model are compared on: held-out text, and the family's rows.
 
-        Text is compared at every position but the first, a prompt at the last: its answer is read
-        there.
+        Text is compared at every position but the first, a row where its answer is predicted.
         """
         from lora_tradeoffs.retention.representation import (
+            answer_passages,
             limited,
-            prompt_passages,
             text_passages,
         )
 
@@ -329,7 +334,7 @@ class Retention(Analysis):
             passages = {"text": [p for parts in sources for p in limited(parts, each)]}
             for task in FAMILIES.get(family or "", ()):
                 rows = self.adaptation.task(task).split("validation")
-                passages[task] = prompt_passages(rows, PROMPT_TOKENS)
+                passages[task] = answer_passages(rows, ANSWER_TOKENS)
             self._passages[family] = passages
         return self._passages[family]
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from config import Settings, UserError
+from lora_tradeoffs.data.encoding import text_ids
 from lora_tradeoffs.retention.benchmark_tasks import LocalBenchmark, TaskLoader
 
 SHOT_SEED = 1234  # that of lm-eval's command line, so that the same shots are drawn
@@ -83,7 +84,7 @@ def _quiet_lm(model: Any, tokenizer: Any, **options: Any) -> Any:
 def text_log_likelihoods(
     model: Any, tokenizer: Any, texts: Sequence[str], **options: Any
 ) -> TextScores:
-    """Log-likelihood of whole documents, in lm-eval's rolling windows: no token is scored twice.
+    """Log-likelihood of whole documents, in rolling windows: no token is scored twice.
 
     `options` are those of `SharedPrefixLM`; max_length is the window.
     """
@@ -93,7 +94,7 @@ def text_log_likelihoods(
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     with quiet_lm_eval():
         log_likelihoods = lm.loglikelihood_rolling(requests)
-    tokens = [len(lm.tok_encode(text)) for text in texts]
+    tokens = [len(text_ids(tokenizer, text)) for text in texts]
     return TextScores(np.array(log_likelihoods, dtype=float), np.array(tokens))
 
 
@@ -206,7 +207,7 @@ class Benchmarks:
 
     def _result(self, lm: Any, report: Any, name: str, tasks: list[str]) -> BenchmarkResult:
         metrics, stderrs = _figures(report["results"][name])
-        parts = [self._items(lm, task, report["samples"][task]) for task in tasks]
+        parts = [self._items(task, report["samples"][task]) for task in tasks]
         shared = set.intersection(*(set(items) for items, _, _ in parts))
         items = {
             key: np.concatenate([part[key] for part, _, _ in parts])
@@ -234,14 +235,14 @@ class Benchmarks:
             identity=identity,
         )
 
-    def _items(self, lm: Any, name: str, samples: list[dict]) -> tuple[dict, list, np.ndarray]:
+    def _items(self, name: str, samples: list[dict]) -> tuple[dict, list, np.ndarray]:
         """Values by metric, log-likelihoods of the choices, and chance, of every document."""
         task = self.tasks[name]
         samples = [s for s in samples if s["filter"] == samples[0]["filter"]]
         samples.sort(key=lambda s: s["doc_id"])
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             log_likelihoods = [[float(s["filtered_resps"][0])] for s in samples]
-            counts = [self._counts(lm, s["arguments"][0][0], s) for s in samples]
+            counts = [self._counts(s["arguments"][0][0], s) for s in samples]
             items = {"log_likelihood": np.array(log_likelihoods)[:, 0]}
             items |= {key: np.array([c[key] for c in counts]) for key in counts[0]}
             return items, log_likelihoods, np.full(len(samples), np.nan)
@@ -254,10 +255,10 @@ class Benchmarks:
         choices = [len(task.doc_to_choice(s["doc"])) for s in samples]
         return items, log_likelihoods, np.array(right) / np.array(choices)
 
-    def _counts(self, lm: Any, text: str, sample: dict) -> dict[str, int]:
+    def _counts(self, text: str, sample: dict) -> dict[str, int]:
         """Tokens of a document, and words and bytes as its definition counts them."""
         if text not in self.lengths:
-            self.lengths[text] = len(lm.tok_encode(text))
+            self.lengths[text] = len(text_ids(self.tokenizer, text))
         counts = {"tokens": self.lengths[text]}
         for key, metric in (("words", "word_perplexity"), ("bytes", "byte_perplexity")):
             if metric in sample:

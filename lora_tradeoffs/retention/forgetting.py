@@ -18,7 +18,13 @@ import numpy as np
 from config import FAMILIES
 from lora_tradeoffs.records import TEXT, metric_scale
 from lora_tradeoffs.retention.matched import Curve, matched_forgetting
-from lora_tradeoffs.retention.scores import Record, at_chance, primary
+from lora_tradeoffs.retention.scores import (
+    ANSWER_DRIFT,
+    TEXT_DRIFT,
+    Record,
+    at_chance,
+    primary,
+)
 from lora_tradeoffs.statistics.comparisons import (
     Comparison,
     compare_checkpoints,
@@ -69,7 +75,7 @@ def _primary_records(results: Results) -> DataFrame:
         scores = [
             record
             for record in document["records"]
-            if "layer" not in record and record["metric"] not in ("kl", "agreement")
+            if "layer" not in record and record["metric"] not in (*TEXT_DRIFT, *ANSWER_DRIFT)
         ]
         if not scores:
             continue

@@ -34,8 +34,8 @@ CHUNK = 32  # positions whose logits are held at once
 class Passage:
     """Tokens, and the positions at which predictions are compared: all but the first, if None.
 
-    The prediction at a position is that of the next token: a prompt's answer is read at its last
-    position. CKA uses all positions but the first, whatever `positions` are.
+    The prediction at a position is that of the next token: the first of an answer is predicted at
+    the prompt's last position. CKA uses all positions but the first, whatever `positions` are.
     """
 
     tokens: Sequence[int]
@@ -110,14 +110,15 @@ def text_passages(tokenizer: Any, texts: Sequence[str]) -> list[Passage]:
     return [passages[i] for i in order]
 
 
-def prompt_passages(rows: Any, tokens: int) -> list[Passage]:
-    """The first prompts of prepared rows, up to 200 and so many tokens together, but at least one.
+def answer_passages(rows: Any, tokens: int) -> list[Passage]:
+    """The first prepared rows, up to 200 and so many tokens together, but at least one.
 
-    They are compared at their last position.
+    They are compared where the tokens of the answer are predicted, each after those before it; as
+    in training, its EOS is one of them.
     """
     rows = rows.select(range(min(200, len(rows))))
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
-    passages = [Passage(ids, [len(ids) - 1]) for ids in prompts]
+    starts = [(row["input_ids"][:-1], row["prompt_length"] - 1) for row in rows]
+    passages = [Passage(ids, range(start, len(ids))) for ids, start in starts]
     return limited(passages, tokens) or passages[:1]
 
 

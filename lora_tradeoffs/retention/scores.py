@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 PRIMARY = ("acc_norm", "acc", "log_likelihood")
+# KL(base || tuned) in nats, and the share of positions with the same most likely token, each a mean
+# over the tokens of all passages: of held-out text all but the first, of a task those of the answer
+# (with its EOS). Records "kl" of a task, of an earlier definition, had the answer's first token.
+TEXT_DRIFT, ANSWER_DRIFT = ("kl", "agreement"), ("answer_kl", "answer_agreement")
 
 
 def primary(metrics: Mapping[str, Any] | Sequence[str]) -> str:
@@ -79,13 +83,14 @@ def at_chance(record: Record) -> bool:
     return bool(abs(record["value"] - record["chance"]) <= 2 * record["stderr"])
 
 
-def drift_records(common: Record, drift: Drift, with_layers: bool) -> list[Record]:
-    """KL and agreement with intervals over passages; with `with_layers` every layer's CKA."""
+def drift_records(common: Record, drift: Drift, of_text: bool) -> list[Record]:
+    """KL and agreement with intervals over passages; `of_text` also has every layer's CKA."""
     records = []
-    for metric, sums in (("kl", drift.kl), ("agreement", drift.agreed)):
+    metrics = TEXT_DRIFT if of_text else ANSWER_DRIFT
+    for metric, sums in zip(metrics, (drift.kl, drift.agreed)):
         scores = Scores(metric, np.stack([sums, drift.tokens], 1), mean)
         records.append({**common, "metric": metric, **figures(scores)})
-    if with_layers:
+    if of_text:
         common = common | {"metric": "cka", "n": len(drift.terms)}
         records += [
             {**common, "value": float(value), "layer": layer, "of": name}

@@ -1,4 +1,9 @@
-"""lm-eval's model interface, scored by scoring/: requests that begin alike share a row."""
+"""lm-eval's model interface, tokenised by data/encoding.py and scored by scoring/.
+
+Requests that begin alike share a row. The tokens are those of HFLM but in two cases, in which HFLM
+scores more than the text: a tokenizer that adds BOS (its rolling windows put another one before
+it), and one that adds EOS (contexts end with it).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from config import UserError
+from lora_tradeoffs.data.encoding import bos_ids, text_ids
 from lora_tradeoffs.scoring.log_likelihoods import TOKEN_BUDGET, log_likelihoods, shared_rows
 
 # Padded tokens of a batch. HellaSwag on two cores: 512 8.5 s, 1024 8.2 s, 2048 9.1 s, 4096 10 s.
@@ -37,14 +44,40 @@ class SharedPrefixLM(HFLM):
         max_length: int | None = None,
         encoded: dict[Any, Any] | None = None,
     ):
-        # the batch size bounds only how many rolling windows come in one call
-        super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=1 << 30, max_length=max_length
-        )
+        super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
+        self.bos = bos_ids(tokenizer)
         self.token_budget = token_budget or default_batch_tokens(self.device.type)
         self.bf16 = bf16
         self.encoded = {} if encoded is None else encoded
         self.truncated: set[tuple[str, str]] = set()
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """The text's tokens, after BOS if the tokenizer adds it and `add_special_tokens` is None.
+
+        EOS is never added: what follows the text is scored.
+        """
+        bos = self.bos if add_special_tokens is None else []
+        return [*bos, *text_ids(self.tokenizer, string)]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, after a single BOS, in windows that score a token once."""
+        texts = [text_ids(self.tokenizer, request.args[0]) for request in requests]
+        rolling = (
+            get_rolling_token_windows(text, self.prefix_token_id, self.max_length, context_len=1)
+            for text in texts
+        )
+        windows = [
+            (text, (None, *make_disjoint_window(window)))
+            for text, text_windows in enumerate(rolling)
+            for window in text_windows
+        ]
+        totals = [0.0] * len(texts)
+        scores = self._loglikelihood_tokens([window for _, window in windows])
+        for (text, _), (log_likelihood, _) in zip(windows, scores, strict=True):
+            totals[text] += log_likelihood
+        return totals
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As HFLM's, but once for all models; requests of one context share its tokens."""

@@ -54,10 +54,10 @@ def predictor_table(
     Forgetting and gain are means over benchmarks and tasks. Of drift: ||dW||_F / ||W0||_F of the
     whole model (where a run lacks it, of q_proj and v_proj in all), and over the matrices q_proj
     and v_proj the mean of rho = sigma_1(dW) / sigma_k(W0), of the intruders among the first k, and
-    of 1 - phi of the left leading k; k = 10, epsilon = .5. KL(base || tuned) in nats is of the
-    answer's first token on the family's prompts, mean over tasks, and of every token of held-out
-    text; 1 - CKA is the mean over layers. What is not there is nan. `is_last` marks the last
-    checkpoint of a run that ended. Single-task controls are left out.
+    of 1 - phi of the left leading k; k = 10, epsilon = .5. KL(base || tuned) in nats is a mean over
+    the tokens of the family's answers, mean over tasks, and over those of held-out text; 1 - CKA is
+    the mean over layers. What is not there is nan. `is_last` marks the last checkpoint of a run
+    that ended. Single-task controls are left out.
     """
     rows = as_trained(retention)
     lost = rows[(rows["metric"] == "forgetting") & (rows["task"] == MEAN) & is_trained(rows)]
@@ -122,10 +122,10 @@ def _predictors(retention: DataFrame, drift: DataFrame | None) -> dict[str, Seri
         measures["rho"] = _measure(drift, "rho")
         measures["intruders"] = _measure(drift, "intruders", eps=INTRUDER_EPSILON)
         measures["rotation"] = 1 - _measure(drift, "phi", side="left")
-    kl = retention[retention["metric"] == "kl"]
-    about_text = kl["task"] == TEXT
-    measures["kl_tasks"] = kl[~about_text].groupby(KEYS)["value"].mean()
-    measures["kl_text"] = kl[about_text].groupby(KEYS)["value"].mean()
+    answers = retention[retention["metric"] == "answer_kl"]
+    measures["kl_tasks"] = answers.groupby(KEYS)["value"].mean()
+    text = retention[(retention["metric"] == "kl") & (retention["task"] == TEXT)]
+    measures["kl_text"] = text.groupby(KEYS)["value"].mean()
     cka = retention[retention["metric"] == "cka"].groupby(KEYS)["value"].mean()
     measures["cka_loss"] = 1 - cka
     return {name: values for name, values in measures.items() if len(values)}

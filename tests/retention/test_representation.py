@@ -9,7 +9,14 @@ from reference import Allocations
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_tradeoffs.retention.cka import MINIBATCH, centred_gram, cka, dealt, hsic_terms
-from lora_tradeoffs.retention.representation import Passage, compare, layer_names, limited, observe
+from lora_tradeoffs.retention.representation import (
+    Passage,
+    answer_passages,
+    compare,
+    layer_names,
+    limited,
+    observe,
+)
 
 VOCABULARY = 300
 
@@ -180,6 +187,25 @@ def test_equals_a_plain_dense_computation(base):
     assert drift.cka.min() < 0.99
     assert mean_kl(drift) == pytest.approx(sum(kl) / 212, abs=1e-5)
     assert agreement(drift) == pytest.approx(sum(agreed) / 212)
+
+
+def test_a_task_is_compared_over_its_whole_answers(base):
+    """The mean over all tokens that training supervises, from the logits of the whole rows."""
+    from datasets import Dataset
+
+    tuned, rng = moved(base), np.random.default_rng(3)
+    rows = [(rng.integers(VOCABULARY, size=20 + 9 * k).tolist(), 4 + 7 * k) for k in range(5)]
+    data = Dataset.from_list([{"input_ids": ids, "prompt_length": n} for ids, n in rows])
+    drift = compare(observe(base, answer_passages(data, 1_000)), tuned)
+    total, count = 0.0, 0
+    for ids, prompt_length in rows:
+        with torch.no_grad():
+            p, q = (m(torch.tensor([ids])).logits[0].double().softmax(-1) for m in (base, tuned))
+        for at in range(prompt_length, len(ids)):  # the token that is predicted
+            total += float((p[at - 1] * (p[at - 1] / q[at - 1]).log()).sum())
+            count += 1
+    assert drift.tokens.tolist() == [len(ids) - n for ids, n in rows] and count == 100
+    assert mean_kl(drift) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_layers_are_those_that_transformers_returns(base):

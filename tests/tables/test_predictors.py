@@ -252,7 +252,7 @@ def frames(tmp_path):
             kept(RUN, "mean", "adaptation", 0.5 + 0.1 * i, **at),
             kept(RUN, "mean", "forgetting", 9.0, **at, **{"update_scale": 0.5}),
             kept(RUN, "text", "kl", 0.5 * i, **at),
-            *(kept(RUN, task, "kl", i + j, **at) for j, task in enumerate(("sst2", "mnli"))),
+            *(kept(RUN, task, "answer_kl", i + j, **at) for j, task in enumerate(("sst2", "mnli"))),
             *(kept(RUN, "text", "cka", 1 - 0.1 * layer, **at, layer=layer) for layer in (0, 1, 2)),
         ]
         rows = checkpoint("similar", "lora", 8, 42, at["step"], at["fraction"])
