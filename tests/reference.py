@@ -51,3 +51,33 @@ class Allocations(TorchDispatchMode):
         if not self.references[key]:
             del self.references[key]
             self.live -= size
+
+
+# Settings that make every second layer, or each (Mistral's), see eight tokens back alone.
+EIGHT = {"sliding_window": 8}
+WINDOWED = {
+    "Mistral": EIGHT,
+    "Gemma2": {**EIGHT, "head_dim": 8},
+    "Gemma3": {**EIGHT, "head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    "Qwen2": {**EIGHT, "use_sliding_window": True, "max_window_layers": 1},
+}
+
+
+def windowed_model(kind, attention="sdpa", seed=0, vocabulary=40_000):
+    """A two-layer model of a family with sliding attention."""
+    import transformers
+
+    text = "Text" if kind == "Gemma3" else ""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}{text}Config")(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        **WINDOWED[kind],
+    )
+    config._attn_implementation = "eager" if kind == "Gemma2" else attention  # it has no sdpa
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()

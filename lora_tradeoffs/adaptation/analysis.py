@@ -253,7 +253,8 @@ class Adaptation(Analysis):
         self, model: Any, prompts: list[list[int]], description: Any, batch_tokens: int
     ) -> list[int]:
         from lora_tradeoffs.data.encoding import label_token_ids
-        from lora_tradeoffs.scoring.log_likelihoods import Item, log_likelihoods
+        from lora_tradeoffs.scoring.log_likelihoods import log_likelihoods
+        from lora_tradeoffs.scoring.rows import Item
 
         words = [[i] for i in label_token_ids(self.tokenizer, description)]
         rows = log_likelihoods(model, [Item(p, words) for p in prompts], batch_tokens)

@@ -17,7 +17,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from config import UserError
 from lora_tradeoffs.data.encoding import bos_ids, text_ids
-from lora_tradeoffs.scoring.log_likelihoods import TOKEN_BUDGET, log_likelihoods, shared_rows
+from lora_tradeoffs.scoring.log_likelihoods import TOKEN_BUDGET, log_likelihoods
+from lora_tradeoffs.scoring.rows import shared_rows
 
 # Padded tokens of a batch. HellaSwag on two cores: 512 8.5 s, 1024 8.2 s, 2048 9.1 s, 4096 10 s.
 TOKEN_BUDGETS = {"cpu": 1_024, "cuda": 8 * TOKEN_BUDGET}

@@ -7,9 +7,12 @@ Logits are computed at the positions that are scored, never for whole sequences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from lora_tradeoffs.scoring.rows import Item, Layout, batches
 
 if TYPE_CHECKING:
     import torch
@@ -18,36 +21,6 @@ TOKEN_BUDGET = 4_096  # padded tokens of a batch
 # Logits held at once, 32 MB in fp32: glibc requests larger blocks from the system each time, and
 # the page faults cost as much as the softmax. A GPU's allocator caches them: 16 times as many.
 LOGIT_BUDGET = 1 << 23
-SHARED_SHARE = 0.25  # below this, masked attention costs more than the shared tokens
-SHARED_WIDTH = 1_024  # of a row of many texts that begin alike; attention is quadratic in it
-
-
-@dataclass(frozen=True)
-class Item:
-    """A context and the continuations to be scored after it, as tokens; none of them empty.
-
-    The first `unscored[k]` tokens of continuation k (none if `unscored` is empty) are read but not
-    scored, so that contexts that differ in their last tokens can share the tokens before them.
-    """
-
-    context: Sequence[int]
-    continuations: Sequence[Sequence[int]]
-    unscored: Sequence[int] = ()
-
-    @property
-    def length(self) -> int:
-        """Tokens that the model reads; the last token of a continuation is only predicted."""
-        return len(self.context) + sum(len(c) - 1 for c in self.continuations)
-
-    @property
-    def predictions(self) -> int:
-        """The largest number of positions that need logits; the first one is shared."""
-        return 1 + sum(len(c) - 1 for c in self.continuations)
-
-    @property
-    def branches(self) -> bool:
-        """Whether its row holds more than one text: several continuations after the context."""
-        return sum(len(c) > 1 for c in self.continuations) > 1
 
 
 @dataclass(frozen=True)
@@ -106,8 +79,9 @@ def log_likelihoods(
     One row per item: [context, continuation 1, ..., continuation n]. In every continuation the
     positions continue from the context, and a mask lets it see the context and itself, so that the
     context is read once. Rows with a single text are batched separately: causal attention needs no
-    mask, which is faster. Raises ValueError for an empty context or continuation, or one without a
-    scored token.
+    mask, which is faster. So are the texts of an item that is longer than some layer's window of
+    sliding attention, which the model's own mask alone knows. Raises ValueError for an empty
+    context or continuation, or one without a scored token.
     """
     import torch
 
@@ -116,6 +90,9 @@ def log_likelihoods(
             raise ValueError("a context and its continuations need at least one token each")
         if any(len(c) <= skip for c, skip in zip(item.continuations, item.unscored)):
             raise ValueError("a continuation needs at least one token that is scored")
+    window = _attention_window(model)
+    parts = [i.texts if i.branches and i.span > window else [i] for i in items]
+    items = [item for part in parts for item in part]
     scores: list[list[Score]] = [[] for _ in items]
     with torch.inference_mode():
         head = _last_layer(model, items[0].context[:8]) if items else None
@@ -129,123 +106,14 @@ def log_likelihoods(
                 batch_scores = _score_batch(model, head, [items[i] for i in batch], branches)
                 for i, item_scores in zip(batch, batch_scores, strict=True):
                     scores[i] = item_scores
-    return scores
-
-
-def shared_rows(texts: Sequence[tuple[Sequence[int], int]]) -> list[Item]:
-    """Items whose continuations, one after another, are the ends of the texts.
-
-    A text is all its tokens and how many of the last are scored. Texts that follow each other and
-    begin alike share a row where that spares at least SHARED_SHARE of what the next one's own row
-    would read. What is scored is never shared.
-    """
-    items: list[Item] = []
-    group: list[tuple[Sequence[int], int]] = []
-    prefix = total = 0  # the group's common tokens, and all tokens that its row reads
-
-    def close() -> None:
-        if group:
-            rests = [text[prefix:] for text, _ in group]
-            unscored = [len(rest) - scored for rest, (_, scored) in zip(rests, group)]
-            items.append(Item(group[0][0][:prefix], rests, unscored))
-
-    for text, scored in texts:
-        length = len(text) - 1
-        if group:
-            common = min(prefix, len(text) - scored)
-            common = _common_prefix(group[0][0][:common], text[:common])
-            joined = total + length - common + (prefix - common) * (len(group) - 1)
-            spared = total + length - joined
-            fits = joined <= max(SHARED_WIDTH, 4 * length)
-            if common and fits and spared >= SHARED_SHARE * length:
-                group.append((text, scored))
-                prefix, total = common, joined
-                continue
-        close()
-        group, prefix, total = [(text, scored)], len(text) - scored, length
-    close()
-    return items
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts of equal length have in common at their beginning."""
-    if first == second:
-        return len(first)
-    return next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)
-
-
-def batches(
-    lengths: Sequence[int],
-    token_budget: int,
-    weights: Sequence[int] | None = None,
-    weight_budget: int = 0,
-) -> Iterator[list[int]]:
-    """Indices in batches, longest first; padded tokens and weights of a batch within budget.
-
-    A batch holds at least one row, however long it is.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batch: list[int] = []
-    weight = 0
-    for i in order:
-        row_weight = weights[i] if weights else 0
-        full = batch and (len(batch) + 1) * lengths[batch[0]] > token_budget
-        if full or (batch and weights and weight + row_weight > weight_budget):
-            yield batch
-            batch, weight = [], 0
-        batch.append(i)
-        weight += row_weight
-    if batch:
-        yield batch
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The rows of a batch, padded to `width`, and where logits are needed.
-
-    `positions` and `segments` are those of the tokens: segment 0 is the context, k the k-th
-    continuation, -1 padding. `kept` are the positions that need logits, counted through all rows;
-    `targets`, `sources` and `owners` are the scored tokens, the index of their logits in `kept`,
-    and their continuations, counted through all items.
-    """
-
-    width: int
-    ids: list[list[int]] = field(default_factory=list)
-    positions: list[list[int]] = field(default_factory=list)
-    segments: list[list[int]] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)
-
-    def add(self, item: Item, owner: int) -> None:
-        """Add an item's row, whose first continuation is number `owner`."""
-        start_of_row, first = len(self.ids) * self.width, len(self.kept)
-        tokens, positions = list(item.context), list(range(len(item.context)))
-        segment = [0] * len(tokens)
-        unscored = item.unscored or [0] * len(item.continuations)
-        if not all(unscored):
-            self.kept.append(start_of_row + len(tokens) - 1)
-        for number, (tail, skip) in enumerate(zip(item.continuations, unscored)):
-            start, inside = start_of_row + len(tokens), len(tail) - 1
-            self.sources.extend([] if skip else [first])
-            self.sources.extend(range(len(self.kept), len(self.kept) + len(tail) - max(skip, 1)))
-            self.kept.extend(range(start + max(skip, 1) - 1, start + inside))
-            self.targets.extend(tail[skip:])
-            self.owners.extend([owner + number] * (len(tail) - skip))
-            tokens += tail[:-1]
-            positions += range(len(item.context), len(item.context) + inside)
-            segment += [number + 1] * inside
-        padding = [0] * (self.width - len(tokens))
-        self.ids.append(tokens + padding)
-        self.positions.append(positions + padding)
-        self.segments.append(segment + [-1] * len(padding))
+    found = iter(scores)
+    return [[score for _ in part for score in next(found)] for part in parts]
 
 
 def _score_batch(model: Any, head: Any, items: Sequence[Item], branches: bool) -> list[list[Score]]:
     import torch
 
-    layout, count = _Layout(max(item.length for item in items)), 0
+    layout, count = Layout(max(item.length for item in items)), 0
     for item in items:
         layout.add(item, count)
         count += len(item.continuations)
@@ -340,6 +208,21 @@ def _last_layer(model: Any, tokens: Sequence[int]) -> Any:
     same = len(outputs) == 1 and outputs[0].shape == logits.shape
     plain = type(head) is torch.nn.Linear  # else an adapter may add to it
     return head if plain and same and torch.equal(outputs[0], logits) else None
+
+
+def _attention_window(model: Any) -> float:
+    """How many tokens back every layer sees: inf for full attention, 0 for no attention.
+
+    A mask of ours would take the place of the model's own, and be that of all its layers.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    layers = DynamicCache(config=model.config).layers
+    windows = [
+        math.inf if type(c) is DynamicLayer else getattr(c, "sliding_window", 0) for c in layers
+    ]
+    return min(windows, default=math.inf)
 
 
 def _attention_mask(model: Any, segments: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from reference import Allocations
+from reference import WINDOWED, Allocations, windowed_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_tradeoffs.retention.cka import MINIBATCH, centred_gram, cka, dealt, hsic_terms
@@ -206,6 +206,16 @@ def test_a_task_is_compared_over_its_whole_answers(base):
             count += 1
     assert drift.tokens.tolist() == [len(ids) - n for ids, n in rows] and count == 100
     assert mean_kl(drift) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_windows_and_caps_of_other_families_count(kind):
+    windowed = windowed_model(kind, vocabulary=VOCABULARY)
+    tuned, passages = moved(windowed), passages_of(41, 30, 12, 33)
+    drift = compare(observe(windowed, passages), tuned)
+    kl, agreed, states = dense(windowed, tuned, passages)
+    assert drift.kl == pytest.approx(kl, rel=1e-4) and drift.agreed.tolist() == agreed
+    assert drift.cka == pytest.approx(dense_cka(states), abs=1e-4)
 
 
 def test_layers_are_those_that_transformers_returns(base):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import WINDOWED, windowed_model
 from support import settings_for
 
 from config import FAMILIES
@@ -49,6 +50,21 @@ def assert_same_text(model, prompt, ours, theirs):
         top = model(torch.tensor([[*prompt, *ours[:at]]])).logits[0, -1].topk(2).values
     assert top[0] - top[1] < 1e-3
     return False
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_windowed_attention_generates_as_one_at_a_time(kind):
+    windowed, prompts = windowed_model(kind, vocabulary=500), [[7], *windowed_prompts()]
+    ours = generate_greedily(windowed, prompts, 14, [2], token_budget=150)
+    equal = [
+        assert_same_text(windowed, prompt, text, plain_generation(windowed, prompt, 14, 2))
+        for prompt, text in zip(prompts, ours, strict=True)
+    ]
+    assert sum(equal) >= len(equal) - 1 and max(map(len, ours)) == 14
+
+
+def windowed_prompts():
+    return [[token % 500 for token in prompt] for prompt in random_prompts(9, seed=5)]
 
 
 def test_generation_equals_model_generate_one_at_a_time(model):

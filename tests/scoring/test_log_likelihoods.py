@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import plain_score
+from reference import WINDOWED, plain_score, windowed_model
 from support import settings_for
 
 from config import FAMILIES
@@ -12,14 +12,12 @@ from lora_tradeoffs.data.encoding import encode, label_token_ids, text_ids
 from lora_tradeoffs.data.sources import read_jsonl
 from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.scoring.log_likelihoods import (
-    Item,
-    batches,
     completion_losses,
     label_predictions,
     log_likelihoods,
     mean_by_row,
-    shared_rows,
 )
+from lora_tradeoffs.scoring.rows import Item, batches, shared_rows
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
@@ -113,6 +111,27 @@ def test_shared_rows_are_scored_as_the_texts_one_by_one(model):
         total, greedy = plain_score(model, text[:-scored], text[-scored:])
         assert score.log_likelihood == pytest.approx(total, abs=1e-4)
         assert score.is_greedy == greedy
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_a_layers_window_goes_by_the_tokens_of_the_text(kind, attention):
+    windowed = windowed_model(kind, attention)
+    items = [*random_items(9), *shared_rows([([7, 8, *range(9, 40), k, k + 1], 3) for k in (5, 6)])]
+    assert any(item.branches and item.unscored for item in items)
+    assert_plain(windowed, items, log_likelihoods(windowed, items, 200))
+    labels = [Item(item.context, [[7], [9]]) for item in items]
+    assert_plain(windowed, labels, log_likelihoods(windowed, labels, 200))
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_short_items_of_a_windowed_model_still_share_a_row(kind):
+    windowed, rows = windowed_model(kind), []
+    windowed.get_input_embeddings().register_forward_pre_hook(lambda _, args: rows.append(args[0]))
+    items = [Item([5, 6, 7], [[8, 9], [10, 11, 12]]), Item([5, 6, 7], [[8, 9], [10] * 7])]
+    assert_plain(windowed, items, log_likelihoods(windowed, items, 1))
+    widths = [row.shape[1] for row in rows[1 : len(items) + 2]]  # the first finds the last layer
+    assert widths == [9, 4, 6]
 
 
 def test_a_model_that_caps_its_logits_is_scored_by_its_own_logits():
