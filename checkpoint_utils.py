@@ -22,10 +22,10 @@ from lora_tradeoffs.files import (
     checkpoints,
     checkpoints_in,
     newest_whole_checkpoint,
-    read_json,
 )
 from lora_tradeoffs.models.base import Base, prepare_base
 from lora_tradeoffs.models.checkpoint_models import checkpoint_models, checkpoint_weights
+from lora_tradeoffs.records import read_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,8 +92,8 @@ def load_checkpoint_model(path: str | Path, model: str | None = None, device: st
     False
     """
     base, checkpoint = find_base(model), checkpoints_in(Path(path))[-1]
-    record = checkpoint.folder.parent / "run.json"
-    trained_on = read_json(record)["base"] if record.is_file() else None
+    run = checkpoint.folder.parent
+    trained_on = read_run(run, "base")["base"] if (run / "run.json").is_file() else None
     if trained_on and trained_on["digest"] != base.digest:
         raise UserError(
             f"{checkpoint.folder} was trained on {trained_on['name']}, not on {base.name}: give"

@@ -78,7 +78,18 @@ DATA_SEED = 42
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 RESERVED_STUDIES = ("base", "sample")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What to do about an error of the system, by its number.
+SYSTEM_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "allow reading and writing there, or choose other folders with OUTPUT_DIR and DATA_DIR",
+    ),
+    errno.ENAMETOOLONG: "choose a shorter name",
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV), "check the disk or its network"
+    ),
+}
 
 
 class UserError(Exception):
@@ -333,36 +344,85 @@ def _folder(value: object, variable: str) -> Path:
     return path
 
 
-def guarded(main: Callable[..., int]) -> Callable[..., int]:
-    """Turn a UserError into one line on stderr and exit code 2, and Ctrl-C into 130.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine's or the device's memory ran out."""
+    # torch's own kind goes by its name, since torch is not imported here
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
-    A command that takes a second or more ends by printing how long it took.
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind an exception: a full disk, a folder without permission.
+
+    safetensors and torch raise kinds of their own that hold it in their message alone.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number or "file write failed" in str(error):  # torch says no more: the disk is full
+            code = int(number[1]) if number else errno.ENOSPC
+            return OSError(code, os.strerror(code))
+        error = error.__cause__
+    return None
+
+
+def system_error_line(error: OSError) -> str:
+    """What failed, where, and what to do."""
+    where = f": {error.filename}" if error.filename else ""
+    advice = SYSTEM_ADVICE.get(error.errno, "mend that")
+    return f"{error.strerror}{where}; {advice}, then run the same command to resume"
+
+
+def guarded(main: Callable[..., int]) -> Callable[..., int]:
+    """Turn what the user can mend into one line on stderr and exit code 2, and Ctrl-C into 130.
+
+    That is a UserError, an error of the disk, and too little memory. A reader that closes the pipe,
+    as `| head` does, ends the command without a word (141, as the shell has it). A command that
+    takes a second or more ends by printing how long it took.
     """
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> int:
         start = time.monotonic()
         try:
-            code = main(argv)
-            if time.monotonic() - start >= 1:
-                print(f"{time.monotonic() - start:.0f} s", flush=True)
-            return code
+            try:
+                code = main(argv)
+                if time.monotonic() - start >= 1:
+                    print(f"{time.monotonic() - start:.0f} s")
+                return code
+            finally:
+                sys.stdout.flush()  # here, since Python's own flush at the end cannot be caught
         except UserError as error:
             message = str(error)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            message = f"{error.strerror}{f': {error.filename}' * bool(error.filename)}"
-            message += "; free disk space, then run the same command to resume"
         except KeyboardInterrupt:
             print("interrupted; run the same command to resume", file=sys.stderr)
             return 130
         except Exception as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            if cause := system_error(error):
+                if _discard_unwritable_output() and cause.errno == errno.EPIPE:
+                    return 141
+                message = system_error_line(cause)
+            elif is_out_of_memory(error):
+                message = "the memory ran out; choose smaller batches (see --help) and run"
+                message += " the same command to resume: finished results are kept"
+            else:
                 raise
-            message = "the device's memory ran out; choose smaller batches (see --help) and run"
-            message += " the same command to resume: finished results are kept"
         print(f"error: {message}", file=sys.stderr)
         return 2
 
     return wrapper
+
+
+def _discard_unwritable_output() -> bool:
+    """Send an output that cannot be written to nowhere, so that Python's last flush does not fail.
+
+    Whether there is one.
+    """
+    unwritable = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            unwritable = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return unwritable

@@ -28,6 +28,7 @@ from config import (
     resolve_settings,
 )
 from lora_tradeoffs.files import MANIFEST, checkpoints, read_json, write_json
+from lora_tradeoffs.records import DOCUMENT
 from lora_tradeoffs.study.plan import plan_runs, plan_steps
 from lora_tradeoffs.study.processes import StepRunner
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
@@ -85,7 +86,7 @@ def check_study(args: argparse.Namespace, settings: Settings) -> None:
     if not path.is_file():
         write_json(path, request)
         return
-    before = read_json(path)
+    before = read_json(path, {"preset": str, "model": str, "data": str})
     different = [
         f"{name} is {request[name]!r} and was {before.get(name)!r}"
         for name in FIXED
@@ -160,7 +161,7 @@ def print_tables(settings: Settings) -> None:
     for name, table in (("adaptation", adaptation_table), ("retention", retention_table)):
         path = settings.document(name)
         if path.is_file():
-            print(f"\n{name}\n{table(read_json(path)['records'])}")
+            print(f"\n{name}\n{table(read_json(path, DOCUMENT)['records'])}")
 
 
 @guarded

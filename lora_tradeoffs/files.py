@@ -7,20 +7,27 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import UserError
+from lora_tradeoffs.shapes import Shape, shape_problem
 
 MANIFEST = "manifest.json"
+MANIFEST_SHAPE = {"files": {"*": {"size": int, "sha256": str}}}
 # Needed to resume training, not to evaluate: only the two newest checkpoints have these.
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
 # ------------------------------------------------------------------------------- files
+
+
+PARTIAL = ".partial"  # how the names of temporary files and folders end
+DAY = 86_400  # seconds; no write takes that long
 
 
 @contextmanager
@@ -31,20 +38,37 @@ def written_whole(path: Path) -> Iterator[Path]:
     not write to the same file. If the block fails, `path` is unchanged and nothing else is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         yield temporary
         for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
             if file.is_file():
                 sync(file)
         if temporary.is_dir():
-            shutil.rmtree(path, ignore_errors=True)  # a folder cannot be renamed onto a full one
+            _remove(path)  # a folder cannot be renamed onto a full one
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not name its file
+        raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, as far as the disk allows."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def remove_partial(folder: Path, age: float = DAY) -> None:
+    """Remove what writes that were killed have left below a folder, if it is `age` seconds old."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        with suppress(OSError):  # the write has just ended
+            if time.time() - path.stat().st_mtime >= age:
+                _remove(path)
 
 
 def sync(path: Path) -> None:
@@ -60,12 +84,25 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """The file's JSON. Raises UserError if it cannot be parsed."""
+# What to do about a damaged file.
+DELETE = "delete it and run the same command"
+COPY = "copy or fetch it again"  # of files that were not made here
+
+
+def read_json(path: Path, shape: Shape = dict, remedy: str = DELETE) -> Any:
+    """The file's JSON. Raises UserError with the remedy unless it is whole and of the shape."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it, then rerun") from None
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it is no JSON ({error}); {remedy}") from None
+    check_shape(path, value, shape, remedy)
+    return value
+
+
+def check_shape(path: Path, value: Any, shape: Shape, remedy: str = DELETE) -> None:
+    """Raise UserError with the remedy if what the file holds is not of the shape."""
+    if problem := shape_problem(value, shape):
+        raise UserError(f"{path} is damaged: {problem}; {remedy}")
 
 
 def file_sha256(path: Path) -> str:
@@ -101,6 +138,12 @@ class Checkpoint:
         return (self.folder / "adapter_config.json").is_file()
 
 
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's manifest. Raises UserError if it is damaged."""
+    remedy = "delete the checkpoint, or retrain its run with --overwrite"
+    return read_json(checkpoint / MANIFEST, MANIFEST_SHAPE, remedy)
+
+
 def write_manifest(checkpoint: Path, **extra: Any) -> None:
     """List the checkpoint's files with sizes and sha256; written last, it marks it as whole."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
@@ -119,7 +162,11 @@ def checkpoint_problem(checkpoint: Path, suffix: str = "") -> str | None:
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return f"{checkpoint} has no {MANIFEST}: its saving did not end"
-    for name, record in read_json(manifest)["files"].items():
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except UserError as error:
+        return str(error)
+    for name, record in files.items():
         if not name.endswith(suffix):
             continue
         path = checkpoint / name
@@ -146,7 +193,7 @@ def weights_key(folder: Path) -> dict[str, Any]:
     """What identifies a checkpoint's weights: sha256 of the manifest, or else size and time."""
     if (folder / MANIFEST).is_file():
         try:
-            files = read_json(folder / MANIFEST)["files"]
+            files = read_manifest(folder)["files"]
         except UserError:  # `check_whole` says what is wrong before anything is measured
             return {}
         return {name: r["sha256"] for name, r in files.items() if name.endswith(".safetensors")}
@@ -209,7 +256,10 @@ def drop_resume_state(checkpoint: Path) -> None:
     resume_files = [path for pattern in RESUME_FILES for path in checkpoint.glob(pattern)]
     if not resume_files:
         return
-    manifest = read_json(checkpoint / MANIFEST)
+    try:
+        manifest = read_manifest(checkpoint)
+    except UserError:  # whoever loads the checkpoint is told
+        return
     for path in resume_files:
         manifest["files"].pop(path.name, None)
     write_json(checkpoint / MANIFEST, manifest)

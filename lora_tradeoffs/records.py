@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from config import DOCUMENTS, Settings
-from lora_tradeoffs.files import write_json
+from config import DOCUMENTS, Settings, UserError
+from lora_tradeoffs.files import read_json, write_json
+from lora_tradeoffs.shapes import NUMBER
 from training_configs import tasks_and_variant
 
 Record = dict[str, Any]
@@ -65,27 +65,100 @@ def metric_scale(metric: str) -> int:
     return 100 if "bleu" in metric else 1
 
 
+# ------------------------------------------------------------------------- files of JSON
+
+VALUE = (*NUMBER, type(None))
+UNIT = {
+    "request": dict,
+    "records": [{"run": str, "step": int, "metric": str, "value": VALUE}],
+}
+DOCUMENT = {"meta": dict, "records": [{"value?": VALUE}]}
+RUN = {
+    "config": {
+        **{"family": str, "tasks": [str], "method": str, "rank": int, "alpha": NUMBER},
+        **{"scaling": str, "target_modules": str, "learning_rate": NUMBER, "seed": int},
+    },
+    "compared": dict,
+    "base": {"name": str, "digest": str},
+    "steps": int,
+    "data": {"*": {"fingerprint": str}},
+    "environment": {"versions?": dict},
+}
+TRAINING = {
+    "steps": int,
+    "seconds": NUMBER,
+    "wall_seconds": NUMBER,
+    "validation": [{"step": int, "eval_loss": NUMBER}],
+}
+
+
+def read_run(folder: Path, *needed: str) -> dict[str, Any]:
+    """The run.json of a run's folder. Raises UserError if it is damaged or lacks what is needed."""
+    remedy = "restore it, or retrain the run with --overwrite"
+    return read_json(folder / "run.json", _with_optional(RUN, needed), remedy)
+
+
+def read_training(folder: Path, *needed: str) -> dict[str, Any]:
+    """The training.json of a run's folder. Raises UserError as `read_run` does."""
+    return read_json(folder / "training.json", _with_optional(TRAINING, needed))
+
+
+def _with_optional(shape: dict[str, Any], needed: Collection[str]) -> dict[str, Any]:
+    return {name if name in needed else f"{name}?": part for name, part in shape.items()}
+
+
+# ------------------------------------------------------------------- the results of a run
+
+
+def units_of(runs: Collection[str], records: Path) -> list[str]:
+    """Names of the units in a folder of records that are of one of the runs.
+
+    A unit's name may begin like that of another run, so its records say whose it is.
+    """
+    prefixes = tuple(f"{run}-" for run in runs)
+    return [
+        path.stem
+        for path in sorted(records.glob("*.json"))
+        if path.name.startswith(prefixes)
+        and {record["run"] for record in read_json(path, UNIT)["records"]} & {*runs}
+    ]
+
+
 def forget(settings: Settings, run: str) -> int:
     """Remove what a study's analyses measured of a run of this name; the number of units.
 
     For a run that is trained anew: what was measured of the one before would stand beside what is
     measured of it, as if it were its own.
     """
-    units = 0
+    removed = 0
     for document in map(settings.document, DOCUMENTS):
-        for path in document.parent.glob(f"*/{run}-*"):
-            units += path.parent.name == "records"
+        folder = document.parent
+        units = units_of([run], folder / "records")
+        removed += len(units)
+        files = [path for path in folder.glob("*/*") if path.stem in units]
+        # tables of drift that were written just before a kill have no records
+        files += [path for path in folder.glob("*/*") if _is_orphan(path, folder, run)]
+        # records last: until all else is gone they say whose it is
+        for path in sorted(files, key=lambda path: path.parent.name == "records"):
             path.unlink()
-        _leave_out(run, document)
-    return units
+        if document.is_file():
+            _leave_out(run, document)
+    return removed
+
+
+def _is_orphan(path: Path, folder: Path, run: str) -> bool:
+    """Whether a file, <run>-<step>, is of the run and of no unit with records."""
+    name, _, step = path.stem.rpartition("-")
+    records = folder / "records" / f"{path.stem}.json"
+    return name == run and step.isdigit() and not records.exists()
 
 
 def _leave_out(run: str, document: Path) -> None:
     """Take a run's records out of a joined document, those of two runs too, as phi's are."""
     try:
-        whole = json.loads(document.read_text(encoding="utf-8"))
-        kept = [record for record in whole["records"] if run not in record.values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # not there; or not as written, and the next join writes it anew
+        whole = read_json(document, DOCUMENT)
+    except UserError:
+        return  # the next join writes it anew
+    kept = [record for record in whole["records"] if run not in record.values()]
     if len(kept) < len(whole["records"]):
         write_json(document, {**whole, "records": kept})

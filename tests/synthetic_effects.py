@@ -47,19 +47,24 @@ def arm_fields(arm, seed, tasks="similar"):
     return fields | {"split": "test"}
 
 
+CONFIG = {"family": "similar", "tasks": ["sst2", "mnli", "qqp"], "method": "lora", "rank": 8}
+CONFIG |= {"alpha": 16, "scaling": "2r", "target_modules": "qv", "learning_rate": 1e-3, "seed": 42}
+
+
 def write_run(runs_dir, run, config, seconds=100.0, steps=100, checkpoints=(50, 100), size=4000):
     """A finished run's run.json, training.json and manifests."""
     folder = runs_dir / run
     folder.mkdir(parents=True)
     environment = {"device_name": "an abacus"}
-    record = {"config": config, "steps": steps, "environment": environment}
+    record = {"config": CONFIG | config, "steps": steps, "environment": environment}
     (folder / "run.json").write_text(json.dumps(record))
     done = {"steps": steps, "seconds": seconds, "examples_per_second": 16 * steps / seconds}
     done |= {"tokens": 40_000, "peak_memory_bytes": 3_000_000_000}
     done |= {"trainable_parameters": 500, "base_parameters": 100_000}
     (folder / "training.json").write_text(json.dumps(done))
     for step in checkpoints:
-        files = {"model.safetensors": {"size": size}, "optimizer.pt": {"size": 9 * size}}
+        sizes = {"model.safetensors": size, "optimizer.pt": 9 * size}
+        files = {name: {"size": size, "sha256": ""} for name, size in sizes.items()}
         manifest = {"step": step, "seconds": 0.9 * seconds * step / steps, "files": files}
         (folder / f"checkpoint-{step}").mkdir()
         (folder / f"checkpoint-{step}" / "manifest.json").write_text(json.dumps(manifest))

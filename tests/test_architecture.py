@@ -24,6 +24,7 @@ ROOT_FOLDERS = {
 }
 # Lowest first; a subpackage imports those of lower floors alone.
 FLOORS = (
+    ("shapes",),
     ("files", "hub", "hardware"),
     ("records",),
     ("scoring", "statistics"),

@@ -98,7 +98,7 @@ def test_memory_that_ran_out_is_one_line(capsys):
 
     assert guarded(main)([]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: the device's memory ran out") and "smaller" in line
+    assert line.startswith("error: the memory ran out") and "smaller" in line
 
 
 def test_a_count_below_one_is_refused_by_its_flag(capsys):

@@ -277,7 +277,7 @@ def test_a_full_disk_fails_what_needs_it_and_the_next_start_completes(
     study = start(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     printed, _ = study.communicate(timeout=300)
     assert study.returncode == 1, printed
-    assert f"error: train-{RUNS[0]}: " in printed and "the disk is full" in printed
+    assert f"error: train-{RUNS[0]}: " in printed and "free disk space" in printed
     assert "1 of 4 steps failed" in printed and "Traceback" not in printed
     numbers = values(workspace, "narrow", ADAPTATION)
     assert RUNS[1] in {json.loads(key)["run"] for _, key in numbers}

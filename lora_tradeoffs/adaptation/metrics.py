@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import ROOT, UserError
+from config import ROOT, UserError, is_out_of_memory
 from dataset_descriptions import EvaluateMetric, describe
 from lora_tradeoffs.statistics.scores import (
     ORDERS,
@@ -194,6 +194,8 @@ def evaluate_scores(
             result = module.compute(predictions=[prediction], references=[reference])
             values.append(float(result[metric.key]) / metric.scale)
     except Exception as error:  # a script may raise anything
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{task}: metric {metric.path} of `evaluate` failed: {reason}") from error
     outside = [value for value in values if not 0 <= value <= 1]

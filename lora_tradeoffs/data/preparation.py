@@ -31,7 +31,7 @@ from lora_tradeoffs.data.sources import (
     source_identity,
 )
 from lora_tradeoffs.data.splits import overlap
-from lora_tradeoffs.files import written_whole
+from lora_tradeoffs.files import read_json, remove_partial, written_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -146,7 +146,7 @@ class Preparation:
         return (self.folder / REPORT).is_file()
 
     def read(self) -> PreparedTask:
-        report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
+        report = read_json(self.folder / REPORT, {"fingerprint": str, "splits": {"*": dict}})
         return PreparedTask(self.description.name, self.folder, report)
 
     def run(self, overwrite: bool) -> PreparedTask:
@@ -160,8 +160,7 @@ class Preparation:
             if overwrite:
                 shutil.rmtree(self.folder, ignore_errors=True)
             if not self.is_done():
-                for leftover in self.folder.parent.glob(f".{self.fingerprint}.*"):  # after a kill
-                    shutil.rmtree(leftover, ignore_errors=True)
+                remove_partial(self.folder.parent, age=0)  # what a kill left, since none writes now
                 with written_whole(self.folder) as temporary:
                     report = {"fingerprint": self.fingerprint, **self._make(temporary)}
                     (temporary / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")

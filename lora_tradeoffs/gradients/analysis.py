@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import DATA_SEED, FAMILIES, GRADIENT_BATCHES, UserError
-from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject
-from lora_tradeoffs.records import unit_name
+from lora_tradeoffs.records import read_run, unit_name
 from lora_tradeoffs.tables.scores import gradient_table
 
 Batches = list[list[dict[str, Any]]]  # batches of prepared rows
@@ -127,8 +126,8 @@ class GradientAnalysis(Analysis):
 def trained_tasks(subject: Subject) -> tuple[str, ...]:
     """The tasks in the record of the checkpoint's run."""
     folder = subject.checkpoint.folder
-    path = next(p / "run.json" for p in (folder.parent, folder) if (p / "run.json").is_file())
-    return tuple(read_json(path)["config"]["tasks"])
+    run = next(p for p in (folder.parent, folder) if (p / "run.json").is_file())
+    return tuple(read_run(run, "config")["config"]["tasks"])
 
 
 def single_task_runs(subjects: Sequence[Subject]) -> list[str]:

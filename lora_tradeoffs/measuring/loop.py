@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe
-from lora_tradeoffs.files import read_json
+from lora_tradeoffs.files import read_json, written_whole
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.measuring.subjects import Subject, weights_of
 from lora_tradeoffs.models.base import Base, load_tokenizer
@@ -109,9 +109,9 @@ class Analysis:
         """Write a unit to disk, its records last."""
         if result.samples:
             path = self.results.folder / "samples" / f"{unit.name}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in result.samples)
-            path.write_text("".join(lines), encoding="utf-8")
+            with written_whole(path) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
         parts = (result.records, result.scores, result.groups)
         self.results.write(unit.name, self.full_request(unit), *parts, batch_tokens)
 

@@ -16,9 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import UserError
-from lora_tradeoffs.files import read_json, write_json, written_whole
-from lora_tradeoffs.records import OLD_VERSIONS, RECORD_VERSION, unit_name, updated
+from config import UserError, system_error
+from lora_tradeoffs.files import (
+    check_shape,
+    file_record,
+    read_json,
+    remove_partial,
+    write_json,
+    written_whole,
+)
+from lora_tradeoffs.records import (
+    DOCUMENT,
+    OLD_VERSIONS,
+    RECORD_VERSION,
+    UNIT,
+    unit_name,
+    updated,
+)
 
 if TYPE_CHECKING:
     from lora_tradeoffs.statistics.contrasts import Items
@@ -38,12 +52,21 @@ class Results:
         return self.folder / "items" / f"{unit}.parquet"
 
     def is_done(self, unit: str, request: dict[str, Any]) -> bool:
-        """Whether the unit has results of the same request.
+        """Whether the unit has results of the same request, and its items are whole.
 
         Raises UserError for a file that another version of the suite wrote.
         """
-        path = self.unit_file(unit)
-        return path.is_file() and _read(path)["request"] == json.loads(json.dumps(request))
+        path, items = self.unit_file(unit), self.items_file(unit)
+        if not path.is_file():
+            return False
+        document = _read(path)
+        if document["request"] != json.loads(json.dumps(request)):
+            return False
+        listed = document.get("items")
+        if listed and not (items.is_file() and file_record(items) == listed):
+            print(f"{items} is damaged or missing: {unit} is measured again", flush=True)
+            return False
+        return True
 
     def write(
         self,
@@ -62,9 +85,10 @@ class Results:
         """
         if self.unit_file(unit).is_file():
             _read(self.unit_file(unit))
+        document = {"record_version": RECORD_VERSION, "request": request}
         if scores:
             self._write_items(unit, scores, groups)
-        document = {"record_version": RECORD_VERSION, "request": request}
+            document["items"] = file_record(self.items_file(unit))
         document |= {"batch_tokens": batch_tokens} if batch_tokens else {}
         document["records"] = [_strict(record) for record in records]
         write_json(self.unit_file(unit), document)
@@ -101,6 +125,8 @@ class Results:
 
         path = self.items_file(unit)
         if not path.is_file():
+            if "items" in _read(self.unit_file(unit)):
+                raise UserError(f"{path} is missing; measure {unit} again")
             return {}
         scores = {}
         try:
@@ -111,10 +137,10 @@ class Results:
                     grouped(values, rows["group"]) if by_group and "group" in rows else values
                 )
         except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are such
-            raise UserError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}); delete"
-                f" {self.unit_file(unit)}, and it is measured again"
-            ) from None
+            if system_error(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} is damaged: {reason}; measure {unit} again") from None
         return scores
 
     def units(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -124,7 +150,7 @@ class Results:
 
     def check(self, name: str) -> None:
         """Raise UserError if a unit or the document is of another version; before measuring."""
-        _check_version(self.folder / f"{name}.json")
+        _check_document(self.folder / f"{name}.json")
         for _ in self.units():
             pass
 
@@ -135,6 +161,7 @@ class Results:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):
+            remove_partial(self.folder)
             yield
 
     def join(self, name: str, meta: dict[str, Any], derived: Sequence[dict[str, Any]] = ()) -> Path:
@@ -144,7 +171,7 @@ class Results:
         overwrite a document of another version.
         """
         path = self.folder / f"{name}.json"
-        _check_version(path)
+        _check_document(path)
         records = [record for _, unit in self.units() for record in unit["records"]]
         records += [_strict(record) for record in derived]
         meta = {**meta, "record_version": RECORD_VERSION}
@@ -160,43 +187,32 @@ def _strict(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """A unit's document. Raises UserError if it is damaged or of another version."""
     unit = read_json(path)
-    version = unit.get("record_version") if isinstance(unit, dict) else None
-    if version not in (RECORD_VERSION, *OLD_VERSIONS):
-        raise _other_version(path, version, path.parent.parent)
-    records = unit.get("records")
-    if "request" not in unit or not isinstance(records, list) or not all(map(_is_record, records)):
-        raise UserError(f"{path} is broken; delete it, and it is measured again")
+    version = unit.get("record_version")
+    _check_version(path, version, path.parent.parent)
+    check_shape(path, unit, UNIT)
     if version in OLD_VERSIONS:
-        unit["records"] = [updated(record) for record in records]
+        unit["records"] = [updated(record) for record in unit["records"]]
     return unit
 
 
-def _check_version(document: Path) -> None:
-    """Raise UserError for a joined document of another version; a broken one may be replaced."""
-    try:
-        meta = json.loads(document.read_text(encoding="utf-8"))["meta"]
-        version = meta.get("record_version")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
+def _check_document(path: Path) -> None:
+    """Raise UserError if the joined document is of another version; a damaged one is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            version = read_json(path, DOCUMENT)["meta"].get("record_version")
+        except UserError:
+            return
+        _check_version(path, version, path.parent)
+
+
+def _check_version(path: Path, version: Any, folder: Path) -> None:
     if version not in (RECORD_VERSION, *OLD_VERSIONS):
-        raise _other_version(document, version, document.parent)
-
-
-def _other_version(path: Path, version: Any, folder: Path) -> UserError:
-    return UserError(
-        f"{path} is of record version {version}, this suite writes {RECORD_VERSION}: move"
-        f" {folder} away, or use the version that wrote it"
-    )
-
-
-def _is_record(record: Any) -> bool:
-    """Whether it names a checkpoint and a metric, and holds a number or null."""
-    return (
-        isinstance(record, dict)
-        and {"run", "step", "metric", "value"} <= record.keys()
-        and isinstance(record["value"], (int, float, type(None)))
-    )
+        raise UserError(
+            f"{path} is of record version {version}, this suite writes {RECORD_VERSION}: move"
+            f" {folder} away, or use the version that wrote it"
+        )
 
 
 # ---------------------------------------------------------------------------- per-item readers

@@ -17,7 +17,7 @@ from lora_tradeoffs.files import (
 )
 from lora_tradeoffs.hub import fetch_checkpoints, is_hub_id
 from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.records import run_fields
+from lora_tradeoffs.records import read_run, read_training, run_fields
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _check_name(folders: dict[str, Path], checkpoint: Checkpoint, settings: Sett
 def no_runs(settings: Settings) -> UserError:
     """The error of a study without runs: how to train one, and the studies that have some."""
     models = settings.runs_dir.parent
-    studies = sorted({p.parent.parent.name for p in models.glob("*/*/run.json")})
+    studies = sorted({p.parent.parent.name for p in models.glob("*/*/checkpoint-*")})
     return UserError(
         f"the study {settings.study!r} has no run with a checkpoint; make one with: python"
         f" multi_task_training.py --similar --lora 8 (studies that have: {studies or 'none'})"
@@ -132,18 +132,14 @@ def _trained(run: str, folder: Path, base: Base) -> tuple[dict[str, Any], str | 
     record_file = next((path for path in files if path.is_file()), None)
     if record_file is None:
         return {**_foreign(folder), "variant": run}, None, 0
-    record = read_json(record_file)
-    try:
-        trained_on, config = record["base"], record["config"]
-        fields, family, steps = run_fields(run, config), config["family"], record["steps"]
-        digest, name = trained_on["digest"], trained_on["name"]
-    except (KeyError, TypeError):
-        raise UserError(f"{record_file} is no record of a run of this suite; delete it") from None
-    if digest != base.digest:
+    record = read_run(record_file.parent, "base", "config", "steps")
+    trained_on, config = record["base"], record["config"]
+    if trained_on["digest"] != base.digest:
         raise UserError(
-            f"{folder.name} was trained on {name}, not on {base.name}: give that base with --model"
+            f"{folder.name} was trained on {trained_on['name']}, not on {base.name}: give that base"
+            " with --model"
         )
-    return fields, family, steps
+    return run_fields(run, config), config["family"], record["steps"]
 
 
 def _foreign(folder: Path) -> dict[str, Any]:
@@ -166,10 +162,10 @@ def _foreign(folder: Path) -> dict[str, Any]:
 
 def _best_step(folder: Path) -> int:
     """The checkpoint with the lowest validation loss, -1 if the run does not say."""
-    path = folder / "training.json"
-    if not path.is_file():
+    if not (folder / "training.json").is_file():
         return -1
-    entries = [e for e in read_json(path)["validation"] if e["step"] > 0]
+    training = read_training(folder, "validation")
+    entries = [e for e in training["validation"] if e["step"] > 0]
     return min(entries, key=lambda e: e["eval_loss"])["step"] if entries else -1
 
 

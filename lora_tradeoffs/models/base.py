@@ -192,7 +192,9 @@ def _stored_base(
                 record = make(settings, partial) | {"name": name} | _weight_files(partial)
                 write_json(partial / BASE_FILE, record)
                 os.replace(partial, folder)
-    base = Base(name, folder, settings.tokenizers_dir / name, read_json(folder / BASE_FILE))
+    remedy = f"delete {folder} and run the same command"
+    record = read_json(folder / BASE_FILE, {"digest": str, "name": str}, remedy)
+    base = Base(name, folder, settings.tokenizers_dir / name, record)
     _save_tokenizer(base)
     return base
 

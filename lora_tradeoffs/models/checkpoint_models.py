@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import UserError
+from config import UserError, is_out_of_memory
 from lora_tradeoffs.files import Checkpoint, check_whole
 from lora_tradeoffs.models.base import Base, load_base, store_frozen_linears_in_bf16
 from lora_tradeoffs.models.weights import (
@@ -181,8 +181,8 @@ def _with_adapter(model: Any, folder: Path) -> Any:
             _remove_adapter_layers(model)
         else:
             adapted.unload()
-        is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if isinstance(error, UserError) or is_memory:  # too little memory says nothing of the file
+        # too little memory says nothing of the file
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         message = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} is corrupt or does not fit the base: {message}") from None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import Settings, UserError
+from config import Settings, UserError, is_out_of_memory
 from dataset_descriptions import Row
 from lora_tradeoffs.data.sources import read_jsonl, source_folder
 from lora_tradeoffs.hub import hub_errors
@@ -154,6 +154,9 @@ def _first_problem(task: Any, docs: Iterable[Row]) -> str | None:
 
 
 def _cause(error: Exception) -> str:
+    """Why the definition cannot be applied; too little memory says nothing of it, and is raised."""
+    if is_out_of_memory(error):
+        raise error
     cause = error.__cause__ or error
     what = next(iter(str(cause).splitlines()), "")[:160]
     return (
@@ -251,6 +254,8 @@ class TaskLoader:
         try:
             return self.manager.load([name])
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             for leaf in self.leaves(name):
                 self.local[leaf].check()
             what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from config import BENCHMARKS, CHOICE_BENCHMARKS, Settings
 from dataset_descriptions import describe
-from lora_tradeoffs.files import read_json
+from lora_tradeoffs.records import read_training
 from lora_tradeoffs.study.steps import ANALYSES, Outcomes, Step
 from lora_tradeoffs.training.run import Run
 
@@ -32,7 +32,7 @@ def measured_rates(runs: Sequence[Run]) -> dict[Arm, float]:
     rates = {}
     for run in runs:
         if run.is_done:
-            done = read_json(run.folder / "training.json")
+            done = read_training(run.folder, "seconds", "steps")
             rates[arm_of(run)] = done.get("wall_seconds", done["seconds"]) / done["steps"]
     return rates
 

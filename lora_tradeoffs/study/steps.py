@@ -17,6 +17,8 @@ from typing import Any
 from config import ROOT, Settings, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.files import read_json, write_json
+from lora_tradeoffs.records import read_run, units_of
+from lora_tradeoffs.shapes import NUMBER
 from lora_tradeoffs.training.learning_rates import rates_around, read_rates
 from lora_tradeoffs.training.run import Run
 
@@ -152,9 +154,10 @@ class Outcomes:
         self.path = settings.output_dir / "outputs" / settings.study / "steps.json"
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """The outcomes by the step's name; none from a file that cannot be read."""
+        """The outcomes by the step's name; none from a file that is damaged."""
+        shape = {"*": {"stage": str, "seconds?": NUMBER, "runs?": int, "new_results?": int}}
         try:
-            return read_json(self.path) if self.path.is_file() else {}
+            return read_json(self.path, shape) if self.path.is_file() else {}
         except UserError:  # only an estimate hangs on it
             return {}
 
@@ -166,9 +169,8 @@ def count_results(step: Step, settings: Settings) -> int:
     """How many units of the step's runs are measured; 0 for a step that measures none."""
     if step.stage not in ANALYSES:
         return 0
-    units = [p.name for p in (settings.document(ANALYSES[step.stage]).parent / "records").glob("*")]
-    prefixes = tuple(f"{run.name}-" for run in step.runs)  # a unit's name begins with its run's
-    return sum(name.startswith(prefixes) for name in units)
+    records = settings.document(ANALYSES[step.stage]).parent / "records"
+    return len(units_of([run.name for run in step.runs], records))
 
 
 # ---------------------------------------------------------------------------- is it done?
@@ -227,7 +229,7 @@ class DoneTests:
                 self._is_trained(run) or (step.stage == "sweep" and run.has_diverged)
                 for run in step.runs
             )
-        except (UserError, KeyError):
+        except UserError:
             return False
 
     def _is_trained(self, run: Run) -> bool:
@@ -247,7 +249,8 @@ class DoneTests:
             "base": self._base.record,
             "data": {name: task.report for name, task in data.items()},
         }
-        return not different_settings(read_json(run.folder / "run.json"), record)
+        before = read_run(run.folder, "compared", "base", "data")
+        return not different_settings(before, record)
 
     def _unmeasured(self, step: Step, alike: Sequence[Step]) -> set[str]:
         """The runs of these steps, and the base, that have a measurement left.

@@ -10,12 +10,12 @@ other hardware are other quantities: `device` stands in every row.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES, UserError
-from lora_tradeoffs.files import checkpoint_step
+from config import FAMILIES
+from lora_tradeoffs.files import MANIFEST, checkpoints, read_manifest
+from lora_tradeoffs.records import read_run, read_training
 from lora_tradeoffs.tables.arms import arm_of
 from lora_tradeoffs.tables.retention import gains
 from training_configs import tasks_and_variant
@@ -32,24 +32,19 @@ POINTS = ("run", "family", "arm", "seed", "step", "fraction", "seconds", "tokens
 
 
 def cost_table(runs_dir: Path) -> DataFrame:
-    """A row for each finished run; empty if there is none. Unreadable records are skipped.
+    """A row for each finished run; empty if there is none.
 
     `seconds` are those of training, without validation and saving; `tokens` all that were trained
     on (prompts and completions, without padding); `peak_memory_bytes` allocated on the GPU, on a
     CPU resident. `checkpoint_bytes` are the weights of one checkpoint, `disk_bytes` all files of
-    the run. Raises UserError for a run.json without a configuration.
+    the run. Raises UserError for a file that is damaged.
     """
     import pandas as pd
 
     rows = []
     for folder in sorted(path.parent for path in runs_dir.glob("*/training.json")):
-        record, training = _read(folder / "run.json"), _read(folder / "training.json")
-        if not record or not training:
-            continue
-        try:
-            row = training | _who(folder.name, record["config"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{folder / 'run.json'} holds no configuration: restore it") from None
+        record, training = read_run(folder, "config"), read_training(folder)
+        row = training | _who(folder.name, record["config"])
         row["checkpoint_bytes"] = _weight_bytes(folder)
         row["disk_bytes"] = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         row["device"] = record.get("environment", {}).get("device_name")
@@ -114,23 +109,18 @@ def gain_costs(
     points["tokens"] *= points["fraction"]
     proportional = points["fraction"] * points["seconds"]
     folders = [runs_dir / p.run / f"checkpoint-{p.step}" for p in points.itertuples()]
-    manifests = [_read(folder / "manifest.json") or {} for folder in folders]
+    manifests = [_manifest(folder) for folder in folders]
     points["seconds"] = [m.get("seconds", s) for m, s in zip(manifests, proportional)]
     return points[list(POINTS)].sort_values(["run", "step"], ignore_index=True)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None if the file is missing or not whole."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return document if isinstance(document, dict) else None
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    return read_manifest(checkpoint) if (checkpoint / MANIFEST).is_file() else {}
 
 
 def _weight_bytes(folder: Path) -> int | None:
     """Bytes of the weights of the last checkpoint, by its manifest; None if it does not say."""
-    manifests = {checkpoint_step(p.parent): p for p in folder.glob("checkpoint-*/manifest.json")}
-    files = (_read(manifests[max(manifests)]) or {}).get("files", {}) if manifests else {}
+    manifests = [*filter(None, map(_manifest, checkpoints(folder)))]
+    files = manifests[-1]["files"] if manifests else {}
     sizes = [entry["size"] for name, entry in files.items() if name.endswith(".safetensors")]
     return sum(sizes) or None

@@ -10,7 +10,6 @@ mean alone.
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from collections.abc import Iterable
@@ -20,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 from config import FAMILIES, PRESETS, SPLITS, TASKS, UserError
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.files import read_json
-from lora_tradeoffs.records import OLD_VERSIONS, RECORD_VERSION, metric_scale, updated
+from lora_tradeoffs.records import (
+    DOCUMENT,
+    OLD_VERSIONS,
+    RECORD_VERSION,
+    metric_scale,
+    read_run,
+    updated,
+)
 from lora_tradeoffs.tables.arms import FULL, GRID, METHODS, arms_of, shared_words
 
 if TYPE_CHECKING:
@@ -43,7 +49,6 @@ RUN_COLUMNS = {
     **{f"environment.{name}": name for name in ("device_name", "precision")},
     "environment.git_commit": "commit",
     **{f"environment.versions.{name}": name for name in ("torch", "transformers")},
-    "note": "note",
 }
 TEXTS = ("run", "family", "method", "split", "task", "metric")
 NUMBERS = ("rank", "seed", "step", "fraction", "value")
@@ -69,16 +74,14 @@ def load_records(path: Path) -> DataFrame:
     script = SCRIPTS.get(path.name, "eval.py")
     command = f"python {script} --study {path.parent.name}"
     if not path.is_file():
-        others = sorted(p.parent.name for p in path.parent.parent.glob(f"*/{path.name}"))
+        folders = path.parent.parent.glob("*")
+        others = sorted(folder.name for folder in folders if (folder / path.name).is_file())
         raise UserError(
             f"no {path}; make it with: {command}"
             f" (studies that have one: {', '.join(others) or 'none'})"
         )
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-        meta, records = dict(document["meta"]), [*map(dict, document["records"])]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a results document; {command} writes it anew") from None
+    document = read_json(path, DOCUMENT, f"{command} writes it anew")
+    meta, records = document["meta"], document["records"]
     columns = None if records else [*TEXTS, *NUMBERS, "tasks", "variant"]
     frame = pd.DataFrame(records, columns=columns)
     if problem := _problem(meta, records, frame):
@@ -93,10 +96,6 @@ def load_records(path: Path) -> DataFrame:
     frame["preset"] = meta["preset"]
     frame.attrs["meta"] = meta
     return frame
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _problem(meta: dict[str, Any], records: list[dict[str, Any]], frame: DataFrame) -> str:
@@ -229,15 +228,10 @@ def run_table(runs_dir: Path) -> DataFrame:
     """What the study's run.json files say, a run a row; empty if there are none."""
     import pandas as pd
 
-    records: dict[str, Any] = {}
-    for path in sorted(runs_dir.glob("*/run.json")):
-        try:
-            records[path.parent.name] = dict(read_json(path))
-        except (UserError, ValueError, TypeError):
-            records[path.parent.name] = {"note": "run.json is unreadable"}
+    folders = sorted(path.parent for path in runs_dir.glob("*/run.json"))
+    records = {folder.name: read_run(folder) for folder in folders}
     table = pd.json_normalize([*records.values()]).set_axis([*records])
-    table = table.reindex(columns=[c for c in RUN_COLUMNS if c != "note" or c in table])
-    return table.rename(columns=RUN_COLUMNS)
+    return table.reindex(columns=[*RUN_COLUMNS]).rename(columns=RUN_COLUMNS)
 
 
 def gaps(frame: DataFrame, tested: bool = True) -> list[str]:

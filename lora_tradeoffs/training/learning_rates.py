@@ -23,6 +23,7 @@ from typing import Any
 
 from config import FAMILIES, Settings, UserError
 from lora_tradeoffs.files import read_json, write_json
+from lora_tradeoffs.shapes import NUMBER
 from lora_tradeoffs.training.run import Run, is_main
 from training_configs import TrainingConfig, rate_name
 
@@ -37,7 +38,7 @@ FREE = ("learning_rate", "seed", "dtype")
 # The types of the fields that figures and runs read from a record.
 FIELDS = {
     **dict.fromkeys(("arm", "family", "method", "problem"), str),
-    **{"rank": int, "learning_rate": float, "loss": (int, float, type(None)), "chosen": bool},
+    **{"rank": int, "learning_rate": NUMBER, "loss": (*NUMBER, type(None)), "chosen": bool},
 }
 
 Losses = dict[float, list[float]]  # by rate: the seeds' validation losses, inf if diverged
@@ -228,14 +229,7 @@ def read_rates(runs_dir: Path) -> list[dict[str, Any]]:
     path = runs_dir / FILE
     if not path.is_file():
         return []
-    document = read_json(path)
-    try:
-        records = [dict(record) for record in document["records"]]
-        if all(isinstance(r[name], kind) for r in records for name, kind in FIELDS.items()):
-            return records
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise UserError(f"{path} is not a sweep's file; delete it and sweep again (--lr-sweep)")
+    return read_json(path, {"records": [FIELDS]})["records"]
 
 
 def write_rates(runs_dir: Path, arm: str, records: list[dict[str, Any]]) -> Path:

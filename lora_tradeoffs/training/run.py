@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import shutil
@@ -19,7 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import DISK_FULL, Diverged, Settings, UserError
+from config import (
+    Diverged,
+    Settings,
+    UserError,
+    is_out_of_memory,
+    system_error,
+    system_error_line,
+)
 from lora_tradeoffs.files import (
     MANIFEST,
     checkpoints,
@@ -27,6 +35,7 @@ from lora_tradeoffs.files import (
     read_json,
     write_json,
 )
+from lora_tradeoffs.records import forget, read_run, read_training
 from lora_tradeoffs.training.schedule import Schedule, make_schedule
 from training_configs import TrainingConfig
 
@@ -65,11 +74,12 @@ class Run:
     def has_diverged(self) -> bool:
         """Whether it failed because its loss became NaN or infinite."""
         path = self.folder / "error.json"
-        return not self.is_done and path.is_file() and bool(read_json(path).get("diverged"))
+        shape = {"diverged?": bool}
+        return not self.is_done and path.is_file() and read_json(path, shape).get("diverged", False)
 
     def final_loss(self) -> float:
         """Mean validation loss over the tasks at the last checkpoint of a run that is done."""
-        entries = read_json(self.folder / "training.json")["validation"]
+        entries = read_training(self.folder, "validation")["validation"]
         return float(max(entries, key=lambda entry: entry["step"])["eval_loss"])
 
 
@@ -139,7 +149,7 @@ def train_or_record(run: Run, train_run: Callable[[Run], Any], is_alone: bool = 
     try:
         train_run(run)
         return True
-    except Interrupted:
+    except (Interrupted, BrokenPipeError):
         raise
     except UserError as error:
         _write_error(run, error)
@@ -186,9 +196,9 @@ def train(
     """
     from filelock import FileLock, Timeout
 
-    run.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.folder.with_name(f".{run.name}.lock"))
     try:
+        run.folder.mkdir(parents=True, exist_ok=True)
         with lock.acquire(timeout=0) if is_main() else contextlib.nullcontext():
             if overwrite and is_main():
                 shutil.rmtree(run.folder)
@@ -196,15 +206,11 @@ def train(
             return _train_locked(run, settings, setup)
     except Timeout:
         raise UserError(f"{run.name} is being trained by another process") from None
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise _disk_full(run, error) from None
     except Exception as error:
-        # safetensors and torch.save wrap the system's error in their own
-        if any(s in str(error) for s in ("os error 28", "os error 27", "file write failed")):
-            raise _disk_full(run, error) from None
-        if type(error).__name__ == "OutOfMemoryError":
+        if (cause := system_error(error)) and cause.errno != errno.EPIPE:
+            _remove_incomplete(run)
+            raise UserError(f"{run.folder}: {system_error_line(cause)}") from None
+        if is_out_of_memory(error):
             raise UserError(
                 f"{run.name}: {setup.device} is out of memory; lower --set micro_batch_size=N"
                 " or use --set activation_checkpointing=true"
@@ -215,14 +221,11 @@ def train(
             run.folder.rmdir()  # only if nothing was written
 
 
-def _disk_full(run: Run, error: Exception) -> UserError:
+def _remove_incomplete(run: Run) -> None:
+    """Remove checkpoints whose saving did not end, so that their space is free."""
     for checkpoint in checkpoints(run.folder):
         if not (checkpoint / MANIFEST).is_file():
-            shutil.rmtree(checkpoint)  # incomplete, so its space is free for the next attempt
-    return UserError(
-        f"{run.folder}: the disk is full ({str(error).splitlines()[0]}); free some space and run"
-        " the same command to resume from the newest whole checkpoint"
-    )
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _train_locked(run: Run, settings: Settings, setup: TrainingSetup) -> dict[str, Any] | None:
@@ -312,16 +315,21 @@ def _start_or_resume(run: Run, record: dict[str, Any], settings: Settings) -> Pa
     A new run has no results yet: those of an earlier run of its name are removed. Raises UserError
     with the fields that differ.
     """
-    from lora_tradeoffs.records import forget
     from lora_tradeoffs.training.run_record import differences
 
     path = run.folder / "run.json"
     if not path.is_file():
+        if run.is_done or checkpoints(run.folder):
+            raise UserError(
+                f"{run.folder} has checkpoints and no run.json, which says how they were trained:"
+                " restore it, or retrain the run with --overwrite"
+            )
         if removed := forget(settings, run.name):
             print(f"retraining {run.name}: removed {removed} results of the previous run")
         write_json(path, record)
         return None
-    forbidden, harmless = differences(read_json(path), record)
+    before = read_run(run.folder, *("compared", "base", "data", "environment"))
+    forbidden, harmless = differences(before, record)
     if forbidden:
         raise UserError(
             f"{run.folder} was started with different settings: {'; '.join(forbidden)}. Use the"

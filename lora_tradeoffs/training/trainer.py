@@ -28,6 +28,7 @@ from lora_tradeoffs.files import (
     write_manifest,
 )
 from lora_tradeoffs.scoring.log_likelihoods import completion_losses, label_predictions, mean_by_row
+from lora_tradeoffs.shapes import NUMBER
 from training_configs import TrainingConfig
 
 # Below this many tokens (95th percentile) eager attention trains faster than sdpa under bf16 on a
@@ -154,7 +155,8 @@ class RunCallback(TrainerCallback):
         return self.wall_before + time.perf_counter() - self.created
 
     def resume_from(self, checkpoint: Path) -> None:
-        manifest = read_json(checkpoint / "manifest.json")
+        shape = {"seconds": NUMBER, "wall_seconds?": NUMBER}
+        manifest = read_json(checkpoint / "manifest.json", shape)
         self.seconds = manifest["seconds"]
         self.wall_before = manifest.get("wall_seconds", self.seconds)
 

@@ -7,10 +7,11 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from synthetic_drift import write_drift
-from synthetic_effects import write_run
+from synthetic_effects import CONFIG, write_run
 from synthetic_records import GRID, retention_study, study, write_study
 
 from lora_tradeoffs.figures.draw import FIGURES
+from lora_tradeoffs.files import write_json
 from lora_tradeoffs.report.wording import DEMO
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -72,10 +73,8 @@ def test_report_draws_adaptation_and_says_what_is_missing(report, tmp_path):
     write_study(tmp_path, study(grid=grid, families=("similar",)))
     folder = tmp_path / "models" / "demo" / "similar_full_seed42"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(
-        '{"config": {"method": "full", "learning_rate": 5e-5}, "steps": 100,'
-        ' "environment": {"device_name": "an abacus", "versions": {"torch": "9.9"}}}'
-    )
+    environment = {"device_name": "an abacus", "versions": {"torch": "9.9"}}
+    write_json(folder / "run.json", {"config": CONFIG, "steps": 100, "environment": environment})
     text, pictures = report()
     assert names_of("adaptation") < figures_in(tmp_path)
     assert not figures_in(tmp_path) & names_of("retention", "drift")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from synthetic_effects import CONFIG
 from synthetic_records import study, write_study
 
 from config import UserError
@@ -29,8 +30,8 @@ def test_a_foreign_file_is_one_line(tmp_path, text):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda d: d["records"][1].update(value=float("nan")), "not a results document"),
-        (lambda d: d["records"][1].update(value="0.5"), "value of record 1 is '0.5'"),
+        (lambda d: d["records"][1].update(value=float("nan")), "records.1.value is NaN"),
+        (lambda d: d["records"][1].update(value="0.5"), "records.1.value is '0.5'"),
         (lambda d: d["records"][1].update(stderr="0.1"), "stderr of record 1 is '0.1'"),
         (lambda d: [r.update(n="all") for r in d["records"]], "n of record 0 is 'all'"),
         (lambda d: d["records"][1].update(rank=None), "rank of record 1 is None"),
@@ -38,8 +39,8 @@ def test_a_foreign_file_is_one_line(tmp_path, text):
         (lambda d: d["records"][1].update(run=7), "run of record 1 is 7"),
         (lambda d: d["records"][1].update(method="Lora"), "method of record 1 is 'Lora'"),
         (lambda d: d["records"][1].pop("value"), "record 1 lacks value"),
-        (lambda d: d["records"].append([1]), "not a results document"),
-        (lambda d: d.update(records=7), "not a results document"),
+        (lambda d: d["records"].append([1]), "is a list"),
+        (lambda d: d.update(records=7), "records is 7"),
         (lambda d: d["meta"].pop("preset"), "preset is None"),
         (lambda d: d["meta"].update(preset="stduy"), "preset is 'stduy'"),
         (lambda d: d["meta"].update(record_version=3), "record version 3, this suite reads 2"),
@@ -59,13 +60,15 @@ def test_what_no_script_writes_is_refused_by_name(tmp_path, edit, message):
 
 def test_runs_are_listed_with_their_settings(tmp_path):
     assert run_table(tmp_path).empty
-    record = {"base": {"name": "b"}, "steps": 4, "config": {"method": "lora", "rank": 8}}
+    record = {"base": {"name": "b", "digest": "0"}, "steps": 4, "config": CONFIG}
     record |= {"environment": {"device_name": "an abacus", "versions": {"torch": "2"}}}
     for run, text in (("whole", json.dumps(record)), ("broken", "{")):
         (tmp_path / run).mkdir()
         (tmp_path / run / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"broken/run\.json is damaged: .*restore it"):
+        run_table(tmp_path)
+    (tmp_path / "broken" / "run.json").unlink()
     table = run_table(tmp_path)
     row = table.loc["whole"]
     assert (row["base"], row["steps"], row["rank"], row["torch"]) == ("b", 4, 8, "2")
     assert row["device_name"] == "an abacus"
-    assert table.loc["broken", "note"] == "run.json is unreadable"
