@@ -399,7 +399,8 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
             return 130
         except Exception as error:
             if cause := system_error(error):
-                if _discard_unwritable_output() and cause.errno == errno.EPIPE:
+                _discard_unwritable_output()
+                if cause.errno == errno.EPIPE:
                     return 141
                 message = system_error_line(cause)
             elif is_out_of_memory(error):
@@ -413,16 +414,12 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
     return wrapper
 
 
-def _discard_unwritable_output() -> bool:
-    """Send an output that cannot be written to nowhere, so that Python's last flush does not fail.
-
-    Whether there is one.
-    """
-    unwritable = False
+def _discard_unwritable_output() -> None:
+    """Send an output that takes no more nowhere, so that Python's last flush does not fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            unwritable = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return unwritable
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -1,6 +1,9 @@
 """Settings: precedence, and values that cannot be."""
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 from support import ROOT, assert_one_line_error, settings_for
@@ -99,6 +102,76 @@ def test_memory_that_ran_out_is_one_line(capsys):
     assert guarded(main)([]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the memory ran out") and "smaller" in line
+
+
+@pytest.mark.parametrize("number", [5, 13, 28, 30, 36, 116, 122])
+def test_an_error_of_the_disk_is_one_line(capsys, number):
+    def main(argv=None):
+        raise OSError(number, os.strerror(number), "/there/file")
+
+    assert guarded(main)([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {os.strerror(number)}: /there/file; ")
+    assert "mend that" not in line and line.endswith("then run the same command to resume")
+
+
+def test_an_error_of_the_disk_is_one_line_when_a_library_wrapped_it(tmp_path, capsys):
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {"a": torch.zeros(4)}
+
+    def wrapped(argv=None):
+        try:
+            save_file(tensors, "/proc/self/none/a.safetensors")
+        except OSError as error:
+            raise RuntimeError("it failed") from error
+
+    for main in (
+        lambda argv=None: save_file(tensors, "/proc/self/none/a.safetensors"),
+        wrapped,
+    ):
+        assert guarded(main)([]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: No such file")
+
+    def unrelated(argv=None):
+        raise OSError("a library's message")
+
+    with pytest.raises(OSError, match="a library's message"):
+        guarded(unrelated)([])
+
+
+COMMANDS = {
+    "broken-pipe": ("| head -1; echo ${PIPESTATUS[0]}", "141"),
+    "full": ("> out; echo $?", "2"),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_an_output_that_takes_no_more_ends_the_command_quietly(tmp_path, case):
+    path = tmp_path / "command.py"
+    path.write_text(
+        "import sys; from config import guarded\n"
+        "def main(argv=None):\n    for n in range(20_000): print(n)\n    return 0\n"
+        "sys.exit(guarded(main)())"
+    )
+    redirection, code = COMMANDS[case]
+    process = subprocess.run(
+        ["bash", "-c", f"ulimit -f 16; {sys.executable} {path} {redirection}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout.split()[-1] == code
+    errors = process.stderr.splitlines()
+    assert (
+        errors == []
+        if case == "broken-pipe"
+        else errors[0].startswith("error: File too large; free")
+    )
+    assert len(errors) == (case == "full")
 
 
 def test_a_count_below_one_is_refused_by_its_flag(capsys):

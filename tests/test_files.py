@@ -1,18 +1,23 @@
 """Files are written whole; whole checkpoints are found, broken ones named."""
 
 import json
+import os
 
 import pytest
 
+from config import UserError
 from lora_tradeoffs.files import (
     checkpoint_problem,
     checkpoints,
     drop_resume_state,
     newest_whole_checkpoint,
+    read_json,
+    remove_partial,
     write_json,
     write_manifest,
     written_whole,
 )
+from lora_tradeoffs.shapes import NUMBER
 
 
 def write_content(path, text, as_folder):
@@ -69,6 +74,17 @@ def test_the_newest_whole_checkpoint_is_resumed_and_broken_ones_go(tmp_path):
     assert newest_whole_checkpoint(tmp_path / "none") is None
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"files": [1]}', '{"files": {"a": {"size": "1"}}}'])
+def test_a_damaged_manifest_sends_the_run_back_to_the_checkpoint_before(tmp_path, capsys, text):
+    for step in (5, 10):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-10" / "manifest.json").write_text(text)
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-5"
+    said = capsys.readouterr().out
+    assert "not resuming from checkpoint-10: " in said and "manifest.json is damaged" in said
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-5"]
+
+
 def test_a_checkpoint_stays_whole_without_its_optimizer(tmp_path):
     checkpoint = make_checkpoint(tmp_path, 5)
     drop_resume_state(checkpoint)
@@ -86,3 +102,59 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"value": object()})
     assert json.loads(path.read_text()) == {"value": 1}
+
+
+# ----------------------------------------------------------------------------- damaged JSON
+
+SHAPE = {"steps": int, "loss?": (*NUMBER, type(None)), "runs": {"*": [{"name": str}]}}
+WHOLE = {"steps": 3, "loss": 0.5, "runs": {"a": [{"name": "x", "more": []}]}, "more": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (WHOLE, None),
+        ({"steps": 3, "runs": {}}, None),
+        ({**WHOLE, "loss": None}, None),
+        ({"runs": {}}, "steps is missing"),
+        ({**WHOLE, "steps": True}, "steps is true"),
+        ({**WHOLE, "steps": 3.5}, "steps is 3.5"),
+        ({**WHOLE, "loss": float("nan")}, "loss is NaN"),
+        ({**WHOLE, "runs": []}, "runs is a list"),
+        ({**WHOLE, "runs": {"a": [{"name": "x"}, {"name": 7}]}}, "runs.a.1.name is 7"),
+        ([WHOLE], "it is a list"),
+        ("[" * 100_000, "it is no JSON"),
+        ('{"steps": 3', "it is no JSON"),
+        (b"\xff\xfe{", "it is no JSON"),
+    ],
+)
+def test_a_file_that_is_not_of_its_shape_is_damaged(tmp_path, content, problem):
+    path = tmp_path / "file.json"
+    text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if problem is None:
+        assert read_json(path, SHAPE) == content
+        return
+    with pytest.raises(UserError) as error:
+        read_json(path, SHAPE)
+    message = str(error.value)
+    assert message.startswith(f"{path} is damaged: {problem}") and "\n" not in message
+    assert message.endswith("; delete it and run the same command")
+
+
+def test_an_error_of_the_disk_is_not_called_damage(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        read_json(tmp_path / "folder.json")
+
+
+def test_what_a_kill_left_goes_once_no_write_can_be_under_way(tmp_path):
+    write_json(tmp_path / "a.json", {})
+    old, new = tmp_path / ".a.json.1234.partial", tmp_path / "sub" / ".b.5678.partial"
+    new.mkdir(parents=True)
+    old.write_text("half")
+    os.utime(old, (1, 1))
+    remove_partial(tmp_path)
+    assert not old.exists() and new.exists()
+    remove_partial(tmp_path, age=0)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.json", "sub"]

@@ -417,7 +417,7 @@ def test_a_checkpoint_that_its_manifest_does_not_confirm_is_named(folder, model,
     assert set(records_in(results_folder("corrupt-drift")).step) == {2}
     (path.parent / "manifest.json").write_text("{")
     assert main([*model, "--study", "corrupt-drift"]) == 1
-    assert "manifest.json cannot be read" in capsys.readouterr().err
+    assert "manifest.json is damaged" in capsys.readouterr().err
 
 
 def test_a_base_that_is_not_finite_is_named(base, tiny, tmp_path, capsys):
