@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from dotenv import dotenv_values
-
 ROOT = Path(__file__).resolve().parent
 
 FAMILIES = {
@@ -77,7 +75,10 @@ GRADIENT_BATCHES = 32  # the fewest on which the study reports gradient conflict
 DATA_SEED = 42
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 RESERVED_STUDIES = ("base", "sample")
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+# Control characters, and bytes of a command line or variable that are no UTF-8.
+UNUSABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+LARGEST_NUMBER, LARGEST_SEED = 10**12, 2**32 - 1  # NumPy takes no larger seed
 # What to do about an error of the system, by its number.
 SYSTEM_ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space"),
@@ -216,25 +217,52 @@ class Settings:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser with errors of one line, and exit code 2; line breaks in texts stay."""
+    """An argparse parser with errors of one line, and exit code 2; line breaks in texts stay.
+
+    No flag takes an infinite or huge number, or text with control characters.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.register("type", None, _usable_text)
+        self.register("type", int, whole_number)
+        self.register("type", float, finite_number)
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace(": must be", " must be", 1)
+        message = UNUSABLE.sub("?", f"{message:.300}")  # what was typed stands in it
         self.exit(2, f"error: {message} ({self.prog} --help lists all flags)\n")
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number of 1 or more."""
+def _usable_text(text: str) -> str:
+    if UNUSABLE.search(text):
+        raise argparse.ArgumentTypeError("must be UTF-8 text without control characters")
+    return text
+
+
+def whole_number(text: str, lowest: int = -LARGEST_NUMBER, highest: int = LARGEST_NUMBER) -> int:
+    """An argparse type: a whole number in the bounds."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
+    if number < lowest:
+        raise argparse.ArgumentTypeError(f"must be {lowest} or more, not {number}")
+    if number > highest:
+        raise argparse.ArgumentTypeError(f"must be at most {highest}, not {number}")
     return number
 
 
-positive_int.__name__ = "int"  # argparse quotes it: invalid int value
+def finite_number(text: str) -> float:
+    """An argparse type: any number but infinity and nan."""
+    number = float(text)
+    if not abs(number) <= LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"must be a number up to {LARGEST_NUMBER:g}, not {text}")
+    return number
+
+
+positive_int = functools.partial(whole_number, lowest=1)
+seed_number = functools.partial(whole_number, lowest=0, highest=LARGEST_SEED)
+# argparse quotes them: invalid int value
+positive_int.__name__ = seed_number.__name__ = whole_number.__name__ = "int"
+finite_number.__name__ = "float"
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -265,6 +293,8 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
             (env_file.get(variable), f"{variable} in .env"),
         ):
             if value is not None and value != "":
+                if UNUSABLE.search(str(value)):
+                    raise UserError(f"{source} must be UTF-8 text without control characters")
                 sources[name] = source
                 return value
         sources[name] = "preset" if name not in ("preset", "study") else "default"
@@ -280,10 +310,26 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
     def count(name: str, variable: str) -> int:
         return _count(look_up(name, variable, getattr(preset, name)), variable)
 
+    model = str(look_up("model", "MODEL_NAME", preset.model))
+    data = str(look_up("data", "DATA_SOURCE", preset.data))
+    if sources["preset"] == "default":  # the demo's rows and steps are meant for its own model
+        for name, value, is_hub in (
+            (
+                "model",
+                model,
+                model != EMBEDDED_MODEL and not typed_path(model, sources["model"]).exists(),
+            ),
+            ("data", data, data == "hub"),
+        ):
+            if is_hub:
+                raise UserError(
+                    f"{name} is {value!r:.99} ({sources[name]}), and no preset is set: add --preset"
+                    " study (full budgets), or --preset demo (a few steps on the sample rows)"
+                )
     return Settings(
         preset=preset,
-        model=_model_name(str(look_up("model", "MODEL_NAME", preset.model)), env_file),
-        data=_data_source(str(look_up("data", "DATA_SOURCE", preset.data)), sources["data"]),
+        model=_model_name(model, sources["model"], env_file),
+        data=_data_source(data, sources["data"]),
         study=check_study(str(look_up("study", "STUDY_NAME", preset.name)), sources["study"]),
         examples_per_task=count("examples_per_task", "EXAMPLES_PER_TASK"),
         eval_examples_per_task=count("eval_examples_per_task", "EVAL_EXAMPLES_PER_TASK"),
@@ -295,21 +341,50 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
 
 @functools.cache
 def _env_file() -> dict[str, str]:
-    return {k: v for k, v in dotenv_values(ROOT / ".env").items() if v}
+    return read_env_file(ROOT / ".env")
 
 
-def _model_name(name: str, env_file: dict[str, str]) -> str:
+def read_env_file(path: Path) -> dict[str, str]:
+    """The variables of a `.env` that have a value. Raises UserError if it cannot be read."""
+    if not path.is_file():
+        return {}
+    from dotenv import dotenv_values
+
+    try:
+        values = {name: value for name, value in dotenv_values(path).items() if value}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); save it as such") from None
+    for name, value in values.items():
+        if "\0" in value:
+            raise UserError(f"{path}: {name} holds a NUL character; write the line again")
+    return values
+
+
+def _model_name(name: str, source: str, env_file: dict[str, str]) -> str:
     """Prefix HF_USERNAME to a bare name that is neither the embedded model nor a folder."""
     username = os.environ.get("HF_USERNAME") or env_file.get("HF_USERNAME")
-    if name == EMBEDDED_MODEL or "/" in name or Path(name).exists() or not username:
+    if name == EMBEDDED_MODEL or typed_path(name, source).exists() or "/" in name or not username:
         return name
     return f"{username}/{name}"
+
+
+def typed_path(text: str, source: str) -> Path:
+    """The path that a user typed, with `~` expanded. Raises UserError if there can be none."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long; an unknown ~user
+        reason = getattr(error, "strerror", None) or "there is no such user"
+        raise UserError(f"{source} is {text!r:.80}: {reason}") from None
+    return path
 
 
 def _data_source(value: str, source: str) -> str:
     if value in ("hub", "sample"):
         return value
-    path = Path(value).expanduser()
+    path = typed_path(value, source)
     if source.endswith(".env") and not path.is_absolute():
         path = ROOT / path  # a relative path in .env must not depend on the working folder
     if not path.is_dir():
@@ -324,24 +399,42 @@ def check_study(name: str, source: str = "--study") -> str:
     """The study's name. Raises UserError if it is reserved or could be a path."""
     if not NAME_PATTERN.fullmatch(name) or ".." in name or name in RESERVED_STUDIES:
         raise UserError(
-            f"study is {name!r} ({source}); allowed: letters, digits, '.', '_', '+' and '-', not a"
-            f" path, and none of the reserved names {', '.join(RESERVED_STUDIES)}"
+            f"study is {name!r:.99} ({source}); allowed: up to 100 letters, digits, '.', '_',"
+            f" '+' and '-', not a path, and not reserved ({', '.join(RESERVED_STUDIES)})"
         )
     return name
 
 
 def _count(value: object, variable: str) -> int:
-    if not re.fullmatch(r"0*[1-9][0-9]*", str(value)):
-        raise UserError(f"{variable} is {value!r}; allowed: a whole number of at least 1")
+    if not re.fullmatch(r"0*[1-9][0-9]{0,11}", str(value)):
+        allowed = "a whole number of at least 1 and below 10^12"
+        raise UserError(f"{variable} is {value!r:.40}; allowed: {allowed}")
     return int(str(value))
 
 
 def _folder(value: object, variable: str) -> Path:
-    path = Path(str(value)).expanduser()
+    path = typed_path(str(value), variable)
     path = path if path.is_absolute() else ROOT / path
     if path.exists() and not path.is_dir():
         raise UserError(f"{variable} is {str(value)!r}, which is a file; allowed: a folder")
     return path
+
+
+def _missing_package(kind: type, error: Any, traceback: Any) -> None:
+    """Python's excepthook, with one line for a package that is missing or too old."""
+    cause = error
+    while cause.__cause__ and not getattr(cause, "name", None):  # transformers' own has none
+        cause = cause.__cause__
+    package = (getattr(cause, "name", None) or "config").partition(".")[0]
+    is_ours = (ROOT / package).is_dir() or (ROOT / f"{package}.py").is_file()
+    if not isinstance(cause, ImportError) or is_ours:
+        return sys.__excepthook__(kind, error, traceback)
+    reason = cause.msg if type(cause) is ImportError else f"the package {package} is missing"
+    print(f"error: {reason}; pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
+
+sys.excepthook = _missing_package
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -408,7 +501,7 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
                 message += " the same command to resume: finished results are kept"
             else:
                 raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
         return 2
 
     return wrapper

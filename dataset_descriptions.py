@@ -11,6 +11,7 @@ share a label word, so that a habit of answering learned on one is not carried i
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import textwrap
 from collections.abc import Callable
@@ -348,7 +349,9 @@ DESCRIPTIONS = {
 def describe(name: str) -> DatasetDescription:
     """The description of a task. Raises UserError for an unknown one."""
     if name not in DESCRIPTIONS:
-        raise UserError(f"unknown task {name!r}; tasks: {', '.join(TASKS)}")
+        close = difflib.get_close_matches(name.lower(), DESCRIPTIONS, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown task {name!r:.80}; {meant}tasks: {', '.join(TASKS)}")
     return DESCRIPTIONS[name]
 
 

@@ -30,6 +30,7 @@ from config import (
     add_common_arguments,
     guarded,
     resolve_settings,
+    seed_number,
 )
 from dataset_descriptions import describe
 from lora_tradeoffs.training.learning_rates import FACTORS, sweep
@@ -140,7 +141,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_common_arguments(parser)
     run = parser.add_argument_group("runs")
     add = run.add_argument
-    add("--seed", nargs="+", type=int, metavar="S", help="a run per seed (default: the preset's)")
+    add(
+        "--seed",
+        nargs="+",
+        type=seed_number,
+        metavar="S",
+        help="a run per seed (default: the preset's)",
+    )
     add("--max-steps", type=int, metavar="N", help="train N optimizer steps instead of epochs")
     modules = "which projections get LoRA (default qv)"
     add("--target-modules", choices=TARGET_MODULES, help=modules)

@@ -26,6 +26,7 @@ from config import (
     guarded,
     positive_int,
     resolve_settings,
+    seed_number,
 )
 from lora_tradeoffs.files import MANIFEST, checkpoints, read_json, write_json
 from lora_tradeoffs.records import DOCUMENT
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--families", nargs="+", choices=FAMILIES, help="families of tasks to train on")
     add("--ranks", nargs="+", type=int, metavar="R", help=f"LoRA ranks beside full, e.g. {ranks}")
     add("--full-qv", action="store_true", help="also train q_proj and v_proj without LoRA")
-    add("--seeds", nargs="+", type=int, metavar="S", help="seeds to train every configuration with")
+    add("--seeds", nargs="+", type=seed_number, metavar="S", help="seeds of every configuration")
     text = "also train every configuration on each task alone (needed for transfer)"
     add("--single-task-controls", action="store_true", help=text)
     text = f"""search the learning rate of every configuration with the first seed, from these

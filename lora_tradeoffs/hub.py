@@ -129,6 +129,8 @@ def hub_error(error: Exception, what: str, source: str) -> Exception:
             "cannot be fetched, the Hub does not know HF_TOKEN; make one at"
             " https://huggingface.co/settings/tokens"
         )
+    elif kinds & {"UnicodeEncodeError", "LocalProtocolError"}:  # their text would show the token
+        problem = "cannot be fetched, HF_TOKEN has characters that no token has; copy it again"
     elif http or isinstance(error, (*offline, ConnectionError)):
         problem = (
             f"cannot be fetched, the Hub is unreachable ({type(error).__name__}); check the network"

@@ -2,11 +2,14 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
-from support import ROOT, assert_one_line_error, settings_for
+from hypothesis import given
+from hypothesis import strategies as st
+from support import ROOT, assert_one_line_error, ends_or_refuses, settings_for
 
 import config
 from config import UserError, guarded
@@ -44,6 +47,17 @@ def test_the_headline_says_what_runs_and_where_it_came_from():
         ("STUDY_NAME", "../up", "not a path"),
         ("STUDY_NAME", "base", "reserved"),
         ("DATA_SOURCE", "no-such-folder", "hub, sample"),
+        ("STUDY_NAME", "s" * 300, "up to 100 letters"),
+        ("STUDY_NAME", "a\nb", "without control characters"),
+        ("OUTPUT_DIR", "o" * 300, "File name too long"),
+        ("OUTPUT_DIR", "~nosuchuser/out", "no such user"),
+        ("DATA_DIR", "d\x1b[31m", "without control characters"),
+        ("DATA_SOURCE", "~nosuchuser/rows", "no such user"),
+        ("DATA_SOURCE", "r" * 300, "File name too long"),
+        ("DATA_SOURCE", "not-utf8-\udcff", "UTF-8 text"),
+        ("MODEL_NAME", "~nosuchuser/model", "no such user"),
+        ("MODEL_NAME", "m" * 300, "File name too long"),
+        ("EXAMPLES_PER_TASK", "9" * 5_000, "a whole number"),
         ("EXAMPLES_PER_TASK", "many", "a whole number of at least 1"),
         ("EVAL_EXAMPLES_PER_TASK", "0", "a whole number of at least 1"),
         ("OUTPUT_DIR", str(ROOT / "README.md"), "a folder"),
@@ -56,12 +70,79 @@ def test_a_value_that_cannot_be_names_the_variable_and_what_is_allowed(
     with pytest.raises(UserError) as error:
         settings_for()
     assert variable in str(error.value) and allowed in str(error.value)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
+
+
+def test_a_model_or_data_of_the_hub_asks_for_the_preset(monkeypatch, tmp_path):
+    for flags in ({"model": "meta-llama/Llama-3.2-1B"}, {"data": "hub"}):
+        with pytest.raises(UserError, match="no preset is set: add --preset study"):
+            settings_for(**flags)
+        assert settings_for(**flags, preset="demo").preset.name == "demo"
+    monkeypatch.setenv("MODEL_NAME", "meta-llama/Llama-3.2-1B")
+    with pytest.raises(UserError, match="variable MODEL_NAME"):
+        settings_for()
+    assert settings_for(model=str(tmp_path)).model == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("STUDY_NAME=caf\xe9".encode("latin-1"), "is not UTF-8 text"),
+        (b"STUDY_NAME=a\0b", "STUDY_NAME holds a NUL"),
+        (b"HF_TOKEN=hf_\0", "HF_TOKEN holds a NUL"),
+    ],
+)
+def test_an_env_file_that_cannot_be_read_is_named(tmp_path, content, message):
+    path = tmp_path / ".env"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        config.read_env_file(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.fuzz
+@given(st.binary() | st.lists(st.binary()).map(b"\nSTUDY_NAME=".join))
+def test_any_env_file_is_read_or_named(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("env") / ".env"
+    path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch, ends_or_refuses():
+        values = config.read_env_file(path)
+        patch.setattr(config, "_env_file", lambda: values)
+        settings_for()
+    shutil.rmtree(path.parent)
+
+
+BLOCKED = """
+import importlib.abc, runpy, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == PACKAGE:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Finder())
+sys.path.insert(0, "")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("package", ["torch", "numpy", "transformers", "scipy"])
+def test_a_missing_package_is_one_line(script, package):
+    command = ("multi_task_training.py", "--similar", "--lora", "4", "--dry-run")
+    process = script("-c", BLOCKED.replace("PACKAGE", repr(package)), *command)
+    message = f"error: the package {package} is missing; pip install -r requirements.txt"
+    assert process.returncode == 2 and process.stderr.splitlines()[-1] == message
+
+
+def test_an_error_in_an_import_of_our_own_is_not_taken_for_a_missing_package(capsys):
+    error = ModuleNotFoundError("No module named 'lora_tradeoffs.x'", name="lora_tradeoffs.x")
+    config._missing_package(type(error), error, None)
+    assert "pip install" not in capsys.readouterr().err
 
 
 def test_a_bare_model_name_belongs_to_the_user(monkeypatch):
     monkeypatch.setenv("HF_USERNAME", "ada")
-    assert settings_for(model="my-llama").model == "ada/my-llama"
-    assert settings_for(model="other/llama").model == "other/llama"
+    assert settings_for(model="my-llama", preset="demo").model == "ada/my-llama"
+    assert settings_for(model="other/llama", preset="demo").model == "other/llama"
     assert settings_for().model == config.EMBEDDED_MODEL
 
 
@@ -174,16 +255,33 @@ def test_an_output_that_takes_no_more_ends_the_command_quietly(tmp_path, case):
     assert len(errors) == (case == "full")
 
 
-def test_a_count_below_one_is_refused_by_its_flag(capsys):
+def test_a_value_that_no_flag_takes_is_one_line(capsys):
     parser = config.Parser(prog="command")
     parser.add_argument("--limit", type=config.positive_int)
     assert parser.parse_args(["--limit", "3"]).limit == 3
-    for value, message in (("0", "--limit must be 1 or more, not 0"), ("x", "invalid int value")):
+    parser.add_argument("--seed", type=config.seed_number)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--name")
+    for flag, value, message in (
+        ("--limit", "0", "--limit must be 1 or more, not 0"),
+        ("--limit", "x", "invalid int value"),
+        ("--limit", "1" + "0" * 13, "must be at most"),
+        ("--seed", str(2**32), "must be at most 4294967295"),
+        ("--seed", "-1", "must be 0 or more"),
+        ("--rate", "inf", "must be a number"),
+        ("--rate", "nan", "must be a number"),
+        ("--rate", "1e999", "must be a number"),
+        ("--count", "9" * 5_000, "invalid int value"),
+        ("--name", "a\nb", "without control characters"),
+        ("--name", "\udcff", "must be UTF-8 text"),
+        ("a\nb", "c", "unrecognized arguments"),
+    ):
         with pytest.raises(SystemExit) as exit:
-            parser.parse_args(["--limit", value])
+            parser.parse_args([flag, value])
         assert exit.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: --limit") and message in line
+        assert line.startswith("error: ") and message in line and len(line) < 400
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def python(code, folder, endpoint, **variables):
         "OUTPUT_DIR": str(folder / "out"),
         "DATA_DIR": str(folder / "data"),
         "OMP_NUM_THREADS": "1",
+        "PRESET": "demo",
     }
     return subprocess.run(
         [sys.executable, "-c", "import config; config._env_file = dict\n" + code],
@@ -286,6 +287,11 @@ REFUSED = {
         "study/tiny-llama --dry-run",
         {"HF_TOKEN": "hf_expired"},
         ("does not know HF_TOKEN", "https://huggingface.co/settings/tokens"),
+    ),
+    "a token that is not ASCII": (
+        "study/tiny-llama",
+        {"HF_TOKEN": "hf_caf\u00e9"},
+        ("cannot be fetched, HF_TOKEN has characters that no token has", "copy it again"),
     ),
     "an unknown model": (
         "study/delegated",
