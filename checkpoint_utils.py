@@ -60,7 +60,8 @@ def find_base(model: str | None = None) -> Base:
     >>> (base.folder / "config.json").is_file()
     True
     """
-    return prepare_base(resolve_settings(argparse.Namespace(model=model)))
+    preset = "study" if model else None  # which one matters for no model
+    return prepare_base(resolve_settings(argparse.Namespace(model=model, preset=preset)))
 
 
 def load_base_model(model: str | None = None, device: str = "cpu") -> PreTrainedModel:

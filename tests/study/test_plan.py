@@ -90,7 +90,9 @@ def test_the_options_of_the_sample_are_options_of_the_analyses():
 
 
 def test_workers_share_an_analysis_after_one_has_measured_the_base(planned):
-    _, _, runs, steps = planned("--study", "shards", "--workers", "2", "--data", "hub")
+    _, _, runs, steps = planned(
+        "--study", "shards", "--workers", "2", "--data", "hub", "--preset", "demo"
+    )
     named = {step.name: step for step in steps}
     base, one, two = (named[f"retention-{part}"] for part in ("base", "1of2", "2of2"))
     assert {run.config.family for run in base.runs} == {"similar", "dissimilar"}
