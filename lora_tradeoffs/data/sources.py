@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 VALIDATION_ROWS = 2_000  # to carve from train where the official split is needed as test
+MOST_LEVELS = 50  # of nesting in a row: what handles it recurses
 PROSE = "prose"  # a folder's own held-out text, one "page" a line
 
 
@@ -139,6 +140,8 @@ def iterate_jsonl(
                 row = json.loads(line.decode("utf-8-sig"))
                 if rb"\u" in line:  # may be half of a surrogate pair, which is no text
                     json.dumps(row, ensure_ascii=False).encode()
+                if _levels(row) > MOST_LEVELS:
+                    raise RecursionError
                 reason = problem(row) if isinstance(row, dict) else "not a JSON object"
             except UnicodeError as error:
                 reason = f"not UTF-8 text ({error.reason})"
@@ -151,6 +154,15 @@ def iterate_jsonl(
             yield row
     if not number:
         raise UserError(f"{path} is empty; it needs at least one row")
+
+
+def _levels(value: Any) -> int:
+    """How deep lists and dicts are nested in a JSON value."""
+    levels, inner = 0, [value]
+    while inner := [v for v in inner if isinstance(v, (dict, list))]:
+        inner = [v for part in inner for v in (part.values() if type(part) is dict else part)]
+        levels += 1
+    return levels
 
 
 @contextmanager

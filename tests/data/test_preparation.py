@@ -221,6 +221,10 @@ BAD = {
         {"test": ['{"sentence": "a", "label": 1, "x": ' + "[" * 9_999 + "]" * 9_999 + "}\n"]},
         "test.jsonl:1: nested too deeply",
     ),
+    "nesting that only parsing survives": (
+        {"test": ['{"sentence": "a", "label": 1, "x": ' + "[" * 800 + "]" * 800 + "}\n"]},
+        "test.jsonl:1: nested too deeply",
+    ),
     "a long number": ({"train": ['{"label": ' + "9" * 5_000 + "}\n"]}, "train.jsonl:1: not JSON"),
     "a row in two splits": ({"test": sentences("d", "b")}, "test.jsonl:2: the same row"),
 }
