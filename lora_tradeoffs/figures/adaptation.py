@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dataset_descriptions import DESCRIPTIONS
-from lora_tradeoffs.figures import marks, panels
-from lora_tradeoffs.figures.style import METRIC_LABELS, style_of, styled
+from lora_tradeoffs.figures import marks
+from lora_tradeoffs.figures.panels import Panels, figure_of, interval_notes, require
+from lora_tradeoffs.figures.style import METRIC_LABELS, style_of
 from lora_tradeoffs.tables.frames import (
+    in_order,
     is_trained,
     last_checkpoints,
-    ordered,
     scores,
     summarise,
     unfinished,
@@ -24,69 +23,52 @@ if TYPE_CHECKING:
     from lora_tradeoffs.figures.study_records import StudyRecords
 
 
-@styled()
-def learning_curves(study: StudyRecords) -> Figure:
+@figure_of("adaptation")
+def learning_curves(study: StudyRecords, frame: DataFrame) -> Figure:
     """A panel for each task: the primary metric on validation over training, from the base on."""
-    frame = study.adaptation
     rows = _primary_scores(frame)
     rows = rows[rows["split"] == "validation"]
     trained = rows[is_trained(rows)].dropna(subset=["fraction"])
-    if trained.empty:
-        return panels.nothing(frame, "no primary metric of a checkpoint on the validation split")
-    table = summarise(trained.assign(fraction=trained["fraction"].round(4)), by=("fraction",))
-    figure, axes = _task_panels(table["task"], share_x="all")
-    panels.training_curves(axes, rows, table)
+    require(trained, "no primary metric of a checkpoint on the validation split")
+    panels = Panels.wrapped(rows[rows["task"].isin(trained["task"])], share_x="all")
+    means = marks.curves(panels, "fraction")
     about = "Split: validation. Arms are shifted sideways at a checkpoint."
-    return _finish(figure, frame, rows, table, about, "lines")
+    return panels.finish(frame, [about, *interval_notes(means)])
 
 
-@styled()
-def last_by_rank(study: StudyRecords) -> Figure:
+@figure_of("adaptation")
+def last_by_rank(study: StudyRecords, frame: DataFrame) -> Figure:
     """A panel for each task: the last checkpoint by LoRA rank, then full qv and full.
 
     The split is test if any arm has been measured on it. Small points beside a mean are its seeds.
     """
-    frame = study.adaptation
     rows = last_checkpoints(_primary_scores(frame))
     is_tested = (is_trained(rows) & (rows["split"] == "test")).any()
     split = "test" if is_tested else "validation"
     rows = rows[rows["split"] == split]
-    trained = rows[is_trained(rows)]
-    if trained.empty:
-        return panels.nothing(frame, f"no last checkpoint's primary metric on the {split} split")
-    table = summarise(trained)
-    figure, axes = _task_panels(table["task"], share_x="all")
-    for task, ax in axes.items():
-        marks.references(ax, rows[rows["task"] == task])
-    panels.points_by_rank(axes, trained, table)
+    require(rows[is_trained(rows)], f"no last checkpoint's primary metric on the {split} split")
+    panels = Panels.wrapped(rows, share_x="all")
+    means = marks.points_by_rank(panels)
     about = f"Split: {split}. Last checkpoint.{unfinished(frame)}"
-    return _finish(figure, frame, rows, table, about, "lines over points")
+    sentences = [about, *interval_notes(means, small="; small points: single seeds")]
+    return panels.finish(frame, sentences, "lines over points")
 
 
-@styled()
-def validation_against_test(study: StudyRecords) -> Figure:
+@figure_of("adaptation")
+def validation_against_test(study: StudyRecords, frame: DataFrame) -> Figure:
     """A panel for each task: the last checkpoint on test over validation; equal on the line."""
-    frame = study.adaptation
     rows = last_checkpoints(_primary_scores(frame))
     rows = rows[is_trained(rows)]
     rows = rows[rows.groupby(["run", "task"])["split"].transform("nunique") == 2]
-    if rows.empty:
-        return panels.nothing(frame, "no last checkpoint measured on both validation and test")
-    tables = [summarise(rows[rows["split"] == split]) for split in ("validation", "test")]
-    table = tables[0].merge(tables[1], on=["task", "arm"], suffixes=("", "_test"))
-    figure, axes = _task_panels(table["task"])
-    for task, ax in axes.items():
-        for _, point in table[table["task"] == task].iterrows():
-            on_test = {name: point[f"{name}_test"] for name in ("value", "low", "high")}
-            ax.errorbar(
-                [point["value"]],
-                [on_test["value"]],
-                xerr=marks.interval_lengths(point),
-                yerr=marks.interval_lengths(on_test),
-                label=point["arm"],
-                elinewidth=0.7,
-                **style_of(point["arm"]) | {"linestyle": "none"},
-            )
+    require(rows, "no last checkpoint measured on both validation and test")
+    panels = Panels.wrapped(rows)
+    means = summarise(rows, by=("split",))
+    test, validation = (means[means["split"] == split] for split in ("test", "validation"))
+    points = test.merge(validation, on=["task", "arm"], suffixes=("", "_validation"))
+    for task, ax in panels.axes.items():
+        for _, point in points[points["task"] == task].iterrows():
+            style = style_of(point["arm"]) | {"linestyle": "none", "elinewidth": 0.7}
+            marks.cross(ax, point, "_validation", point["arm"], **style)
         low = min(ax.get_xlim()[0], ax.get_ylim()[0])
         high = max(ax.get_xlim()[1], ax.get_ylim()[1])
         ax.plot([low, high], [low, high], color="#b0b0b0", lw=0.7, zorder=0, label="identity")
@@ -94,27 +76,13 @@ def validation_against_test(study: StudyRecords) -> Figure:
         ax.locator_params(nbins=4)
         ax.set_ylabel(f"test {ax.get_ylabel()}")
     about = f"Last checkpoint; on the line both splits agree.{unfinished(frame)}"
-    return _finish(figure, frame, rows, table, about, "points")
-
-
-def _task_panels(tasks: Iterable[str], **share: str) -> Any:
-    """A panel for each task, in the suite's order, three in a row."""
-    metrics = {task: DESCRIPTIONS[task].metrics[0] for task in ordered(tasks)}
-    return panels.titled([{task: METRIC_LABELS.get(m, m) for task, m in metrics.items()}], **share)
+    return panels.finish(frame, [about, *interval_notes(points)], "points")
 
 
 def _primary_scores(frame: DataFrame) -> DataFrame:
-    """Primary metrics with the description's own prompt and no in-context examples."""
+    """Primary metrics with the description's own prompt and no in-context examples, by task in the
+    suite's order, with the labels of their axes."""
     rows = scores(frame)
-    return rows[(rows["shots"] == 0) & (rows["prompt"] == 0)]
-
-
-def _finish(
-    figure: Figure, frame: DataFrame, rows: DataFrame, table: DataFrame, about: str, kind: str
-) -> Figure:
-    arms = {*table["arm"], *rows["arm"][rows["method"] == "base"]}
-    is_baseline = (rows["method"] == "baseline").any()
-    extra = [panels.dotted("baseline (its name over the panel)")] if is_baseline else []
-    small = "; small points: single seeds" if kind == "lines over points" else ""
-    sentences = [about, *panels.interval_notes(table, small)]
-    return panels.finish(figure, frame, arms, sentences, kind, extra)
+    rows = rows[(rows["shots"] == 0) & (rows["prompt"] == 0)]
+    labels = rows["metric"].map(lambda metric: METRIC_LABELS.get(metric, metric))
+    return in_order(rows.assign(label=labels), "task")

@@ -1,32 +1,33 @@
-"""What figures are put together from: panels, their labels, the legend and the small print.
+"""What figures are put together from: panels of a frame's rows, their legend and small print.
 
-@styled()
-def drift_by_family(study):
-    figure, axes = panels.grid(["size", "rotation"], ["similar", "dissimilar"])
-    for (row, column), ax in axes.items():
-        marks.curve(ax, arm, x, points)
-    panels.label_edges(axes, "fraction of training", y=str)
-    return panels.finish(figure, study.drift, arms, ["Mean over the layers."])
+@figure_of("drift")
+def drift_by_family(study, frame):
+    rows = require(frame[frame["metric"] == "relative_frobenius"], "no drift")
+    panels = Panels.grid(rows, "module", "family")
+    means = marks.curves(panels, "fraction")
+    return panels.finish(frame, ["Mean over the layers.", *interval_notes(means)])
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_tradeoffs.figures import marks
+from config import FAMILIES
 from lora_tradeoffs.figures.style import GREY, palette, style_of, styled
 from lora_tradeoffs.tables.arms import Arm
-from lora_tradeoffs.tables.frames import is_demo, is_trained
+from lora_tradeoffs.tables.frames import is_demo
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
+
+    from lora_tradeoffs.figures.study_records import StudyRecords
 
 DEMO_NOTE = "demo: small instruct model, 4-bit weights, few rows: not evidence"
 PANEL = (2.4, 2.05)  # inches; three panels fill a page of two columns
@@ -40,145 +41,174 @@ LEGENDS = {
     "lines from a point": (True, False),
 }
 
-# ------------------------------------------------------------------------------------ panels
+
+class NothingToDraw(Exception):
+    """Says which records a figure lacks."""
 
 
-def titled(
-    blocks: Iterable[Mapping[str, str]],
-    columns: int = 3,
-    size: tuple[float, float] = PANEL,
-    share_x: str = "none",
-    share_y: str = "none",
-) -> tuple[Figure, dict[str, Axes]]:
-    """Panels by title; a block holds their y labels and begins a row of its own."""
-    labels = {title: label for block in blocks for title, label in block.items()}
-    rows = [
-        names[i : i + columns] for names in map(list, blocks) for i in range(0, len(names), columns)
-    ]
-    figure, axes = _subplots(rows, size, share_x, share_y)
-    for title, ax in axes.items():
-        ax.set_title(title, loc="left")
-        ax.set_ylabel(labels[title])
-    return figure, axes
+def figure_of(analysis: str) -> Callable[[Callable[..., Figure]], Callable[[Any], Figure]]:
+    """Turn a function of a study and its frame of the analysis into figure(study), in our style.
 
-
-def grid(
-    rows: Iterable[str],
-    columns: Iterable[Any],
-    size: tuple[float, float] = CELL,
-    share_x: str = "col",
-    share_y: str = "none",
-) -> tuple[Figure, dict[tuple[str, Any], Axes]]:
-    """A panel for each row and column, the columns' names as titles above the first row."""
-    keys = [[(row, column) for column in columns] for row in rows]
-    figure, axes = _subplots(keys, size, share_x, share_y)
-    for row, column in keys[0]:
-        axes[row, column].set_title(str(column), loc="left")
-    return figure, axes
-
-
-def _subplots(
-    keys: Sequence[Sequence[Any]], size: tuple[float, float], share_x: str, share_y: str
-) -> tuple[Figure, dict[Any, Axes]]:
-    from matplotlib.figure import Figure
-
-    width = max(map(len, keys))
-    inches = (max(size[0] * width + 0.5, 3.6), size[1] * len(keys) + 0.8)
-    figure = Figure(figsize=inches, layout="constrained")
-    axes = {}
-    for row, cells in zip(
-        keys, figure.subplots(len(keys), width, squeeze=False, sharex=share_x, sharey=share_y)
-    ):
-        axes |= dict(zip(row, cells))
-        for ax in cells[len(row) :]:
-            ax.remove()
-    return figure, axes
-
-
-def label_edges(
-    axes: Mapping[Any, Axes], x: str = "", y: Callable[[str], str] | None = None
-) -> None:
-    """`x` and ticks below each column's lowest panel; `y` of the row's name at its left."""
-    lowest = {}
-    for key, ax in axes.items():
-        column = ax.get_subplotspec().colspan.start
-        lowest[column] = ax
-        if y and column == 0:
-            ax.set_ylabel(y(key[0]))
-    for ax in lowest.values():
-        ax.tick_params(labelbottom=True)
-        if x:
-            ax.set_xlabel(x)
-
-
-def most_arms(arms: Iterable[Arm]) -> list[Arm]:
-    """At most MOST_ARMS of the arms, the grid's first, in the order of legends."""
-    return sorted(sorted(set(arms), key=lambda arm: (bool(arm.details), arm))[:MOST_ARMS])
-
-
-# ----------------------------------------------------------- over training and by rank
-
-
-def training_curves(axes: Mapping[str, Axes], rows: DataFrame, table: DataFrame) -> None:
-    """The arms over the fraction of training in panels by task, from the base on.
-
-    `rows` hold the base and the baselines, `table` is the summary. All arms lie within half the
-    distance of two checkpoints, so that their bars do not overlap.
+    Without the rows that the function requires, the figure says what is missing.
     """
-    steps = [0.0, *sorted(set(table["fraction"]))]
-    gap = min((b - a for a, b in pairwise(steps) if b > a), default=1.0)
-    shift = marks.offsets(table["arm"], min(0.5 * gap, 0.07))
-    for task, ax in axes.items():
-        base = marks.references(ax, rows[rows["task"] == task])
-        start = None if base is None else (0.0, base)
-        for arm, points in table[table["task"] == task].groupby("arm"):
-            marks.curve(ax, arm, points["fraction"] + shift[arm], points, start, alpha=0.5)
-        ax.set_xlim(-0.02, steps[-1] + 0.06)
-    label_edges(axes, "fraction of training")
+
+    def decorate(draw: Callable[..., Figure]) -> Callable[[Any], Figure]:
+        @functools.wraps(draw)
+        def figure(study: StudyRecords) -> Figure:
+            frame = getattr(study, analysis)
+            with styled():
+                try:
+                    return draw(study, frame)
+                except NothingToDraw as missing:
+                    return _nothing(frame, f"Nothing to draw: {missing}.")
+
+        return figure
+
+    return decorate
 
 
-def points_by_rank(axes: Mapping[str, Axes], rows: DataFrame, table: DataFrame) -> None:
-    """The arms over LoRA's ranks, full qv and full, in panels by task; beside a mean its seeds.
+def require(rows: DataFrame, missing: str) -> DataFrame:
+    """The rows. Raises NothingToDraw if there are none."""
+    if rows.empty:
+        raise NothingToDraw(missing)
+    return rows
 
-    `rows` are the records, `table` is their summary.
-    """
-    arms = set(table["arm"])
-    slots = sorted({Arm(arm.method, arm.rank) for arm in arms})
-    x: dict[Arm, float] = {}
-    for i, slot in enumerate(slots):
-        at_slot = [arm for arm in arms if (arm.method, arm.rank) == (slot.method, slot.rank)]
-        x |= {arm: i + offset for arm, offset in marks.offsets(at_slot, 0.5).items()}
-    for task, ax in axes.items():
-        for arm, points in table[table["task"] == task].groupby("arm"):
-            marks.bars(ax, [x[arm]], points, arm)
-            style = style_of(arm) | {"linestyle": "none"}
-            ax.plot([x[arm]], points["value"], label=arm, **style)
-            if points["seeds"].iloc[0] > 1:
-                seeds = rows[(rows["task"] == task) & (rows["arm"] == arm)]["value"]
-                small = {"marker": ".", "markersize": 3, "alpha": 0.7, "linestyle": "none"}
-                small |= {"label": f"seeds of {arm}", "color": style["color"]}
-                ax.plot([x[arm] - 0.2] * len(seeds), seeds, **small)
-        names = [str(slot.rank or slot.kind.replace(" ", "\n")) for slot in slots]
-        ax.set_xticks(range(len(slots)), names)
-        ax.set_xlim(-0.6, len(slots) - 0.4)
-    label_edges(axes, "LoRA rank, full fine-tuning")
+
+def levels(values: Iterable[Any]) -> list[Any]:
+    """Distinct values: arms as in legends, what begins with a family's name in the suite's order
+    of families, the rest as they come."""
+    families = [*FAMILIES]
+
+    def sort_key(value: Any) -> Any:
+        family = str(value).split(",")[0]
+        return value if isinstance(value, Arm) else [*families, family].index(family)
+
+    return sorted(dict.fromkeys(values), key=sort_key)
+
+
+def most_arms(rows: DataFrame) -> tuple[DataFrame, str]:
+    """The rows of at most MOST_ARMS arms, the grid's first, and a sentence on those left out."""
+    arms = sorted(set(rows["arm"]), key=lambda arm: (bool(arm.details), arm))
+    left_out = ", ".join(map(str, arms[MOST_ARMS:]))
+    sentence = f"Left out: {left_out}." if left_out else ""
+    return rows[rows["arm"].isin(arms[:MOST_ARMS])], sentence
+
+
+class Panels:
+    """A figure of panels, each with its key and the rows that it shows: `for key, ax, rows in`."""
+
+    def __init__(
+        self,
+        rows: DataFrame,
+        by: str | list[str],
+        keys: Sequence[Sequence[Any]],
+        size: tuple[float, float],
+        share_x: str = "none",
+        share_y: str = "none",
+    ) -> None:
+        from matplotlib.figure import Figure
+
+        width = max(map(len, keys))
+        inches = (max(size[0] * width + 0.5, 3.6), size[1] * len(keys) + 0.8)
+        self.figure = Figure(figsize=inches, layout="constrained")
+        self.rows, self._by = rows, by
+        self.axes: dict[Any, Axes] = {}
+        cells = self.figure.subplots(
+            len(keys), width, squeeze=False, sharex=share_x, sharey=share_y
+        )
+        for names, row in zip(keys, cells):
+            self.axes |= dict(zip(names, row))
+            for ax in row[len(names) :]:
+                ax.remove()
+
+    @classmethod
+    def wrapped(
+        cls, rows: DataFrame, columns: int = 3, size: tuple[float, float] = PANEL, **share: str
+    ) -> Panels:
+        """A panel for each `task` of the arms, its `label` at the y axis, so many in a row.
+
+        Unless all fit into one, a family begins a row of its own.
+        """
+        titles = rows[is_of_arm(rows)].drop_duplicates("task")
+        blocks = [list(block) for _, block in titles.groupby("family", sort=False)["task"]]
+        if len(titles) <= columns:
+            blocks = [list(titles["task"])]
+        keys = [block[i : i + columns] for block in blocks for i in range(0, len(block), columns)]
+        panels = cls(rows, "task", keys, size, **share)
+        labels = dict(zip(titles["task"], titles["label"]))
+        for title, ax in panels.axes.items():
+            ax.set_title(title, loc="left")
+            ax.set_ylabel(labels[title])
+        return panels
+
+    @classmethod
+    def grid(
+        cls,
+        rows: DataFrame,
+        row: str,
+        column: str,
+        size: tuple[float, float] = CELL,
+        share_x: str = "col",
+        share_y: str = "none",
+    ) -> Panels:
+        """A panel for each value of the two columns, `column`'s as titles above the first row."""
+        keys = [[(r, c) for c in levels(rows[column])] for r in levels(rows[row])]
+        panels = cls(rows, [row, column], keys, size, share_x, share_y)
+        for key in keys[0]:
+            panels.axes[key].set_title(str(key[1]), loc="left")
+        return panels
+
+    def __iter__(self) -> Iterator[tuple[Any, Axes, DataFrame]]:
+        parts = dict(iter(self.rows.groupby(self._by, sort=False)))
+        for key, ax in self.axes.items():
+            yield key, ax, parts.get(key, self.rows[:0])
+
+    def label(self, x: str = "", y: Callable[[str], str] | None = None) -> None:
+        """`x` and ticks below each column's lowest panel; `y` of the row's name at its left."""
+        lowest = {}
+        for key, ax in self.axes.items():
+            column = ax.get_subplotspec().colspan.start
+            lowest[column] = ax
+            if y and column == 0:
+                ax.set_ylabel(y(key[0]))
+        for ax in lowest.values():
+            ax.tick_params(labelbottom=True)
+            ax.set_xlabel(x or ax.get_xlabel())
+
+    def colour_bar(self, label: str, **style: Any) -> None:
+        """One colour bar for the heat maps of all panels."""
+        axes = [*self.axes.values()]
+        mesh = next(mappable for ax in axes for mappable in (*ax.collections, *ax.images))
+        self.figure.colorbar(mesh, ax=axes, label=label, pad=0.01, **style)
+
+    def finish(
+        self,
+        frame: DataFrame,
+        sentences: Iterable[str],
+        kind: str | None = "lines",
+        extra: Sequence[Artist] = (),
+        arms: Iterable[Arm] = (),
+    ) -> Figure:
+        """The figure with its legend above and its small print below.
+
+        The legend has the arms of the rows and `arms`, in the way of LEGENDS (None: no arm), then
+        `extra`; `frame` are the records that the small print is about.
+        """
+        shown = sorted({*self.rows["arm"], *arms}) if kind else []
+        baselines = [arm for arm in shown if arm.method == "baseline"]
+        if baselines:
+            extra = [dotted("baseline (its name over the panel)"), *extra]
+        shown = [arm for arm in shown if arm not in baselines]
+        place_legend(self.figure, [*_arm_handles(shown, kind), *extra], shown)
+        return _with_notes(self.figure, frame, sentences)
+
+
+def is_of_arm(rows: DataFrame) -> Any:
+    """A mask: the rows of trained arms; for tables without a column of methods."""
+    return rows["arm"].map(lambda arm: arm.is_trained).astype(bool)
 
 
 # ---------------------------------------------------------------------- legend and small print
-
-
-def finish(
-    figure: Figure,
-    frame: DataFrame,
-    arms: Iterable[Arm],
-    sentences: Iterable[str],
-    kind: str = "lines",
-    extra: Sequence[Artist] = (),
-) -> Figure:
-    """The figure with its legend above (the arms, then `extra`) and its small print below."""
-    arms = sorted(set(arms))
-    place_legend(figure, [*_arm_handles(arms, kind), *extra], arms)
-    return notes(figure, frame, sentences)
 
 
 def place_legend(figure: Figure, handles: Sequence[Artist], arms: Iterable[Arm] = ()) -> None:
@@ -206,13 +236,13 @@ def place_legend(figure: Figure, handles: Sequence[Artist], arms: Iterable[Arm] 
     figure.set_figheight(figure.get_figheight() + 0.18 * max(lines - 2, 0))
 
 
-def _arm_handles(arms: Iterable[Arm], kind: str) -> list[Artist]:
+def _arm_handles(arms: Iterable[Arm], kind: str | None) -> list[Artist]:
     from matplotlib.lines import Line2D
 
-    arm_lines, base_line = LEGENDS[kind]
     handles = []
     for arm in arms:
         style = style_of(arm)
+        arm_lines, base_line = LEGENDS[kind]
         if not (arm_lines if arm.is_trained else base_line):
             style["linestyle"] = "none"
         elif arm.method == "base":
@@ -228,7 +258,7 @@ def dotted(label: str) -> Artist:
     return Line2D([], [], label=label, color=GREY, linestyle=":", lw=1.0)
 
 
-def notes(figure: Figure, frame: DataFrame, sentences: Iterable[str]) -> Figure:
+def _with_notes(figure: Figure, frame: DataFrame, sentences: Iterable[str]) -> Figure:
     """The figure with small print below it, the demo's note last; its layout is then fixed."""
     sentences = filter(None, [*sentences, frame.attrs.get("note")])
     text = " ".join(map(str.strip, sentences)).replace(" %", "\N{NO-BREAK SPACE}%")
@@ -241,49 +271,43 @@ def notes(figure: Figure, frame: DataFrame, sentences: Iterable[str]) -> Figure:
     return figure
 
 
-def interval_notes(table: DataFrame, small: str = "") -> list[str]:
-    """What a summary's means and intervals are over, by the number of seeds."""
-    from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
-
-    trained = table[[arm.is_trained for arm in table["arm"]]]
-    groups = {key: palette(group["arm"]) for key, group in trained.groupby(["seeds", "over"])}
-    sentences = []
-    for (seeds, over), arms in sorted(groups.items(), reverse=True):
-        who = f" ({', '.join(map(str, arms))})" if len(groups) > 1 else ""
-        if seeds >= MIN_SEEDS:
-            sentences.append(f"Mean of {seeds} seeds{who}, bars: 95 % interval over {over}{small}.")
-        elif seeds > 1:
-            sentences.append(f"Mean of {seeds} seeds{who}: too few for an interval{small}.")
-        else:
-            sentences.append(f"One seed{who}, bars: 95 % interval over items, not over seeds.")
-    return sentences
-
-
-def seeds_notes(rows: DataFrame, errors: str = "") -> list[str]:
-    """Of how many seeds the rows' means are; with `errors`, what one seed's interval is over."""
-    from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
-
-    seeds = rows[is_trained(rows)].groupby(["family", "arm"])["seed"].nunique()
-    counts = sorted({seeds.min(), seeds.max()}) if len(seeds) else []
-    sentences = [f"Mean over {' to '.join(map(str, counts))} seeds."] if counts else []
-    if counts == [1]:
-        sentences = ["One seed per arm."]
-    over = [errors] if errors and (not counts or counts[0] == 1) else []
-    if counts and counts[-1] >= MIN_SEEDS:
-        over.append(f"seeds and {errors}" if errors else "seeds")
-    if over:
-        who = f" (with one seed over {errors} alone)" if len(over) > 1 else ""
-        sentences.append(f"Bars: 95 % interval over {over[-1]}{who}.")
-    return sentences
-
-
-@styled()
-def nothing(frame: DataFrame, missing: str) -> Figure:
-    """A figure that says what is missing."""
+def _nothing(frame: DataFrame, text: str) -> Figure:
+    """A figure of a text alone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.8, 1.4), layout="constrained")
     ax = figure.subplots()
     ax.axis("off")
-    ax.text(0.5, 0.5, f"Nothing to draw: {missing}.", ha="center", va="center", wrap=True)
-    return notes(figure, frame, [])
+    ax.text(0.5, 0.5, text, ha="center", va="center", wrap=True)
+    return _with_notes(figure, frame, [])
+
+
+def interval_notes(means: DataFrame, errors: str = "items", small: str = "") -> list[str]:
+    """What a summary's means and intervals are over, by the number of seeds.
+
+    `errors` is what a single record's interval is over, "" if it has none.
+    """
+    from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
+
+    groups = {
+        key: palette(group["arm"])
+        for key, group in means[is_of_arm(means)].groupby(["seeds", "over"])
+    }
+    sentences = []
+    for (seeds, over), arms in sorted(groups.items(), reverse=True):
+        who = f" ({', '.join(map(str, arms))})" if len(groups) > 1 else ""
+        bars = f"bars: 95 % interval over {over.replace('items', errors)}"
+        if seeds >= MIN_SEEDS:
+            sentences.append(f"Mean of {seeds} seeds{who}, {bars}{small}.")
+        elif seeds > 1:
+            sentences.append(f"Mean of {seeds} seeds{who}: too few for an interval{small}.")
+        elif errors:
+            sentences.append(f"One seed{who}, {bars}, not over seeds.")
+        else:
+            sentences.append(f"One seed{who}.")
+    return sentences
+
+
+def range_of(numbers: Any) -> str:
+    """The smallest to the largest number, or the one that all are."""
+    return " to ".join(dict.fromkeys((str(numbers.min()), str(numbers.max()))))

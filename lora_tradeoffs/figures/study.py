@@ -7,12 +7,18 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES
-from lora_tradeoffs.figures import marks, panels
-from lora_tradeoffs.figures.style import GREY, style_of, styled
+from lora_tradeoffs.figures import marks
+from lora_tradeoffs.figures.panels import (
+    Panels,
+    figure_of,
+    interval_notes,
+    levels,
+    range_of,
+    require,
+)
+from lora_tradeoffs.figures.style import GREY, style_of
 from lora_tradeoffs.statistics.seed_intervals import BOTH, ITEMS, NOTHING, SEEDS
-from lora_tradeoffs.tables.arms import FULL
-from lora_tradeoffs.tables.frames import is_trained, ordered, summarise, unfinished
+from lora_tradeoffs.tables.frames import in_order, is_trained, unfinished
 from lora_tradeoffs.tables.learning_rates import (
     NO_SWEEP,
     best_retaining,
@@ -20,14 +26,14 @@ from lora_tradeoffs.tables.learning_rates import (
     sweep_table,
     swept_arms,
 )
-from lora_tradeoffs.tables.predictors import PREDICTORS
+from lora_tradeoffs.tables.predictors import OUTCOMES, PREDICTORS
+from lora_tradeoffs.tables.retention import NORMAL
 from training_configs import rate_name
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
     from lora_tradeoffs.figures.study_records import StudyRecords
 
@@ -38,10 +44,9 @@ SWEPT = {
     "forgetting": "forgetting",
     "drift": "drift of Q and V",
 }
-RING = {"marker": "o", "markersize": 8.5, "markerfacecolor": "none", "markeredgewidth": 0.9}
-SQUARE = {"marker": "s", "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 0.9}
-BLACK = {"color": "black", "linestyle": "none"}
-COSTS = {"seconds": ("minutes of training", 60), "tokens": ("million tokens", 1e6)}
+MARK = {"color": "black", "linestyle": "none", "markerfacecolor": "none", "markeredgewidth": 0.9}
+RING, SQUARE = MARK | {"marker": "o", "ms": 8.5}, MARK | {"marker": "s", "ms": 10}
+COSTS = {"minutes of training": ("seconds", 60), "million tokens": ("tokens", 1e6)}
 INTERVALS = {
     BOTH: "over seeds and items",
     SEEDS: "over seeds, on these items",
@@ -51,33 +56,44 @@ INTERVALS = {
 # ----------------------------------------------------------------------------- learning rates
 
 
-@styled()
-def learning_rate_curves(study: StudyRecords) -> Figure:
+@figure_of("adaptation_at_all_rates")
+def learning_rate_curves(study: StudyRecords, frame: DataFrame) -> Figure:
     """Validation, forgetting and drift over the learning rate, a line for each searched arm.
 
     Measures are those of `sweep_table`, and the validation loss by which the rates were chosen.
     Ringed: each arm's chosen rate; in a square: full fine-tuning's best-retaining one.
     """
-    frames = [study.at_all_rates.get(name) for name in ("adaptation", "retention", "drift")]
-    adaptation = frames[0]
-    table = sweep_table(*frames, study.rates)
+    import pandas as pd
+    from matplotlib.lines import Line2D
+
+    retention, drift = (study.at_all_rates.get(name) for name in ("retention", "drift"))
+    table = _with_losses(sweep_table(frame, retention, drift, study.rates), study.rates)
     swept = set(swept_arms(table))
-    if not swept:
-        return panels.nothing(adaptation, NO_SWEEP)
-    table = _with_losses(table, study.rates)
     table = table[[key in swept for key in zip(table["family"], table["arm"])]]
-    measures = [name for name in SWEPT if table[name].notna().any()]
-    families = list(dict.fromkeys(table["family"]))
-    figure, axes = panels.grid(measures, families, size=(3.1, 1.75))
-    for (measure, family), ax in axes.items():
-        of_family = table[table["family"] == family]
-        _rate_curves(ax, of_family.dropna(subset=[measure]), measure, best_retaining(table, family))
+    require(table, NO_SWEEP)
+    retaining = [best_retaining(table, family) for family in levels(table["family"])]
+    table["best-retaining"] = table.index.isin([row.name for row in retaining if row is not None])
+    rows = []
+    for name, label in SWEPT.items():
+        values, errors = table[name], table[f"{name}_stderr"]
+        bounds = {"stderr": errors, "low": values - errors, "high": values + errors}
+        rows.append(table.assign(measure=label, value=values, **bounds))
+    rows = pd.concat(rows).dropna(subset=["value"])
+    panels = Panels.grid(rows, "measure", "family", size=(3.1, 1.75))
+    marks.curves(panels, "learning_rate")
+    for (measure, _), ax, part in panels:
+        for label, style in (("chosen", RING), ("best-retaining", SQUARE)):
+            points = part[part[label]]
+            if len(points):
+                ax.plot(points["learning_rate"], points["value"], label=label, **style)
         if measure == "forgetting":
             ax.axhline(0.0, **marks.ZERO)
         marks.log_axis(ax, table["learning_rate"], lambda rate: rate_name(rate).removeprefix("lr"))
-    panels.label_edges(axes, "learning rate", SWEPT.get)
-    about = _about_rates(table, adaptation)
-    return panels.finish(figure, adaptation, table["arm"], [about], extra=_rate_marks(table))
+    panels.label("learning rate", str)
+    extra = [Line2D([], [], label="chosen on validation", **RING)]
+    if table["best-retaining"].any():
+        extra.append(Line2D([], [], label="full's best-retaining rate", **SQUARE))
+    return panels.finish(frame, [_about_rates(table, frame)], extra=extra)
 
 
 def _with_losses(table: DataFrame, choices: Iterable[Mapping[str, Any]]) -> DataFrame:
@@ -90,30 +106,6 @@ def _with_losses(table: DataFrame, choices: Iterable[Mapping[str, Any]]) -> Data
     keys = zip(table["family"], table["arm"], table["learning_rate"])
     at_rates = [losses.get((family, arm, f"{rate:.3g}"), math.nan) for family, arm, rate in keys]
     return table.assign(loss=at_rates, loss_stderr=math.nan)
-
-
-def _rate_curves(ax: Axes, rows: DataFrame, measure: str, retaining: Any) -> None:
-    for arm, points in rows.groupby("arm"):
-        points, style = points.sort_values("learning_rate"), style_of(arm)
-        x, y = points["learning_rate"], points[measure]
-        ax.plot(x, y, label=arm, **style)
-        errors = points[f"{measure}_stderr"].fillna(0)
-        bars = {"fmt": "none", "elinewidth": 0.7, "alpha": 0.8, "ecolor": style["color"]}
-        ax.errorbar(x, y, yerr=errors, label=arm, **bars)
-    chosen = rows[rows["chosen"]]
-    ax.plot(chosen["learning_rate"], chosen[measure], label="chosen", **BLACK | RING)
-    if retaining is not None and math.isfinite(retaining[measure]):
-        at = [retaining["learning_rate"]], [retaining[measure]]
-        ax.plot(*at, label="best-retaining", **BLACK | SQUARE)
-
-
-def _rate_marks(table: DataFrame) -> list[Artist]:
-    from matplotlib.lines import Line2D
-
-    marks = [Line2D([], [], label="chosen on validation", **BLACK | RING)]
-    if FULL in set(table["arm"]):
-        marks.append(Line2D([], [], label="full's best-retaining rate", **BLACK | SQUARE))
-    return marks
 
 
 def _about_rates(table: DataFrame, adaptation: DataFrame) -> str:
@@ -129,28 +121,24 @@ def _about_rates(table: DataFrame, adaptation: DataFrame) -> str:
     if table["loss"].notna().any():
         about += " The loss, by which rates are chosen, has no error."
     plural = "s" if table["seeds"].max() > 1 else ""
-    about += f" {_range(table['seeds'])} seed{plural} per point."
+    about += f" {range_of(table['seeds'])} seed{plural} per point."
     return about + unfinished(adaptation[is_trained(adaptation)])
 
 
 # ----------------------------------------------------------------------------------- transfer
 
 
-@styled()
-def transfer_by_task(study: StudyRecords) -> Figure:
+@figure_of("adaptation")
+def transfer_by_task(study: StudyRecords, frame: DataFrame) -> Figure:
     """Scores of multi-task minus single-task training, a panel for each task."""
-    table, frame = study.transfer, study.adaptation
-    if table.empty:
-        missing = "no single-task control of a run (run_study.py --single-task-controls)"
-        return panels.nothing(frame, missing)
+    table = study.transfer
+    require(table, "no single-task control of a run (run_study.py --single-task-controls)")
     arms = sorted(set(table["arm"]), reverse=True)
-    names = ordered(table["task"])
-    metrics = {row.task: f"{row.metric}, {row.split}" for row in table.itertuples()}
     size = (2.4, 0.8 + 0.2 * len(arms))
-    figure, axes = panels.titled([dict.fromkeys(names, "")], size=size, share_y="all")
-    for task, ax in axes.items():
+    panels = Panels.wrapped(table.assign(label=""), size=size, share_y="all")
+    for _, ax, rows in panels:
         ax.axvline(0.0, color=GREY, linestyle="--", lw=1.0, zorder=1)
-        for row in table[table["task"] == task].itertuples():
+        for row in rows.itertuples():
             y, style = arms.index(row.arm), style_of(row.arm)
             if math.isfinite(row.low):
                 interval = {"color": style["color"], "lw": 1.0, "label": "interval"}
@@ -160,9 +148,9 @@ def transfer_by_task(study: StudyRecords) -> Figure:
         ax.set_yticks(range(len(arms)), arms)
         ax.set_ylim(-0.6, len(arms) - 0.4)
         ax.grid(axis="x", visible=True)
-        ax.set_xlabel(f"together − alone\n({metrics[task]})")
+        ax.set_xlabel(f"together − alone\n({row.metric}, {row.split})")
         ax.locator_params(axis="x", nbins=4)
-    return panels.notes(figure, frame, [_about_transfer(table)])
+    return panels.finish(frame, [_about_transfer(table)], kind=None)
 
 
 def _about_transfer(table: DataFrame) -> str:
@@ -174,44 +162,40 @@ def _about_transfer(table: DataFrame) -> str:
         arms = ", ".join(map(str, sorted(set(rows["arm"]))))
         who = f" ({arms})" if table["over"].nunique() > 1 else ""
         if over == NOTHING:
-            about += f" {_range(rows['seeds'])} seed(s){who}: no interval."
+            about += f" {range_of(rows['seeds'])} seed(s){who}: no interval."
         else:
             about += f" Bars{who}: 95 % interval {INTERVALS[over]}"
-            about += "." if over == ITEMS else f", {_range(rows['seeds'])} seeds."
+            about += "." if over == ITEMS else f", {range_of(rows['seeds'])} seeds."
     return about
 
 
 # ------------------------------------------------------------------------------- correlations
 
 
-def predictors_of_forgetting(study: StudyRecords) -> Figure:
+@figure_of("retention")
+def predictors_of_forgetting(study: StudyRecords, frame: DataFrame) -> Figure:
     """Forgetting over each measure at the last checkpoints, a point for each run."""
-    return _predictors(study, "forgetting", "forgetting")
+    return _predictors(study, frame, "forgetting")
 
 
-def predictors_of_gain(study: StudyRecords) -> Figure:
+@figure_of("retention")
+def predictors_of_gain(study: StudyRecords, frame: DataFrame) -> Figure:
     """Gain on validation over each measure at the last checkpoints, a point for each run."""
-    return _predictors(study, "gain", "gain on validation")
+    return _predictors(study, frame, "gain")
 
 
-@styled()
-def _predictors(study: StudyRecords, outcome: str, label: str) -> Figure:
+def _predictors(study: StudyRecords, frame: DataFrame, outcome: str) -> Figure:
     """A row for each family; the rank correlation stands over the panel."""
-    table, frame = study.checkpoints, study.retention
-    last = table[table["is_last"]].dropna(subset=[outcome])
-    names = [n for n in PREDICTORS if n in last and last[n].notna().any()]
-    families = [family for family in FAMILIES if (last["family"] == family).any()]
-    if not names or not families:
-        return panels.nothing(
-            frame, f"no last checkpoint with both {outcome} and a measure of drift"
-        )
-    shown = {f"{f}: {PREDICTORS[name]}": (f, name) for f in families for name in names}
-    rows = [{t: f"{f}\n{label}" for t in shown if shown[t][0] == f} for f in families]
-    figure, axes = panels.titled(rows, columns=4, size=SMALL)
-    for title, ax in axes.items():
-        family, name = shown[title]
-        points = last[last["family"] == family].dropna(subset=[name])
-        _scatter(ax, points, name, outcome)
+    last = study.checkpoints[study.checkpoints["is_last"]]
+    names = [name for name in PREDICTORS if name in last]
+    rows = last.melt(["family", "arm", outcome], names, "predictor", "x").dropna()
+    require(rows, f"no last checkpoint with both {outcome} and a measure of drift")
+    keys = rows["family"] + ": " + rows["predictor"]
+    rows = rows.assign(task=keys, label=rows["family"] + f"\n{OUTCOMES[outcome]}")
+    panels = Panels.wrapped(in_order(rows, "family"), columns=4, size=SMALL)
+    for _, ax, points in panels:
+        family, name = points[["family", "predictor"]].iloc[0]
+        _scatter(ax, points["arm"], points["x"], points[outcome])
         correlation = _correlation(study.correlations, family, outcome, name)
         ax.set_title(correlation, loc="left", weight="normal")
         ax.set_xlabel(PREDICTORS[name])
@@ -220,26 +204,24 @@ def _predictors(study: StudyRecords, outcome: str, label: str) -> Figure:
         " the arms' means with its 95 % interval over resampled arms. Correlations of one grid's"
         " arms show what goes together, not what causes what."
     )
-    return panels.finish(figure, frame, last["arm"], [about], "points")
+    return panels.finish(frame, [about], "points")
 
 
-def _scatter(ax: Axes, points: DataFrame, name: str, outcome: str) -> None:
+def _scatter(ax: Axes, arms: Series, x: Series, y: Series) -> None:
     """A point for each run; the axis of a measure that spans more than a decade is logarithmic.
 
     A linear one is marked at its ends alone: in a small panel more labels would run together.
     """
     from matplotlib.ticker import NullFormatter
 
-    for arm, of_arm in points.groupby("arm"):
-        ax.plot(of_arm[name], of_arm[outcome], label=arm, **style_of(arm) | {"linestyle": "none"})
+    for arm in sorted(set(arms)):
+        ax.plot(x[arms == arm], y[arms == arm], label=arm, **style_of(arm) | {"linestyle": "none"})
     ax.axhline(0.0, color=GREY, lw=0.6, zorder=0)
-    if points.empty:
-        return
-    if points[name].min() > 0 and points[name].max() > 20 * points[name].min():
+    if x.min() > 0 and x.max() > 20 * x.min():
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(NullFormatter())
     else:
-        ends = {f"{value:.2g}": value for value in (points[name].min(), points[name].max())}
+        ends = {f"{value:.2g}": value for value in (x.min(), x.max())}
         ax.set_xticks(list(ends.values()), list(ends))
     if ax.get_ylim()[1] - ax.get_ylim()[0] < 1e-6:  # nothing forgotten, but for rounding
         ax.set_ylim(-0.01, 0.01)
@@ -257,39 +239,28 @@ def _correlation(table: DataFrame, family: str, outcome: str, name: str) -> str:
 # --------------------------------------------------------------------------------------- cost
 
 
-@styled()
-def gain_against_cost(study: StudyRecords) -> Figure:
+@figure_of("first_frame")
+def gain_against_cost(study: StudyRecords, frame: DataFrame) -> Figure:
     """Gain on validation after so many minutes and tokens of training; a row for each family."""
-    points, frame = study.gains, study.first_frame
-    if points.empty:
-        return panels.nothing(
-            frame, "no checkpoint with a validation score of a run with training.json"
-        )
-    half = 1.959964 * points["stderr"]
-    bounds = {"low": points["gain"] - half, "high": points["gain"] + half}
-    records = points.assign(task=points["family"], value=points["gain"], **bounds)
-    table = summarise(records, by=("step",))
-    families = [family for family in FAMILIES if (points["family"] == family).any()]
-    shown = {f"{f}: {text}": (f, c) for f in families for c, (text, _) in COSTS.items()}
-    rows = [{t: "gain on validation" for t in shown if shown[t][0] == f} for f in families]
-    figure, axes = panels.titled(rows, columns=2, size=WIDE)
-    for title, ax in axes.items():
-        family, cost = shown[title]
-        text, unit = COSTS[cost]
-        costs = points[points["family"] == family].groupby(["arm", "step"])[cost].mean() / unit
+    import pandas as pd
+
+    points = study.gains
+    require(points, "no checkpoint with a validation score of a run with training.json")
+    half = NORMAL * points["stderr"]
+    points = points.assign(
+        value=points["gain"], low=points["gain"] - half, high=points["gain"] + half
+    )
+    costs = points.groupby(["family", "arm", "step"])[["seconds", "tokens"]].transform("mean")
+    rows = [points.assign(cost=text, x=costs[name] / unit) for text, (name, unit) in COSTS.items()]
+    panels = Panels.grid(pd.concat(rows), "family", "cost", WIDE)
+    for ax in panels.axes.values():
         ax.axhline(0.0, **marks.ZERO)
-        for arm, of_arm in table[table["task"] == family].groupby("arm"):
-            x = [costs[arm, step] for step in of_arm["step"]]
-            marks.curve(ax, arm, x, of_arm, start=(0.0, 0.0), alpha=0.5)
-        ax.set_xlabel(text)
+    means = marks.curves(panels, "x", start=(0.0, 0.0))
+    panels.label(y=lambda family: f"{family}\ngain on validation")
+    for ax in panels.axes.values():
         ax.locator_params(axis="x", nbins=6)
     about = (
         "Mean over the family's tasks of the validation score minus the base's (dashed)."
         " Minutes are of training alone, without validating and saving."
     )
-    return panels.finish(figure, frame, table["arm"], [about, *panels.interval_notes(table)])
-
-
-def _range(numbers: Any) -> str:
-    """The smallest and the largest, or the one that all are."""
-    return " to ".join(dict.fromkeys((str(numbers.min()), str(numbers.max()))))
+    return panels.finish(frame, [about, *interval_notes(means)])

@@ -74,6 +74,11 @@ class StudyRecords:
         frames = (self.retention, self.adaptation, self.drift, self.gradients)
         return next((frame for frame in frames if frame is not None), None)
 
+    @property
+    def adaptation_at_all_rates(self) -> DataFrame | None:
+        """The records of adaptation with every learning rate that was searched."""
+        return self.at_all_rates.get("adaptation")
+
     @cached_property
     def preset(self) -> str:
         """The preset that the records were made by; without any, the one that is set."""

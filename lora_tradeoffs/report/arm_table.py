@@ -6,11 +6,17 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
-from lora_tradeoffs.figures.drift import percent, select
+from lora_tradeoffs.figures.drift import percent
 from lora_tradeoffs.figures.study_records import StudyRecords
 from lora_tradeoffs.tables.costs import cost_table
-from lora_tradeoffs.tables.frames import is_trained, last_checkpoints, summarise
-from lora_tradeoffs.tables.retention import MEAN, family_means, forgotten
+from lora_tradeoffs.tables.frames import (
+    in_order,
+    is_trained,
+    last_checkpoints,
+    summarise,
+    update_sizes,
+)
+from lora_tradeoffs.tables.retention import family_means, mean_forgetting
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -37,9 +43,14 @@ def arm_table(study: StudyRecords) -> DataFrame:
     """
     import pandas as pd
 
-    measures = {"score": _scores(study.adaptation), "forgetting": _forgetting(study.retention)}
-    measures |= {"drift (%)": _drift(study.drift)} | _costs(study)
-    parts = [rows.assign(task=name) for name, rows in measures.items() if rows is not None]
+    parts = [rows.assign(task=name) for name, rows in _costs(study).items()]
+    for name, frame, measure in (
+        ("score", study.adaptation, _scores),
+        ("forgetting", study.retention, mean_forgetting),
+        ("drift (%)", study.drift, lambda drift: percent(update_sizes(drift))),
+    ):
+        if frame is not None:
+            parts.append(measure(frame)[FIELDS].assign(task=name))
     if not any(map(len, parts)):
         return pd.DataFrame(columns=["family", "arm"])
     rows = pd.concat(parts)
@@ -51,40 +62,21 @@ def arm_table(study: StudyRecords) -> DataFrame:
     cells = table.pivot(index=keys, columns="task", values="cell")
     cells = cells.reindex(columns=[name for name in FORMATS if name in cells]).fillna("")
     cells.insert(0, "seeds", table.groupby(keys)["seeds"].max())
-    place = {"family": [*FAMILIES].index, "arm": lambda arm: (arm.is_trained, arm)}
     cells = cells.rename_axis(columns=None).reset_index()
-    order = [(place["family"](f), place["arm"](a)) for f, a in zip(cells["family"], cells["arm"])]
-    return cells.iloc[sorted(range(len(cells)), key=order.__getitem__)].reset_index(drop=True)
+    is_trained_arm = cells["arm"].map(lambda arm: arm.is_trained)
+    cells = in_order(cells.assign(trained=is_trained_arm), "family", "trained", "arm")
+    return cells.drop(columns="trained")
 
 
-def _scores(adaptation: DataFrame | None) -> DataFrame | None:
+def _scores(adaptation: DataFrame) -> DataFrame:
     """Each run's mean over its family's tasks, and the base's."""
-    if adaptation is None:
-        return None
     rows = last_checkpoints(adaptation)
     rows = rows[rows["split"].isin(["validation", "test"])]
     is_test = rows["split"] == "test"
     tested = rows["task"].isin(rows["task"][is_test & is_trained(rows)])
     means = family_means(rows[is_test == tested].assign(split="validation"))
     arms = rows[(rows["shots"] == 0) & (rows["prompt"] == 0)].drop_duplicates("run")
-    return means.merge(arms[["run", "arm", "seed"]], on="run")[FIELDS]
-
-
-def _forgetting(retention: DataFrame | None) -> DataFrame | None:
-    if retention is None:
-        return None
-    rows = forgotten(retention)
-    rows = rows[rows["task"] == MEAN]
-    return rows[rows["shots"] == rows["shots"].min()][FIELDS]
-
-
-def _drift(drift: DataFrame | None) -> DataFrame | None:
-    """Of q_proj and v_proj; of all targets where they were not both trained."""
-    if drift is None:
-        return None
-    rows = last_checkpoints(select(drift, "relative_frobenius", modules=("both", "all")))
-    rows = rows.sort_values("module", ascending=False, kind="stable").drop_duplicates("run")
-    return percent(rows)[FIELDS]
+    return means.merge(arms[["run", "arm", "seed"]], on="run")
 
 
 def _costs(study: StudyRecords) -> dict[str, DataFrame]:

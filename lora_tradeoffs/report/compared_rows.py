@@ -11,7 +11,7 @@ from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
 from lora_tradeoffs.statistics.contrasts import Items, WeightedScores, by_seed
 from lora_tradeoffs.tables.arms import GRID, Arm
 from lora_tradeoffs.tables.frames import last_checkpoints, scores
-from lora_tradeoffs.tables.retention import MEAN, forgotten, retained
+from lora_tradeoffs.tables.retention import mean_forgetting, retained
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -51,13 +51,6 @@ def shared_seeds(tasks: Sequence[Sequence[WeightedScores]]) -> int:
     """How many seeds all parts have."""
     seeds = [set(part.rows) for parts in tasks for part in parts]
     return len(set.intersection(*seeds)) if seeds else 0
-
-
-def mean_forgetting(retention: DataFrame, family: str) -> DataFrame:
-    """Forgetting at the last checkpoints, mean over benchmarks, with the fewest examples."""
-    rows = forgotten(retention)
-    rows = rows[(rows["task"] == MEAN) & (rows["family"] == family)]
-    return rows[rows["shots"] == rows["shots"].min()]
 
 
 def forgetting_parts(

@@ -22,6 +22,7 @@ from lora_tradeoffs.files import read_json
 from lora_tradeoffs.records import (
     DOCUMENT,
     OLD_VERSIONS,
+    OVERALL,
     RECORD_VERSION,
     metric_scale,
     read_run,
@@ -30,7 +31,7 @@ from lora_tradeoffs.records import (
 from lora_tradeoffs.tables.arms import FULL, GRID, METHODS, arms_of, shared_words
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 SCRIPTS = {
     "adaptation.json": "eval.py",
@@ -139,6 +140,21 @@ def ordered(tasks: Iterable[str]) -> list[str]:
     return [task for task in TASKS if task in names] + sorted(names - set(TASKS))
 
 
+def in_order(table: DataFrame, *columns: str) -> DataFrame:
+    """The table sorted by the columns: families and tasks in the suite's order, arms as in legends.
+
+    What is equal in all of them stays as it was.
+    """
+
+    def sort_key(values: Series) -> Series:
+        if values.name not in ("family", "task"):
+            return values
+        names = ordered(values) if values.name == "task" else [*FAMILIES, *sorted(set(values))]
+        return values.map(names.index)
+
+    return table.sort_values([*columns], key=sort_key, kind="stable", ignore_index=True)
+
+
 def scores(frame: DataFrame) -> DataFrame:
     """Rows of the primary metric of each task (its description's first), on validation and test."""
     first = {task: description.metrics[0] for task, description in DESCRIPTIONS.items()}
@@ -156,6 +172,14 @@ def last_checkpoints(frame: DataFrame) -> DataFrame:
     last = frame["step"] == frame.groupby("run")["step"].transform("max")
     ended = ~(frame["fraction"] < 0.999)  # an outside checkpoint has no fraction
     return frame[~is_trained(frame) | (last & ended)]
+
+
+def update_sizes(drift: DataFrame) -> DataFrame:
+    """Rows of the norms of the runs' last updates over those of the base's matrices, one a run: of
+    q_proj and v_proj together, else (where they were not both trained) of all targets."""
+    rows = drift[(drift["metric"] == "relative_frobenius") & (drift["layer"] == OVERALL)]
+    rows = last_checkpoints(rows[rows["module"].isin(["both", "all"])])
+    return rows.sort_values("module", ascending=False, kind="stable").drop_duplicates("run")
 
 
 def unfinished(frame: DataFrame, prefix: str = "Left out") -> str:

@@ -10,6 +10,7 @@ fine-tuning at its best-retaining rate tells which.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
 from lora_tradeoffs.tables.arms import FULL, Arm, arm_of
-from lora_tradeoffs.tables.frames import is_trained, last_checkpoints
-from lora_tradeoffs.tables.retention import MEAN, NORMAL, family_means, forgotten
+from lora_tradeoffs.tables.frames import in_order, is_trained, last_checkpoints, update_sizes
+from lora_tradeoffs.tables.retention import NORMAL, family_means, mean_forgetting
 from training_configs import SCALINGS, tasks_and_variant
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ NO_SWEEP_SENTENCE = f"{NO_SWEEP[0].upper()}{NO_SWEEP[1:]}."
 AT_CHOSEN = "Arms whose learning rates were swept: at the chosen rate alone."
 ARM = ["family", "arm"]
 MEASURES = ("score", "forgetting", "drift")
-SIZE, OVERALL = "relative_frobenius", -1
 VERDICTS = {
     "survives": "LoRA's advantage in forgetting survives with",
     "lost": "LoRA's advantage in forgetting does not survive (no difference can be told) with",
@@ -57,22 +57,14 @@ def sweep_table(
     import pandas as pd
 
     rows = []
-    runs = _run_measures(adaptation, retention, drift)
-    for (family, arm, rate), seeds in runs.groupby([*ARM, "learning_rate"]):
-        row = {"family": family, "arm": arm, "learning_rate": rate}
-        row["seeds"] = seeds["seed"].nunique()
-        for name in MEASURES:
-            row[name], row[f"{name}_stderr"] = _mean(seeds[name], seeds[f"{name}_stderr"])
-        rows.append(row)
-    columns = [*ARM, "learning_rate", "seeds"]
-    columns += [name for m in MEASURES for name in (m, f"{m}_stderr")]
-    table = pd.DataFrame(rows, columns=columns)
+    keys = [*ARM, "learning_rate"]
+    for key, seeds in _run_measures(adaptation, retention, drift).groupby(keys):
+        means = (_mean(seeds[name], seeds[f"{name}_stderr"]) for name in MEASURES)
+        rows.append((*key, seeds["seed"].nunique(), *itertools.chain(*means)))
+    measures = [name for m in MEASURES for name in (m, f"{m}_stderr")]
+    table = pd.DataFrame(rows, columns=[*keys, "seeds", *measures])
     table["chosen"] = _is_chosen(table, *_searched(choices))
-    return table.sort_values(
-        [*ARM, "learning_rate"],
-        key=lambda s: s.map(_family_index) if s.name == "family" else s,
-        ignore_index=True,
-    )
+    return in_order(table, *keys)
 
 
 def swept_arms(table: DataFrame) -> list[tuple[str, Arm]]:
@@ -123,10 +115,7 @@ def advantages(table: DataFrame) -> DataFrame:
                 row |= {"full": full} | _less("chosen", at_chosen.iloc[0], lora)
                 row |= _less("retaining", retaining, lora)
                 rows.append(row | {"verdict": _verdict(row)})
-    sides = ("rate", "score", "forgetting", "less", "low", "high")
-    columns = [*ARM, "learning_rate", "score", "forgetting", "full"]
-    columns += [f"{side}_{name}" for side in ("chosen", "retaining") for name in sides]
-    return pd.DataFrame(rows, columns=[*columns, "verdict"])
+    return pd.DataFrame(rows, columns=None if rows else [*ARM, "full", "verdict"])
 
 
 def advantage_sentences(table: DataFrame) -> str:
@@ -203,28 +192,15 @@ def _run_measures(
     runs = runs.merge(fields[["run", "arm", "learning_rate", "seed"]], on="run")
     runs = runs[runs["learning_rate"] > 0]  # unknown of outside checkpoints
     runs["arm"] = [arm.without_rate for arm in runs["arm"]]
-    for name, rows in (("forgetting", _forgetting(retention)), ("drift", _drift(drift))):
+    lost = None if retention is None else mean_forgetting(retention)
+    for name, rows in (
+        ("forgetting", lost),
+        ("drift", None if drift is None else update_sizes(drift)),
+    ):
         for column, source in ((name, "value"), (f"{name}_stderr", "stderr")):
             values = {} if rows is None else dict(zip(rows["run"], rows[source]))
             runs[column] = runs["run"].map(values).astype(float)
     return runs
-
-
-def _forgetting(retention: DataFrame | None) -> DataFrame | None:
-    if retention is None:
-        return None
-    rows = forgotten(retention)
-    rows = rows[rows["task"] == MEAN]
-    return rows[rows["shots"] == rows["shots"].min()].drop_duplicates("run")
-
-
-def _drift(drift: DataFrame | None) -> DataFrame | None:
-    """Sizes of the updates, one a run: of Q and V together, else of all targets."""
-    if drift is None:
-        return None
-    rows = last_checkpoints(drift[(drift["metric"] == SIZE) & (drift["layer"] == OVERALL)])
-    rows = rows[rows["module"].isin(["both", "all"])]
-    return rows.sort_values("module", ascending=False).drop_duplicates("run")
 
 
 def _mean(values: Series, errors: Series) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from lora_tradeoffs.tables.frames import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from pandas import DataFrame
@@ -57,6 +57,14 @@ def forgotten(frame: DataFrame) -> DataFrame:
     return last_checkpoints(rows[(rows["metric"] == "forgetting") & is_trained(rows)])
 
 
+def mean_forgetting(frame: DataFrame, family: str | None = None) -> DataFrame:
+    """Rows of the benchmarks' mean of what was forgotten, with the fewest in-context examples of
+    their family."""
+    rows = forgotten(frame)
+    rows = rows[(rows["task"] == MEAN) & (family is None or rows["family"] == family)]
+    return rows[rows["shots"] == rows.groupby("family")["shots"].transform("min")]
+
+
 def at_chance(frame: DataFrame) -> list[str]:
     """Benchmarks on which the base guesses, so that forgetting cannot be measured."""
     if "at_chance" not in frame:
@@ -75,39 +83,26 @@ def task_order(tasks: Any) -> list[str]:
     return sorted(set(tasks), key=sort_key)
 
 
-def in_panels(rows: DataFrame) -> DataFrame:
-    """Rows with `task` turned into the title of their panel, "family: task"; `about` is the task.
+def in_panels(rows: DataFrame, labels: Mapping[str, str]) -> DataFrame:
+    """Rows in the order of panels: `task` is the title of theirs, "family: task", and `label` that
+    of the y axis.
 
     The base, and runs from elsewhere, are in the panels of every family.
     """
     import pandas as pd
 
-    rows = rows[is_trained(rows) | ~rows.duplicated(["task", "run", "metric"])]
+    rows = rows[is_trained(rows) | ~rows.duplicated(["task", "run", "metric", "shots"])]
+    rows = rows.sort_values("task", key=lambda s: s.map(task_order(s).index), kind="stable")
     family = rows["family"].where(rows["family"].isin(list(FAMILIES)) & is_trained(rows))
     families = [name for name in FAMILIES if (family == name).any()] or [NO_FAMILY]
     parts = [rows[family.isna() | (family == name)].assign(family=name) for name in families]
-    joined = pd.concat(parts, ignore_index=True).assign(about=lambda r: r["task"])
-    return joined.assign(task=joined["family"] + ": " + joined["about"])
-
-
-def blocks(rows: DataFrame, labels: dict[str, str]) -> list[dict[str, str]]:
-    """The panels of each family: y labels by title, for figures.panels.titled.
-
-    Families of one panel each share a row.
-    """
-    blocks = []
-    for family, panels in rows.groupby("family", sort=False):
-        metrics = dict(zip(panels["about"], panels["metric"]))
-        of = dict(zip(panels["about"], panels["of"])) if "of" in panels else {}
-        names = {task: labels.get(metrics[task], metrics[task]) for task in task_order(metrics)}
-        for task in names:
-            nats = task.startswith(f"{TEXT}_") or of.get(task) == "log_likelihood"
-            if nats and metrics[task] == "forgetting":
-                names[task] += " (nats/token)"
-        blocks.append({f"{family}: {task}": label for task, label in names.items()})
-    if all(len(block) == 1 for block in blocks):
-        return [{title: label for block in blocks for title, label in block.items()}]
-    return blocks
+    rows = pd.concat(parts, ignore_index=True)
+    in_nats = rows["task"].str.startswith(f"{TEXT}_")
+    if "of" in rows:
+        in_nats |= rows["of"] == "log_likelihood"
+    unit = (in_nats & (rows["metric"] == "forgetting")).map({True: " (nats/token)", False: ""})
+    label = rows["metric"].map(lambda metric: labels.get(metric, metric)) + unit
+    return rows.assign(task=rows["family"] + ": " + rows["task"], label=label)
 
 
 def plane_points(retention: DataFrame, adaptation: DataFrame | None = None) -> DataFrame:

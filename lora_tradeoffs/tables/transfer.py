@@ -14,10 +14,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES, TASKS
 from lora_tradeoffs.statistics.comparisons import LEVEL, holm
 from lora_tradeoffs.statistics.contrasts import WeightedScores, by_seed, contrast
-from lora_tradeoffs.tables.frames import is_trained, last_checkpoints, scores
+from lora_tradeoffs.tables.frames import in_order, is_trained, last_checkpoints, scores
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -53,12 +52,7 @@ def transfer_table(adaptation: DataFrame, items: Items | None = None) -> DataFra
         rows.append((*keys, *figures, len(seeds), over, c.test))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["corrected"] = holm(table["p_value"])
-    order = {"task": TASKS.index, "family": [*FAMILIES].index}
-    return table.sort_values(
-        ["family", "task", "arm"],
-        key=lambda s: s.map(order[s.name]) if s.name in order else s,
-        ignore_index=True,
-    )
+    return in_order(table, "family", "task", "arm")
 
 
 def _pairs(adaptation: DataFrame) -> Iterator[tuple[tuple[str, ...], Any, Any]]:

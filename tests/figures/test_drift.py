@@ -54,7 +54,7 @@ def line(ax, label):
 
 
 def small_print(figure):
-    return figure.get_supxlabel().replace("\n", " ")
+    return " ".join(figure.get_supxlabel().split())
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda f: f.__name__)
@@ -82,7 +82,7 @@ def test_drift_over_training_begins_at_the_base_and_shows_the_mean_over_seeds(dr
     assert shown.get_ydata()[0] == 0
     assert np.allclose(shown.get_ydata()[1:], means)
     assert shown.get_color() == style_of(Arm("lora", 16))["color"]
-    assert "Mean over 3 seeds" in small_print(figure)
+    assert "Mean of 3 seeds, bars: 95 % interval over seeds." in small_print(figure)
 
 
 def test_the_heat_map_has_a_cell_a_layer_and_checkpoint(drawn):
