@@ -27,6 +27,23 @@ def bars(ax, label, vertical=True):
     return [tuple(segment[:, int(vertical)]) for segment in segments]
 
 
+def content(figure):
+    """The labels of the lines that have points, by the panel's title; without marks of chance."""
+    return {
+        ax.get_title(loc="left").removesuffix(" †"): sorted(
+            label
+            for label in (str(line.get_label()) for line in ax.lines if len(line.get_xdata()))
+            if label != "chance" and not label.startswith("_")
+        )
+        for ax in figure.axes
+    }
+
+
+def says_nothing(figure):
+    """Whether the figure is only a sentence on what is missing."""
+    return [t.get_text()[:16] for ax in figure.axes for t in ax.texts] == ["Nothing to draw:"]
+
+
 def notes(figure):
     return " ".join(figure.get_supxlabel().split())  # line ends and no-break spaces as spaces
 

@@ -6,7 +6,16 @@ import random
 
 import numpy as np
 import pytest
-from figure_checks import assert_texts_are_apart, bars, drawn, lines, notes, panel
+from figure_checks import (
+    assert_texts_are_apart,
+    bars,
+    content,
+    drawn,
+    lines,
+    notes,
+    panel,
+    says_nothing,
+)
 from synthetic_records import GRID, kept, record, retention_study, study, write_study
 
 from lora_tradeoffs.figures.draw import FIGURES as ALL
@@ -318,15 +327,44 @@ def test_without_records_a_figure_says_what_is_missing(draw, frame):
         assert "Nothing to draw: no " in ax.texts[0].get_text()
 
 
-@pytest.mark.parametrize("draw", FIGURES)
-def test_each_part_is_drawn_without_the_others(draw, frame):
-    records = retention_study(seeds=(42, 43, 44), points=2)
-    adaptation = frame(study(seeds=(42, 43), points=2), script="adaptation")
+@pytest.mark.parametrize(
+    "draw, needs, suffices",
+    [
+        (retention_curves, (), ("retention",)),
+        (forgetting_by_rank, ("forgetting",), ("forgetting",)),
+        (learning_forgetting_plane, ("forgetting", "adaptation"), ()),
+        (matched_forgetting, ("matched_forgetting",), ()),
+        (cka_by_layer, ("cka",), ("cka",)),
+    ],
+)
+def test_each_part_is_drawn_without_the_others(draw, needs, suffices, frame):
+    """All that a figure shows is there without the metrics that it does not need."""
+    small = dict(grid=[("lora", 8), ("full", 0)], points=1, families=("similar",))
+    records = retention_study(**small, scales=(0.5,))
+    whole = content(drawn(draw, retention=frame(records)))
+    assert any("LoRA r=8" in labels for labels in whole.values())
     for metric in ("forgetting", "adaptation", "retention", "cka", "matched_forgetting"):
-        rest = [r for r in records if r["metric"] != metric]
-        drawn(draw, retention=frame(rest), adaptation=adaptation)
-        drawn(draw, retention=frame([r for r in records if r["metric"] == metric]))
-    drawn(draw, retention=frame([r for r in records if r["method"] != "base"]))
+        of_metric = [[r for r in records if (r["metric"] == metric) == is_it] for is_it in (0, 1)]
+        without, alone = (drawn(draw, retention=frame(part)) for part in of_metric)
+        assert says_nothing(without) == (metric in needs), metric
+        assert says_nothing(alone) == (metric not in suffices), metric
+        if metric not in needs:
+            titles = whole.keys() - {"similar: mean"} if metric in suffices else whole.keys()
+            assert content(without) == {title: whole[title] for title in titles}, metric
+    without_base = content(drawn(draw, retention=frame([r for r in records if r["run"] != "base"])))
+    if draw is learning_forgetting_plane:  # a gain is over the base
+        assert "similar" not in without_base
+    else:
+        arms = {title: [x for x in labels if x != "base"] for title, labels in whole.items()}
+        assert {t: [x for x in labels if x != "base"] for t, labels in without_base.items()} == arms
+
+
+def test_the_plane_takes_scores_from_adaptation_where_retention_has_none(frame):
+    small = dict(grid=[("lora", 8), ("full", 0)], points=2, families=("similar",))
+    records = [r for r in retention_study(**small) if r["metric"] != "adaptation"]
+    adaptation = frame(study(**small), script="adaptation")
+    figure = drawn(learning_forgetting_plane, retention=frame(records), adaptation=adaptation)
+    assert {"LoRA r=8", "last LoRA r=8", "full", "last full"} <= set(content(figure)["similar"])
 
 
 @pytest.mark.parametrize("draw", FIGURES)
@@ -367,11 +405,14 @@ def test_gaps_name_the_arms_runs_and_parts_that_are_not_there(frame):
 
 
 def test_records_survive_json_without_the_optional_fields(tmp_path):
-    path = write_study(tmp_path, retention_study(points=1, grid=GRID[:1]), script="retention")
+    small = dict(grid=[("lora", 8), ("full", 0)], points=1, families=("similar",))
+    path = write_study(tmp_path, retention_study(**small), script="retention")
+    whole = load_records(path)
     document = json.loads(path.read_text())
     for row in document["records"]:
         for name in ("chance", "at_chance", "p_value", "stderr", "n"):
             row.pop(name, None)
     path.write_text(json.dumps(document))
     for draw in FIGURES:
-        drawn(draw, retention=load_records(path))
+        figure = drawn(draw, retention=load_records(path))
+        assert content(figure) == content(drawn(draw, retention=whole)) and "†" not in notes(figure)
