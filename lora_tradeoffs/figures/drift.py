@@ -17,6 +17,7 @@ from lora_tradeoffs.figures.panels import (
     interval_notes,
     most_arms,
     require,
+    seeds_note,
 )
 from lora_tradeoffs.figures.style import style_of
 from lora_tradeoffs.records import OVERALL
@@ -71,7 +72,7 @@ def drift_by_layer_over_training(study: StudyRecords, frame: DataFrame) -> Figur
     panels = Panels.grid(rows, "column", "arm", share_x="none")
     norm = LogNorm(*np.quantile(rows["value"], [0.01, 1]))
     marks.maps_over_training(panels, SIZE, norm=norm, cmap="magma")
-    return panels.finish(frame, ["Mean over seeds.", left_out], kind=None)
+    return panels.finish(frame, [seeds_note(rows), left_out], kind=None)
 
 
 @figure_of("drift")

@@ -10,11 +10,11 @@ from lora_tradeoffs.figures.panels import (
     figure_of,
     interval_notes,
     most_arms,
-    range_of,
     require,
+    seeds_note,
 )
 from lora_tradeoffs.records import BOTH, MEAN, OVERALL
-from lora_tradeoffs.tables.frames import is_trained, last_checkpoints, ordered, unfinished
+from lora_tradeoffs.tables.frames import last_checkpoints, ordered, unfinished
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def cosine_between_tasks(study: StudyRecords, frame: DataFrame) -> Figure:
         " a task with itself, on two halves of its batches: how much of its gradient is not"
         f" noise. {SPACES}"
     )
-    sentences = [about, _seeds(rows), left_out, unfinished(frame)]
+    sentences = [about, seeds_note(rows), left_out, unfinished(frame)]
     return panels.finish(frame, sentences, kind=None)
 
 
@@ -88,7 +88,7 @@ def conflict_by_layer_over_training(study: StudyRecords, frame: DataFrame) -> Fi
     panels = Panels.grid(rows, "family", "arm", MAP, share_x="none")
     marks.maps_over_training(panels, "cosine", **marks.diverging(rows["value"]))
     about = "Mean over the pairs of tasks; below 0 (red) they conflict."
-    return panels.finish(frame, [about, SPACES, _seeds(rows), left_out], kind=None)
+    return panels.finish(frame, [about, SPACES, seeds_note(rows), left_out], kind=None)
 
 
 def _means_of_pairs(frame: DataFrame) -> DataFrame:
@@ -109,11 +109,3 @@ def _means_along(frame: DataFrame, rows: DataFrame, x: str, about: str) -> Figur
             ax.set_ylim(-0.02, max(0.1, ax.get_ylim()[1]))
     panels.label(y=str)
     return panels.finish(frame, [about, SPACES, *interval_notes(means, "batches")])
-
-
-def _seeds(rows: DataFrame) -> str:
-    """Of how many seeds the arms' means are."""
-    seeds = rows[is_trained(rows)].groupby(["family", "arm"])["seed"].nunique()
-    if seeds.empty:
-        return ""
-    return "One seed per arm." if seeds.max() == 1 else f"Mean over {range_of(seeds)} seeds."

@@ -308,6 +308,14 @@ def interval_notes(means: DataFrame, errors: str = "items", small: str = "") -> 
     return sentences
 
 
+def seeds_note(rows: DataFrame) -> str:
+    """Of how many seeds the means of the arms in the rows are."""
+    seeds = rows[is_of_arm(rows)].groupby(["family", "arm"])["seed"].nunique()
+    if seeds.empty:
+        return ""
+    return "One seed per arm." if seeds.max() == 1 else f"Mean over {range_of(seeds)} seeds."
+
+
 def range_of(numbers: Any) -> str:
     """The smallest to the largest number, or the one that all are."""
     return " to ".join(dict.fromkeys((str(numbers.min()), str(numbers.max()))))

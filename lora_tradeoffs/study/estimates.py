@@ -17,31 +17,20 @@ from lora_tradeoffs.training.run import Run
 GB = 1e9
 TRAINING = ("sweep", "train")
 
-Arm = tuple[str, str, int]  # family, method, rank
-
 
 # -------------------------------------------------------------------------------- seconds
 
 
-def arm_of(run: Run) -> Arm:
-    return run.config.family, run.config.method, run.config.rank
-
-
-def measured_rates(runs: Sequence[Run]) -> dict[Arm, float]:
-    """Seconds a training step, validating and saving included, of every arm with a done run."""
-    rates = {}
-    for run in runs:
-        if run.is_done:
-            done = read_training(run.folder, "seconds", "steps")
-            rates[arm_of(run)] = done.get("wall_seconds", done["seconds"]) / done["steps"]
-    return rates
-
-
-def rate_of(run: Run, rates: dict[Arm, float]) -> float | None:
-    """Seconds a step: the arm's own, else those of the nearest rank of its family and method."""
-    family, method, rank = arm_of(run)
-    near = {r: v for (f, m, r), v in rates.items() if (f, m) == (family, method)}
-    return near[min(near, key=lambda other: abs(other - rank))] if near else None
+def step_seconds(run: Run, done: Sequence[Run]) -> float | None:
+    """Seconds a training step takes, validating and saving included, by the last of the done runs
+    that has the run's family and method, and the nearest rank; None if there is none."""
+    kind = run.config.family, run.config.method
+    alike = [other for other in done if (other.config.family, other.config.method) == kind]
+    if not alike:
+        return None
+    nearest = min(reversed(alike), key=lambda other: abs(other.config.rank - run.config.rank))
+    record = read_training(nearest.folder, "seconds", "steps")
+    return record.get("wall_seconds", record["seconds"]) / record["steps"]
 
 
 def analysis_seconds(step: Step, outcomes: dict[str, dict[str, Any]]) -> float | None:
@@ -81,14 +70,14 @@ def print_plan(
     """A line a step: its state, and what it takes; then the sums, and what can be detected."""
     from lora_tradeoffs.hardware import pick_device
 
-    rates = measured_rates([run for step in steps for run in step.runs])
+    done_runs = [run for step in steps for run in step.runs if run.is_done]
     outcomes = Outcomes(settings).read()
     width = max(len(step.name) for step in steps)
     left: dict[Step, Need] = {}
     for step in steps:
         need = Need()
         if step.stage in TRAINING:
-            need = training_need(args, settings, step, rates)
+            need = training_need(args, settings, step, done_runs)
         elif step.stage in ANALYSES:
             need = Need(analysis_seconds(step, outcomes), words=f"{len(step.runs)} runs")
         state, time = "done", ""
@@ -116,7 +105,7 @@ def print_plan(
 
 
 def training_need(
-    args: argparse.Namespace, settings: Settings, step: Step, rates: dict[Arm, float]
+    args: argparse.Namespace, settings: Settings, step: Step, done_runs: Sequence[Run]
 ) -> Need:
     """What a step that trains takes: one run, or those of a sweep that are not done."""
     from lora_tradeoffs.hardware import pick_device, pick_precision
@@ -130,7 +119,7 @@ def training_need(
     for run in [run for run in step.runs if not run.is_done] or step.runs:
         cost = expected_cost(model, run.config, bf16)
         count = run.config.max_steps or expected_steps(run.config, settings)
-        rate = rate_of(run, rates)
+        rate = step_seconds(run, done_runs)
         seconds = None if rate is None or seconds is None else seconds + rate * count
         disk += cost.disk
         kept += cost.disk // run.config.checkpoints if args.measure_then_delete else cost.disk

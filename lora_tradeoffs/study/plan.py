@@ -9,7 +9,7 @@ from typing import Any
 from config import FAMILIES, Settings
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, Step, Sweep
 from lora_tradeoffs.training import plan
-from lora_tradeoffs.training.learning_rates import FACTORS
+from lora_tradeoffs.training.learning_rates import FACTORS, run_options
 from lora_tradeoffs.training.run import Run
 from training_configs import parse_assignments
 
@@ -88,10 +88,7 @@ def _training_step(
 ) -> Step:
     """What trains the run: in a sweep its search, or, with later seeds, at the chosen rate."""
     config = run.config
-    is_mix = config.tasks == FAMILIES[config.family]
-    options: dict[str, Any] = {config.family: True} if is_mix else {"tasks": config.tasks}
-    arm = {"full": "full_finetune", "full_qv": "full_qv"}.get(config.method)
-    options |= {arm: True} if arm else {"lora": config.rank}
+    options = run_options(config)
     options |= {"seed": config.seed, "max_steps": args.max_steps, "set": args.set or None}
     options["dtype"] = None if args.dtype == "auto" else args.dtype
     name, stage = f"train-{run.name}", "train"

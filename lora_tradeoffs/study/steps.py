@@ -19,7 +19,7 @@ from dataset_descriptions import describe
 from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.records import read_run, units_of
 from lora_tradeoffs.shapes import NUMBER
-from lora_tradeoffs.training.learning_rates import rates_around, read_rates
+from lora_tradeoffs.training.learning_rates import flags, rates_around, read_rates
 from lora_tradeoffs.training.run import Run
 
 # stage: its script
@@ -126,18 +126,6 @@ def command_line(step: Step, settings: Settings) -> list[str]:
     values = (settings.preset.name, settings.study, settings.model, settings.data)
     tasks = step.tasks if step.stage == "prepare" else []
     return [*head, *tasks, *flags(options), *flags(dict(zip(names, values)))]
-
-
-def flags(options: Mapping[str, Any]) -> list[str]:
-    """Options as flags: True is a flag alone, a sequence all its values, None and False nothing."""
-    parts: list[str] = []
-    for name, value in options.items():
-        if value is None or value is False:
-            continue
-        parts.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            parts += map(str, value if isinstance(value, (list, tuple)) else [value])
-    return parts
 
 
 # -------------------------------------------------------------------------- how steps ended

@@ -15,6 +15,7 @@ when done, and measured by the analyses like the rest.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -240,13 +241,9 @@ def write_rates(runs_dir: Path, arm: str, records: list[dict[str, Any]]) -> Path
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{FILE}.lock")):
         others = [record for record in read_rates(runs_dir) if record["arm"] != arm]
-        write_json(path, {"records": sorted(others + records, key=_sort_key)})
+        order = operator.itemgetter("family", "method", "rank", "arm", "learning_rate")
+        write_json(path, {"records": sorted(others + records, key=order)})
     return path
-
-
-def _sort_key(record: dict[str, Any]) -> tuple[str, str, int, str, float]:
-    names = (record["family"], record["method"], record["rank"], record["arm"])
-    return *names, record["learning_rate"]
 
 
 def chosen_rate(runs_dir: Path, arm: str, config: TrainingConfig) -> float:
@@ -256,7 +253,8 @@ def chosen_rate(runs_dir: Path, arm: str, config: TrainingConfig) -> float:
     """
     records = [record for record in read_rates(runs_dir) if record["arm"] == arm]
     chosen = next((record for record in records if record["chosen"]), None)
-    command = f"python multi_task_training.py --lr-sweep --study {runs_dir.name} {_flags(config)}"
+    options = {"lr_sweep": True, "study": runs_dir.name} | run_options(config)
+    command = " ".join(["python multi_task_training.py", *flags(options)])
     if chosen is None:
         problem = f" ({records[0]['problem']})" if records else ""
         raise UserError(
@@ -276,11 +274,24 @@ def chosen_rate(runs_dir: Path, arm: str, config: TrainingConfig) -> float:
     return float(chosen["learning_rate"])
 
 
-def _flags(config: TrainingConfig) -> str:
-    whole = config.tasks == FAMILIES[config.family]
-    tasks = f"--{config.family}" if whole else f"--tasks {' '.join(config.tasks)}"
-    arms = {"full": "--full-finetune", "full_qv": "--full-qv"}
-    return f"{tasks} {arms.get(config.method) or f'--lora {config.rank}'}"
+def run_options(config: TrainingConfig) -> dict[str, Any]:
+    """The options of multi_task_training.py that say which tasks and which arm a run has."""
+    is_family = config.tasks == FAMILIES[config.family]
+    options: dict[str, Any] = {config.family: True} if is_family else {"tasks": config.tasks}
+    arm = {"full": "full_finetune", "full_qv": "full_qv"}.get(config.method)
+    return options | ({arm: True} if arm else {"lora": config.rank})
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as flags: True is a flag alone, a sequence all its values, None and False nothing."""
+    parts: list[str] = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        parts.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            parts += map(str, value if isinstance(value, (list, tuple)) else [value])
+    return parts
 
 
 def rates_table(records: Sequence[Mapping[str, Any]]) -> str:

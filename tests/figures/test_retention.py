@@ -91,6 +91,18 @@ def test_curves_show_acc_norm_where_it_is_defined_and_the_bases_band(frame):
     assert panel(figure, "similar: text_prose").get_ylabel() == "nats per token"
 
 
+def test_curves_with_examples_in_context_begin_at_the_base_with_as_many(frame):
+    records = []
+    for shots, value in ((0, 0.5), (5, 0.6)):
+        records.append(base("hellaswag", "acc_norm", value, shots=shots))
+        records.append(kept(RUN, "hellaswag", "acc_norm", value - 0.1, shots=shots))
+    figure = drawn(retention_curves, retention=frame(records))
+    ax = panel(figure, "similar: hellaswag")
+    for arm, values in (("LoRA r=8", [0.5, 0.4]), ("LoRA r=8 (5-shot)", [0.6, 0.5])):
+        assert np.allclose(lines(ax, arm)[0].get_ydata(), values)
+    assert {"base", "base (5-shot)"} <= set(content(figure)["similar: hellaswag"])
+
+
 def test_families_have_rows_of_their_own_and_share_the_base(frame):
     figure = drawn(retention_curves, retention=frame(retention_study(points=2)))
     titles = [ax.get_title(loc="left") for ax in figure.axes]

@@ -108,7 +108,7 @@ def test_a_sweep_is_planned_at_the_rates_that_are_known(planned):
     steps = {step.name: step for step in planned_steps}
     searches = [step for step in steps.values() if step.stage == "sweep"]
     assert len(searches) == 2 and all(len(step.runs) == 2 for step in searches)
-    assert training_need(args, settings, searches[0], {}).words.startswith(
+    assert training_need(args, settings, searches[0], ()).words.startswith(
         "4 steps at 2 learning rates, or more"
     )
     (later,) = (s for s in steps.values() if s.stage == "train" and "lora" in s.name)
