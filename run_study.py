@@ -35,6 +35,7 @@ from lora_tradeoffs.study.processes import StepRunner
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
 from lora_tradeoffs.training.learning_rates import FACTORS
 from lora_tradeoffs.training.run import Run
+from lora_tradeoffs.training.run_record import changed
 from training_configs import settable_help
 
 PLANE = "learning_forgetting_plane.png"
@@ -88,14 +89,9 @@ def check_study(args: argparse.Namespace, settings: Settings) -> None:
         write_json(path, request)
         return
     before = read_json(path, {"preset": str, "model": str, "data": str})
-    different = [
-        f"{name} is {request[name]!r} and was {before.get(name)!r}"
-        for name in FIXED
-        if request[name] != before.get(name)
-    ]
-    if different:
+    if changes := changed({name: before.get(name) for name in FIXED}, request):
         raise UserError(
-            f"study {settings.study!r} was started with different settings: {'; '.join(different)}."
+            f"study {settings.study!r} was started with different settings: {'; '.join(changes)}."
             " Use the same, or start another with --study NAME"
         )
 

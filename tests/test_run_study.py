@@ -355,7 +355,7 @@ def test_wrong_arguments_are_one_line(inside, arguments, parts):
 def test_different_settings_are_refused(whole, measured, inside):
     other = ["8" if part == "4" else part for part in measured]
     process = inside(main, *other, "--study", "whole")
-    assert_one_line_error(process, "max_steps is 8 and was 4", "--study NAME")
+    assert_one_line_error(process, "max_steps 4 -> 8", "--study NAME")
 
 
 def test_one_study_at_a_time(workspace, measured, inside):

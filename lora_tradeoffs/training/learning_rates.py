@@ -26,6 +26,7 @@ from config import FAMILIES, Settings, UserError
 from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.shapes import NUMBER
 from lora_tradeoffs.training.run import Run, is_main
+from lora_tradeoffs.training.run_record import changed
 from training_configs import TrainingConfig, rate_name
 
 FACTORS = (0.5, 1.0, 2.0)
@@ -261,14 +262,10 @@ def chosen_rate(runs_dir: Path, arm: str, config: TrainingConfig) -> float:
             f"no learning rate was chosen for {arm}{problem}; sweep first, with the same other"
             f" flags: {command}"
         )
-    changed = [
-        f"{name} {chosen.get(name)} -> {value}"
-        for name, value in _settings(config).items()
-        if chosen.get(name) != value
-    ]
-    if changed:
+    settings = _settings(config)
+    if changes := changed({name: chosen.get(name) for name in settings}, settings):
         raise UserError(
-            f"the learning rate of {arm} was chosen with other settings: {'; '.join(changed)}."
+            f"the learning rate of {arm} was chosen with other settings: {'; '.join(changes)}."
             f" Sweep again: {command}"
         )
     return float(chosen["learning_rate"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from config import Settings
@@ -61,21 +62,22 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], li
         {**record["environment"], **record["environment"]["versions"], "versions": None}
         for record in (old, new)
     ]
-    return different_settings(old, new), _changed(*environments)
+    return different_settings(old, new), changed(*environments)
 
 
 def different_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings, base and data in which two records of a run differ."""
-    changes = _changed(old["compared"], new["compared"])
+    changes = changed(old["compared"], new["compared"])
     if old["base"]["digest"] != new["base"]["digest"]:
         changes.append(f"base model {old['base']['name']} -> {new['base']['name']}, other weights")
-    return changes + _changed(
+    return changes + changed(
         {f"data of {task}": report["fingerprint"] for task, report in old["data"].items()},
         {f"data of {task}": report["fingerprint"] for task, report in new["data"].items()},
     )
 
 
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The fields in which two records differ, with both values."""
     return [
         f"{key} {old.get(key)} -> {new.get(key)}"
         for key in {**old, **new}
