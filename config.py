@@ -87,6 +87,7 @@ SYSTEM_ADVICE = {
         "allow reading and writing there, or choose other folders with OUTPUT_DIR and DATA_DIR",
     ),
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "restore it",
     **dict.fromkeys(
         (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV), "check the disk or its network"
     ),
@@ -451,9 +452,10 @@ def system_error(error: BaseException | None) -> OSError | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number or "file write failed" in str(error):  # torch says no more: the disk is full
-            code = int(number[1]) if number else errno.ENOSPC
+        message = str(error)
+        codes = [code for code in SYSTEM_ADVICE if os.strerror(code) in message]
+        if codes or "file write failed" in message:  # torch says no more: the disk is full
+            code = codes[0] if codes else errno.ENOSPC
             return OSError(code, os.strerror(code))
         error = error.__cause__
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -27,6 +28,7 @@ RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
 PARTIAL = ".partial"  # how the names of temporary files and folders end
+SAFETENSORS_PARTIAL = re.compile(r"\.tmp\w{6}")
 DAY = 86_400  # seconds; no write takes that long
 
 
@@ -65,9 +67,10 @@ def _remove(path: Path) -> None:
 
 def remove_partial(folder: Path, age: float = DAY) -> None:
     """Remove what writes that were killed have left below a folder, if it is `age` seconds old."""
-    for path in folder.rglob(f".*{PARTIAL}"):
+    for path in folder.rglob(".*"):
+        is_partial = path.name.endswith(PARTIAL) or SAFETENSORS_PARTIAL.fullmatch(path.name)
         with suppress(OSError):  # the write has just ended
-            if time.time() - path.stat().st_mtime >= age:
+            if is_partial and time.time() - path.stat().st_mtime >= age:
                 _remove(path)
 
 
@@ -222,15 +225,18 @@ def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
     """The checkpoints of a run's folder, or the folder itself if it is one, ordered by step.
 
     Any PEFT or Transformers folder is accepted, also one that was not made here. `name` is the
-    run's; by default it is the folder's. Raises UserError for a folder without a checkpoint.
+    run's; by default it is the folder's. A Trainer's output folder may also hold the model that it
+    saved at its end: it comes last, as a run of its own, <name>-final. Raises UserError for a
+    folder without a checkpoint.
 
     >>> [c.step for c in checkpoints_in(Path("models/demo/similar_lora_r8_seed42"))]
     [3, 6]
     """
     steps = [Checkpoint(name or folder.name, checkpoint_step(p), p) for p in checkpoints(folder)]
+    is_one = any(folder.glob("*.safetensors"))
     if steps:
-        return steps
-    if not any(folder.glob("*.safetensors")):
+        return steps + [Checkpoint(f"{steps[0].run}-final", 0, folder)] * is_one
+    if not is_one:
         raise UserError(f"{folder} holds no checkpoint-<step> folder and no *.safetensors")
     run = folder.parent.name if checkpoint_step(folder) >= 0 else folder.name
     return [Checkpoint(name or run, max(0, checkpoint_step(folder)), folder)]

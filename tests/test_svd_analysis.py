@@ -373,6 +373,37 @@ def test_a_foreign_folder_gives_what_our_run_gives(folder, model, tmp_path):
     assert np.allclose(layers.value, ours.value, rtol=1e-12, atol=1e-13)
 
 
+def test_a_trainers_folder_is_its_checkpoints_and_the_model_in_its_root(base, model, tmp_path):
+    make_adapter(base, tmp_path / "out", seed=1)
+    make_adapter(base, tmp_path / "out" / "checkpoint-20", seed=2)
+    for name, path in (("final", "out"), ("checkpoint", "out/checkpoint-20")):
+        shutil.copytree(tmp_path / path, tmp_path / "alone" / name)
+    shutil.rmtree(tmp_path / "alone" / "final" / "checkpoint-20")
+    argv = ["--top-k", 4, "--runs"]
+    alone = analyse(model, "alone", *argv, *(tmp_path / "alone").iterdir())[0]
+    together = analyse(model, "trainer", *argv, tmp_path / "out")[0]
+    runs = together[["run", "step"]].drop_duplicates()
+    assert set(map(tuple, runs.values)) == {("out", 20), ("out-final", 0)}
+    for run, other in (("out", "checkpoint"), ("out-final", "final")):
+        found, expected = (
+            records.query("run == @name and metric == 'relative_frobenius'").value.to_numpy()
+            for records, name in ((together, run), (alone, other))
+        )
+        assert len(found) and found == pytest.approx(expected)
+
+
+def test_a_runs_name_is_no_pattern(base, model, tmp_path):
+    phis = []
+    for names in (("one", "two"), ("x[12]", "x1"), ("x*", "x?")):
+        for seed, name in enumerate(names):
+            make_adapter(base, tmp_path / name, seed=seed)
+        runs = [tmp_path / name for name in names]
+        records = analyse(model, f"names-{len(phis)}", "--top-k", 4, "--runs", *runs)[0]
+        phis.append(records.query("metric == 'update_phi'").value.to_numpy())
+    assert max(phis[0]) < 0.9 and len(phis[0])
+    assert phis[1] == pytest.approx(phis[0]) and phis[2] == pytest.approx(phis[0])
+
+
 # ----------------------------------------------------------------------------------- mistakes
 
 

@@ -62,17 +62,18 @@ def find_subjects(
     folders = {"base": base.folder}
     for name, folder in _run_folders(runs, settings):
         found = checkpoints_in(folder, name)
-        last, best = found[-1].step, _best_step(folder)
-        chosen = [c for c in found if _is_chosen(c.step, last, checkpoints)]
+        last, best = {c.run: c.step for c in found}, _best_step(folder)
+        chosen = [c for c in found if _is_chosen(c.step, last[c.run], checkpoints)]
         if not chosen:
             steps = ", ".join(str(c.step) for c in found)
             raise UserError(f"{folder} has no such checkpoint; its steps are {steps}")
-        _check_name(folders, chosen[0], settings)
-        trained, family, steps = _trained(chosen[0].run, folder, base)
-        steps = steps or last  # of a run from elsewhere
+        trainings = {c.run: _trained(c.run, folder, base) for c in chosen}
         for c in chosen:
+            _check_name(folders, c, settings)
+            trained, family, steps = trainings[c.run]
+            steps = steps or last[c.run]  # of a run from elsewhere
             fields = {**study, **trained, "fraction": c.step / steps if steps else 1.0}
-            is_last, is_best = c.step == last, c.step == best
+            is_last, is_best = c.step == last[c.run], c.step == best
             subjects.append(Subject(c.run, c.step, c, fields, family, is_last, is_best))
     return subjects
 

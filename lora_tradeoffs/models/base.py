@@ -249,10 +249,18 @@ def _unpack_embedded(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _save_tokenizer(base: Base) -> None:
+    folder = base.tokenizer_folder
+    if not (folder / "tokenizer_config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # a second process would replace the folder while the first one reads it
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not (folder / "tokenizer_config.json").is_file():
+                _write_tokenizer(base)
+
+
+def _write_tokenizer(base: Base) -> None:
     from transformers import AutoTokenizer
 
-    if (base.tokenizer_folder / "tokenizer_config.json").is_file():
-        return
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(base.folder, **LOCAL)

@@ -209,13 +209,14 @@ class Retention(Analysis):
     def _recorded_identities(self, unit: RetentionUnit) -> dict[str, Any] | None:
         """With `trusts_records` the identities in the unit's file, if lm-eval is the same version
         and a folder's rows are older: whoever only asks what is pending need not load the tasks,
-        which takes seconds. New rows on the Hub are not seen then."""
+        which takes seconds. Of rows on the Hub only loading them tells whether they are new."""
         path = self.results.unit_file(unit.name)
-        if not self.trusts_records or not path.is_file():
-            return None
-        identities = read_json(path).get("request", {}).get("benchmark", {})
         folder = source_folder(self.settings)
-        files = (folder / unit.task).glob("*.jsonl") if folder else ()
+        if not self.trusts_records or folder is None or not path.is_file():
+            return None
+        unit_shape = {"request": {"benchmark?": {"*": dict}}}
+        identities = read_json(path, unit_shape)["request"].get("benchmark", {})
+        files = (folder / unit.task).glob("*.jsonl")
         is_newer = any(file.stat().st_mtime_ns > path.stat().st_mtime_ns for file in files)
         versions = {identity.get("lm_eval") for identity in identities.values()}
         return None if is_newer or versions != {version("lm_eval")} else identities

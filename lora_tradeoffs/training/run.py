@@ -209,7 +209,7 @@ def train(
     except Exception as error:
         if (cause := system_error(error)) and cause.errno != errno.EPIPE:
             _remove_incomplete(run)
-            raise UserError(f"{run.folder}: {system_error_line(cause)}") from None
+            raise UserError(f"{run.name}: {system_error_line(cause)}") from None
         if is_out_of_memory(error):
             raise UserError(
                 f"{run.name}: {setup.device} is out of memory; lower --set micro_batch_size=N"
