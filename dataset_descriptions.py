@@ -217,6 +217,7 @@ DESCRIPTIONS = {
             | {"test_mismatched": "validation_mismatched"},
             grouping=("equal", "premise"),
             groups="premise",
+            item_groups="premise",
             columns={"premise": str, "hypothesis": str, "label": int},
             template=(
                 "Premise: {premise}\nHypothesis: {hypothesis}\n"

@@ -29,7 +29,7 @@ from config import (
     seed_number,
 )
 from lora_tradeoffs.files import MANIFEST, checkpoints, read_json, write_json
-from lora_tradeoffs.records import DOCUMENT
+from lora_tradeoffs.records import DOCUMENT, STUDY
 from lora_tradeoffs.study.plan import plan_runs, plan_steps
 from lora_tradeoffs.study.processes import StepRunner
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
@@ -80,20 +80,30 @@ def build_parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------ the checks
 
 
-def check_study(args: argparse.Namespace, settings: Settings) -> None:
-    """Write what defines the study, or compare. Raises UserError with the fields that differ."""
+def check_study(args: argparse.Namespace, settings: Settings, runs: Sequence[Run]) -> None:
+    """Write what defines the study, or compare. Raises UserError with the fields that differ.
+
+    `arms`, by family, grow with the grid: the report's confirmatory tests are those of all of them.
+    """
+    mixes = [run.config for run in runs if run.config.tasks == FAMILIES[run.config.family]]
+    arms = {f: {(c.method, c.rank) for c in mixes if c.family == f} for f in FAMILIES}
     request = {name: getattr(args, name, None) for name in FIXED}
     request |= {"preset": settings.preset.name, "model": settings.model, "data": settings.data}
     path = settings.output_dir / "outputs" / settings.study / "study.json"
-    if not path.is_file():
-        write_json(path, request)
-        return
-    before = read_json(path, {"preset": str, "model": str, "data": str})
+    before = read_json(path, STUDY) if path.is_file() else dict(request)
+    for family, planned in before.get("arms", {}).items():
+        arms[family] |= {(arm["method"], arm["rank"]) for arm in planned}
     if changes := changed({name: before.get(name) for name in FIXED}, request):
         raise UserError(
             f"study {settings.study!r} was started with different settings: {'; '.join(changes)}."
             " Use the same, or start another with --study NAME"
         )
+    request["arms"] = {
+        family: [{"method": method, "rank": rank} for method, rank in sorted(pairs)]
+        for family, pairs in arms.items()
+    }
+    if request != before:
+        write_json(path, request)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -186,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     lock = FileLock(folder / ".study.lock")  # results.py has its own, ".lock"
     try:
         with lock.acquire(timeout=0):
-            check_study(args, settings)
+            check_study(args, settings, runs)
             return run_steps(args, settings, steps, _done(tests, steps))
     except Timeout:
         raise UserError(f"another run_study.py is running the study {settings.study!r}") from None

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from config import DOCUMENTS, Settings, UserError
+from config import DOCUMENTS, FAMILIES, Settings, UserError
 from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.shapes import NUMBER
 from training_configs import tasks_and_variant
@@ -71,6 +71,10 @@ VALUE = (*NUMBER, type(None))
 UNIT = {
     "request": dict,
     "records": [{"run": str, "step": int, "metric": str, "value": VALUE}],
+}
+STUDY = {  # outputs/<study>/study.json; the arms that were planned, by family
+    **{"preset": str, "model": str, "data": str},
+    "arms?": {f"{family}?": [{"method": str, "rank": int}] for family in FAMILIES},
 }
 DOCUMENT = {"meta": dict, "records": [{"value?": VALUE}]}
 RUN = {

@@ -263,8 +263,10 @@ def test_questions_about_a_passage_are_resampled_together(tiny, tmp_path):
     )
     from lora_tradeoffs.adaptation.metrics import score
     from lora_tradeoffs.measuring.subjects import Subject
+    from lora_tradeoffs.retention.analysis import Retention, RetentionOptions, RetentionUnit
+    from lora_tradeoffs.statistics.comparisons import estimate, grouped
 
-    for split, count in (("train", 2), ("validation", 2), ("test", 40)):
+    for split, count in (("train", 2), ("validation", 40), ("test", 2)):
         rows = [squad_row(split, i // 2, i) for i in range(2 * count)]
         path = tmp_path / "squad_v2" / f"{split}.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -274,16 +276,25 @@ def test_questions_about_a_passage_are_resampled_together(tiny, tmp_path):
     analysis = Adaptation(settings, prepare_base(settings_for(model=str(tiny))), options)
     base = Subject("base", 0, None, {}, None, True, True)
     for prompt in range(4):
-        groups = analysis.groups(TaskUnit(base, "test", "squad_v2", 0, 0, prompt))
+        groups = analysis.groups(TaskUnit(base, "validation", "squad_v2", 0, 0, prompt))
         assert groups.tolist() == [i // 2 for i in range(80)]
-    assert analysis.groups(TaskUnit(base, "validation", "squad_v2", 0, 0, 0)) is None  # too few
-    unit = TaskUnit(base, "test", "squad_v2", 0, 0, 0)
+    assert analysis.groups(TaskUnit(base, "test", "squad_v2", 0, 0, 0)) is None  # too few
+    unit = TaskUnit(base, "validation", "squad_v2", 0, 0, 0)
     # both questions about a passage are right, or none: half as many items as it seems
     right = np.repeat(np.arange(40) % 2, 2)
     scores = score("squad_v2", ["x" if hit else "y" for hit in right], [["x"]] * 80)
     (alone, *_), (together, *_) = records_of(unit, scores, {}), records_of(unit, scores, {}, groups)
     assert (together["value"], together["n"]) == (alone["value"], alone["n"]) == (0.5, 80)
     assert together["stderr"] == pytest.approx(2**0.5 * alone["stderr"], rel=0.1)
+    # beside retention, at scaled updates, too
+    retention = Retention(settings, analysis.base, RetentionOptions(dtype="fp32"))
+    retention.adaptation.scores = lambda *_: (scores, {}, [])
+    scaled = RetentionUnit(base, "adaptation", "squad_v2", scale=0.5)
+    measured = retention._measure_adaptation(None, scaled, 0)
+    retention.results.write("scaled", {}, measured.records, measured.scores, measured.groups)
+    primary = next(s for s in scores if s.name == measured.scores[0].name)
+    assert measured.records[0]["stderr"] == estimate(grouped(primary, groups)).stderr
+    assert len(retention.results.items("scaled")[primary.name].statistics) == 40
 
 
 def squad_row(split, passage, number):

@@ -16,7 +16,7 @@ from lora_tradeoffs.data.splits import group_by_key
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject, no_arm
 from lora_tradeoffs.records import unit_name
-from lora_tradeoffs.statistics.comparisons import MIN_GROUPS, estimate, grouped
+from lora_tradeoffs.statistics.comparisons import MIN_GROUPS, estimate
 from lora_tradeoffs.tables.scores import adaptation_table
 
 SAMPLES = 8  # items of each unit that are written as text
@@ -298,8 +298,7 @@ def records_of(
     }
     records = []
     for s in scores:
-        e = estimate(s if groups is None else grouped(s, groups))
-        figures = {"value": e.value, "stderr": e.stderr, "low": e.low, "high": e.high, "n": e.n}
+        figures = dataclasses.asdict(estimate(s, groups=groups))
         records.append({**common, "metric": s.name, **figures})
     count = scores[0].count
     for name, value in shares.items():

@@ -12,7 +12,6 @@ from lora_tradeoffs.figures.panels import (
     Panels,
     figure_of,
     interval_notes,
-    levels,
     range_of,
     require,
 )
@@ -61,7 +60,7 @@ def learning_rate_curves(study: StudyRecords, frame: DataFrame) -> Figure:
     """Validation, forgetting and drift over the learning rate, a line for each searched arm.
 
     Measures are those of `sweep_table`, and the validation loss by which the rates were chosen.
-    Ringed: each arm's chosen rate; in a square: full fine-tuning's best-retaining one.
+    Ringed: each arm's chosen rate; in a square: its best-retaining one.
     """
     import pandas as pd
     from matplotlib.lines import Line2D
@@ -71,7 +70,8 @@ def learning_rate_curves(study: StudyRecords, frame: DataFrame) -> Figure:
     swept = set(swept_arms(table))
     table = table[[key in swept for key in zip(table["family"], table["arm"])]]
     require(table, NO_SWEEP)
-    retaining = [best_retaining(table, family) for family in levels(table["family"])]
+    arms = table[["family", "arm"]].drop_duplicates().itertuples(index=False)
+    retaining = [best_retaining(table, family, arm) for family, arm in arms]
     table["best-retaining"] = table.index.isin([row.name for row in retaining if row is not None])
     rows = []
     for name, label in SWEPT.items():
@@ -92,7 +92,7 @@ def learning_rate_curves(study: StudyRecords, frame: DataFrame) -> Figure:
     panels.label("learning rate", str)
     extra = [Line2D([], [], label="chosen on validation", **RING)]
     if table["best-retaining"].any():
-        extra.append(Line2D([], [], label="full's best-retaining rate", **SQUARE))
+        extra.append(Line2D([], [], label="best-retaining rate", **SQUARE))
     return panels.finish(frame, [_about_rates(table, frame)], extra=extra)
 
 

@@ -12,9 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import DOCUMENTS, Settings
+from config import DOCUMENTS, PRESETS, Settings
+from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.results import Results, adaptation_items, retention_items
-from lora_tradeoffs.tables.arms import shared_words, with_plain_arms
+from lora_tradeoffs.records import STUDY
+from lora_tradeoffs.tables.arms import Arm, shared_words, with_plain_arms
 from lora_tradeoffs.tables.costs import gain_costs
 from lora_tradeoffs.tables.frames import SCRIPTS, load_records
 from lora_tradeoffs.tables.learning_rates import at_chosen_rates
@@ -67,6 +69,20 @@ class StudyRecords:
             return self
         frames = with_plain_arms(*(getattr(self, name) for name in DOCUMENTS))
         return replace(self, **dict(zip(DOCUMENTS, frames)))
+
+    @cached_property
+    def planned_arms(self) -> dict[str, set[Arm]]:
+        """The arms of each family that the study was to train: run_study.py's, else the preset's.
+
+        They fix the confirmatory tests, whatever was measured.
+        """
+        path = self.folder("study") / "study.json" if self.settings else None
+        planned = read_json(path, STUDY).get("arms") if path and path.is_file() else None
+        if planned is None:
+            return {
+                f: {Arm(*pair) for pair in arms} for f, arms in PRESETS[self.preset].arms.items()
+            }
+        return {family: {Arm(**fields) for fields in arms} for family, arms in planned.items()}
 
     @property
     def first_frame(self) -> DataFrame | None:

@@ -112,11 +112,11 @@ class Results:
         with written_whole(self.items_file(unit)) as temporary:
             pd.concat(tables, ignore_index=True).to_parquet(temporary)
 
-    def items(self, unit: str, by_group: bool = False) -> dict[str, Scores]:
+    def items(self, unit: str) -> dict[str, Scores]:
         """The unit's per-item statistics by metric; empty for metrics of a whole corpus.
 
-        `by_group` joins those of a group of items, which are resampled together. Raises
-        UserError for a broken file.
+        Those of a group of items, which are resampled together, are joined. Raises UserError for a
+        broken file.
         """
         import pandas as pd
 
@@ -133,9 +133,7 @@ class Results:
             for name, rows in pd.read_parquet(path).groupby("metric", sort=False):
                 aggregate = AGGREGATES[rows["aggregate"].iloc[0]]
                 values = Scores(name, np.stack(rows["statistics"]), aggregate)
-                scores[name] = (
-                    grouped(values, rows["group"]) if by_group and "group" in rows else values
-                )
+                scores[name] = grouped(values, rows["group"]) if "group" in rows else values
         except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are such
             if system_error(error):
                 raise
@@ -236,6 +234,6 @@ def retention_items(results: Results) -> Items:
 def _reader(results: Results, unit_of: Callable[[Any], str]) -> Items:
     @functools.cache
     def items(unit: str) -> dict[str, Scores]:
-        return results.items(unit, by_group=True)
+        return results.items(unit)
 
     return lambda row: items(unit_of(row)).get(row.metric)

@@ -30,6 +30,14 @@ def rows_of(rows: DataFrame, arm: Arm) -> dict[int, Any]:
     return by_seed(rows[rows["arm"] == arm])
 
 
+def score_parts(
+    rows: DataFrame, family: str, tasks: Sequence[str], weights: dict[Arm, float]
+) -> list[list[WeightedScores]]:
+    """Parts whose contrast is that of the mean test score over the tasks."""
+    by_task = [rows[(rows["family"] == family) & (rows["task"] == task)] for task in tasks]
+    return [[WeightedScores(w, rows_of(on, arm)) for arm, w in weights.items()] for on in by_task]
+
+
 def grid_arms(rows: DataFrame) -> set[Arm]:
     """The grid's LoRA arms that have enough seeds."""
     seeds = rows[rows["arm"].isin(GRID)].groupby("arm")["seed"].nunique()
@@ -45,12 +53,6 @@ def slope_weights(arms: Sequence[set[Arm]]) -> dict[Arm, float]:
     doublings = np.log2([arm.rank for arm in shared_arms])
     centred = doublings - doublings.mean()
     return dict(zip(shared_arms, (centred / (centred**2).sum()).tolist()))
-
-
-def shared_seeds(tasks: Sequence[Sequence[WeightedScores]]) -> int:
-    """How many seeds all parts have."""
-    seeds = [set(part.rows) for parts in tasks for part in parts]
-    return len(set.intersection(*seeds)) if seeds else 0
 
 
 def forgetting_parts(

@@ -2,32 +2,40 @@
 
     print(as_markdown(findings(StudyRecords.load(settings))))
 
-Confirmatory is one family of tests, fixed beforehand: LoRA at each rank of the grid against full
-fine-tuning, on each task's primary metric, last checkpoint, test; paired over at least three seeds,
-corrected by Holm over all of them, also those that could not be made. All else is exploratory, and
-corrected within its question. `detectable` is the difference that a test at the first, strictest
+Confirmatory is one family of tests, fixed beforehand: LoRA at each rank of the study's plan against
+full fine-tuning, on each task's primary metric, last checkpoint, test; paired over at least three
+seeds, corrected by Holm over all of them, also those that could not be made. All else is
+exploratory, and corrected within its question. Tests of several arms share one error where their
+variances allow it. `detectable` is the difference that a test at the first, strictest
 step of the correction finds with 80 % power. The demo has no findings.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.figures.study_records import StudyRecords
+from lora_tradeoffs.report.arm_tests import (
+    ALPHA,
+    Outcome,
+    Plan,
+    TestedContrast,
+    against_full,
+    corrected_findings,
+    too_few_seeds,
+)
 from lora_tradeoffs.report.compared_rows import (
     forgetting_parts,
     grid_arms,
     last_test_scores,
-    mean_forgetting,
-    rows_of,
-    shared_seeds,
+    score_parts,
     slope_weights,
 )
 from lora_tradeoffs.report.wording import (
@@ -39,42 +47,35 @@ from lora_tradeoffs.report.wording import (
     EXPLORATORY,
     FORGETS,
     FULL_TESTED,
-    FULL_TUNING,
     GOES_WITH,
     MATCHED,
     MISSING,
+    NOTE,
     RANK,
     TRANSFER,
     Finding,
     SentenceTemplates,
     association,
-    few_seeds,
-    of_a_difference,
-    other_items,
 )
-from lora_tradeoffs.statistics.comparisons import LEVEL, MIN_SEEDS, Comparison, holm
-from lora_tradeoffs.statistics.contrasts import Contrast, Items, WeightedScores, contrast
+from lora_tradeoffs.statistics.comparisons import MIN_SEEDS, Comparison
+from lora_tradeoffs.statistics.contrasts import (
+    Contrast,
+    Items,
+    contrast,
+    shared_seeds,
+)
+from lora_tradeoffs.statistics.pooled_error import pooled_errors
 from lora_tradeoffs.statistics.seed_intervals import BOTH, SEEDS, compare_over_seeds
 from lora_tradeoffs.tables.arms import FULL, GRID, Arm
+from lora_tradeoffs.tables.learning_rates import searched_arm
 from lora_tradeoffs.tables.predictors import PREDICTORS
-from lora_tradeoffs.tables.retention import MEAN, at_chance, matched
+from lora_tradeoffs.tables.retention import MEAN, at_chance, matched, mean_forgetting
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-ALPHA = 1 - LEVEL
 # Names of runs stand in sentences, and Markdown takes HTML, links and formulas from them.
 MARKUP, ESCAPED = re.compile(r"([\\`*$]|\](?=\()|<(?=\S)|&(?=\S))"), r"\\\1"
-
-
-class TestedContrast(NamedTuple):
-    """A test that was made, and the sentences for its outcomes."""
-
-    family: str
-    arm: Arm | str
-    about: str
-    result: Contrast
-    sentences: SentenceTemplates
 
 
 def findings(study: StudyRecords) -> list[Finding]:
@@ -86,21 +87,20 @@ def findings(study: StudyRecords) -> list[Finding]:
     """
     if study.preset == "demo":
         return [Finding(MISSING, "", DEMO)]
-    results = []
-    if study.shared_words:
-        words = " ".join(sorted(study.shared_words))
-        results.append(Finding(MISSING, "", ALL_RUNS.format(words)))
+    results, words = [], study.shared_words
+    if words:
+        results.append(Finding(NOTE, "", ALL_RUNS.format(" ".join(sorted(words)))))
         study = study.plain
     if study.adaptation is None:
         results.append(_missing(ADAPTS, "adaptation is not measured (python eval.py)"))
     else:
-        results += _adapts(study.adaptation, study.adaptation_items)
+        results += _adapts(study.adaptation, study.adaptation_items, study.planned_arms)
     if study.retention is None:
         results.append(_missing(FORGETS, "retention is not measured (python retention_eval.py)"))
     else:
-        results += _forgets(study.retention, study.retention_items)
+        results += _forgets(study.retention, study.retention_items, study.planned_arms)
         results += _matched(study.retention)
-    results += _rank(study)
+    results += _rank(study, words)
     results += _transfer(study.transfer)
     if study.retention is not None:
         results += _goes_with(study)
@@ -116,7 +116,7 @@ def as_table(results: Sequence[Finding]) -> DataFrame:
 
 def as_markdown(results: Sequence[Finding]) -> str:
     """The sentences as lists below their questions."""
-    kinds = {f.question: f" ({f.kind})" for f in results if f.kind != MISSING}
+    kinds = {f.question: f" ({f.kind})" for f in results if f.kind in (CONFIRMATORY, EXPLORATORY)}
     lines: list[str] = []
     for question in dict.fromkeys(finding.question for finding in results):
         lines += ["", f"**{question}**{kinds.get(question, '')}", ""] if question else [""]
@@ -128,54 +128,30 @@ def as_markdown(results: Sequence[Finding]) -> str:
 # ----------------------------------------------------------------------------- the questions
 
 
-def _adapts(adaptation: DataFrame, items: Items | None) -> list[Finding]:
-    """The confirmatory family: arms by tasks of both families, tested or not."""
+def _adapts(adaptation: DataFrame, items: Items | None, plan: Plan) -> list[Finding]:
+    """The confirmatory family: the plan's arms by the tasks of their family, tested or not."""
     rows = last_test_scores(adaptation)
-    tests = len(GRID) * sum(map(len, FAMILIES.values()))
-    contrasts, results = [], []
-    for family, tasks in FAMILIES.items():
-        few: dict[Arm, int] = {}
-        for arm, task in product(GRID, tasks):
-            on_task = rows[(rows["family"] == family) & (rows["task"] == task)]
-            parts = [
-                WeightedScores(1, rows_of(on_task, arm)),
-                WeightedScores(-1, rows_of(on_task, FULL)),
-            ]
-            seeds = shared_seeds([parts])
-            if seeds < MIN_SEEDS:
-                few[arm] = min(few.get(arm, seeds), seeds)
-                continue
-            result = contrast([parts], items, 1 - ALPHA / tests)
-            sentences = SentenceTemplates.scores(arm, task, DESCRIPTIONS[task].metrics[0])
-            contrasts.append(TestedContrast(family, arm, task, result, sentences))
-        results += _few_seeds(ADAPTS, family, few, len(few) == len(GRID), FULL_TESTED)
-    return _corrected(CONFIRMATORY, ADAPTS, contrasts, tests) + results
+    outcomes = []
+    for family, task in ((name, task) for name in plan for task in FAMILIES[name]):
+        metric = DESCRIPTIONS[task].metrics[0]
+        sentences = partial(SentenceTemplates.scores, task=task, metric=metric)
+        parts = partial(score_parts, rows, family, [task])
+        outcomes.append(Outcome(family, task, parts, sentences, items))
+    return against_full(CONFIRMATORY, ADAPTS, outcomes, plan, FULL_TESTED)
 
 
-def _forgets(retention: DataFrame, items: Items | None) -> list[Finding]:
+def _forgets(retention: DataFrame, items: Items | None, plan: Plan) -> list[Finding]:
     """Forgetting of LoRA minus that of full fine-tuning, mean over benchmarks."""
-    pairs: list[tuple[str, Arm, list[list[WeightedScores]]]] = []
-    results = []
-    for family in FAMILIES:
-        few = {}
-        for arm in GRID:
-            tasks = forgetting_parts(retention, family, {arm: 1, FULL: -1}, items)
-            seeds = shared_seeds(tasks)
-            if seeds < MIN_SEEDS:
-                few[arm] = seeds
-            else:
-                pairs.append((family, arm, tasks))
-        results += _few_seeds(FORGETS, family, few, len(few) == len(GRID))
-    level = 1 - ALPHA / max(len(pairs), 1)
-    contrasts = []
-    for family, arm, tasks in pairs:
-        result, sentences = contrast(tasks, items, level), SentenceTemplates.forgets(arm)
-        contrasts.append(TestedContrast(family, arm, MEAN, result, sentences))
+    outcomes = []
+    for family in plan:
+        parts = partial(forgetting_parts, retention, family, items=items)
+        outcomes.append(Outcome(family, MEAN, parts, SentenceTemplates.forgets, items))
+    results = against_full(EXPLORATORY, FORGETS, outcomes, plan)
     names = ", ".join(at_chance(retention))
-    if names and contrasts:
+    if names and any(finding.kind == EXPLORATORY for finding in results):
         text = f"On {names}, part of the mean, the base is at chance: nothing to forget."
-        results.append(Finding(MISSING, FORGETS, text))
-    return _corrected(EXPLORATORY, FORGETS, contrasts) + results
+        results.insert(0, Finding(NOTE, FORGETS, text))
+    return results
 
 
 def _matched(retention: DataFrame) -> list[Finding]:
@@ -201,37 +177,45 @@ def _matched(retention: DataFrame) -> list[Finding]:
         result = Contrast(comparison, tuple(differences["seed"]), BOTH if variance else SEEDS)
         sentences = SentenceTemplates.forgets(arm, EQUAL_SCORES)
         contrasts.append(TestedContrast(family, arm, MEAN, result, sentences))
-    return _corrected(EXPLORATORY, MATCHED, contrasts)
+    return corrected_findings(EXPLORATORY, MATCHED, contrasts)
 
 
-def _rank(study: StudyRecords) -> list[Finding]:
-    """The slope of mean score and mean forgetting over log2 of LoRA's rank, seed by seed."""
-    trends = []
-    for family in FAMILIES:
+def _rank(study: StudyRecords, words: set[str]) -> list[Finding]:
+    """The slope of mean score and mean forgetting over log2 of LoRA's rank, seed by seed.
+
+    Where a rank was not trained at a rate of its own search, the sentence says what that confounds.
+    """
+    searched = {(c["family"], searched_arm(c).without(words)) for c in study.rates if c["chosen"]}
+    candidates: list[tuple[str, str, Any, Items | None, list[set[Arm]]]] = []
+    for family, tasks in FAMILIES.items():
         if study.adaptation is not None:
             rows = last_test_scores(study.adaptation)
             rows = rows[rows["family"] == family]
-            by_task = [rows[rows["task"] == task] for task in FAMILIES[family]]
-            weights = slope_weights([grid_arms(part) for part in by_task])
-            tasks = [
-                [WeightedScores(w, rows_of(rows, arm)) for arm, w in weights.items()]
-                for rows in by_task
-            ]
-            trends.append((family, "score", tasks, study.adaptation_items))
+            arms = [grid_arms(rows[rows["task"] == task]) for task in tasks]
+            parts = partial(score_parts, rows, family, tasks)
+            candidates.append((family, "score", parts, study.adaptation_items, arms))
         if study.retention is not None:
-            weights = slope_weights([grid_arms(mean_forgetting(study.retention, family))])
             items = study.retention_items
-            tasks = forgetting_parts(study.retention, family, weights, items)
-            trends.append((family, "forgetting", tasks, items))
-    trends = [trend for trend in trends if shared_seeds(trend[2]) >= MIN_SEEDS]
+            arms = [grid_arms(mean_forgetting(study.retention, family))]
+            parts = partial(forgetting_parts, study.retention, family, items=items)
+            candidates.append((family, "forgetting", parts, items, arms))
+    trends: list[tuple[Outcome, dict[Arm, float]]] = []
+    for family, about, parts, items, arms in candidates:
+        weights = slope_weights(arms)
+        if weights and len(shared_seeds(parts(weights))) >= MIN_SEEDS:
+            defaults = [arm for arm in weights if (family, arm) not in searched]
+            sentences = partial(SentenceTemplates.rank, about=about, defaults=defaults)
+            trends.append((Outcome(family, about, parts, sentences, items), weights))
     if not trends:
         return [_missing(RANK, f"fewer than 3 ranks with {MIN_SEEDS} seeds in common")]
+    errors = pooled_errors([outcome.layout(list(weights)) for outcome, weights in trends])
     contrasts = []
-    for family, about, tasks, items in trends:
-        result = contrast(tasks, items, 1 - ALPHA / len(trends))
-        sentences = SentenceTemplates.rank(about)
-        contrasts.append(TestedContrast(family, "LoRA", about, result, sentences))
-    return _corrected(EXPLORATORY, RANK, contrasts)
+    for (outcome, weights), error in zip(trends, errors):
+        parts = outcome.parts(weights)
+        result = contrast(parts, outcome.items, 1 - ALPHA / len(trends), error)
+        family, about = outcome.family, outcome.about
+        contrasts.append(TestedContrast(family, "LoRA", about, result, outcome.sentences("LoRA")))
+    return corrected_findings(EXPLORATORY, RANK, contrasts)
 
 
 def _transfer(transfer: DataFrame | None) -> list[Finding]:
@@ -251,8 +235,8 @@ def _transfer(transfer: DataFrame | None) -> list[Finding]:
     rest = transfer[transfer["seeds"] < MIN_SEEDS]
     for family, rows in rest.groupby("family", sort=False):
         few = rows.groupby("arm")["seeds"].max().to_dict()
-        results += _few_seeds(TRANSFER, family, few, enough.empty, "the single-task control")
-    return _corrected(EXPLORATORY, TRANSFER, contrasts, len(transfer)) + results
+        results += too_few_seeds(TRANSFER, family, few, enough.empty, "the single-task control")
+    return corrected_findings(EXPLORATORY, TRANSFER, contrasts, len(transfer)) + results
 
 
 def _goes_with(study: StudyRecords) -> list[Finding]:
@@ -299,33 +283,3 @@ def _not_correlated(across: DataFrame, question: str) -> list[Finding]:
 
 def _missing(question: str, reason: str) -> Finding:
     return Finding(MISSING, question, f"Not answered: {reason}.")
-
-
-def _few_seeds(
-    question: str, family: str, few: dict[Arm, int], nothing: bool, other: str = FULL_TUNING
-) -> list[Finding]:
-    """Which arms share too few seeds with the other, if any; `few` holds how many they share."""
-    if not few:
-        return []
-    sentence = few_seeds(family, few, nothing, other)
-    return [Finding(MISSING, question, sentence, family, seeds=max(few.values()))]
-
-
-def _corrected(
-    kind: str, question: str, contrasts: Sequence[TestedContrast], tests: int | None = None
-) -> list[Finding]:
-    """The contrasts as findings, corrected over `tests`, of which the rest could not be made."""
-    tests = len(contrasts) if tests is None else tests
-    p_values = [tested.result.comparison.p_value for tested in contrasts]
-    corrected = holm([*p_values, *[math.nan] * (tests - len(contrasts))])
-    results = []
-    for tested, p in zip(contrasts, map(float, corrected)):
-        c, about = tested.result.comparison, (tested.family, str(tested.arm), tested.about)
-        if math.isnan(c.p_value):
-            results.append(Finding(MISSING, question, other_items(tested), *about))
-            continue
-        sentence, verdict = of_a_difference(tested, p, tests)
-        numbers = (c.difference, c.low, c.high, c.p_value, p, c.detectable)
-        seeds, over = len(tested.result.seeds), tested.result.over
-        results.append(Finding(kind, question, sentence, *about, *numbers, seeds, over, verdict))
-    return results

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from lora_tradeoffs.records import metric_scale
@@ -12,7 +13,8 @@ from lora_tradeoffs.statistics.comparisons import LEVEL, MIN_SEEDS
 from lora_tradeoffs.statistics.seed_intervals import SEEDS
 from lora_tradeoffs.tables.predictors import OUTCOMES, PREDICTORS
 
-CONFIRMATORY, EXPLORATORY, MISSING = "confirmatory", "exploratory", "missing"
+CONFIRMATORY, EXPLORATORY = "confirmatory", "exploratory"
+MISSING, NOTE = "missing", "note"
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
 HIGHER, LOWER, SAME = "higher", "lower", "not distinguishable"
 ADAPTS = "Does LoRA learn the tasks better or worse than full fine-tuning?"
@@ -35,7 +37,8 @@ FULL_TUNING, FULL_TESTED = "full fine-tuning", "full fine-tuning (last checkpoin
 
 @dataclass(frozen=True)
 class Finding:
-    """The answer of a test to a question. `kind`: confirmatory, exploratory, or missing: no test.
+    """The answer of a test to a question. `kind`: confirmatory, exploratory, missing (no
+    test), or note (what a reader of the tests has to know).
 
     `effect`, with its 95 % interval, is in the metric's unit (BLEU in [0, 100]), of predictors a
     rank correlation; `verdict` is higher, lower, "not distinguishable", or empty without a test.
@@ -69,6 +72,7 @@ class SentenceTemplates(NamedTuple):
     same: str
     digits: int = 3
     what: str = "differences"
+    caveat: str = ""  # a sentence that follows all three
 
     @classmethod
     def scores(cls, arm: str, task: str, metric: str) -> SentenceTemplates:
@@ -91,14 +95,20 @@ class SentenceTemplates(NamedTuple):
         )
 
     @classmethod
-    def rank(cls, about: str) -> SentenceTemplates:
+    def rank(cls, arm: str, about: str, defaults: Sequence[Any] = ()) -> SentenceTemplates:
+        """`defaults` are the arms whose learning rate was not searched."""
+        caveat = ""
+        if defaults:
+            caveat = f"No learning rate was searched for {', '.join(map(str, defaults))}: the trend"
+            caveat += " mixes the rank with how well the default rate suits each rank."
         whose = {"score": "the mean test score", "forgetting": "the mean forgetting"}[about]
         return cls(
-            f"with each doubling of LoRA's rank {whose} rises by {{}}",
-            f"with each doubling of LoRA's rank {whose} falls by {{}}",
-            f"no trend of {whose} over LoRA's rank is distinguishable: {{}} a doubling",
+            f"with each doubling of {arm}'s rank {whose} rises by {{}}",
+            f"with each doubling of {arm}'s rank {whose} falls by {{}}",
+            f"no trend of {whose} over {arm}'s rank is distinguishable: {{}} a doubling",
             digits=4,
             what="slopes",
+            caveat=caveat,
         )
 
     @classmethod
@@ -126,7 +136,9 @@ def of_a_difference(tested: Any, corrected: float, tests: int) -> tuple[str, str
     """
     c, sentences, digits = tested.result.comparison, tested.sentences, tested.sentences.digits
     alone = f"{p_text(c.p_value)} alone, " if tests > 1 else ""
-    evidence = [f"{alone}{p_text(corrected)}{after(tests)}", f"{len(tested.result.seeds)} seeds"]
+    seeds = f"{len(tested.result.seeds)} seeds"
+    seeds += f", {tested.result.freedom} degrees of freedom" if tested.result.freedom else ""
+    evidence = [f"{alone}{p_text(corrected)}{after(tests)}", seeds]
     if math.isfinite(c.low):
         over = "seeds, on these items" if tested.result.over == SEEDS else tested.result.over
         reach = f"{c.low:.{digits}f} to {c.high:.{digits}f}"
@@ -134,13 +146,38 @@ def of_a_difference(tested: Any, corrected: float, tests: int) -> tuple[str, str
     numbers = ", ".join(evidence)
     power = "" if math.isnan(c.detectable) else f"{sentences.what} below {c.detectable:.{digits}f}"
     power += " could have been missed" if power else "what could have been missed is unknown"
+    caveat = f" {sentences.caveat}" if sentences.caveat else ""
     if corrected < 1 - LEVEL:
         is_higher = c.difference > 0
         template, verdict = (sentences.higher, HIGHER) if is_higher else (sentences.lower, LOWER)
         text = template.format(f"{abs(c.difference):.{digits}f}")
-        return f"{tested.family}: {text} ({numbers}; {power}).", verdict
+        return f"{tested.family}: {text} ({numbers}; {power}).{caveat}", verdict
     text = sentences.same.format(f"{c.difference:+.{digits}f}")
-    return f"{tested.family}: {text} ({numbers}); {power}.", SAME
+    return f"{tested.family}: {text} ({numbers}); {power}.{caveat}", SAME
+
+
+def smallest_differences(contrasts: Sequence[Any], tests: int) -> str:
+    """What the tests of a question can find, the largest of its arms; "" if none was made."""
+    known = [t for t in contrasts if math.isfinite(t.result.comparison.detectable)]
+    if not known:
+        return ""
+    largest: dict[tuple[str, str], str] = {}
+    for (family, about), tests_of in groupby(known, key=lambda t: (t.family, t.about)):
+        widest = max(tests_of, key=lambda t: t.result.comparison.detectable)
+        number = f"{widest.result.comparison.detectable:.{widest.sentences.digits}f}"
+        largest[family, about] = f"{about} {number}"
+    parts = [
+        f"{family}: {', '.join(text for key, text in largest.items() if key[0] == family)}"
+        for family in dict.fromkeys(family for family, _ in largest)
+    ]
+    freedom = sorted({t.result.freedom for t in known})
+    error = "the error is pooled over the arms"
+    if any(t.result.freedom < len(t.result.seeds) for t in known):
+        error = "too few arms, or the check of equal variances kept their errors apart"
+    return (
+        f"Smallest detectable differences (80 % power{after(tests)}): {'; '.join(parts)}"
+        f" ({' or '.join(map(str, freedom))} degrees of freedom: {error})."
+    )
 
 
 def p_text(p: float) -> str:

@@ -198,7 +198,8 @@ class Retention(Analysis):
             bos = {"bos": 1} if bos_ids(self.tokenizer) else {}
             return request | {"texts": _digest(self.texts()[unit.task.removeprefix(TEXT)])} | bos
         if unit.kind == "adaptation":
-            return request | self.adaptation.request(unit.as_task)
+            grouped = {"grouped": True} if describe(unit.task).item_groups else {}
+            return request | self.adaptation.request(unit.as_task) | grouped
         passages = self.passages(unit.subject.family)
         read = {
             name: [(list(p.tokens), list(p.compared)) for p in parts]
@@ -301,8 +302,9 @@ class Retention(Analysis):
         """The primary metric of one of the tasks that were trained, on validation."""
         metrics, _, _ = self.adaptation.scores(model, unit.as_task, batch_tokens)
         (scores,) = (s for s in metrics if s.name == describe(unit.task).metrics[0])
+        groups = self.adaptation.groups(unit.as_task)
         record = {**unit.fields, "split": "validation", "task": unit.task, "metric": scores.name}
-        return Measurement([record | figures(scores)], [scores])
+        return Measurement([record | figures(scores, groups)], [scores], groups)
 
     def _measure_drift(self, model: Any, unit: RetentionUnit) -> Measurement:
         import torch

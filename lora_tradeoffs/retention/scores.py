@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,10 +39,9 @@ def item_scores(items: Mapping[str, np.ndarray]) -> list[Scores]:
     return [Scores("log_likelihood", np.stack([values["log_likelihood"], counts], 1), mean)]
 
 
-def figures(scores: Scores) -> Record:
+def figures(scores: Scores, groups: np.ndarray | None = None) -> Record:
     """Value, standard error, interval and number of items of a metric."""
-    e = estimate(scores)
-    return {"value": e.value, "stderr": e.stderr, "low": e.low, "high": e.high, "n": e.n}
+    return asdict(estimate(scores, groups=groups))
 
 
 def benchmark_records(common: Record, result: BenchmarkResult) -> list[Record]:

@@ -134,15 +134,21 @@ def bca_interval(
 
 
 def estimate(
-    scores: Scores, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+    scores: Scores,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+    groups: Sequence | None = None,
 ) -> Estimate:
-    """A metric's figure, standard error and interval over items.
+    """A metric's figure, standard error and interval over items, or over `groups` of them.
 
     Where a mean is 0 or 1, resampling knows no other value: the interval is then the exact
     binomial one (Clopper and Pearson 1934) over the rows, and the standard error 0. A metric for
     which no item counts (F1 of the answerable questions where there are none) is nan throughout; a
     single item that is not right or wrong has neither error nor interval: they are nan.
     """
+    if groups is not None:
+        scores = grouped(scores, groups)
     if not scores.count:
         return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
     if len(scores.statistics) == 1 and not _is_binary(scores):
@@ -218,17 +224,6 @@ def detectable_over_items(stderr: float) -> float:
     from scipy.stats import norm
 
     return float((norm.ppf((1 + LEVEL) / 2) + norm.ppf(POWER)) * stderr)
-
-
-def detectable_over_seeds(stderr: float, seeds: int) -> float:
-    """The same for a t test: the noncentral t distribution whose power is 80 %, times `stderr`."""
-    from scipy.optimize import brentq
-    from scipy.stats import nct, t
-
-    critical = t.ppf((1 + LEVEL) / 2, seeds - 1)
-    # The other tail has less than 1e-4 of the power here, and scipy gives nan far out in it.
-    shift = brentq(lambda at: nct.sf(critical, seeds - 1, at) - POWER, 1, 2 * critical)
-    return float(shift * stderr)
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:

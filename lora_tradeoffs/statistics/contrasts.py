@@ -2,7 +2,8 @@
 
 A contrast is a sum of weight times score: LoRA minus full fine-tuning, multi-task minus
 single-task, the slope of the score over ranks. Over several tasks or benchmarks it is the mean
-of their contrasts; their items differ, so the variances over items add.
+of their contrasts; their items differ, so the variances over items add. The error over seeds is
+that of the contrast's own arms, or one that is pooled over more (pooled_error.py).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from lora_tradeoffs.statistics.seed_intervals import (
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from lora_tradeoffs.statistics.pooled_error import PooledError
     from lora_tradeoffs.statistics.scores import Scores
 
 BySeed = Mapping[int, Any]  # seed -> row (of DataFrame.itertuples)
@@ -51,12 +53,14 @@ class WeightedScores(NamedTuple):
 class Contrast(NamedTuple):
     """A contrast's value and test, and the seeds that all its arms share.
 
-    `over` says what the interval is over: SEEDS, ITEMS, BOTH or NOTHING (seed_intervals.py).
+    `over` says what the interval is over: SEEDS, ITEMS, BOTH or NOTHING (seed_intervals.py);
+    `freedom` are the degrees of freedom of the error over seeds.
     """
 
     comparison: Comparison
     seeds: tuple[int, ...]
     over: str
+    freedom: int = 0
 
 
 def by_seed(rows: DataFrame) -> dict[int, Any]:
@@ -67,26 +71,43 @@ def by_seed(rows: DataFrame) -> dict[int, Any]:
     return row_of
 
 
+def weighted_scores(tasks: Sequence[Sequence[WeightedScores]]) -> np.ndarray:
+    """Weight times score, the mean over tasks, shape (arms, seeds): of the seeds that all share.
+
+    Several tasks are averaged on a scale of 0 to 1.
+    """
+    if len(tasks) > 1:
+        tasks = [[_on_unit_scale(s) for s in scores] for scores in tasks]
+    seeds = shared_seeds(tasks)
+    values = [[[s.weight * s.rows[seed].value for seed in seeds] for s in t] for t in tasks]
+    return np.mean(values, axis=0) if values else np.zeros((0, 0))
+
+
+def shared_seeds(tasks: Sequence[Sequence[WeightedScores]]) -> tuple[int, ...]:
+    """The seeds that all parts have, rising."""
+    seeds = [set(part.rows) for parts in tasks for part in parts]
+    return tuple(sorted(set.intersection(*seeds))) if seeds else ()
+
+
 def contrast(
-    tasks: Sequence[Sequence[WeightedScores]], items: Items | None = None, level: float = LEVEL
+    tasks: Sequence[Sequence[WeightedScores]],
+    items: Items | None = None,
+    level: float = LEVEL,
+    error: PooledError | None = None,
 ) -> Contrast:
     """The mean over tasks of each task's weighted sum, with the test that its seeds allow.
 
     Three seeds and more: over seeds, and over items where all scores have them. One seed: over
     items, about these runs alone. Two seeds, one without items, or scores of a task that are over
     different numbers of items: the value, and nan for all else. `level` is that of the test whose
-    detectable difference is computed. Several tasks are averaged on a scale of 0 to 1.
+    detectable difference is computed, `error` that of one run's `weighted_scores`. Several tasks
+    are averaged on a scale of 0 to 1, and have the same arms and weights.
     """
-    seeds = tuple(sorted(set.intersection(*(set(s.rows) for scores in tasks for s in scores))))
+    seeds, differences = shared_seeds(tasks), weighted_scores(tasks).sum(axis=0)
+    squares = sum(s.weight**2 for s in tasks[0])
     if len(tasks) > 1:
         tasks = [[_on_unit_scale(s) for s in scores] for scores in tasks]
     weights = [[s.weight for s in scores] for scores in tasks]
-    differences = np.array(
-        [
-            np.mean([sum(s.weight * s.rows[seed].value for s in scores) for scores in tasks])
-            for seed in seeds
-        ]
-    )
     # a row a seed, a column a task; None where a task lacks the items of an arm
     outcomes = [[_outcomes(scores, seed, items) for scores in tasks] for seed in seeds]
     columns = list(zip(*outcomes))
@@ -94,8 +115,10 @@ def contrast(
     paired = bool(seeds) and same and all(None not in column for column in columns)
     if len(seeds) >= MIN_SEEDS and same:
         variance = _shared_variance(weights, columns) if paired else 0.0
-        comparison = compare_over_seeds(differences, variance, level)
-        return Contrast(comparison, seeds, BOTH if variance else SEEDS)
+        freedom = error.freedom if error else len(seeds) - 1
+        pooled = (error.variance * squares / len(seeds), freedom) if error else None
+        comparison = compare_over_seeds(differences, variance, level, pooled)
+        return Contrast(comparison, seeds, BOTH if variance else SEEDS, freedom)
     if len(seeds) == 1 and paired:
         return Contrast(_over_items(weights, outcomes[0], differences[0], level), seeds, ITEMS)
     nan, value = math.nan, float(differences.mean()) if len(seeds) else math.nan

@@ -45,17 +45,18 @@ QUANTILES = 400  # of the chi-squared over which the power is averaged
 
 
 def reach(
-    seed_variance: float, seeds: int, item_variance: float = 0.0, level: float = LEVEL
+    seed_variance: float, freedom: int, item_variance: float = 0.0, level: float = LEVEL
 ) -> float:
     """Half the width of the interval of a mean over seeds.
 
-    `seed_variance` is the variance of the seeds' figures over their number, `item_variance` that
-    of the mean that comes from the items which all seeds share. Without the latter: Student's t.
+    `seed_variance` is the variance of the seeds' figures over their number, with its degrees of
+    freedom, `item_variance` that of the mean that comes from the items which all seeds share.
+    Without the latter: Student's t.
     """
     from scipy.stats import norm, t
 
     tail = (1 - level) / 2
-    of_seeds, of_items = t.isf(tail, seeds - 1), norm.isf(tail)
+    of_seeds, of_items = t.isf(tail, freedom), norm.isf(tail)
     return math.sqrt(of_seeds**2 * seed_variance + of_items**2 * item_variance)
 
 
@@ -70,7 +71,7 @@ def estimate_over_seeds(
     if len(values) < MIN_SEEDS:
         raise ValueError(f"an interval over seeds needs {MIN_SEEDS} of them, here {len(values)}")
     mean, variance = float(values.mean()), float(values.var(ddof=1) / len(values))
-    half = reach(variance, len(values), item_variance, level)
+    half = reach(variance, len(values) - 1, item_variance, level)
     stderr = math.sqrt(variance + item_variance)
     return Estimate(mean, stderr, mean - half, mean + half, len(values))
 
@@ -94,12 +95,17 @@ def shared_variance(leave_one_out: np.ndarray) -> float:
 
 
 def compare_over_seeds(
-    differences: Sequence[float], item_variance: float = 0.0, level: float = LEVEL
+    differences: Sequence[float],
+    item_variance: float = 0.0,
+    level: float = LEVEL,
+    pooled: tuple[float, int] | None = None,
 ) -> Comparison:
     """Whether a paired difference of at least three seeds is zero, for new seeds and items.
 
     Without an item variance it is the paired t test over seeds: with so few, a test without the
-    normal assumption cannot reach the 5 % level (comparisons.sign_flip_p). The p-value is the
+    normal assumption cannot reach the 5 % level (comparisons.sign_flip_p). `pooled` is the mean
+    difference's variance over seeds, with its degrees of freedom, where it is estimated from more
+    arms (pooled_error.py); else it is that of these differences. The p-value is the
     largest at which the interval of that level still holds zero; `detectable` is the smallest true
     difference that a test at 1 - `level` finds with 80 % power. Where all seeds have the same
     difference, which figures of few items can, it is the exact test of sign flips.
@@ -107,29 +113,34 @@ def compare_over_seeds(
     """
     differences = np.asarray(differences, dtype=float)
     seeds, mean = len(differences), estimate_over_seeds(differences, item_variance)
-    over = BOTH if item_variance else SEEDS
-    if np.allclose(differences, mean.value, rtol=0, atol=1e-12):
+    test = f"paired t over {BOTH if item_variance else SEEDS}"
+    if pooled is not None:
+        seed_variance, freedom = pooled
+        test += f", pooled error with {freedom} degrees of freedom"
+    elif np.allclose(differences, mean.value, rtol=0, atol=1e-12):
         nan, test = math.nan, "exact sign flips over seeds"
         p_value = sign_flip_p(differences)
         return Comparison(test, mean.value, mean.stderr, nan, nan, p_value, nan, seeds)
-    seed_variance = float(differences.var(ddof=1) / seeds)
+    else:
+        seed_variance, freedom = float(differences.var(ddof=1) / seeds), seeds - 1
+    half = reach(seed_variance, freedom, item_variance)
     return Comparison(
-        test=f"paired t over {over}",
+        test=test,
         difference=mean.value,
-        stderr=mean.stderr,
-        low=mean.low,
-        high=mean.high,
-        p_value=_p_value(mean.value, seed_variance, seeds, item_variance),
-        detectable=detectable(seed_variance, seeds, item_variance, level),
+        stderr=math.sqrt(seed_variance + item_variance),
+        low=mean.value - half,
+        high=mean.value + half,
+        p_value=_p_value(mean.value, seed_variance, freedom, item_variance),
+        detectable=detectable(seed_variance, freedom, item_variance, level),
         n=seeds,
     )
 
 
-def _p_value(difference: float, seed_variance: float, seeds: int, item_variance: float) -> float:
+def _p_value(difference: float, seed_variance: float, freedom: int, item_variance: float) -> float:
     from scipy.optimize import brentq
 
     def beyond(p: float) -> float:
-        return reach(seed_variance, seeds, item_variance, 1 - p) - abs(difference)
+        return reach(seed_variance, freedom, item_variance, 1 - p) - abs(difference)
 
     if difference == 0:
         return 1.0
@@ -139,17 +150,17 @@ def _p_value(difference: float, seed_variance: float, seeds: int, item_variance:
 
 
 def detectable(
-    seed_variance: float, seeds: int, item_variance: float = 0.0, level: float = LEVEL
+    seed_variance: float, freedom: int, item_variance: float = 0.0, level: float = LEVEL
 ) -> float:
     """The smallest true difference that a test at 1 - `level` finds with 80 % power.
 
     The variances are taken for the true ones. The power is averaged over quantiles of the seeds'
-    variance that a study of so many seeds would estimate.
+    variance that would be estimated with so many degrees of freedom.
     """
     from scipy.optimize import brentq
     from scipy.stats import chi2, norm, t
 
-    tail, freedom = (1 - level) / 2, seeds - 1
+    tail = (1 - level) / 2
     shares = (np.arange(QUANTILES) + 0.5) / QUANTILES
     drawn = seed_variance * chi2.ppf(shares, freedom) / freedom
     bars = np.sqrt(t.isf(tail, freedom) ** 2 * drawn + norm.isf(tail) ** 2 * item_variance)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from config import BENCHMARKS, CHOICE_BENCHMARKS, Settings
+from config import BENCHMARKS, CHOICE_BENCHMARKS, FAMILIES, Settings
 from dataset_descriptions import describe
 from lora_tradeoffs.records import read_training
 from lora_tradeoffs.study.steps import ANALYSES, Outcomes, Step
@@ -148,11 +148,9 @@ def detectable_differences(
     Over items: two checkpoints' scores in [0, 1], each with the largest variance that it can have
     (1/4), found with 80 % power at the 5 % level. Paired tests on the same items usually see less.
     """
-    from lora_tradeoffs.statistics.comparisons import (
-        MIN_SEEDS,
-        detectable_over_items,
-        detectable_over_seeds,
-    )
+    from lora_tradeoffs.statistics.comparisons import LEVEL, MIN_SEEDS, detectable_over_items
+    from lora_tradeoffs.statistics.pooled_error import MIN_ARMS
+    from lora_tradeoffs.statistics.seed_intervals import detectable
 
     tasks = list(dict.fromkeys(task for run in runs for task in run.config.tasks))
     counts = {name: items(name, settings) for name in (*tasks, *CHOICE_BENCHMARKS)}
@@ -167,10 +165,17 @@ def detectable_differences(
     if seeds < MIN_SEEDS:
         lines.append(f"{what} methods: none with {seeds} seed(s); it takes {MIN_SEEDS}")
     else:
-        factor = detectable_over_seeds(seeds**-0.5, seeds)
+        mixes = [r.config for r in runs if r.config.tasks == FAMILIES[r.config.family]]
+        arms = {(c.family, c.rank) for c in mixes if c.method == "lora"}
+        compared = [family for family, _ in arms]
+        tests = sum(len(FAMILIES[family]) for family in compared)
+        pooled = 1 + min(map(compared.count, compared), default=0)
+        freedom = (seeds - 1) * (pooled - 1 if pooled >= MIN_ARMS else 1)
+        level = 1 - (1 - LEVEL) / max(tests, 1)
         lines.append(
-            f"{what} methods, with {seeds} seeds: {factor:.1f} standard deviations of their"
-            " difference from seed to seed"
+            f"{what} methods, with {seeds} seeds and {tests} tests:"
+            f" {detectable(2 / seeds, freedom, level=level):.1f} standard deviations of a score"
+            f" from seed to seed ({freedom} degrees of freedom, if the arms vary alike)"
         )
     return lines
 

@@ -136,15 +136,17 @@ def arms_of(frame: DataFrame) -> list[Arm]:
     """
     names = ["run", "method", "rank", "target_modules", "tasks", "variant", "learning_rate"]
     names += ["family", "task", "shots", "prompt"]
-    keys = list(zip(*(frame[name] for name in names)))
-    by_key = {key: arm_of(dict(zip(names, key))) for key in dict.fromkeys(keys)}
+    groups = frame.groupby(names, sort=False, dropna=False).ngroup()
+    keys = list(frame[names][~groups.duplicated()].itertuples(index=False, name=None))
+    by_key = {key: arm_of(dict(zip(names, key))) for key in keys}
     rates: dict[Any, set[float]] = {}
     for key, arm in by_key.items():
         rates.setdefault((key[7], arm), set()).add(key[6])
     for key, arm in by_key.items():
         if key[6] > 0 and len(rates[key[7], arm]) > 1:
             by_key[key] = replace(arm, learning_rate=key[6])
-    return [by_key[key] for key in keys]
+    arms = [by_key[key] for key in keys]  # in the order of the groups
+    return [arms[group] for group in groups]
 
 
 def target_modules_name(record: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from lora_tradeoffs.records import (
     OLD_VERSIONS,
     OVERALL,
     RECORD_VERSION,
+    TRAINED,
     metric_scale,
     read_run,
     updated,
@@ -54,6 +55,12 @@ RUN_COLUMNS = {
 TEXTS = ("run", "family", "method", "split", "task", "metric")
 NUMBERS = ("rank", "seed", "step", "fraction", "value")
 NEVER_NULL = ("run", "method", "metric", "rank", "seed", "step")
+# What a measurement gives: two records that differ in nothing else are of one measurement.
+FIGURES = (
+    *("value", "stderr", "low", "high", "n", "p_value", "test", "detectable", "chance"),
+    *("at_chance", "truncated", "forgotten", "gained", "random", "over"),
+    *("score", "defined", "scale", "other_scale", "reason"),
+)
 OPTIONAL = {
     **dict.fromkeys(("low", "high", "stderr", "n"), math.nan),
     "shots": 0,
@@ -118,13 +125,34 @@ def _problem(meta: dict[str, Any], records: list[dict[str, Any]], frame: DataFra
         wrong = frame[name].isna() & (name in NEVER_NULL)
         if name == "method":
             wrong |= ~frame[name].isin(METHODS)
-        if types[name] is str or frame[name].dtype.kind not in "iuf":
+        dtype = frame[name].dtype
+        if not (dtype == "str" if types[name] is str else dtype.kind in "iuf"):
             values = frame[name].dropna()
             right = [isinstance(v, types[name]) and not isinstance(v, bool) for v in values]
             wrong[values.index] |= ~np.array(right, dtype=bool)
         if wrong.any():
             number = int(wrong.argmax())
             return f"{name} of record {number} is {reprlib.repr(records[number].get(name))}"
+    return _contradiction(frame)
+
+
+def _contradiction(frame: DataFrame) -> str:
+    """Two records of one measurement, or of one run as two arms; "" if there are none."""
+    arms = frame[["run", *(name for name in (*TRAINED, "variant") if name in frame)]]
+    arms = arms.drop_duplicates()
+    if (changed := arms["run"].duplicated()).any():
+        run = arms["run"][changed].iloc[0]
+        first, other = arms[arms["run"] == run].iloc[:2].to_dict("records")
+        fields = [f"{n} {first[n]!r} and {other[n]!r}" for n in first if first[n] != other[n]]
+        return f"run {run} has {', '.join(fields)} in records {arms.index[changed][0]} and before"
+    try:
+        repeated = frame.duplicated([name for name in frame if name not in FIGURES])
+    except TypeError:
+        return "a record holds a list or an object"
+    if repeated.any():
+        row = frame[repeated].iloc[0]
+        about = f"{row['metric']} on {row['task']} of {row['run']} at step {row['step']}"
+        return f"record {int(repeated.argmax())} repeats an earlier one ({about})"
     return ""
 
 

@@ -4,8 +4,8 @@
     print(advantage_sentences(table))
 
 LoRA at its chosen rate often forgets less than full fine-tuning at its own. Either the method is
-the reason, or full fine-tuning was trained at a higher rate than it needed: a comparison with full
-fine-tuning at its best-retaining rate tells which.
+the reason, or an arm was trained at a higher rate than it needed: a comparison of both at their
+best-retaining rates tells which.
 """
 
 from __future__ import annotations
@@ -92,13 +92,14 @@ def best_retaining(table: DataFrame, family: str, arm: Arm = FULL) -> Series | N
 
 
 def advantages(table: DataFrame) -> DataFrame:
-    """A row for each LoRA arm beside a swept full arm: how much less LoRA forgets, at its chosen
-    rate, than full fine-tuning at its chosen and at its best-retaining rate, with 95 % intervals.
+    """A row for each LoRA arm beside a swept full arm: how much less LoRA forgets than full
+    fine-tuning, both at their chosen and both at their best-retaining rates, with 95 % intervals.
 
-    `verdict` is about the best-retaining rate: survives (LoRA forgets less), reversed (it forgets
-    more), lost (no difference can be told, but LoRA forgets less than full at the chosen rate),
-    none (nor there). Errors are added as if the arms were independent; where both were measured on
-    the same items the interval is too wide.
+    Fields begin with `chosen_` or `retaining_`; those of LoRA end with `_lora`. `verdict` is about
+    the best-retaining rates: survives (LoRA forgets less), reversed (it forgets more), lost (no
+    difference can be told, but LoRA forgets less at the chosen rates), none (nor there). Errors
+    are added as if the arms were independent; where both were measured on the same items the
+    interval is too wide.
     """
     import pandas as pd
 
@@ -111,16 +112,17 @@ def advantages(table: DataFrame) -> DataFrame:
             continue
         for _, lora in chosen.iterrows():
             if _reference(lora["arm"], set(table["arm"])) == full:
-                row = lora[[*ARM, "learning_rate", "score", "forgetting"]].to_dict()
-                row |= {"full": full} | _less("chosen", at_chosen.iloc[0], lora)
-                row |= _less("retaining", retaining, lora)
+                row = lora[ARM].to_dict() | {"full": full}
+                row |= _less("chosen", at_chosen.iloc[0], lora)
+                best = best_retaining(table, family, lora["arm"])
+                row |= _less("retaining", retaining, lora if best is None else best)
                 rows.append(row | {"verdict": _verdict(row)})
     return pd.DataFrame(rows, columns=None if rows else [*ARM, "full", "verdict"])
 
 
 def advantage_sentences(table: DataFrame) -> str:
-    """A sentence for each family: whether LoRA's advantage in forgetting survives against full
-    fine-tuning at its best-retaining rate; or why that cannot be said.
+    """A sentence for each family: whether LoRA's advantage in forgetting survives where LoRA and
+    full fine-tuning are at their best-retaining rates; or why that cannot be said.
     """
     if not swept_arms(table):
         return NO_SWEEP_SENTENCE
@@ -215,7 +217,7 @@ def _mean(values: Series, errors: Series) -> tuple[float, float]:
     if len(known) < MIN_SEEDS:
         return known.mean(), errors[known.index].mean()
     items = (errors[known.index] ** 2).mean()
-    half = reach(known.var(ddof=1) / len(known), len(known), 0 if math.isnan(items) else items)
+    half = reach(known.var(ddof=1) / len(known), len(known) - 1, 0 if math.isnan(items) else items)
     return known.mean(), half / NORMAL
 
 
@@ -267,11 +269,13 @@ def _reference(arm: Arm, arms: set[Arm]) -> Arm | None:
 
 
 def _less(side: str, full: Series, lora: Series) -> dict[str, float]:
-    """How much less LoRA forgets than full fine-tuning at the rate, with its interval."""
+    """How much less LoRA forgets than full fine-tuning at these rates, with its interval."""
     less = full["forgetting"] - lora["forgetting"]
     half = NORMAL * math.hypot(full["forgetting_stderr"], lora["forgetting_stderr"])
-    values = {"rate": full["learning_rate"], "less": less, "low": less - half, "high": less + half}
-    values |= {"score": full["score"], "forgetting": full["forgetting"]}
+    values = {"less": less, "low": less - half, "high": less + half}
+    for suffix, rates in (("", full), ("_lora", lora)):
+        values |= {f"rate{suffix}": rates["learning_rate"], f"score{suffix}": rates["score"]}
+        values |= {f"forgetting{suffix}": rates["forgetting"]}
     return {f"{side}_{name}": value for name, value in values.items()}
 
 
@@ -286,8 +290,8 @@ def _verdict(row: Mapping[str, float]) -> str:
 def _sentence(family: str, rows: DataFrame) -> str:
     first = rows.iloc[0]
     differences = rows.apply(
-        "{0[arm]} at {0[learning_rate]:g} (score {0[score]:.3f}, full minus LoRA"
-        " {0[retaining_less]:.3f}, {0[retaining_low]:.3f} to {0[retaining_high]:.3f})".format,
+        "{0[arm]} at {0[retaining_rate_lora]:g} (score {0[retaining_score_lora]:.3f}, full minus"
+        " LoRA {0[retaining_less]:.3f}, {0[retaining_low]:.3f} to {0[retaining_high]:.3f})".format,
         axis=1,
     )
     parts = [
@@ -299,8 +303,8 @@ def _sentence(family: str, rows: DataFrame) -> str:
         f"{family}: at its best-retaining rate {first['retaining_rate']:g} full fine-tuning scores"
         f" {first['retaining_score']:.3f} (within one standard error of its best) and forgets"
         f" {first['retaining_forgetting']:.3f}, at its chosen rate {first['chosen_rate']:g}"
-        f" {first['chosen_score']:.3f} and {first['chosen_forgetting']:.3f}; against the former"
-        f" {'; '.join(parts)}."
+        f" {first['chosen_score']:.3f} and {first['chosen_forgetting']:.3f}; with all arms at their"
+        f" best-retaining rates {'; '.join(parts)}."
     )
 
 

@@ -45,7 +45,7 @@ def transfer_table(adaptation: DataFrame, items: Items | None = None) -> DataFra
     pairs, rows = list(_pairs(adaptation)), []
     level = 1 - (1 - LEVEL) / max(len(pairs), 1)
     for keys, multi, single in pairs:
-        c, seeds, over = contrast(
+        c, seeds, over, _ = contrast(
             [[WeightedScores(1, multi), WeightedScores(-1, single)]], items, level
         )
         figures = (c.difference, c.stderr, c.low, c.high, c.p_value, math.nan, c.detectable)

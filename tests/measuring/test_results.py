@@ -77,12 +77,11 @@ def test_items_that_hang_together_are_resampled_together(tmp_path):
     results = Results(tmp_path)
     results.write("r-1", {}, [RECORD], [scores], groups)
     results.write("r-2", {}, [RECORD], [scores])
-    assert np.array_equal(results.items("r-1")["f1"].statistics, scores.statistics)
-    together = results.items("r-1", by_group=True)["f1"]
+    together = results.items("r-1")["f1"]
     assert together.value == pytest.approx(scores.value)
     expected = estimate(grouped(scores, groups))
     assert estimate(together).stderr == pytest.approx(expected.stderr, rel=0.05)
     # passages differ far more than questions about one: nearly sqrt(5) times the error
     assert estimate(together).stderr > 2 * estimate(scores).stderr
-    alone = results.items("r-2", by_group=True)["f1"]
+    alone = results.items("r-2")["f1"]
     assert np.array_equal(alone.statistics, scores.statistics)

@@ -1,5 +1,6 @@
 """Findings on made-up studies: a known effect of either sign, none, too few seeds, the demo."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -7,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import t, ttest_rel
+from support import settings_for
 from synthetic_effects import ARMS, Bench, arm_fields, write_scored
 from synthetic_records import kept, record, write_study
 
@@ -82,7 +84,8 @@ def kept_frame(tmp_path):
 
 
 def asked(found, question):
-    return [f for f in found if f.question == question]
+    """The findings of a question, without its notes."""
+    return [f for f in found if f.question == question and f.kind != "note"]
 
 
 def numbers(text):
@@ -99,7 +102,7 @@ def test_a_known_effect_is_found_in_its_direction(adapted, effect, word):
     for f in tests:
         assert (f.kind, f.verdict, f.seeds) == ("confirmatory", word, 3)
         assert f"{f.arm} scores" in f.sentence and f"{word} than full fine-tuning" in f.sentence
-        assert "after Holm over 30 tests, 3 seeds" in f.sentence
+        assert "after Holm over 30 tests, 3 seeds, 10 degrees of freedom" in f.sentence
         unit = 100 if f.about == "codexglue" else 1
         assert f.effect == pytest.approx(unit * effect, abs=unit * 0.002)
         assert f.low < f.effect < f.high and f.corrected < 0.05
@@ -133,13 +136,55 @@ def test_the_figures_are_those_of_the_test_over_seeds(adapted):
     rows = frame[frame["task"] == "mnli"]
     arms = Arm("lora", 16), FULL
     sides = [rows[rows["arm"] == arm].set_index("seed")["value"] for arm in arms]
-    theirs = ttest_rel(sides[0], sides[1].reindex(sides[0].index))
-    interval = theirs.confidence_interval()
-    expected = (sides[0] - sides[1]).mean(), interval.low, interval.high
-    assert (f.effect, f.low, f.high) == pytest.approx(expected)
-    assert f.p_value == pytest.approx(theirs.pvalue, rel=1e-6)
-    smallest = min(t.p_value for t in found)
-    assert min(t.corrected for t in found) == pytest.approx(min(1, 30 * smallest))
+    # the residuals of arms and seeds, by hand
+    table = rows.assign(arm=rows["arm"].map(str)).pivot(index="arm", columns="seed", values="value")
+    rest = table.sub(table.mean(axis=1), axis=0) - table.mean(axis=0) + table.to_numpy().mean()
+    stderr = math.sqrt(2 * (rest**2).to_numpy().sum() / 10 / 3)
+    effect, half = (sides[0] - sides[1]).mean(), t.ppf(0.975, 10) * stderr
+    assert (f.effect, f.low, f.high) == pytest.approx((effect, effect - half, effect + half))
+    assert f.p_value == pytest.approx(2 * t.sf(abs(effect) / stderr, 10), rel=1e-6)
+    smallest = min(test.p_value for test in found)
+    assert min(test.corrected for test in found) == pytest.approx(min(1, 30 * smallest))
+
+
+def test_what_could_be_seen_is_said_first(adapted):
+    note, first, *_ = findings(adapted(lambda rank: 0.0, VAGUE), None, None, None, "study")
+    assert (note.kind, note.question) == ("note", ADAPTS)
+    assert note.sentence.startswith(
+        "Smallest detectable differences (80 % power after Holm over 30"
+    )
+    assert f"similar: sst2 {first.detectable:.3f}, mnli" in note.sentence
+    assert "(10 degrees of freedom: the error is pooled over the arms)" in note.sentence
+
+
+def test_an_arm_that_differs_more_from_seed_to_seed_is_tested_with_its_own_error(adapted):
+    frame = adapted(lambda rank: 0.0, VAGUE)
+    noisy = frame["arm"] == FULL
+    frame.loc[noisy, "value"] += 9 * (frame.loc[noisy, "value"] - 0.6)
+    note, *found = findings(frame, None, None, None, "study")
+    assert "kept their errors apart" in note.sentence
+    f = next(f for f in found if (f.arm, f.about) == ("LoRA r=16", "mnli"))
+    rows = frame[frame["task"] == "mnli"]
+    arms = Arm("lora", 16), FULL
+    sides = [rows[rows["arm"] == arm].sort_values("seed")["value"] for arm in arms]
+    assert f.p_value == pytest.approx(ttest_rel(*sides).pvalue, rel=1e-6)
+
+
+def test_the_family_of_tests_is_that_of_the_plan(adapted, tmp_path):
+    frame = adapted(lambda rank: -0.05, families=("similar",), arms=("lora_r8", "lora_r64", "full"))
+    settings = settings_for(study="planned")
+    study = StudyRecords(frame, settings=replace(settings, output_dir=tmp_path))
+    study.adaptation_items = None
+    plan = tmp_path / "outputs/planned/study.json"
+    plan.parent.mkdir(parents=True)
+    arms = [{"method": "lora", "rank": rank} for rank in (8, 32, 64)]
+    arms = {"similar": [{"method": "full", "rank": 0}, *arms], "dissimilar": []}
+    plan.write_text(json.dumps(dict.fromkeys(("preset", "model", "data"), "") | {"arms": arms}))
+    found = asked(report_findings.findings(study), ADAPTS)
+    assert len([f for f in found if f.kind == "confirmatory"]) == 6
+    assert all("over 9 tests" in f.sentence for f in found if f.kind == "confirmatory")
+    (missing,) = [f.sentence for f in found if f.kind == "missing"]
+    assert missing.startswith("similar: not tested: LoRA r=32 and full")
 
 
 def test_no_effect_is_not_distinguishable_with_what_could_have_been_missed(adapted):
@@ -297,6 +342,21 @@ def test_a_trend_over_ranks_is_told_in_either_direction(adapted, kept_frame, sig
         assert f"{word} by 0.0" in f.sentence and "doubling" in f.sentence
 
 
+def test_a_trend_over_ranks_says_where_no_learning_rate_was_searched(adapted):
+    study = StudyRecords(adapted(lambda rank: 0.001 * rank, families=("similar",)))
+    study.adaptation_items, study.transfer, study.preset = None, None, "study"
+    choice = {"family": "similar", "method": "lora", "target_modules": "qv", "chosen": True}
+    ranks = 4, 8, 16, 32, 64
+    for searched, defaults in ((ranks, ""), (ranks[1:], "LoRA r=4"), ((), "LoRA r=4, LoRA r=8,")):
+        study.rates = [
+            choice | {"rank": rank, "arm": f"similar_lora_r{rank}", "learning_rate": 1e-3}
+            for rank in searched
+        ]
+        (f,) = asked(report_findings.findings(study), RANK)
+        assert ("the trend mixes the rank with" in f.sentence) == bool(defaults)
+        assert f"No learning rate was searched for {defaults}" in f.sentence or not defaults
+
+
 def test_without_a_trend_none_is_told(adapted):
     found = asked(findings(adapted(lambda rank: 0.1, VAGUE), None, None, None, "study"), RANK)
     assert all("no trend" in f.sentence and f.verdict == "not distinguishable" for f in found)
@@ -444,7 +504,8 @@ def test_stages_that_were_not_run_are_named():
 def test_the_report_groups_sentences_below_their_questions(adapted):
     found = findings(adapted(lambda rank: -0.05), None, None, None, "study")
     said = as_markdown(found)
-    assert said.startswith(f"**{ADAPTS}** (confirmatory)\n\n- similar: LoRA r=4 scores 0.0")
+    assert said.startswith(f"**{ADAPTS}** (confirmatory)\n\n- Smallest detectable differences (80")
+    assert "\n- similar: LoRA r=4 scores 0.0" in said
     assert all(f"- {f.sentence}" in said for f in found)
     table = as_table(found)
     assert len(table) == len(found) and {"effect", "corrected", "detectable"} <= set(table.columns)

@@ -4,12 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t, ttest_rel
+from scipy.optimize import brentq
+from scipy.stats import nct, norm, t, ttest_rel
 
-from lora_tradeoffs.statistics.comparisons import (
-    detectable_over_seeds,
-    leave_one_out,
-)
+from lora_tradeoffs.statistics.comparisons import leave_one_out
 from lora_tradeoffs.statistics.scores import mean_scores
 from lora_tradeoffs.statistics.seed_intervals import (
     compare_over_seeds,
@@ -22,11 +20,17 @@ from lora_tradeoffs.statistics.seed_intervals import (
 STUDIES, ITEMS = 1_500, 150
 
 
+def detectable_by_t(stderr, freedom):
+    """An independent version without items: the noncentral t whose power is 80 %."""
+    bar = t.ppf(0.975, freedom)
+    return brentq(lambda shift: nct.sf(bar, freedom, shift) - 0.8, 1, 2 * bar) * stderr
+
+
 def test_the_reach_adds_the_squares_of_both_parts():
     # t(.975, 2) = 4.302653, z = 1.959964: 4.302653^2 * 1e-4 + 1.959964^2 * 4e-4 = .0033879
-    assert reach(1e-4, 3, 4e-4) == pytest.approx(math.sqrt(0.0033879), rel=1e-4)
-    assert reach(0, 3, 4e-4) == pytest.approx(norm.ppf(0.975) * 0.02)
-    assert reach(1e-4, 5) == pytest.approx(t.ppf(0.975, 4) * 0.01)
+    assert reach(1e-4, 2, 4e-4) == pytest.approx(math.sqrt(0.0033879), rel=1e-4)
+    assert reach(0, 2, 4e-4) == pytest.approx(norm.ppf(0.975) * 0.02)
+    assert reach(1e-4, 4) == pytest.approx(t.ppf(0.975, 4) * 0.01)
 
 
 def test_the_items_share_is_the_mean_covariance_of_two_seeds():
@@ -53,7 +57,7 @@ def test_without_items_it_is_the_paired_t_test_over_seeds():
     assert ours.p_value == pytest.approx(theirs.pvalue, rel=1e-6)
     assert (ours.n, ours.test) == (4, "paired t over seeds")
     assert ours.stderr == pytest.approx((first - second).std(ddof=1) / 2)
-    exact = detectable_over_seeds(ours.stderr, 4)
+    exact = detectable_by_t(ours.stderr, 3)
     assert ours.detectable == pytest.approx(exact, rel=5e-3)  # 400 quantiles
 
 
@@ -70,7 +74,7 @@ def test_p_value_and_interval_agree(differences, item_variance):
     assert (found.p_value < 0.05) == (found.low > 0 or found.high < 0)
     if found.p_value < 1:  # at the level of its p-value the interval just ends at zero
         variance = np.var(differences, ddof=1) / len(differences)
-        half = reach(variance, len(differences), item_variance, 1 - found.p_value)
+        half = reach(variance, len(differences) - 1, item_variance, 1 - found.p_value)
         assert half == pytest.approx(abs(found.difference), rel=1e-4)
     back = compare_over_seeds(np.negative(differences), item_variance)
     assert (back.p_value, back.low) == pytest.approx((found.p_value, -found.high))
@@ -84,14 +88,14 @@ def test_two_seeds_are_refused():
 @pytest.mark.parametrize("seeds, item_variance", [(3, 0.0), (3, 0.02), (5, 0.1)])
 def test_the_detectable_difference_is_found_in_four_of_five_studies(seeds, item_variance):
     rng, studies, spread = np.random.default_rng(1), 20_000, 0.3
-    shift = detectable(spread**2 / seeds, seeds, item_variance)
+    shift = detectable(spread**2 / seeds, seeds - 1, item_variance)
     differences = rng.normal(shift, spread, (studies, seeds))
     differences += rng.normal(0, math.sqrt(item_variance), (studies, 1))
     own = t.ppf(0.975, seeds - 1) ** 2 * differences.var(axis=1, ddof=1) / seeds
     found = abs(differences.mean(axis=1)) > np.sqrt(own + norm.ppf(0.975) ** 2 * item_variance)
     assert found.mean() == pytest.approx(0.8, abs=0.0085)  # three standard errors
     if not item_variance:
-        assert shift == pytest.approx(detectable_over_seeds(spread / seeds**0.5, seeds), rel=5e-3)
+        assert shift == pytest.approx(detectable_by_t(spread / seeds**0.5, seeds - 1), rel=5e-3)
 
 
 def simulated(seed_spread, rest, seeds=3):

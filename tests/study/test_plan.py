@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 
 import pytest
 
@@ -14,7 +15,7 @@ from lora_tradeoffs.study.estimates import training_need
 from lora_tradeoffs.study.plan import SAMPLE_OPTIONS, plan_runs, plan_steps
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, command_line
 from lora_tradeoffs.training.learning_rates import Search, search_records, write_rates
-from run_study import build_parser
+from run_study import build_parser, check_study
 
 
 @pytest.fixture
@@ -39,6 +40,20 @@ def test_the_grid_of_the_flags(planned):
     assert len({step.name for step in steps}) == len(steps)
     position = {step.name: i for i, step in enumerate(steps)}
     assert all(position[n] < position[s.name] for s in steps for n in s.needs if n in position)
+
+
+def test_the_arms_that_were_planned_are_kept_and_may_grow(planned):
+    first = [["full", 0], ["lora", 8]]
+    for rank, arms in (("8", first), ("4", [["full", 0], ["lora", 4], ["lora", 8]])):
+        flags = ("--study", "arms", "--families", "similar", "--ranks", rank)
+        args, settings, runs, _ = planned(*flags, "--single-task-controls")
+        check_study(args, settings, runs)
+        path = settings.output_dir / "outputs/arms/study.json"
+        kept = json.loads(path.read_text())["arms"]
+        assert [[*arm.values()] for arm in kept["similar"]] == arms and not kept["dissimilar"]
+    written = path.stat().st_mtime_ns
+    check_study(args, settings, runs)
+    assert path.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Results documents: what is missing, foreign or edited is named in one line."""
 
 import json
+import time
 
 import pytest
 from synthetic_effects import CONFIG
@@ -41,6 +42,12 @@ def test_a_foreign_file_is_one_line(tmp_path, text):
         (lambda d: d["records"][1].pop("value"), "record 1 lacks value"),
         (lambda d: d["records"].append([1]), "is a list"),
         (lambda d: d.update(records=7), "records is 7"),
+        (lambda d: d["records"].append(d["records"][3] | {"value": 0.1}), "repeats an earlier one"),
+        (
+            lambda d: d["records"].append(d["records"][-1] | {"step": 200, "rank": 4}),
+            "rank 8 and 4",
+        ),
+        (lambda d: d["records"][1].update(note=[1]), "a record holds a list"),
         (lambda d: d["meta"].pop("preset"), "preset is None"),
         (lambda d: d["meta"].update(preset="stduy"), "preset is 'stduy'"),
         (lambda d: d["meta"].update(record_version=3), "record version 3, this suite reads 2"),
@@ -56,6 +63,15 @@ def test_what_no_script_writes_is_refused_by_name(tmp_path, edit, message):
         load_records(path)
     assert str(path) in str(error.value) and message in str(error.value)
     assert "eval.py --study demo" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_large_document_is_read_in_seconds(tmp_path):
+    records = [r | {"layer": i} for i in range(40) for r in study(seeds=(42, 43, 44), points=10)]
+    path = write_study(tmp_path, records[:64_000])
+    assert len(records) > 64_000
+    start = time.process_time()
+    frame = load_records(path)
+    assert time.process_time() - start < 4 and len(frame) == 64_000  # about 1 s alone
 
 
 def test_runs_are_listed_with_their_settings(tmp_path):

@@ -49,8 +49,9 @@ def frames(tmp_path):
     def make(*records):
         names = ("adaptation", "retention", "drift")
         return [
-            load_records(write_study(tmp_path, own, "study", script=name))
+            load_records(write_study(tmp_path, [*unique.values()], "study", script=name))
             for own, name in zip(records, names)
+            for unique in [{str(r): r for r in own}]  # families have the base in common
         ]
 
     return make
@@ -226,6 +227,18 @@ def test_lora_is_held_against_the_best_retaining_rate_in_either_direction(frames
     assert [v for v, phrase in phrases.items() if phrase in said] == [verdict]
 
 
+def test_lora_may_move_to_its_best_retaining_rate_as_full_may(frames):
+    # at 5e-4 LoRA scores as well within its error, and forgets nothing
+    table = sweep_table(
+        *frames(*rate_points(POINTS | {LORA: {5e-4: (0.785, 0.0), 1e-3: (0.79, 0.08)}}))
+    )
+    (row,) = advantages(table).itertuples()
+    assert (row.chosen_rate_lora, row.retaining_rate_lora) == (1e-3, 5e-4)
+    assert row.chosen_less == pytest.approx(0.12 - 0.08)
+    assert row.retaining_less == pytest.approx(0.03) and row.verdict == "survives"
+    assert "LoRA r=8 at 0.0005 (score 0.785, full minus LoRA 0.030" in advantage_sentences(table)
+
+
 def test_an_advantage_that_never_was_is_not_said_to_be_lost(frames):
     points = {FULL: {5e-4: (0.7, 0.02), 1e-3: (0.8, 0.02)}, LORA: {1e-3: (0.8, 0.01)}}
     table = sweep_table(*frames(*rate_points(points)))
@@ -368,8 +381,8 @@ def test_the_figure_shows_the_table(frames):
         (ring,) = lines(ax, "chosen")
         assert list(ring.get_xdata()) == [1e-3, 1e-3]
         (square,) = lines(ax, "best-retaining")
-        assert list(square.get_xdata()) == [5e-4]
-        assert square.get_ydata()[0] in list(line.get_ydata())
+        assert list(square.get_xdata()) == [1e-3, 5e-4]  # LoRA, full
+        assert square.get_ydata()[1] in list(line.get_ydata())
     assert np.allclose(bars(figure.axes[1], "full")[0], (0.74, 0.76))
     assert "1 seed per point" in notes(figure)
 

@@ -82,7 +82,7 @@ def test_three_seeds_count_seeds_and_items(table):
     # by hand: the variance over seeds, and the mean covariance of two seeds' item differences
     shared = np.cov(differences)[np.triu_indices(3, 1)].mean() / 300
     assert shared > 0
-    half = reach(means.var(ddof=1) / 3, 3, shared)
+    half = reach(means.var(ddof=1) / 3, 2, shared)
     assert (row.low, row.high) == pytest.approx((means.mean() - half, means.mean() + half))
     assert (row.seeds, row.over) == (3, "seeds and items")
 
