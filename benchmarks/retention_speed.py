@@ -64,7 +64,8 @@ def measure(
     shared = (settings, tokenizer, model, name)
     our_scores(*shared, min(4, limit), bf16)
     lm_eval_scores(*shared, min(4, limit), bf16, BATCH_SIZES[0])
-    seconds = {n: timed(lm_eval_scores, *shared, limit, bf16, n)[0] for n in BATCH_SIZES}
+    sizes = [n for n in BATCH_SIZES if n <= max(limit, BATCH_SIZES[0])]
+    seconds = {n: timed(lm_eval_scores, *shared, limit, bf16, n)[0] for n in sizes}
     best = min(seconds, key=seconds.get)
     for number in tqdm(range(args.pairs), desc=name):
         our_seconds, scores = timed(our_scores, *shared, limit, bf16)

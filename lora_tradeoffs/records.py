@@ -53,6 +53,9 @@ def updated(record: Record) -> Record:
 # -------------------------------------------------------------------------------- retention
 
 TEXT = "text_"  # before a source of held-out text
+# The tasks of records over several: all held-out text that a run was not trained on, the benchmarks
+# on which the base is above chance, and all benchmarks (MEAN, below).
+HELD_OUT, ABOVE_CHANCE = "text", "mean_above_chance"
 
 # ------------------------------------------------------------------------------- gradients
 

@@ -101,7 +101,8 @@ def kept(run, task, metric, value, family="similar", half=0.02, **others):
     """One flat record of retention, as of an arm's last checkpoint; its interval is uneven."""
     own = record(run, "sst2", value, **others) | {"family": family, "task": task, "metric": metric}
     own |= {"stderr": half / 2, "low": value - half, "high": value + 1.25 * half}
-    return own | {"update_scale": 1.0} | others
+    over = {"over": ",".join(KNOWN)} if task == "mean" else {}
+    return own | {"update_scale": 1.0} | over | others
 
 
 def retention_study(

@@ -84,6 +84,26 @@ def test_forgetting_is_paired_and_counts_what_flipped(folder):
     assert means.stderr.item() == pytest.approx(np.sqrt((each.stderr**2).sum()) / 3)
 
 
+def test_held_out_text_is_an_outcome_of_its_own_at_every_scale(folder):
+    records, results = records_in(folder), Results(folder)
+    lost = records[(records.metric == "forgetting") & (records.run == RUN) & (records.step == 6)]
+    for scale in (0.5, 1.0, 1.5):
+        own = lost[lost.update_scale == scale].set_index("task")
+        sources = ["text_cnn_dailymail", "text_prose"]
+        nats = []
+        for task in sources:
+            name = f"{RUN}-6{'' if scale == 1 else f'-x{scale:g}'}-{task}"
+            base, tuned = (results.items(u)["log_likelihood"] for u in (f"base-0-{task}", name))
+            sums = [scores.statistics.sum(axis=0) for scores in (base, tuned)]
+            nats.append(sums[0][0] / sums[0][1] - sums[1][0] / sums[1][1])
+        assert own.value[sources].tolist() == pytest.approx(nats)
+        assert own.value["text"] == pytest.approx(np.mean(nats)) and own.value["text"] != 0
+        assert own.stderr["text"] == pytest.approx(np.sqrt((own.stderr[sources] ** 2).sum()) / 2)
+        assert set(own.over["text"].split(",")) == set(sources) and 0 <= own.p_value["text"] <= 1
+    matched = records[records.metric == "matched_forgetting"]
+    assert {"mean", "text"} <= set(matched.task)
+
+
 def test_scaled_updates_lie_between_base_and_checkpoint(folder):
     records = records_in(folder)
     gains = records[records.metric == "adaptation"].set_index(["run", "update_scale"]).value
@@ -115,8 +135,8 @@ def test_an_adapter_of_zeros_forgets_exactly_nothing(folder, model, tmp_path):
     assert main(argv) == 0
     records = records_in(settings_for().output_dir / "outputs" / "zeros").query("run == 'zeros'")
     value = records[records.layer.isna()].set_index(["metric", "task"]).value
-    assert set(value["forgetting"]) == {0} and set(value["kl"]) == set(value["answer_kl"]) == {0}
-    assert set(value["agreement"]) == set(value["answer_agreement"]) == {1}
+    assert set(value["forgetting"]) == {0} and set(value["kl"]) == {0}
+    assert set(value["agreement"]) == {1}
     assert set(records[records.metric == "cka"].value) == {1}
 
 
@@ -125,16 +145,16 @@ def test_a_guess_is_told_from_knowledge():
     assert at_chance(record) and not at_chance({**record, "stderr": 0.019})
 
 
-def write_quiz(results, run, right, shots=0, **request):
+def write_quiz(results, run, right, shots=0, task="quiz", **request):
     """A unit of a benchmark of our own: which items a model has right."""
     stats = np.stack([right, np.ones(len(right))], 1).astype(float)
-    record = {"run": run, "step": 0 if run == "base" else 5, "update_scale": 1.0, "task": "quiz"}
+    record = {"run": run, "step": 0 if run == "base" else 5, "update_scale": 1.0, "task": task}
     record |= {"metric": "acc", "value": float(right.mean()), "stderr": 0.024, "chance": 0.25}
     record |= {"n": len(right), "split": "test", "family": "similar", "method": "full"}
     record |= {"low": 0.0, "high": 1.0, "shots": shots}
     identity = {"requests": "all", "items": len(right)}
-    asked = {"precision": "fp32", "limit": 0, "benchmark": {"quiz": identity}} | request
-    unit = f"{run}-quiz-{shots}shot"
+    asked = {"precision": "fp32", "limit": 0, "benchmark": {task: identity}} | request
+    unit = f"{run}-{task}-{shots}shot"
     results.write(unit, asked, [record], [Scores("acc", stats, mean)])
 
 
@@ -235,6 +255,61 @@ def test_what_nobody_can_guess_is_compared_and_not_in_the_mean(tmp_path):
     assert found["pages", 0]["value"] == pytest.approx(1.0)
     assert found["mean", 0]["value"] == found["quiz", 0]["value"]
     assert found["mean", 0]["over"] == "quiz"
+
+
+def write_text(results, run, source, log_likelihoods, tasks=""):
+    """A unit of held-out text, 100 tokens a document."""
+    stats = np.stack([log_likelihoods, np.full(len(log_likelihoods), 100.0)], 1)
+    scores = Scores("log_likelihood", stats, mean)
+    record = {"run": run, "step": 0 if run == "base" else 5, "update_scale": 1.0, "shots": 0}
+    record |= {"task": f"text_{source}", "metric": "log_likelihood", "value": scores.value}
+    record |= {"stderr": 0.1, "n": len(stats), "split": "test", "family": "both", "tasks": tasks}
+    results.write(f"{run}-{source}", {"precision": "fp32", "limit": 0}, [record], [scores])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "over"),
+    [
+        ("similar", ["wikitext", "cnn_dailymail"]),
+        ("dissimilar", ["wikitext"]),
+        ("squad_v2+cnn_dailymail", ["wikitext"]),
+        ("squad_v2", ["wikitext", "cnn_dailymail"]),
+        ("", ["wikitext", "cnn_dailymail"]),
+    ],
+)
+def test_text_that_a_run_was_trained_on_is_not_held_out(tmp_path, tasks, over):
+    results, rng = Results(tmp_path), np.random.default_rng(0)
+    lost = {"wikitext": 20.0, "cnn_dailymail": -50.0}
+    for source, sum_lost in lost.items():
+        base = -300 + rng.normal(0, 30, 40)
+        write_text(results, "base", source, base)
+        write_text(results, "tuned", source, base - sum_lost + rng.normal(0, 1, 40), tasks)
+    found, _ = forgetting_in(results)
+    assert set(found["text", 0]["over"].split(",")) == {f"text_{source}" for source in over}
+    expected = np.mean([lost[source] / 100 for source in over])
+    assert found["text", 0]["value"] == pytest.approx(expected, abs=0.01)
+    assert found["text", 0]["p_value"] < 1e-6 and found["text", 0]["of"] == "log_likelihood"
+
+
+def test_a_second_mean_leaves_out_benchmarks_at_chance(tmp_path):
+    base, tuned = quiz_answers()
+    results = Results(tmp_path)
+    guesses = np.random.default_rng(5).random((2, 400)) < 0.25
+    for run, right, guess in (("base", base, guesses[0]), ("tuned", tuned, guesses[1])):
+        write_quiz(results, run, right)
+        write_quiz(results, run, guess, task="guessed")
+    found, _ = forgetting_in(results)
+    assert found["guessed", 0]["at_chance"] and not found["quiz", 0]["at_chance"]
+    assert found["mean", 0]["over"] == "guessed,quiz"
+    both = found["quiz", 0]["value"] + found["guessed", 0]["value"]
+    assert found["mean", 0]["value"] == pytest.approx(both / 2)
+    above = found["mean_above_chance", 0]
+    assert above["over"] == "quiz" and above["value"] == pytest.approx(found["quiz", 0]["value"])
+    assert above["stderr"] == pytest.approx(found["quiz", 0]["stderr"])
+    kept = [r for r in derived_records(results)[0] if r["metric"] == "retention"]
+    assert {(r["run"], r["task"]) for r in kept} == {
+        (run, task) for run in ("base", "tuned") for task in ("mean", "mean_above_chance")
+    }
 
 
 def test_a_single_item_has_no_error(model, capsys):

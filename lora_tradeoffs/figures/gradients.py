@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from lora_tradeoffs.figures.study_records import StudyRecords
 
 MAP, CURVES = (2.0, 1.85), (2.7, 2.0)  # inches of a panel
-MEASURES = {"gradient_cosine": "cosine", "gradient_conflict": "share of conflicts"}
+MEASURES = {
+    "gradient_cosine": "cosine",
+    "within_cosine": "cosine within a task",
+    "gradient_conflict": "share of conflicts",
+}
+WITHIN = (
+    "Within a task: between two halves of its batches, how much of its gradient is not noise; near"
+    " 0, conflicts between tasks are chance, half of all pairs."
+)
 SPACES = (
     "LoRA: gradients of the adapter's parameters; base and full fine-tuning: of q_proj and v_proj."
 )
@@ -62,43 +70,44 @@ def cosine_between_tasks(study: StudyRecords, frame: DataFrame) -> Figure:
 
 @figure_of("gradients")
 def conflict_over_training(study: StudyRecords, frame: DataFrame) -> Figure:
-    """Mean cosine of the pairs and share of conflicts over training, the base dashed."""
+    """Mean cosine of the pairs and within tasks, and share of conflicts over training."""
     rows = _means_of_pairs(frame)
     rows = require(rows[rows["layer"] == OVERALL], "no gradients of two tasks")
-    about = "All layers, mean over the pairs of tasks; below 0 they conflict."
+    about = f"All layers, mean over the pairs of tasks; below 0 they conflict. {WITHIN}"
     return _means_along(frame, rows, "fraction", about)
 
 
 @figure_of("gradients")
 def conflict_by_layer(study: StudyRecords, frame: DataFrame) -> Figure:
-    """Mean cosine of the pairs and share of conflicts by layer, at the last checkpoint."""
+    """Mean cosine of the pairs and within tasks, and share of conflicts by layer, at the end."""
     rows = _means_of_pairs(frame)
     rows = last_checkpoints(rows[rows["layer"] != OVERALL])
     require(rows, "no gradients of a last checkpoint's layer")
-    about = f"Last checkpoint, mean over the pairs of tasks.{unfinished(frame)}"
+    about = f"Last checkpoint, mean over the pairs of tasks. {WITHIN}{unfinished(frame)}"
     return _means_along(frame, rows, "layer", about)
 
 
 @figure_of("gradients")
 def conflict_by_layer_over_training(study: StudyRecords, frame: DataFrame) -> Figure:
-    """Heat maps, layers by checkpoints, of the pairs' mean cosine, a panel for each arm."""
+    """Heat maps, layers by checkpoints, of the mean cosine between and within tasks, by arm."""
     rows = _means_of_pairs(frame)
-    rows = rows[(rows["layer"] != OVERALL) & (rows["metric"] == "gradient_cosine")]
-    rows, left_out = most_arms(require(rows, "no gradients of a layer"))
-    panels = Panels.grid(rows, "family", "arm", MAP, share_x="none")
+    kinds = rows["metric"].map({"gradient_cosine": "between", "within_cosine": "within"})
+    rows = rows.assign(kind=rows["family"] + ", " + kinds)[rows["layer"] != OVERALL]
+    rows, left_out = most_arms(require(rows.dropna(subset=["kind"]), "no gradients of a layer"))
+    panels = Panels.grid(rows, "kind", "arm", MAP, share_x="none")
     marks.maps_over_training(panels, "cosine", **marks.diverging(rows["value"]))
-    about = "Mean over the pairs of tasks; below 0 (red) they conflict."
+    about = f"Mean over the pairs of tasks; below 0 (red) they conflict. {WITHIN}"
     return panels.finish(frame, [about, SPACES, seeds_note(rows), left_out], kind=None)
 
 
 def _means_of_pairs(frame: DataFrame) -> DataFrame:
-    """The records of the mean over the pairs, of both modules."""
+    """The records of the mean over the pairs, or within tasks, of both modules."""
     rows = frame[(frame["task"] == MEAN) & (frame["module"] == BOTH)]
     return rows[rows["metric"].isin(MEASURES)].dropna(subset=["value"])
 
 
 def _means_along(frame: DataFrame, rows: DataFrame, x: str, about: str) -> Figure:
-    """Both measures, a row each, and the families, a column each, along fraction or layer."""
+    """The measures, a row each, and the families, a column each, along fraction or layer."""
     rows = rows.assign(measure=rows["metric"].map(MEASURES))
     panels = Panels.grid(rows, "measure", "family", CURVES, share_y="row")
     for _, ax, _ in panels:

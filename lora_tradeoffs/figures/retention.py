@@ -60,7 +60,9 @@ def forgetting_by_rank(study: StudyRecords, frame: DataFrame) -> Figure:
     """Forgetting at the last checkpoint, by LoRA rank, then full qv and full."""
     rows = require(forgotten(frame), "no last checkpoint's forgetting")
     about = "Forgetting: base minus tuned, at the last checkpoint; above the dashed line is lost."
-    about += " The mean is over the benchmarks." + unfinished(frame)
+    about += " The mean is over the benchmarks (mean_above_chance: those on which the base is above"
+    about += " chance), text over the held-out texts that a run was not trained on."
+    about += unfinished(frame)
     return _by_rank(frame, rows, "forgetting", about, _base_of(frame))
 
 
@@ -69,10 +71,12 @@ def matched_forgetting(study: StudyRecords, frame: DataFrame) -> Figure:
     """Forgetting minus that of another arm where both score the same on validation, by rank."""
     rows = matched(frame)
     require(rows, "no forgetting at equal validation scores (--scale-update)")
-    rows = rows.assign(task=[f"against {other}" for other in rows["other"]])
+    pairs = zip(rows["task"], rows["other"])
+    rows = rows.assign(task=[f"{task}, against {other}" for task, other in pairs])
     about = (
         "Difference in forgetting between updates scaled to equal validation score: above the"
-        " dashed line the arm forgets more than the one that it is compared with."
+        " dashed line the arm forgets more than the one that it is compared with; mean: over the"
+        " benchmarks, text: over held-out text."
     )
     return _by_rank(frame, rows, "difference in forgetting", about)
 

@@ -252,8 +252,9 @@ def conflict_records(products: Products) -> Iterator[dict[str, Any]]:
     gradient_conflict (the share of batches with a negative cosine) and magnitude_similarity. With
     task and other `mean`, each batch counts with its mean over the pairs (for the conflict: the
     share of pairs in conflict, with a t interval). A task has gradient_norm and within_cosine, the
-    cosine between the gradients of the two halves of a batch. This is a reference for noise: two
-    tasks from one distribution would have a cosine no lower than it.
+    cosine between the gradients of the two halves of a batch, of which `mean` has the mean over the
+    tasks. This is a reference for noise: two tasks from one distribution would have a cosine no
+    lower than it, and where it is near 0, half of all cosines are negative by chance.
     """
     for layer, module, indices in _groups(products.layer_modules):
         group = {"layer": layer, "module": module}
@@ -272,11 +273,13 @@ def conflict_records(products: Products) -> Iterator[dict[str, Any]]:
             if metric == "gradient_conflict":
                 interval |= {"low": max(interval["low"], 0.0), "high": min(interval["high"], 1.0)}
             yield {"task": MEAN, "other": MEAN, **group, "metric": metric, **interval}
+        first, dot, second = np.moveaxis(halves, -1, 0)
+        within = cosine(dot, first, second)
+        itself = {"task": MEAN, "other": MEAN, "metric": "within_cosine", **group}
+        yield {**itself, **mean_over_batches(within.mean(axis=1))}
         for i, task in enumerate(products.tasks):
-            first, dot, second = halves[:, i].T
             itself = {"task": task, "other": task, **group}
-            within = mean_over_batches(cosine(dot, first, second))
-            yield {**itself, "metric": "within_cosine", **within}
+            yield {**itself, "metric": "within_cosine", **mean_over_batches(within[:, i])}
             norm = mean_over_batches(np.sqrt(between[:, i, i]))
             yield {**itself, "metric": "gradient_norm", **norm}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
@@ -16,14 +17,16 @@ from lora_tradeoffs.tables.frames import (
     summarise,
     update_sizes,
 )
-from lora_tradeoffs.tables.retention import family_means, mean_forgetting
+from lora_tradeoffs.tables.retention import TEXT, family_means, mean_forgetting
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 FORMATS = {
     "score": ".3f",
+    "ROUGE-Lsum": ".3f",
     "forgetting": "+.3f",
+    "text lost (nats/token)": "+.3f",
     "drift (%)": ".2f",
     "minutes": ".1f",
     "trained (%)": ".2f",
@@ -36,17 +39,20 @@ def arm_table(study: StudyRecords) -> DataFrame:
     """A row for each arm of a family at its last checkpoint, the base first; "" where unknown.
 
     `score` is the mean over the family's tasks of the primary metric (BLEU in hundredths), on test
-    for tasks that runs were tested on, else on validation; `forgetting` the mean over the
-    benchmarks of base minus tuned; `drift` the norm of the update over that of the base's q_proj
-    and v_proj; `minutes` and `trained` the time and the share of the parameters that were trained.
-    ± is the standard error, over items for one seed, over seeds and items for three and more.
+    for tasks that runs were tested on, else on validation, `ROUGE-Lsum` that of CNN/DailyMail;
+    `forgetting` the mean over the benchmarks of base minus tuned, `text lost` that over held-out
+    text of the log-likelihood a token; `drift` the norm of the update over that of the base's
+    q_proj and v_proj; `minutes` and `trained` the time and the share of the parameters that were
+    trained. ± is the standard error, over items for one seed, over seeds and items from three on.
     """
     import pandas as pd
 
     parts = [rows.assign(task=name) for name, rows in _costs(study).items()]
     for name, frame, measure in (
         ("score", study.adaptation, _scores),
+        ("ROUGE-Lsum", study.adaptation, _rouge_lsum),
         ("forgetting", study.retention, mean_forgetting),
+        ("text lost (nats/token)", study.retention, partial(mean_forgetting, outcome=TEXT)),
         ("drift (%)", study.drift, lambda drift: percent(update_sizes(drift))),
     ):
         if frame is not None:
@@ -70,13 +76,24 @@ def arm_table(study: StudyRecords) -> DataFrame:
 
 def _scores(adaptation: DataFrame) -> DataFrame:
     """Each run's mean over its family's tasks, and the base's."""
+    rows = _on_test(adaptation)
+    means = family_means(rows.assign(split="validation"))
+    arms = rows[(rows["shots"] == 0) & (rows["prompt"] == 0)].drop_duplicates("run")
+    return means.merge(arms[["run", "arm", "seed"]], on="run")
+
+
+def _rouge_lsum(adaptation: DataFrame) -> DataFrame:
+    rows = _on_test(adaptation)
+    rows = rows[(rows["metric"] == "rougeLsum") & (rows["shots"] == 0) & (rows["prompt"] == 0)]
+    return rows[rows["method"] != "baseline"]
+
+
+def _on_test(adaptation: DataFrame) -> DataFrame:
+    """Last checkpoints' rows, on test of tasks that runs were tested on, else on validation."""
     rows = last_checkpoints(adaptation)
     rows = rows[rows["split"].isin(["validation", "test"])]
     is_test = rows["split"] == "test"
-    tested = rows["task"].isin(rows["task"][is_test & is_trained(rows)])
-    means = family_means(rows[is_test == tested].assign(split="validation"))
-    arms = rows[(rows["shots"] == 0) & (rows["prompt"] == 0)].drop_duplicates("run")
-    return means.merge(arms[["run", "arm", "seed"]], on="run")
+    return rows[is_test == rows["task"].isin(rows["task"][is_test & is_trained(rows)])]
 
 
 def _costs(study: StudyRecords) -> dict[str, DataFrame]:

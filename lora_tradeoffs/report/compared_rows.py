@@ -11,7 +11,7 @@ from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
 from lora_tradeoffs.statistics.contrasts import Items, WeightedScores, by_seed
 from lora_tradeoffs.tables.arms import GRID, Arm
 from lora_tradeoffs.tables.frames import last_checkpoints, scores
-from lora_tradeoffs.tables.retention import mean_forgetting, retained
+from lora_tradeoffs.tables.retention import MEAN, mean_forgetting, retained
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -56,23 +56,27 @@ def slope_weights(arms: Sequence[set[Arm]]) -> dict[Arm, float]:
 
 
 def forgetting_parts(
-    retention: DataFrame, family: str, weights: dict[Arm, float], items: Items | None
+    retention: DataFrame,
+    family: str,
+    weights: dict[Arm, float],
+    items: Items | None,
+    outcome: str = MEAN,
 ) -> list[list[WeightedScores]]:
-    """Parts whose contrast is that of the mean forgetting.
+    """Parts whose contrast is that of the mean forgetting over an outcome's tasks.
 
-    With items they are the benchmarks' own scores, of the runs that were compared with the base:
-    the base's are the same for all arms, and cancel where the weights sum to zero. They would not
-    if some runs were measured on fewer items; then the parts are the mean forgetting itself.
+    With items they are the tasks' own scores, of the runs that were compared with the base: the
+    base's are the same for all arms, and cancel where the weights sum to zero. They would not if
+    some runs were measured on fewer items; then the parts are the mean forgetting itself.
     """
-    lost = mean_forgetting(retention, family)
+    lost = mean_forgetting(retention, family, outcome)
+    over = [] if lost.empty else ",".join(lost["over"]).split(",")
     rows = last_checkpoints(retained(retention))
     rows = rows[rows["run"].isin(lost["run"]) & rows["arm"].isin(weights)]
-    rows = rows[(rows["family"] == family) & rows["metric"].isin(["acc", "acc_norm"])]
+    rows = rows[(rows["family"] == family) & rows["task"].isin(over)]
     rows = rows[rows["shots"] == rows["shots"].min()]
-    benchmarks = [rows[rows["task"] == task] for task in sorted(set(rows["task"]))]
-    if items is None or any(benchmark["n"].nunique() > 1 for benchmark in benchmarks):
+    by_task = [rows[rows["task"] == task] for task in sorted(set(rows["task"]))]
+    if items is None or any(part["n"].nunique() > 1 for part in by_task):
         return [[WeightedScores(w, rows_of(lost, arm)) for arm, w in weights.items()]]
     return [
-        [WeightedScores(-w, rows_of(part, arm)) for arm, w in weights.items()]
-        for part in benchmarks
+        [WeightedScores(-w, rows_of(part, arm)) for arm, w in weights.items()] for part in by_task
     ]

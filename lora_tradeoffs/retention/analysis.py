@@ -141,7 +141,7 @@ class Retention(Analysis):
     def _scaled_units(
         self, subject: Subject, families: set, scales: Sequence[float], tasks: list[str], limit: int
     ) -> Iterator[RetentionUnit]:
-        """Adaptation as it is and at every scale, and the benchmarks at every scale."""
+        """Adaptation as it is and at every scale, benchmarks and held-out text at every scale."""
         trained = [task for family in FAMILIES if family in families for task in FAMILIES[family]]
         few = self.options.limit or MID_TRAINING_LIMIT
         for t in (1.0, *scales):
@@ -149,6 +149,7 @@ class Retention(Analysis):
         shots = self.options.num_fewshot
         for t in scales:
             yield from (RetentionUnit(subject, "benchmark", b, limit, shots, t) for b in tasks)
+            yield from (RetentionUnit(subject, "text", TEXT + s, scale=t) for s in self.texts())
 
     def _expanded_tasks(self) -> list[str]:
         """The options' tasks, each tag, or group without a mean, replaced by its tasks.

@@ -1,8 +1,10 @@
-"""Forgetting: a tuned model against its base on the same items, and means over benchmarks.
+"""Forgetting: a tuned model against its base on the same items, and means over them.
 
-Retention is the mean of the benchmarks' scores; forgetting is the base's score minus the tuned
-model's on the same items (Biderman et al. 2024, arXiv:2405.09673). A benchmark's score is acc_norm
-where it has one, else acc. Benchmarks have different items, so their errors are independent.
+Forgetting is the base's score minus the tuned model's on the same items (Biderman et al. 2024,
+arXiv:2405.09673). It has two outcomes of equal standing: the mean over benchmarks, of acc_norm
+where there is one, else acc, and the mean over the sources of held-out text, in nats a token. A
+second mean is over the benchmarks on which the base is above chance: on others it has nothing to
+forget. Tasks have different items, so their errors are independent.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import FAMILIES
-from lora_tradeoffs.records import TEXT, metric_scale
+from lora_tradeoffs.records import ABOVE_CHANCE, HELD_OUT, MEAN, TEXT, metric_scale
 from lora_tradeoffs.retention.matched import Curve, matched_forgetting
 from lora_tradeoffs.retention.scores import (
     ANSWER_DRIFT,
@@ -42,7 +44,7 @@ Z = 1.959964  # of a normal 95 % interval
 
 
 def derived_records(results: Results) -> tuple[list[Record], list[str]]:
-    """Forgetting of every task, means over the benchmarks, and matched forgetting.
+    """Forgetting of every task, means over benchmarks and over text, and matched forgetting.
 
     Benchmarks with different numbers of examples are different benchmarks: each number is compared
     with the base's and averaged apart. Also the units that are not compared, since more than the
@@ -59,7 +61,10 @@ def derived_records(results: Results) -> tuple[list[Record], list[str]]:
         base = benchmarks[_is_base(benchmarks)]
         for _, model in benchmarks.groupby(KEY):
             if set(model["task"]) == set(base["task"]):
-                records.append(_mean_record(model["record"], "retention"))
+                records += [
+                    _mean_record(model["record"][model["task"].isin(tasks)], "retention", outcome)
+                    for outcome, tasks in _outcomes(base).items()
+                ]
         more, names = _forgetting(results, benchmarks)
         records += more + _matched(results, pd.concat([benchmarks, others]))
         uncompared += names
@@ -93,17 +98,33 @@ def _is_base(units: DataFrame) -> Series:
     return units["run"] == "base"
 
 
+def _outcomes(base: DataFrame, trained: str = "") -> dict[str, list[str]]:
+    """The tasks that each outcome of forgetting is a mean over, by the base's units.
+
+    `trained` are a run's tasks, as in its records: held-out text of one of them is no held-out text
+    for it. Without tasks there is no outcome; nor is ABOVE_CHANCE where it would be MEAN.
+    """
+    benchmarks = base[base["is_benchmark"]]
+    above = [record["task"] for record in benchmarks["record"] if not at_chance(record)]
+    learned = {TEXT + task for task in FAMILIES.get(trained, trained.split("+"))}
+    texts = base["task"][base["task"].str.startswith(TEXT) & ~base["task"].isin(learned)]
+    outcomes = {MEAN: [*benchmarks["task"]], ABOVE_CHANCE: above, HELD_OUT: [*texts]}
+    if len(above) == len(benchmarks):
+        del outcomes[ABOVE_CHANCE]
+    return {outcome: tasks for outcome, tasks in outcomes.items() if tasks}
+
+
 def _forgetting(results: Results, units: DataFrame) -> tuple[list[Record], list[str]]:
-    """Every tuned model's score against the base's on the same items; of benchmarks the mean, too.
+    """Every tuned model's score against the base's on the same items, and the outcomes' means.
 
     Also the names of the units that are not compared.
     """
     records, uncompared = [], []
     base, tuned = units[_is_base(units)], units[~_is_base(units)]
-    base = base[["task", "unit", "record", "request"]]
-    pairs = tuned.merge(base, on="task", suffixes=("", "_base"))
+    of_base = base[["task", "unit", "record", "request"]]
+    pairs = tuned.merge(of_base, on="task", suffixes=("", "_base"))
     for _, model in pairs.groupby(KEY):
-        compared, comparisons = [], []
+        compared: dict[str, tuple[Record, Comparison]] = {}
         for pair in model.itertuples():
             if not _is_retained(pair.record):
                 continue
@@ -113,16 +134,19 @@ def _forgetting(results: Results, units: DataFrame) -> tuple[list[Record], list[
             comparison, flips = _compare(results, pair)
             if comparison is None:
                 continue
+            compared[pair.task] = pair.record, comparison
             if pair.is_benchmark:
-                compared.append(pair.record)
-                comparisons.append(comparison)
                 flips["at_chance"] = at_chance(pair.record_base)
             figures = asdict(comparison)
             figures["value"] = figures.pop("difference")
             common = _without_figures(pair.record) | {"of": pair.record["metric"]}
             records.append({**common, "metric": "forgetting", **figures, **flips})
-        if compared and len(compared) == len(base):
-            records.append(_mean_forgetting(compared, comparisons))
+        outcomes = _outcomes(base, model.iloc[0]["record"].get("tasks", ""))
+        records += [
+            _mean_forgetting(outcome, [compared[task] for task in tasks])
+            for outcome, tasks in outcomes.items()
+            if compared.keys() >= set(tasks)
+        ]
     return records, uncompared
 
 
@@ -192,20 +216,21 @@ def _mean_adaptation(model: DataFrame) -> list[Record]:
     ]
 
 
-def _mean_forgetting(records: Sequence[Record], comparisons: Sequence[Comparison]) -> Record:
+def _mean_forgetting(outcome: str, compared: Sequence[tuple[Record, Comparison]]) -> Record:
     from scipy.stats import norm
 
-    figures = [{"value": c.difference, "stderr": c.stderr} for c in comparisons]
-    mean_record = _mean_record([r | f for r, f in zip(records, figures)], "forgetting")
+    parts = [r | {"value": c.difference, "stderr": c.stderr} for r, c in compared]
+    mean_record = _mean_record(parts, "forgetting", outcome)
     value, stderr = mean_record["value"], mean_record["stderr"]
     return mean_record | {
-        "test": "paired, normal, benchmarks' variances added",
+        "of": compared[0][0]["metric"] if outcome == HELD_OUT else None,
+        "test": "paired, normal, variances of the tasks added",
         "p_value": float(2 * norm.sf(abs(value) / stderr)) if stderr else float(value == 0),
         "detectable": detectable_over_items(stderr) or math.nan,
     }
 
 
-def _mean_record(records: Iterable[Record], metric: str) -> Record:
+def _mean_record(records: Iterable[Record], metric: str, task: str = MEAN) -> Record:
     """The mean of independent figures, BLEU in hundredths; its error is nan if one has none."""
     records = list(records)
     scales = [metric_scale(r["metric"]) for r in records]
@@ -218,7 +243,7 @@ def _mean_record(records: Iterable[Record], metric: str) -> Record:
     splits = {r["split"] for r in records}
     return {name: v for name, v in records[0].items() if name not in dropped} | {
         "split": splits.pop() if len(splits) == 1 else "mixed",
-        "task": "mean",
+        "task": task,
         "metric": metric,
         "value": value,
         "stderr": stderr,
@@ -238,7 +263,7 @@ def _without_figures(record: Record) -> Record:
 
 
 def _matched(results: Results, units: DataFrame) -> list[Record]:
-    """Forgetting of two runs of a family at equal validation score, where updates were scaled.
+    """Forgetting of two runs of a family and seed at equal validation score, from scaled updates.
 
     The interval is over items: it is about these runs.
     """
@@ -246,46 +271,59 @@ def _matched(results: Results, units: DataFrame) -> list[Record]:
     base = units[_is_base(units)]
     scaled = units[(units["update_scale"] != 1) & units["family"].isin(FAMILIES)]
     for family, of_family in scaled.groupby("family"):
-        curves = []
+        runs = []
         for run, points in of_family.groupby("run", sort=False):
             model = units[(units["run"] == run) & (units["step"] == points["step"].max())]
-            if curve := _curve(results, base, model, family):
-                curves.append((curve, model[model["update_scale"] == 1].iloc[0]["record"]))
-        for (one, record), (other, _) in combinations(curves, 2):
-            m = matched_forgetting(one, other)
-            records.append(
-                {
-                    **_without_figures(record),
-                    **{"task": "mean", "split": "mixed", "metric": "matched_forgetting"},
-                    **{"other_run": other.arm, "value": m.difference, "stderr": m.stderr},
-                    **{"low": m.low, "high": m.high, "score": m.score, "defined": m.defined},
-                    **{"scale": m.scales[0], "other_scale": m.scales[1], "reason": m.reason},
-                }
-            )
+            if curves := _curves(results, base, model, family):
+                runs.append((model[model["update_scale"] == 1].iloc[0]["record"], curves))
+        for (record, one), (other_record, other) in combinations(runs, 2):
+            if record["seed"] != other_record["seed"]:
+                continue  # runs of one seed saw the same batches
+            for outcome in (name for name in one if name in other):
+                m = matched_forgetting(one[outcome], other[outcome])
+                of = "log_likelihood" if outcome == HELD_OUT else None
+                records.append(
+                    {
+                        **_without_figures(record),
+                        **{"task": outcome, "split": "mixed", "metric": "matched_forgetting"},
+                        **{"of": of, "other_run": other[outcome].arm},
+                        **{"value": m.difference, "stderr": m.stderr, "low": m.low, "high": m.high},
+                        **{"score": m.score, "defined": m.defined, "reason": m.reason},
+                        **{"scale": m.scales[0], "other_scale": m.scales[1]},
+                    }
+                )
     return records
 
 
-def _curve(results: Results, base: DataFrame, model: DataFrame, family: str) -> Curve | None:
-    """A checkpoint's curve from the base through its scaled updates.
+def _curves(results: Results, base: DataFrame, model: DataFrame, family: str) -> dict[str, Curve]:
+    """A checkpoint's curve from the base through its scaled updates, for each outcome.
 
-    None if a part is missing, or was measured differently from the base, such as on other items.
+    Outcomes of which a part is missing, or was measured differently from the base, such as on other
+    items, have none.
     """
     parts = {0.0: base, **dict(iter(model.groupby("update_scale")))}
     scales = sorted(parts)
     tables = [parts[t].drop_duplicates("task", keep="last").set_index("task") for t in scales]
-    shared = set.intersection(*(set(table.index) for table in tables))
-    benchmarks = [task for task in tables[0].index[tables[0]["is_benchmark"]] if task in shared]
-    trained = FAMILIES[family]
-    if 1.0 not in parts or not benchmarks or not shared.issuperset(trained):
-        return None
-    for task in (*benchmarks, *trained):
-        if any(table.at[task, "request"] != tables[0].at[task, "request"] for table in tables):
-            return None
+    alike = {
+        task
+        for task in set.intersection(*(set(table.index) for table in tables))
+        if all(table.at[task, "request"] == tables[0].at[task, "request"] for table in tables)
+    }
+    if 1.0 not in parts or not alike.issuperset(FAMILIES[family]):
+        return {}
 
-    def scores(task: str) -> list[Scores]:
-        rows = [table.loc[task] for table in tables]
-        return [results.items(row["unit"])[row["record"]["metric"]] for row in rows]
+    def scores(tasks: Iterable[str]) -> dict[str, list[Scores]]:
+        rows = {task: [table.loc[task] for table in tables] for task in tasks}
+        return {
+            task: [results.items(row["unit"])[row["record"]["metric"]] for row in of_task]
+            for task, of_task in rows.items()
+        }
 
-    adaptation = {task: scores(task) for task in trained}
-    run = model.iloc[0]["run"]
-    return Curve(run, scales, adaptation, {name: scores(name) for name in benchmarks})
+    run, trained = model.iloc[0]["run"], model.iloc[0]["record"].get("tasks", "")
+    adaptation = scores(FAMILIES[family])
+    outcomes = _outcomes(base.drop_duplicates("task", keep="last"), trained)
+    return {
+        outcome: Curve(run, scales, adaptation, scores(tasks))
+        for outcome, tasks in outcomes.items()
+        if alike.issuperset(tasks)
+    }

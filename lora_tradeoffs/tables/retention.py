@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from config import BENCHMARKS, FAMILIES
 from dataset_descriptions import DESCRIPTIONS
-from lora_tradeoffs.records import metric_scale
+from lora_tradeoffs.records import HELD_OUT as TEXT
+from lora_tradeoffs.records import MEAN, metric_scale
 from lora_tradeoffs.tables.arms import FULL
 from lora_tradeoffs.tables.frames import (
     gaps,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import numpy as np
     from pandas import DataFrame
 
-MEAN, TEXT = "mean", "text"
 NO_FAMILY = "all runs"
 POINT = ["run", "family", "step", "update_scale"]
 ESTIMATE = ["value", "stderr", "low", "high"]
@@ -41,14 +41,13 @@ def as_trained(frame: DataFrame) -> DataFrame:
 
 def retained(frame: DataFrame) -> DataFrame:
     """Rows of each benchmark's metric (acc_norm where it has one, else acc), of the benchmarks'
-    mean, and of the log-likelihood of held-out text and of perplexity tasks.
+    means, and of the log-likelihood of held-out text and of perplexity tasks.
     """
     rows = as_trained(frame)
     normed = rows["task"].isin(rows[rows["metric"] == "acc_norm"]["task"])
     metric = rows["metric"]
-    is_mean = (rows["task"] == MEAN) & (metric == "retention")
     accuracy = (metric == "acc_norm") | ((metric == "acc") & ~normed)
-    return rows[accuracy | is_mean | (metric == "log_likelihood")]
+    return rows[accuracy | (metric == "retention") | (metric == "log_likelihood")]
 
 
 def forgotten(frame: DataFrame) -> DataFrame:
@@ -57,11 +56,11 @@ def forgotten(frame: DataFrame) -> DataFrame:
     return last_checkpoints(rows[(rows["metric"] == "forgetting") & is_trained(rows)])
 
 
-def mean_forgetting(frame: DataFrame, family: str | None = None) -> DataFrame:
-    """Rows of the benchmarks' mean of what was forgotten, with the fewest in-context examples of
-    their family."""
+def mean_forgetting(frame: DataFrame, family: str | None = None, outcome: str = MEAN) -> DataFrame:
+    """Rows of an outcome's mean of what was forgotten (MEAN: over the benchmarks, ABOVE_CHANCE,
+    TEXT: on held-out text), with the fewest in-context examples of their family."""
     rows = forgotten(frame)
-    rows = rows[(rows["task"] == MEAN) & (family is None or rows["family"] == family)]
+    rows = rows[(rows["task"] == outcome) & (family is None or rows["family"] == family)]
     return rows[rows["shots"] == rows.groupby("family")["shots"].transform("min")]
 
 
@@ -73,11 +72,11 @@ def at_chance(frame: DataFrame) -> list[str]:
 
 
 def task_order(tasks: Any) -> list[str]:
-    """Benchmarks, their mean, held-out text, the trained tasks."""
+    """Benchmarks, their means, held-out text, the trained tasks."""
     names = [*BENCHMARKS, *ordered(set(tasks) & set(DESCRIPTIONS))]
 
     def sort_key(task: str) -> tuple[bool, bool, bool, int, str]:
-        kinds = task in DESCRIPTIONS, task.startswith(TEXT), task == MEAN
+        kinds = task in DESCRIPTIONS, task.startswith(TEXT), task.startswith(MEAN)
         return *kinds, names.index(task) if task in names else len(names), task
 
     return sorted(set(tasks), key=sort_key)
@@ -100,7 +99,9 @@ def in_panels(rows: DataFrame, labels: Mapping[str, str]) -> DataFrame:
     in_nats = rows["task"].str.startswith(f"{TEXT}_")
     if "of" in rows:
         in_nats |= rows["of"] == "log_likelihood"
-    unit = (in_nats & (rows["metric"] == "forgetting")).map({True: " (nats/token)", False: ""})
+    unit = (in_nats & rows["metric"].str.endswith("forgetting")).map(
+        {True: " (nats/token)", False: ""}
+    )
     label = rows["metric"].map(lambda metric: labels.get(metric, metric)) + unit
     return rows.assign(task=rows["family"] + ": " + rows["task"], label=label)
 
@@ -173,7 +174,8 @@ def pareto_front(gain: Sequence[float], forgetting: Sequence[float]) -> np.ndarr
 
 
 def matched(frame: DataFrame) -> DataFrame:
-    """Forgetting of every arm minus that of a family's reference where both score the same.
+    """Forgetting of every arm minus that of a family's reference where both score the same: over
+    the benchmarks (task MEAN, ABOVE_CHANCE) and over held-out text (task TEXT).
 
     The reference, `other`, is full fine-tuning, else the last arm of the legend. Runs of different
     seeds are not compared (those of one seed saw the same batches), except for runs from
@@ -191,7 +193,7 @@ def matched(frame: DataFrame) -> DataFrame:
     turned = rows.rename(columns=_both_ways("run", "arm", "seed", "tasks"))
     turned = turned.assign(value=-rows["value"], low=-rows["high"], high=-rows["low"])
     rows = pd.concat([rows, turned]).sort_values("score", kind="stable")
-    rows = rows.drop_duplicates(["family", "run", "other_run"], keep="last")
+    rows = rows.drop_duplicates(["family", "task", "run", "other_run"], keep="last")
     is_foreign = (rows["tasks"] == "") | (rows["other_tasks"] == "")
     rows = rows[(rows["seed"] == rows["other_seed"]) | is_foreign]
     others = rows.groupby("family")["other"].unique()

@@ -47,3 +47,4 @@ def test_figures_say_what_is_averaged_and_what_bars_are_over(tmp_path, seeds, me
         has_bars = figure.__name__ in ("conflict_over_training", "conflict_by_layer")
         assert (means if has_bars else of_maps) in text
         assert has_bars or "bars" not in text
+        assert "within a task" in text.lower() or "a task with itself" in text

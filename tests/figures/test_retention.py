@@ -175,7 +175,7 @@ def test_matched_forgetting_is_held_against_full_at_the_highest_score(frame):
         pair(RUN, full, -0.01, score=0.5),
     ]
     figure = drawn(matched_forgetting, retention=frame(records))
-    ax = panel(figure, "similar: against full")
+    ax = panel(figure, "similar: mean, against full")
     assert list(lines(ax, "LoRA r=8")[0].get_ydata()) == [-0.03]
     assert np.allclose(bars(ax, "LoRA r=8"), [(-0.05, -0.005)])
     assert "One seed" in notes(figure)

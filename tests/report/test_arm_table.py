@@ -1,8 +1,11 @@
-"""The table of the arms: a family that was not tested shows its validation scores."""
+"""The table of the arms: on test, else validation; ROUGE-Lsum and held-out text beside."""
 
-from synthetic_records import record
+from types import SimpleNamespace
 
-from lora_tradeoffs.report.arm_table import _scores
+from support import settings_for
+from synthetic_records import kept, record, write_study
+
+from lora_tradeoffs.report.arm_table import _scores, arm_table
 from lora_tradeoffs.tables.frames import load_records
 
 
@@ -28,3 +31,30 @@ def test_a_family_without_test_scores_is_shown_on_validation(tmp_path):
     assert trained == {"similar": 0.9, "dissimilar": 0.3}
     bases = {family: value for (family, arm), value in values.items() if arm == "base"}
     assert bases == {"similar": 0.3, "dissimilar": 0.2}
+
+
+def test_rouge_lsum_and_the_loss_on_held_out_text_have_columns(tmp_path):
+    run, full = "dissimilar_full_seed42", {"method": "full", "split": "test"}
+    family = {"family": "dissimilar"}
+    adapted = [
+        record(run, "cnn_dailymail", value, metric=metric, **full)
+        for metric, value in (("rougeL", 0.21), ("rougeLsum", 0.264))
+    ]
+    base = {"method": "base", "step": 0, "fraction": 0.0, "split": "test"}
+    adapted += [record("base", "cnn_dailymail", 0.1, **base)]
+    lost = [
+        kept(run, "mean", "forgetting", 0.02, method="full", **family),
+        kept(run, "text", "forgetting", 0.35, method="full", **family),
+    ]
+    frames = [
+        load_records(write_study(tmp_path, records, "study", script=script))
+        for script, records in (("adaptation", adapted), ("retention", lost))
+    ]
+    settings = settings_for(study="nowhere")
+    table = arm_table(
+        SimpleNamespace(adaptation=frames[0], retention=frames[1], drift=None, settings=settings)
+    )
+    row = table[table["arm"].map(str) == "full"].iloc[0]
+    assert row["score"].startswith("0.210") and row["ROUGE-Lsum"].startswith("0.264")
+    assert row["forgetting"].startswith("+0.020")
+    assert row["text lost (nats/token)"].startswith("+0.350")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_llama
 from reference import Allocations, plain_score
 from support import ROOT, assert_one_line_error, settings_for
 
@@ -432,6 +433,28 @@ def test_shots_come_from_train_or_leave_the_item_out(tmp_path, tokenizer):
         load(tmp_path, "piqa", 1)
     assert f"{bad}:2: " in str(error.value)
     load(tmp_path, "piqa", 0)  # where nothing is shown it does not matter
+
+
+def test_choices_are_tokenised_where_they_stand(blank_first_tokenizer, tmp_path):
+    """With a blank before any text a choice alone has other tokens than after its context."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = blank_first_tokenizer
+    model = load_base(prepare_base(settings_for(model=str(tiny_llama(tmp_path / "m", tokenizer)))))
+    write_rows(tmp_path, "piqa", "validation", [ROWS["piqa"]])
+    benchmarks = Benchmarks(settings_for(data=str(tmp_path)), tokenizer, ["piqa"])
+    (found,) = benchmarks.measure(model.eval())[0].log_likelihoods
+    pairs = [instance.args for instance in benchmarks.tasks["piqa"].instances]
+    with quiet_lm_eval():
+        peer = HFLM(pretrained=model, tokenizer=tokenizer)
+        theirs = peer.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+    assert found == pytest.approx([log_likelihood for log_likelihood, _ in theirs], abs=1e-4)
+    for (context, choice), score in zip(pairs, found, strict=True):
+        start, joint = (tokenizer(text).input_ids for text in (context, context + choice))
+        assert joint[: len(start)] == start and start[0] == tokenizer.bos_token_id
+        assert tokenizer(choice).input_ids[1:] != joint[len(start) :]
+        assert score == pytest.approx(plain_score(model, start, joint[len(start) :])[0], abs=1e-4)
 
 
 def test_unknown_and_generating_tasks_are_refused(tmp_path):

@@ -31,6 +31,22 @@ def test_scores_are_of_the_last_checkpoint_on_test_and_the_highest_is_marked():
     assert f"over 3 prompts: {RUN} sst2 test mean 0.283, sd 0.318" in table
 
 
+def test_rouge_lsum_stands_beside_rouge_l():
+    rouge = record(RUN, "cnn_dailymail", 0.21, step=20, split="test")
+    records = [record(RUN, "qqp", 0.55, step=20), record(RUN, "qqp", 0.4, step=20, metric="f1")]
+    for metric, value in (("rougeLsum", 0.26), ("rougeL", 0.21), ("rouge1", 0.3)):
+        records += [
+            rouge | {"metric": metric, "value": value + 0.01 * n, "prompt": n} for n in (0, 1)
+        ]
+    table = adaptation_table(records)
+    assert table.splitlines()[0].split() == [
+        *("qqp", "accuracy", "cnn_dailymail", "rougeL", "cnn_dailymail", "rougeLsum")
+    ]
+    shown = ["0.550", "+-", "0.012*", "v", "0.210", "+-", "0.012*", "0.260", "+-", "0.012*"]
+    assert row(table, RUN) == shown
+    assert "over 2 prompts: " in table and "mean 0.215" in table and "mean 0.265" not in table
+
+
 def test_retention_shows_the_change_against_the_base_and_what_is_at_chance():
     weak = {"at_chance": True, "p_value": 0.2, "truncated": 3}
     records = [
