@@ -34,9 +34,12 @@ def test_figures_say_what_is_averaged_and_what_bars_are_over(tmp_path, seeds, me
     records = []
     for seed in seeds:
         fields = record(f"similar_lora_r8_seed{seed}", "sst2", 0.0, seed=seed) | {"split": "train"}
-        gradients = random.normal(0.3, 1, (8, 2, 40))
+        parts = random.normal(0.3, 1, (2, 8, 2, 40))  # by half, batch and task
+        gradients = parts.sum(axis=0)
         between = np.einsum("bip,bjp->bij", gradients, gradients)[..., None]
-        products = Products(("sst2", "mnli"), ((0, "q_proj"),), between, np.ones((8, 2, 3, 1)))
+        pairs = [(parts[a] * parts[b]).sum(axis=-1) for a, b in ((0, 0), (0, 1), (1, 1))]
+        halves = np.stack(pairs, axis=-1)[..., None]
+        products = Products(("sst2", "mnli"), ((0, "q_proj"),), between, halves)
         records += [fields | conflict for conflict in conflict_records(products)]
     for r in records:
         r |= {k: None for k, v in r.items() if isinstance(v, float) and math.isnan(v)}
