@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from config import FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.figures.study_records import StudyRecords
+from lora_tradeoffs.records import HELD_OUT, MEAN
 from lora_tradeoffs.report.arm_tests import (
     ALPHA,
     Outcome,
@@ -46,6 +47,7 @@ from lora_tradeoffs.report.wording import (
     EQUAL_SCORES,
     EXPLORATORY,
     FORGETS,
+    FORGOTTEN,
     FULL_TESTED,
     GOES_WITH,
     MATCHED,
@@ -69,7 +71,7 @@ from lora_tradeoffs.statistics.seed_intervals import BOTH, SEEDS, compare_over_s
 from lora_tradeoffs.tables.arms import FULL, GRID, Arm
 from lora_tradeoffs.tables.learning_rates import searched_arm
 from lora_tradeoffs.tables.predictors import PREDICTORS
-from lora_tradeoffs.tables.retention import MEAN, at_chance, matched, mean_forgetting
+from lora_tradeoffs.tables.retention import at_chance, matched, mean_forgetting
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -141,13 +143,15 @@ def _adapts(adaptation: DataFrame, items: Items | None, plan: Plan) -> list[Find
 
 
 def _forgets(retention: DataFrame, items: Items | None, plan: Plan) -> list[Finding]:
-    """Forgetting of LoRA minus that of full fine-tuning, mean over benchmarks."""
-    outcomes = []
-    for family in plan:
-        parts = partial(forgetting_parts, retention, family, items=items)
-        outcomes.append(Outcome(family, MEAN, parts, SentenceTemplates.forgets, items))
+    """Forgetting of LoRA minus that of full fine-tuning, over benchmarks and on held-out text."""
+    outcomes, names = [], ", ".join(at_chance(retention))
+    for family, outcome in product(plan, FORGOTTEN):
+        if outcome != MEAN and mean_forgetting(retention, family, outcome).empty:
+            continue
+        parts = partial(forgetting_parts, retention, family, items=items, outcome=outcome)
+        sentences = partial(SentenceTemplates.forgets, where=FORGOTTEN[outcome].format(names))
+        outcomes.append(Outcome(family, outcome, parts, sentences, items))
     results = against_full(EXPLORATORY, FORGETS, outcomes, plan)
-    names = ", ".join(at_chance(retention))
     if names and any(finding.kind == EXPLORATORY for finding in results):
         text = f"On {names}, part of the mean, the base is at chance: nothing to forget."
         results.insert(0, Finding(NOTE, FORGETS, text))
@@ -160,28 +164,30 @@ def _matched(retention: DataFrame) -> list[Finding]:
     if rows.empty:
         reason = "no updates were scaled (python retention_eval.py --scale-update)"
         return [_missing(MATCHED, reason)]
-    rows = rows[(rows["other"] == FULL) & rows["arm"].isin(GRID)]
-    by_arm = dict(iter(rows.groupby(["family", "arm"])))
-    groups = [key for key in product(FAMILIES, GRID) if len(by_arm.get(key, ())) >= MIN_SEEDS]
+    rows, names = rows[(rows["other"] == FULL) & rows["arm"].isin(GRID)], at_chance(retention)
+    by_arm = dict(iter(rows.groupby(["family", "arm", "task"])))
+    groups = product(FAMILIES, GRID, FORGOTTEN)
+    groups = [key for key in groups if len(by_arm.get(key, ())) >= MIN_SEEDS]
     if not groups:
         reason = f"fewer than {MIN_SEEDS} seeds of each arm with scaled updates"
         return [_missing(MATCHED, reason)]
     contrasts = []
-    for family, arm in groups:
-        differences = by_arm[family, arm]
+    for family, arm, outcome in groups:
+        differences = by_arm[family, arm, outcome]
         # each seed's error over items stands for what the seeds share of it: never too narrow
         variance = float((differences["stderr"] ** 2).fillna(0).mean())
         comparison = compare_over_seeds(
             differences["value"].to_numpy(), variance, 1 - ALPHA / len(groups)
         )
         result = Contrast(comparison, tuple(differences["seed"]), BOTH if variance else SEEDS)
-        sentences = SentenceTemplates.forgets(arm, EQUAL_SCORES)
-        contrasts.append(TestedContrast(family, arm, MEAN, result, sentences))
+        where = f"{FORGOTTEN[outcome].format(', '.join(names))} {EQUAL_SCORES}"
+        sentences = SentenceTemplates.forgets(arm, where)
+        contrasts.append(TestedContrast(family, arm, outcome, result, sentences))
     return corrected_findings(EXPLORATORY, MATCHED, contrasts)
 
 
 def _rank(study: StudyRecords, words: set[str]) -> list[Finding]:
-    """The slope of mean score and mean forgetting over log2 of LoRA's rank, seed by seed.
+    """The slope of mean score and of both kinds of forgetting over log2 of LoRA's rank.
 
     Where a rank was not trained at a rate of its own search, the sentence says what that confounds.
     """
@@ -196,9 +202,12 @@ def _rank(study: StudyRecords, words: set[str]) -> list[Finding]:
             candidates.append((family, "score", parts, study.adaptation_items, arms))
         if study.retention is not None:
             items = study.retention_items
-            arms = [grid_arms(mean_forgetting(study.retention, family))]
-            parts = partial(forgetting_parts, study.retention, family, items=items)
-            candidates.append((family, "forgetting", parts, items, arms))
+            for about, outcome in (("forgetting", MEAN), ("text lost", HELD_OUT)):
+                arms = [grid_arms(mean_forgetting(study.retention, family, outcome))]
+                parts = partial(
+                    forgetting_parts, study.retention, family, items=items, outcome=outcome
+                )
+                candidates.append((family, about, parts, items, arms))
     trends: list[tuple[Outcome, dict[Arm, float]]] = []
     for family, about, parts, items, arms in candidates:
         weights = slope_weights(arms)

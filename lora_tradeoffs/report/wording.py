@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from lora_tradeoffs.records import metric_scale
+from lora_tradeoffs.records import ABOVE_CHANCE, HELD_OUT, MEAN, metric_scale
 from lora_tradeoffs.statistics.comparisons import LEVEL, MIN_SEEDS
 from lora_tradeoffs.statistics.seed_intervals import SEEDS
 from lora_tradeoffs.tables.predictors import OUTCOMES, PREDICTORS
@@ -20,6 +20,11 @@ HIGHER, LOWER, SAME = "higher", "lower", "not distinguishable"
 ADAPTS = "Does LoRA learn the tasks better or worse than full fine-tuning?"
 FORGETS = "Does LoRA forget less than full fine-tuning?"
 MATCHED = "Does LoRA forget less where both score the same on validation?"
+FORGOTTEN = {  # what each outcome of forgetting is over; {} stands for the benchmarks at chance
+    MEAN: "(mean over the benchmarks)",
+    ABOVE_CHANCE: "(mean over the benchmarks without {}, where the base is at chance)",
+    HELD_OUT: "on held-out text (nats a token)",
+}
 EQUAL_SCORES = "where both score the same on validation"
 RANK = "Does the rank matter?"
 TRANSFER = "Do the tasks help or disturb each other?"
@@ -86,7 +91,7 @@ class SentenceTemplates(NamedTuple):
         )
 
     @classmethod
-    def forgets(cls, arm: str, where: str = "(mean over the benchmarks)") -> SentenceTemplates:
+    def forgets(cls, arm: str, where: str) -> SentenceTemplates:
         return cls(
             f"{arm} forgets {{}} more than full fine-tuning {where}",
             f"{arm} forgets {{}} less than full fine-tuning {where}",
@@ -101,7 +106,11 @@ class SentenceTemplates(NamedTuple):
         if defaults:
             caveat = f"No learning rate was searched for {', '.join(map(str, defaults))}: the trend"
             caveat += " mixes the rank with how well the default rate suits each rank."
-        whose = {"score": "the mean test score", "forgetting": "the mean forgetting"}[about]
+        whose = {
+            "score": "the mean test score",
+            "forgetting": "the mean forgetting",
+            "text lost": "the loss on held-out text (nats a token)",
+        }[about]
         return cls(
             f"with each doubling of {arm}'s rank {whose} rises by {{}}",
             f"with each doubling of {arm}'s rank {whose} falls by {{}}",

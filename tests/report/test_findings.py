@@ -321,7 +321,9 @@ def test_matched_forgetting_is_told_in_either_direction(kept_frame, sign, word):
     found = asked(findings(None, retention, None, None, "study"), MATCHED)
     assert len(found) == 10
     assert all(
-        f"{word} than full fine-tuning where both score the same" in f.sentence for f in found
+        f"{word} than full fine-tuning (mean over the benchmarks) where both score the same"
+        in f.sentence
+        for f in found
     )
     assert {f.over for f in found} == {"seeds and items"}
     without = asked(findings(None, kept_frame(lambda rank: 0.05), None, None, "study"), MATCHED)
@@ -431,6 +433,38 @@ def test_a_run_that_was_not_compared_with_the_base_is_not_held_against_one_that_
     found = findings(None, frame, None, None, "study", None, lambda row: None)
     few = [f.sentence for f in asked(found, FORGETS) if f.kind == "missing"]
     assert len(few) == 2 and all("LoRA r=8 and full" in s and "2 seeds" in s for s in few)
+
+
+def test_forgetting_that_benchmarks_miss_is_found_on_held_out_text(kept_frame):
+    """Rank 64 loses 5 nats a token, and as little as full fine-tuning on the benchmarks."""
+    frame, noise = kept_frame(lambda rank: 0.03), np.random.default_rng(7)
+    ranks = frame["rank"].to_numpy()
+    lost = np.where(ranks == 64, 5.0, 0.2) + noise.normal(0, 0.01, len(frame))
+    text = frame.assign(task="text", over="text_prose", value=lost)
+    found = findings(None, pd.concat([frame, text], ignore_index=True), None, None, "study")
+    tests = {(f.family, f.arm, f.about): f for f in asked(found, FORGETS) if f.verdict}
+    assert len(tests) == 20
+    for family in FAMILIES:
+        f = tests[family, "LoRA r=64", "text"]
+        assert (f.verdict, f.kind) == ("higher", "exploratory")
+        assert f.effect == pytest.approx(4.8, abs=0.05) and "after Holm over 20" in f.sentence
+        assert "more than full fine-tuning on held-out text (nats a token)" in f.sentence
+        assert tests[family, "LoRA r=64", "mean"].verdict == "not distinguishable"
+        assert tests[family, "LoRA r=8", "text"].verdict == "not distinguishable"
+    slopes = {(f.family, f.about): f for f in asked(found, RANK) if f.verdict}
+    assert "the loss on held-out text (nats a token)" in slopes["similar", "text lost"].sentence
+
+
+def test_the_mean_without_benchmarks_at_chance_is_tested_and_named(kept_frame):
+    frame = kept_frame(lambda rank: 0.03)
+    above = frame.assign(task="mean_above_chance", over="hellaswag", value=lambda f: 2 * f["value"])
+    guessed = frame.iloc[:1].assign(task="winogrande", at_chance=True)
+    found = findings(None, pd.concat([frame, above, guessed]), None, None, "study")
+    about = {f.about for f in asked(found, FORGETS) if f.verdict}
+    assert about == {"mean", "mean_above_chance"}
+    where = "(mean over the benchmarks without winogrande, where the base is at chance)"
+    named = [f for f in asked(found, FORGETS) if where in f.sentence]
+    assert {f.about for f in named} == {"mean_above_chance"} and len(named) == 10
 
 
 def with_kl(retention, value, arms=1):
