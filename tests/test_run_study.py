@@ -322,7 +322,7 @@ def test_the_dry_run_says_what_is_left(whole, measured, capsys):
     other = lines[f"train-{RUNS[0].replace('42', '43')}"]
     assert other.split()[1] == "left" and "4 steps" in other and "disk" in other
     assert "min of cpu time" in printed and "?" not in lines["evaluate"]
-    assert "two methods, with 3 seeds: " in printed and "hellaswag" in printed
+    assert "two methods, with 3 seeds and 3 tests: " in printed and "hellaswag" in printed
 
 
 def test_the_dry_run_of_a_new_study_says_when_the_time_is_known(workspace, measured, capsys):
