@@ -25,13 +25,7 @@ from config import (
     guarded,
     resolve_settings,
 )
-from lora_tradeoffs.drift.analysis import (
-    MOST_WORKERS,
-    TOP_K,
-    DriftAnalysis,
-    DriftOptions,
-    other_bases,
-)
+from lora_tradeoffs.drift.analysis import MOST_WORKERS, TOP_K, DriftAnalysis, DriftOptions
 from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.measuring.loop import add_analysis_arguments, options_from, run
 from lora_tradeoffs.measuring.subjects import find_subjects, no_runs
@@ -95,8 +89,6 @@ def main(argv: list[str] | None = None) -> int:
     subjects = find_subjects(settings, base, args.runs, args.checkpoints)
     if len(subjects) == 1:
         raise no_runs(settings)
-    for warning in other_bases(subjects, base):
-        print(warning, file=sys.stderr)
 
     def weights(checkpoints):
         return checkpoint_weights(base, checkpoints)

@@ -138,7 +138,7 @@ class _Analysis:
         from lora_tradeoffs.models.weights import FullCheckpoint
 
         start = time.perf_counter()
-        check_whole(Checkpoint(run, 0, self.folder / run), ".safetensors")
+        check_whole(Checkpoint(run, 0, self.folder / run), (".safetensors",))
         full = FullCheckpoint(self.folder / run, self.drift.weights)
         list(self.pool.map(full.squares, full.tensors))
         return time.perf_counter() - start

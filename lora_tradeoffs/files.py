@@ -19,7 +19,10 @@ from config import UserError
 from lora_tradeoffs.shapes import Shape, shape_problem
 
 MANIFEST = "manifest.json"
-MANIFEST_SHAPE = {"files": {"*": {"size": int, "sha256": str}}}
+FILES_SHAPE = {"*": {"size": int, "sha256": str}}
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+MODEL_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILE = re.compile(r"[\w.+@=-]{1,200}\.safetensors", re.ASCII)  # no path
 # Needed to resume training, not to evaluate: only the two newest checkpoints have these.
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
@@ -138,13 +141,13 @@ class Checkpoint:
 
     @property
     def is_adapter(self) -> bool:
-        return (self.folder / "adapter_config.json").is_file()
+        return (self.folder / ADAPTER_CONFIG).is_file()
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's manifest. Raises UserError if it is damaged."""
     remedy = "delete the checkpoint, or retrain its run with --overwrite"
-    return read_json(checkpoint / MANIFEST, MANIFEST_SHAPE, remedy)
+    return read_json(checkpoint / MANIFEST, {"files": FILES_SHAPE}, remedy)
 
 
 def write_manifest(checkpoint: Path, **extra: Any) -> None:
@@ -156,11 +159,11 @@ def write_manifest(checkpoint: Path, **extra: Any) -> None:
     write_json(checkpoint / MANIFEST, {**extra, "files": listing})
 
 
-def checkpoint_problem(checkpoint: Path, suffix: str = "") -> str | None:
+def checkpoint_problem(checkpoint: Path, suffixes: tuple[str, ...] = ("",)) -> str | None:
     """Why the checkpoint is not whole, or None: it is whole iff its files match its manifest.
 
-    With `suffix` only files with that ending are read: who needs only the weights need not wait for
-    the optimizer's state, which is twice as large.
+    With `suffixes` only files with these endings are read: who needs only the weights need not wait
+    for the optimizer's state, which is twice as large.
     """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
@@ -170,7 +173,7 @@ def checkpoint_problem(checkpoint: Path, suffix: str = "") -> str | None:
     except UserError as error:
         return str(error)
     for name, record in files.items():
-        if not name.endswith(suffix):
+        if not name.endswith(suffixes):
             continue
         path = checkpoint / name
         if not path.is_file():
@@ -180,28 +183,62 @@ def checkpoint_problem(checkpoint: Path, suffix: str = "") -> str | None:
     return None
 
 
-def check_whole(checkpoint: Checkpoint, suffix: str = "") -> None:
+def check_whole(checkpoint: Checkpoint, suffixes: tuple[str, ...] = ("",)) -> None:
     """Raise UserError for a checkpoint made here that does not match its manifest.
 
-    With `suffix` only files with that ending are read.
+    With `suffixes` only files with these endings are read.
     """
     made_here = (checkpoint.folder.parent / "run.json").is_file()
     if made_here or (checkpoint.folder / MANIFEST).is_file():
-        problem = checkpoint_problem(checkpoint.folder, suffix)
+        problem = checkpoint_problem(checkpoint.folder, suffixes)
         if problem:
             raise UserError(problem)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a model or an adapter, as Transformers and PEFT find them.
+
+    model.safetensors, else the files that the index names; other safetensors beside them are not
+    read. Raises UserError if there are none, one is missing, or an adapter lies beside a model.
+    """
+    single, index = folder / MODEL_FILE, folder / INDEX_FILE
+    paths = [single]
+    if (folder / ADAPTER_CONFIG).is_file():
+        paths = [folder / ADAPTER_FILE]
+        if single.is_file() or index.is_file():
+            raise UserError(
+                f"{folder} holds a whole model and an adapter ({ADAPTER_CONFIG}): move one of them"
+                " to another folder"
+            )
+    elif index.is_file() and not single.is_file():
+        names = set(read_json(index, {"weight_map": {"*": str}}, COPY)["weight_map"].values())
+        if not names or not all(map(WEIGHT_FILE.fullmatch, names)):
+            raise UserError(
+                f"{index}: its weight_map must give every tensor the name of a safetensors file in"
+                " the same folder"
+            )
+        paths = [folder / name for name in sorted(names)]
+    for path in paths:
+        if not path.is_file():
+            others = "; pickled weights are not loaded, convert them first" * (len(paths) == 1)
+            raise UserError(f"{folder} holds no {path.name}{others}")
+    return paths
+
+
 def weights_key(folder: Path) -> dict[str, Any]:
-    """What identifies a checkpoint's weights: sha256 of the manifest, or else size and time."""
+    """What identifies a checkpoint's weights: their sha256 by the manifest, or else size and time;
+    and sha256 of the files that say what is computed with them.
+    """
+    configs = (folder / name for name in (ADAPTER_CONFIG, "config.json", INDEX_FILE))
+    key: dict[str, Any] = {path.name: file_sha256(path) for path in configs if path.is_file()}
     if (folder / MANIFEST).is_file():
         try:
             files = read_manifest(folder)["files"]
         except UserError:  # `check_whole` says what is wrong before anything is measured
             return {}
-        return {name: r["sha256"] for name, r in files.items() if name.endswith(".safetensors")}
+        return {n: r["sha256"] for n, r in files.items() if n.endswith(".safetensors")} | key
     stats = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()} | key
 
 
 def checkpoint_step(checkpoint: Path) -> int:

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,17 @@ from lora_tradeoffs.drift.tables import (
     table_files,
     write_tables,
 )
-from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.loop import Analysis
 from lora_tradeoffs.measuring.subjects import Subject
-from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.models.weights import Adapter, FullCheckpoint, Matrix, Weights, model_tensors
+from lora_tradeoffs.models.weights import (
+    EMBEDDING,
+    HEAD,
+    Adapter,
+    FullCheckpoint,
+    Matrix,
+    Weights,
+    stored_names,
+)
 from lora_tradeoffs.records import unit_name
 from lora_tradeoffs.tables.scores import drift_table
 
@@ -141,22 +147,25 @@ class DriftAnalysis(Analysis):
         if len(drifts) < len(checkpoint.matrices):
             return {}
         if not self._base_squares:
-            names = model_tensors(self.weights)
+            names = stored_names(self.weights)
             self._base_squares = _by_item(
                 pool, lambda tensor: self.weights.square(names[tensor]), list(names)
             )
         moved = {matrix.tensor: drift.squares[0] for matrix, drift in drifts.items()}
-        return {name: (moved.get(name, 0.0), base) for name, base in self._base_squares.items()}
+        moved |= checkpoint.squares_outside()
+        bases = dict(self._base_squares)
+        if HEAD in moved:
+            bases.setdefault(HEAD, bases[EMBEDDING])  # a tied head that LoRA makes another
+        return {name: (moved.get(name, 0.0), base) for name, base in bases.items()}
 
     def _matrices(self, checkpoint: Adapter | FullCheckpoint) -> list[Matrix]:
         """The matrices to measure. Raises UserError if the checkpoint has none of them."""
         target_modules = self.options.target_modules or (not checkpoint.is_low_rank and "qv")
-        if not target_modules:
-            return checkpoint.matrices
-        modules = TARGET_MODULES[target_modules]
-        matrices = [matrix for matrix in checkpoint.matrices if matrix.module in modules]
+        modules = TARGET_MODULES[target_modules] if target_modules else ()
+        matrices = [m for m in checkpoint.matrices if not modules or m.module in modules]
         if not matrices:
-            raise UserError(f"{checkpoint.folder} has none of {', '.join(modules)}")
+            what = ", ".join(modules) or "the layers' matrices: there is no spectrum to measure"
+            raise UserError(f"{checkpoint.folder} has none of {what}")
         return matrices
 
     @functools.cached_property
@@ -241,32 +250,3 @@ def _by_item(
             raise UserError(f"{label(item)}: {error}") from None
 
     return dict(zip(items, pool.map(labelled, items)))
-
-
-# -------------------------------------------------------------------------------- warnings
-
-
-def other_bases(subjects: Sequence[Subject], base: Base) -> list[str]:
-    """A warning for each foreign adapter that names another base: shapes alone may fit.
-
-    Only the last parts of the names are compared, since a base may be a folder, a Hub repository
-    or a copy.
-    """
-    named: dict[str, str] = {}
-    for subject in subjects:
-        checkpoint = subject.checkpoint
-        if checkpoint is None or not checkpoint.is_adapter:
-            continue
-        if not (checkpoint.folder.parent / "run.json").is_file():
-            with suppress(UserError):  # a broken configuration is reported by the measurement
-                config = read_json(checkpoint.folder / "adapter_config.json")
-                named[subject.run] = str(config.get("base_model_name_or_path") or base.name)
-    return [
-        f"warning: {run} names {name} as its base and is measured against {base.name}"
-        for run, name in named.items()
-        if _last_part(name) not in (_last_part(base.name), _last_part(base.folder.name))
-    ]
-
-
-def _last_part(name: str) -> str:
-    return name.replace("--", "/").rstrip("/").rpartition("/")[2].lower()

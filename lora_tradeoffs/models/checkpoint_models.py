@@ -1,7 +1,9 @@
 """The models of many checkpoints over one base in memory, one after another.
 
 Adapters are put into the base and taken out again, never merged; the weights of a full checkpoint
-are copied into the same module, tensor by tensor. So memory holds one model at a time.
+are copied into the same module, tensor by tensor. So memory holds one model at a time. After an
+adapter that is more than low rank, or one that failed, the base is read from its files again: PEFT
+does not undo all that such an adapter changes.
 """
 
 from __future__ import annotations
@@ -10,24 +12,31 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import UserError, is_out_of_memory
+from config import UserError
 from lora_tradeoffs.files import Checkpoint, check_whole
-from lora_tradeoffs.models.base import Base, load_base, store_frozen_linears_in_bf16
+from lora_tradeoffs.models.base import (
+    Base,
+    load_base,
+    load_model,
+    own_fields,
+    store_frozen_linears_in_bf16,
+)
+from lora_tradeoffs.models.configs import (
+    SCORED_FIELDS,
+    is_plain,
+    lora_fields,
+    read_config,
+    read_lora_config,
+    refusing,
+)
 from lora_tradeoffs.models.weights import (
-    ADAPTER_FILE,
     EMBEDDING,
     HEAD,
+    FullCheckpoint,
     Weights,
-    match_tensors,
+    adapter_tensors,
     read_checkpoint,
-    read_lora_config,
-    stored_names,
 )
-
-# Fields of adapter_config.json with which PEFT loads and scores an adapter, although its update is
-# not, or not only, scale * B A.
-SCORED_FIELDS = ("use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices")
-SCORED_FIELDS += ("target_parameters", "velora_config")
 
 
 def checkpoint_models(
@@ -48,30 +57,68 @@ def checkpoint_models(
     3 PeftModel
     6 PeftModel
     """
-    model = load_base(base).eval().requires_grad_(False)
-    if bf16:
-        store_frozen_linears_in_bf16(model)
-    model.to(device)
-    yield None, model
-    for checkpoint in (c for c in selected if c.is_adapter):
+    models = _Models(base, device, bf16)
+    yield None, models.base_model()
+    for checkpoint in sorted(selected, key=lambda checkpoint: not checkpoint.is_adapter):
         try:
             check_whole(checkpoint)
-            adapted = _with_adapter(model, checkpoint.folder)
+            model = models.adapted(checkpoint) if checkpoint.is_adapter else models.full(checkpoint)
         except UserError as error:
-            yield checkpoint, error
-        else:
-            yield checkpoint, adapted
+            model = error
+        yield checkpoint, model
+        if checkpoint.is_adapter and not isinstance(model, UserError):
+            models.remove_adapter(model)
+
+
+class _Models:
+    """One model at a time: the base's, with an adapter or with a full checkpoint's weights."""
+
+    def __init__(self, base: Base, device: str, bf16: bool) -> None:
+        self.base, self.device, self.bf16 = base, device, bf16
+        self.weights = Weights(base.folder)
+        self.model: Any = None
+        self.is_base = self.is_whole = False  # holds the base's weights; is the base's module
+
+    def base_model(self) -> Any:
+        if not self.is_base:
+            self._load(lambda: load_base(self.base))
+            self.is_base = self.is_whole = True
+        return self.model
+
+    def _load(self, load: Callable[[], Any]) -> None:
+        """Replace the model, whose memory is freed first, also where the caller still holds it."""
+        self.is_base = self.is_whole = False
+        if self.model is not None:
+            self.model.to("meta")
+        self.model = load().eval().requires_grad_(False)
+        if self.bf16:
+            store_frozen_linears_in_bf16(self.model)
+        self.model.to(self.device)
+
+    def adapted(self, checkpoint: Checkpoint) -> Any:
+        """The base with the adapter in it."""
+        model = self.base_model()
+        self.is_base = self.is_whole = False  # until the adapter is out again
+        return _with_adapter(model, Weights(checkpoint.folder), self.weights)
+
+    def remove_adapter(self, adapted: Any) -> None:
+        """Keep the base for the next adapter, if this one changed nothing in it."""
+        if is_plain(adapted.peft_config["default"]):
             adapted.unload()
-    for checkpoint in selected:
-        if checkpoint.is_adapter:
-            continue
-        try:
-            check_whole(checkpoint)
-            _copy_weights(model, checkpoint.folder)
-            result = model
-        except UserError as error:
-            result = error
-        yield checkpoint, result
+            self.is_base = self.is_whole = True
+
+    def full(self, checkpoint: Checkpoint) -> Any:
+        """The checkpoint's weights in the base's module, or in one of its own configuration."""
+        full = FullCheckpoint(checkpoint.folder, self.weights)
+        if full.other_head or own_fields(full.folder, self.base):
+            folder = full.folder if (full.folder / "config.json").is_file() else self.base.folder
+            self._load(lambda: load_model(full.weights, read_config(folder)))
+            return self.model
+        if not self.is_whole:
+            self.base_model()
+        self.is_base = False
+        _copy_weights(self.model, full)
+        return self.model
 
 
 def checkpoint_weights(
@@ -94,7 +141,7 @@ def checkpoint_weights(
     yield None, base_weights
     for checkpoint in checkpoints:
         try:
-            check_whole(checkpoint, ".safetensors")
+            check_whole(checkpoint, (".safetensors", "config.json", ".index.json"))
             result: Any = read_checkpoint(checkpoint.folder, base_weights)
         except UserError as error:
             result = UserError(f"{checkpoint.run}, step {checkpoint.step}: {error}")
@@ -109,36 +156,31 @@ def scaled_updates(
     `model` is the one that `checkpoint_models` gives for the checkpoint, and is changed in place:
     an adapter's scaling, or the weights, W0 + t (W - W0) tensor by tensor from the two folders. At
     t = 0 and t = 1 these are the base's and the checkpoint's, bit for bit. Raises UserError for an
-    adapter whose update is not linear in its scaling, or a folder that is corrupt, and ValueError
-    for a t that is not finite.
+    adapter whose update is not linear in its scaling, a full checkpoint that computes otherwise
+    than the base, or a folder that is corrupt, and ValueError for a t that is not finite.
     """
     from math import isfinite
 
     if not all(map(isfinite, scales)):
         raise ValueError(f"the scale of an update must be finite: {list(scales)}")
-    set_scale = _adapter_scale(checkpoint, model) if checkpoint.is_adapter else None
+    scaled = _adapter_scale if checkpoint.is_adapter else _weights_scale
+    set_scale = scaled(base, checkpoint, model)
     try:
         for t in scales:
-            if set_scale:
-                set_scale(t)
-            else:
-                _mix_weights(model, base.folder, checkpoint.folder, t)
+            set_scale(t)
             yield t, model
     finally:
-        if set_scale:
-            set_scale(1)
-        else:
-            _copy_weights(model, checkpoint.folder)
+        set_scale(1)
 
 
-def _adapter_scale(checkpoint: Checkpoint, model: Any) -> Callable[[float], None]:
+def _adapter_scale(base: Base, checkpoint: Checkpoint, model: Any) -> Callable[[float], None]:
     """A function that sets the active adapter's scaling to t times what it is now.
 
     PEFT's scale_layer multiplies the present scaling, so t = 0 could not be undone.
     """
     from peft.tuners.lora import LoraLayer
 
-    read_lora_config(checkpoint.folder, "scaled")  # raises for an update that is not linear
+    lora_fields(checkpoint.folder, "scaled")  # raises for an update that is not linear
     name = model.active_adapter
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.scaling]
     scalings = [layer.scaling[name] for layer in layers]
@@ -150,53 +192,36 @@ def _adapter_scale(checkpoint: Checkpoint, model: Any) -> Callable[[float], None
     return set_scale
 
 
-def _mix_weights(model: Any, start: Path, end: Path, t: float) -> None:
-    """The weights of `start`, moved by t times the way to those of `end`.
+def _weights_scale(base: Base, checkpoint: Checkpoint, model: Any) -> Callable[[float], None]:
+    """A function that sets the weights to those t times the way from the base's."""
+    full = FullCheckpoint(checkpoint.folder, Weights(base.folder))
+    fields = own_fields(full.folder, base) + ["tie_word_embeddings"] * full.other_head
+    if fields:
+        raise UserError(
+            f"{full.folder} cannot be scaled: it computes with its own {', '.join(fields)}, not the"
+            " base's"
+        )
+    return lambda t: _copy_weights(model, full, t)
 
-    At t = 0 and t = 1 they are copied: a sum keeps neither the sign of a zero nor, on every device,
-    the last bit.
-    """
-    if t in (0, 1):
-        _copy_weights(model, end if t else start)
-    else:
-        _copy_weights(model, end, start, t)
 
+def _with_adapter(model: Any, weights: Weights, base: Weights) -> Any:
+    """The model with the folder's adapter in it; a load that fails leaves it half changed."""
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-def _with_adapter(model: Any, folder: Path) -> Any:
-    """The model with the folder's adapter in it; a load that fails leaves the model as it was."""
-    from peft import PeftModel, get_peft_model_state_dict
-
-    tensors = set(Weights(folder, ADAPTER_FILE).shapes)
-    config = read_lora_config(folder, "loaded", also=SCORED_FIELDS)
-    adapted = None
-    try:
+    names = adapter_tensors(weights, base)
+    modules = [name for name, _ in model.named_modules()]
+    config = read_lora_config(weights.folder, "loaded", modules, also=SCORED_FIELDS)
+    with refusing(f"{weights.folder} is corrupt or does not fit the base"):
         adapted = PeftModel(model, config, low_cpu_mem_usage=True)
-        adapted.load_adapter(folder, "default", is_trainable=False, low_cpu_mem_usage=True)
+        tensors = {name: weights.tensor(name).float().to(model.device) for name in names}
+        set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
         # an adapter that lacks tensors loads without an error, and scores like another model
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        if tensors != expected:
-            raise UserError(_mismatch(folder, expected - tensors, tensors - expected))
-    except Exception as error:  # PEFT raises many kinds for a file that does not fit
-        if adapted is None:
-            _remove_adapter_layers(model)
-        else:
-            adapted.unload()
-        # too little memory says nothing of the file
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        message = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} is corrupt or does not fit the base: {message}") from None
-    adapted.set_adapter("default", inference_mode=True)
+        if set(names) != expected:
+            missing, unexpected = expected - set(names), set(names) - expected
+            raise UserError(_mismatch(weights.folder, missing, unexpected))
+        adapted.set_adapter("default", inference_mode=True)
     return adapted.eval()
-
-
-def _remove_adapter_layers(model: Any) -> None:
-    """Undo a PeftModel whose making failed on the way, with some layers replaced."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    for name, layer in layers:
-        model.set_submodule(name, layer.get_base_layer())
 
 
 def _mismatch(folder: Path, missing: set[str], unexpected: set[str]) -> str:
@@ -208,27 +233,18 @@ def _mismatch(folder: Path, missing: set[str], unexpected: set[str]) -> str:
     return f"{folder} does not fit the base: of its tensors {'; '.join(parts)}"
 
 
-def _copy_weights(model: Any, folder: Path, start: Path | None = None, share: float = 1) -> None:
-    """Copy every weight of the folder's safetensors into the model, one tensor at a time.
+def _copy_weights(model: Any, full: FullCheckpoint, share: float = 1) -> None:
+    """Copy every weight of the checkpoint into the base's module, one tensor at a time.
 
-    With `start`, a folder too, the weights are those that lie `share` of the way from its weights
-    to these. Names and shapes are compared first: a checkpoint that does not fit changes nothing.
+    With `share`, the weights are those that lie so far of the way from the base's to these.
     """
     import torch
 
-    is_tied = model.config.tie_word_embeddings
     targets = model.state_dict()
-    shapes = {name: tuple(target.shape) for name, target in targets.items()}
-    if is_tied:
-        del shapes[HEAD]
-    weights, before = Weights(folder), Weights(start) if start else None
-    names = match_tensors(weights, shapes, is_tied)
-    before_names = stored_names(before, is_tied) if before else {}
-    for name, stored in names.items():
-        tensor = weights.tensor(stored)
-        if before:
-            tensor = torch.lerp(before.tensor(before_names[name]).to(tensor), tensor, share)
+    for name in full.tensors:
+        tensor = full.mixed(name, share)
         # a tied weight may be stored in two precisions
-        for target in (EMBEDDING, HEAD) if is_tied and name == EMBEDDING else (name,):
+        tied = name == EMBEDDING and HEAD not in full.tensors and HEAD in targets
+        for target in (EMBEDDING, HEAD) if tied else (name,):
             with torch.no_grad():
                 targets[target].copy_(tensor)

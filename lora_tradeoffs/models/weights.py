@@ -1,45 +1,40 @@
 """The tensors of a base and of its checkpoints on disk, read one at a time without a model.
 
 An adapter gives A, B and scale of every matrix it is on, by PEFT's own rules; one whose update is
-not scale * B A is refused by name. A full checkpoint gives its matrices, once its names and shapes
-have been compared with the base's.
+not scale * B A is refused by name. A full checkpoint gives its tensors, once their names and shapes
+have been compared with the base's. Which files are read, and under which names, is said here for
+the models in memory, too.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import UserError
-from lora_tradeoffs.files import read_json
+from lora_tradeoffs.files import ADAPTER_CONFIG, COPY, read_json, weight_files
+from lora_tradeoffs.models.configs import read_lora_config
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from torch import Tensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.\w+\.(?P<module>\w+)")
 FACTOR = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<factor>[AB])\.weight")
+EMBEDDING_FACTOR = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_embedding_(?P<factor>[AB])")
+# PEFT stores a copy of the base's embedding or head with LoRA on it, and of torch.compile,
+# DataParallel and multimodal models names have parts that the language model's have not.
+BASE_COPY = re.compile(r"base_model\.model\.(?P<name>.+)\.base_layer\.weight")
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.|(?<=model\.)language_model\.")
+IGNORED = "rotary_emb.inv_freq"  # computed, and stored by older versions of transformers
 BLOCK = 1 << 22  # numbers that a pass over a large tensor holds at once
-# Fields of adapter_config.json with which an update is scale * B A. Any other field has to be off
-# (null, false, empty, "none"): PEFT ignores fields that it does not know.
-PLAIN_FIELDS = {
-    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("lora_dropout", "inference_mode", "ensure_weight_tying"),
-    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"),
-    *("megatron_core", "qalora_group_size", "runtime_config"),
-}
-# Starts that leave the base as it is; others, as PiSSA's, move a part of its weights to A and B.
-PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True, order=True)
@@ -67,36 +62,66 @@ def matrix_of(name: str) -> Matrix | None:
 
 
 class Weights:
-    """The tensors of a folder's safetensors, in one file or several."""
+    """The tensors of a folder, in one file or several, by their names in LlamaForCausalLM."""
 
-    def __init__(self, folder: Path, pattern: str = "*.safetensors") -> None:
-        """Raises UserError if there is no such file, or one is no whole safetensors file."""
+    def __init__(self, folder: Path, paths: Sequence[Path] | None = None) -> None:
+        """`paths` are the files (default: the folder's `weight_files`).
+
+        Raises UserError if one is no whole safetensors file, and if a tensor occurs twice.
+        """
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._paths: dict[str, Path] = {}
-        for path in sorted(folder.glob(pattern)):
+        self.stored: dict[str, tuple[Path, str]] = {}  # the file and the name there
+        for path in weight_files(folder) if paths is None else paths:
             with opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 (it is no dict)
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
-                    self._paths[name] = path
+                for stored in file.keys():  # noqa: SIM118 (it is no dict)
+                    name = WRAPPERS.sub("", stored)
+                    if name.endswith(IGNORED):
+                        continue
+                    if name in self.stored:
+                        where = self.stored[name][0].name
+                        raise UserError(f"{path}: {name} occurs twice, here and in {where}")
+                    self.shapes[name] = tuple(file.get_slice(stored).get_shape())
+                    self.stored[name] = path, stored
         if not self.shapes:
-            raise UserError(
-                f"{folder} holds no {pattern}; pickled weights are not loaded, convert them first"
-            )
+            raise UserError(f"the weight files of {folder} hold no tensor")
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as it is stored."""
-        with opened(self._paths[name]) as file:
-            return file.get_tensor(name)
+        path, stored = self.stored[name]
+        with opened(path) as file:
+            return file.get_tensor(stored)
+
+    @cached_property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding: config.json says so, and no other head is stored.
+
+        Raises UserError if only one is stored, and config.json says that they are two.
+        """
+        path = self.folder / "config.json"
+        fields = read_json(path, remedy=COPY) if path.is_file() else {}
+        says_so = fields.get("tie_word_embeddings")
+        lacks = [name for name in (EMBEDDING, HEAD) if name not in self.shapes]
+        if len(lacks) == 1 and says_so is False:
+            raise UserError(f"{self.folder} lacks {lacks[0]}, and its config.json does not tie it")
+        return bool(lacks) or (bool(says_so) and self.same(EMBEDDING, self, HEAD))
+
+    def same(self, name: str, other: Weights, other_name: str) -> bool:
+        """Whether a tensor has the shape and the values of another, in its own precision."""
+        if self.shapes[name] != other.shapes[other_name]:
+            return False
+        pairs = zip(self.blocks(name), other.blocks(other_name), strict=True)
+        return all(bool((block == second.to(block.dtype)).all()) for block, second in pairs)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The tensor as runs of whole rows, at most about BLOCK numbers each."""
         rows, *others = self.shapes[name]
         step = max(1, BLOCK // max(1, math.prod(others)))
+        path, stored = self.stored[name]
         for start in range(0, rows, step):
             # opened for each block, or all that was read would stay in memory
-            with opened(self._paths[name]) as file:
-                yield file.get_slice(name)[start : start + step]
+            with opened(path) as file:
+                yield file.get_slice(stored)[start : start + step]
 
     def square(self, name: str) -> float:
         """||W||_F^2 of the tensor, summed in fp64."""
@@ -131,8 +156,10 @@ class Adapter:
     def __init__(self, folder: Path, base: Weights) -> None:
         """Raises UserError for an adapter that is not plain LoRA or does not fit the base."""
         self.folder = folder
-        self._config = read_lora_config(folder, "analysed")
-        self._weights = Weights(folder, ADAPTER_FILE)
+        modules = {name.rpartition(".")[0] for name in base.shapes}
+        self._config = read_lora_config(folder, "analysed", modules)
+        self._weights = Weights(folder)
+        self._outside: dict[str, dict[str, str]] = {}  # factors on the embedding and the head
         self._factors = self._pair(base)
         self.matrices = sorted(self._factors)
 
@@ -144,49 +171,75 @@ class Adapter:
 
     def scale(self, matrix: Matrix) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, where patterns may set alpha and r."""
+        return self._scale(matrix.name)
+
+    def _scale(self, name: str) -> float:
         config = self._config
-        alpha = _value_for(matrix, config.alpha_pattern, config.lora_alpha)
-        rank = self._rank(matrix)
+        alpha, rank = _value_for(name, config.alpha_pattern, config.lora_alpha), self._rank(name)
         return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
-    def _rank(self, matrix: Matrix) -> int:
-        return _value_for(matrix, self._config.rank_pattern, self._config.r)
+    def _rank(self, name: str) -> int:
+        return _value_for(name, self._config.rank_pattern, self._config.r)
+
+    def squares_outside(self) -> dict[str, float]:
+        """||dW||_F^2 of the embedding and the head, if the adapter is on them."""
+        squares = {}
+        for name, names in self._outside.items():
+            A, B = (self._weights.tensor(names[factor]).double() for factor in "AB")
+            square = float(((B.T @ B) * (A @ A.T)).sum()) * self._scale(name) ** 2
+            if not math.isfinite(square):
+                raise UserError(f"{self.folder}: {name} holds values that are not finite")
+            squares[f"{name}.weight"] = square
+        return squares
 
     def _pair(self, base: Weights) -> dict[Matrix, dict[str, str]]:
         """The names of A and B of each matrix; every target of the base has both."""
         pairs: dict[Matrix, dict[str, str]] = {}
-        for name in self._weights.shapes:
-            factor = FACTOR.fullmatch(name)
-            matrix = matrix_of(factor["name"]) if factor else None
-            if matrix is None:
-                what = "LoRA outside the layers" if "lora_" in name else "it is no factor of LoRA"
-                raise UserError(f"{self.folder}: {name} cannot be analysed: {what}")
-            pairs.setdefault(matrix, {})[factor["factor"]] = name
-        missing = self._targets(base) - set(pairs)
-        if missing:
+        for name in adapter_tensors(self._weights, base):
+            factor = FACTOR.fullmatch(name) or EMBEDDING_FACTOR.fullmatch(name)
+            if factor is None:
+                raise UserError(
+                    f"{self.folder}: {name} cannot be analysed: it is no factor of LoRA"
+                )
+            matrix = matrix_of(factor["name"])
+            names = pairs if matrix else self._outside
+            names.setdefault(matrix or factor["name"], {})[factor["factor"]] = name
+        targets = self._targets(base)
+        if missing := targets - set(pairs):
             matrix = min(missing)
             raise UserError(f"{self.folder} has no weight for {matrix.label}, which it targets")
         for matrix, names in sorted(pairs.items()):
-            self._check(matrix, names, base)
+            self._check(matrix.label, matrix.name, names, base)
+            if matrix not in targets:
+                raise UserError(f"{self.folder} has a weight for {matrix.label}, no target of it")
+        if self._outside and self._config.ensure_weight_tying:
+            raise UserError(f"{self.folder} cannot be analysed: its ensure_weight_tying is True")
+        for name, names in self._outside.items():
+            self._check(name, name, names, base)
         return pairs
 
     def _targets(self, base: Weights) -> set[Matrix]:
         """The matrices of the base that the adapter's configuration names."""
         from peft.tuners.tuners_utils import check_target_module_exists
 
-        matrices = base.matrices()
-        return {m for m in matrices if check_target_module_exists(self._config, m.name)}
+        config, matrices = self._config, base.matrices()
+        if config.target_modules == "all-linear":
+            return set(matrices)
+        return {matrix for matrix in matrices if check_target_module_exists(config, matrix.name)}
 
-    def _check(self, matrix: Matrix, names: dict[str, str], base: Weights) -> None:
-        where = f"{self.folder}: {matrix.label}"
+    def _check(self, label: str, name: str, names: dict[str, str], base: Weights) -> None:
+        where = f"{self.folder}: {label}"
         lacks = sorted({"A", "B"} - set(names))
         if lacks:
             raise UserError(f"{where} has no lora_{lacks[0]}")
-        if matrix.tensor not in base.shapes:
+        stored = stored_names(base, both=True).get(f"{name}.weight")
+        if stored is None or len(base.shapes[stored]) != 2:
             raise UserError(f"{where}: the base has no such matrix")
         shapes = [self._weights.shapes[names[factor]] for factor in "AB"]
-        rank, size = self._rank(matrix), base.shapes[matrix.tensor]
-        if rank < 1 or 0 in (*shapes[0], *shapes[1]):
+        rank, size = self._rank(name), base.shapes[stored]
+        if "lora_embedding_" in names["A"]:
+            size = size[::-1]
+        if 0 in (*shapes[0], *shapes[1]):
             raise UserError(f"{where} has rank {min(rank, *shapes[0])}")
         if shapes != [(rank, size[1]), (size[0], rank)]:
             raise UserError(
@@ -195,41 +248,27 @@ class Adapter:
             )
 
 
-def read_lora_config(folder: Path, purpose: str, also: tuple[str, ...] = ()) -> LoraConfig:
-    """The adapter's configuration; `also` are fields accepted beside PLAIN_FIELDS.
-
-    Raises UserError, which says that it "cannot be <purpose>", for an adapter that is not LoRA, has
-    another field set, or starts from a changed base.
+def adapter_tensors(weights: Weights, base: Weights) -> list[str]:
+    """The names of an adapter's own tensors, without the copies of the base's embedding and head
+    that PEFT stores when LoRA is on them. Raises UserError if a copy is not the base's.
     """
-    path = folder / ADAPTER_CONFIG
-    fields = read_json(path)
-    kind, start = fields.get("peft_type"), fields.get("init_lora_weights")
-    if kind != "LORA":
-        raise UserError(f"{folder} is an adapter of type {kind}, not LORA")
-    for name, value in fields.items():
-        if name not in PLAIN_FIELDS and name not in also and value and value != "none":
-            raise UserError(f"{folder} cannot be {purpose}: its {name} is {value!r}")
-    if (start.lower() if isinstance(start, str) else start) not in PLAIN_STARTS:
-        raise UserError(
-            f"{folder} cannot be {purpose}: its init_lora_weights is {start!r}, which may change"
-            " the base; save it as plain LoRA (path_initial_model_for_weight_conversion)"
-        )
-    rank = fields.get("r", 1)
-    if not isinstance(rank, int) or rank < 1:
-        raise UserError(f"{folder} has rank {rank}")
-    from peft import LoraConfig
-
-    try:
-        return LoraConfig.from_pretrained(folder)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"PEFT cannot read {path}: {str(error).splitlines()[0]}") from None
+    names = []
+    for name in weights.shapes:
+        copy = BASE_COPY.fullmatch(name)
+        if not copy:
+            names.append(name)
+            continue
+        stored = stored_names(base, both=True).get(f"{copy['name']}.weight")
+        if stored is None or not weights.same(name, base, stored):
+            raise UserError(f"{weights.folder} was trained on another base: its {name} differs")
+    return names
 
 
-def _value_for(matrix: Matrix, patterns: dict[str, Any], default: Any) -> Any:
+def _value_for(name: str, patterns: dict[str, Any], default: Any) -> Any:
     """The value of the first pattern that ends the module's name, as PEFT looks it up."""
     from peft.utils.other import get_pattern_key
 
-    return patterns.get(get_pattern_key(patterns, matrix.name), default)
+    return patterns.get(get_pattern_key(patterns, name), default)
 
 
 # --------------------------------------------------------------------------- full checkpoints
@@ -243,20 +282,51 @@ class FullCheckpoint:
     def __init__(self, folder: Path, base: Weights) -> None:
         """Raises UserError for a checkpoint of another model."""
         self.folder = folder
-        self._weights, self._base = Weights(folder), base
-        self._base_names = model_tensors(base)
-        shapes = {name: base.shapes[stored] for name, stored in self._base_names.items()}
-        self._names = match_tensors(self._weights, shapes, _is_tied(base.folder))
-        self.tensors = sorted(shapes)
+        self.weights, self._base = Weights(folder), base
+        self.other_head = self.weights.is_tied != base.is_tied  # tied in one of the two alone
+        sides = self.weights, base
+        self._names, self._base_names = (stored_names(side, self.other_head) for side in sides)
+        self._compare()
+        self.tensors = sorted(self._names)
         self.matrices = base.matrices()
 
+    def _compare(self) -> None:
+        names, base_names = self._names, self._base_names
+        for others, what in (
+            (set(base_names) - set(names), "lacks"),
+            (set(names) - set(base_names), "has, and the base has not,"),
+        ):
+            if others:
+                raise UserError(f"{self.folder} does not fit the base: it {what} {min(others)}")
+        for name, stored in sorted(names.items()):
+            shape, size = self.weights.shapes[stored], self._base.shapes[base_names[name]]
+            if shape != size:
+                raise UserError(
+                    f"{self.folder} does not fit the base: {name} is {shape}, not {size}"
+                )
+
     def weight(self, matrix: Matrix) -> Tensor:
-        return self._weights.tensor(matrix.tensor)
+        return self.weights.tensor(matrix.tensor)
+
+    def mixed(self, name: str, share: float) -> Tensor:
+        """The tensor that lies `share` of the way from the base's to the checkpoint's.
+
+        Those at 0 and 1 are exact: a sum keeps neither the sign of a zero nor, on every device, the
+        last bit.
+        """
+        import torch
+
+        if share == 0:
+            return self._base.tensor(self._base_names[name])
+        tuned = self.weights.tensor(self._names[name])
+        if share == 1:
+            return tuned
+        return torch.lerp(self._base.tensor(self._base_names[name]).to(tuned), tuned, share)
 
     def squares(self, name: str) -> tuple[float, float]:
         """||dW||_F^2 and ||W0||_F^2 of any tensor, summed in fp64."""
         update = base = 0.0
-        tuned_blocks = self._weights.blocks(self._names[name])
+        tuned_blocks = self.weights.blocks(self._names[name])
         start_blocks = self._base.blocks(self._base_names[name])
         for tuned, start in zip(tuned_blocks, start_blocks, strict=True):
             tuned, start = tuned.double(), start.double()
@@ -267,47 +337,19 @@ class FullCheckpoint:
         return update, base
 
 
-def match_tensors(
-    weights: Weights, shapes: dict[str, tuple[int, ...]], is_tied: bool
-) -> dict[str, str]:
-    """The name under which the folder stores each of the model's tensors, given by their shapes.
+def stored_names(weights: Weights, both: bool = False) -> dict[str, str]:
+    """Each of the model's tensors once, with the name under which it is stored.
 
-    Raises UserError for a folder that lacks one, has others, or has one in another shape.
-    """
-    names, folder = stored_names(weights, is_tied), weights.folder
-    for others, what in (
-        (set(shapes) - set(names), "lacks"),
-        (set(names) - set(shapes), "has, and the base has not,"),
-    ):
-        if others:
-            raise UserError(f"{folder} does not fit the base: it {what} {min(others)}")
-    for name, shape in sorted(shapes.items()):
-        stored = weights.shapes[names[name]]
-        if stored != shape:
-            raise UserError(f"{folder} does not fit the base: {name} is {stored}, not {shape}")
-    return names
-
-
-def stored_names(weights: Weights, is_tied: bool) -> dict[str, str]:
-    """The name of each of the model's tensors, and that under which it is stored.
-
-    Of an embedding and the head that is tied to it, a file may hold either or both.
+    Of an embedding and the head that is tied to it, a file may hold either or both; with `both` the
+    head is listed, too.
     """
     names = {name: name for name in weights.shapes}
-    if is_tied and HEAD in names:
-        names.setdefault(EMBEDDING, HEAD)
-        del names[HEAD]
+    if not weights.is_tied:
+        return names
+    head = names.pop(HEAD, None)
+    if embedding := names.get(EMBEDDING, head):
+        names |= {EMBEDDING: embedding} | ({HEAD: embedding} if both else {})
     return names
-
-
-def _is_tied(folder: Path) -> bool:
-    path = folder / "config.json"
-    return path.is_file() and bool(read_json(path).get("tie_word_embeddings"))
-
-
-def model_tensors(base: Weights) -> dict[str, str]:
-    """Each of the base's tensors once, with the name under which it is stored."""
-    return stored_names(base, _is_tied(base.folder))
 
 
 def read_checkpoint(folder: Path, base: Weights) -> Adapter | FullCheckpoint:

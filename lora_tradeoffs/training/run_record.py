@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from config import Settings
+from lora_tradeoffs.models.base import same_base
 
 if TYPE_CHECKING:
     from lora_tradeoffs.models.base import Base
@@ -68,8 +69,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], li
 def different_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings, base and data in which two records of a run differ."""
     changes = changed(old["compared"], new["compared"])
-    if old["base"]["digest"] != new["base"]["digest"]:
-        changes.append(f"base model {old['base']['name']} -> {new['base']['name']}, other weights")
+    if not same_base(old["base"], new["base"]):
+        changes.append(f"base model {old['base']['name']} -> {new['base']['name']}, other files")
     return changes + changed(
         {f"data of {task}": report["fingerprint"] for task, report in old["data"].items()},
         {f"data of {task}": report["fingerprint"] for task, report in new["data"].items()},

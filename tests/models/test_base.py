@@ -92,7 +92,7 @@ def test_pickled_weights_are_never_loaded(tiny, tmp_path):
     folder, settings = broken_copy(tiny, tmp_path)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+    with pytest.raises(UserError, match=r"no model\.safetensors; pickled"):
         prepare_base(settings)
 
 

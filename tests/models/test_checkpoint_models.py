@@ -151,7 +151,7 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, tmp_path):
     assert "corrupt" in found["truncated"] and "pickled" in found["pickled"]
     assert "size mismatch" in found["other"] or "does not fit" in found["other"]
     assert "adapter_config.json cannot be read" in found["bare"]
-    assert "corrupt or does not fit the base: " in found["rank"]
+    assert "its rank_pattern is {'v_proj': 0}, not ranks by module" in found["rank"]
     assert "cannot be loaded: its of_tomorrow is 1" in found["unknown"]
     assert "cannot be loaded: its init_lora_weights is 'pissa'" in found["start"]
     assert "lacks model.layers.1.mlp.up_proj.weight" in found["short"]
@@ -301,23 +301,14 @@ print(peak_memory("cpu"))
     assert Path(tmp_path / "run" / f"checkpoint-{many}").exists()
 
 
-def test_too_little_memory_is_not_told_as_a_corrupt_adapter(tmp_path, monkeypatch):
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_too_little_memory_is_not_told_as_a_corrupt_adapter(base, tmp_path, monkeypatch):
+    from peft import PeftModel
 
-    from lora_tradeoffs.models.checkpoint_models import _with_adapter
-
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    config = LlamaConfig(vocab_size=32, num_attention_heads=2, num_key_value_heads=2, **shape)
-    adapted = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"]))
-    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    make_adapter(base, tmp_path / "adapter")
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory is left")
 
-    monkeypatch.setattr(PeftModel, "load_adapter", full)
-    model = LlamaForCausalLM(config)
+    monkeypatch.setattr(PeftModel, "__init__", full)
     with pytest.raises(torch.OutOfMemoryError):
-        _with_adapter(model, tmp_path)
-    assert not any("lora" in name for name, _ in model.named_parameters())
+        models_of(base, tmp_path / "adapter")

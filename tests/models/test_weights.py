@@ -42,8 +42,31 @@ def make_adapter(base, folder, **fields):
     }
 
 
-def change_config(folder, **fields):
-    path = folder / "adapter_config.json"
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_low_rank_on_the_embedding_and_the_head_counts_as_pefts_own(
+    base, weights, tmp_path, module
+):
+    """As PEFT saves it by default, with a copy of the base's."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(init_lora_weights=False, r=4, target_modules=["q_proj", module])
+    model = get_peft_model(load_base(base), config)
+    model.save_pretrained(tmp_path)
+    (layer,) = (m for n, m in model.named_modules() if n.endswith(module))
+    square = float(layer.get_delta_weight("default").detach().double().square().sum())
+    adapter = Adapter(tmp_path, weights)
+    assert {matrix.module for matrix in adapter.matrices} == {"q_proj"}
+    name = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}[module]
+    assert adapter.squares_outside() == {name: pytest.approx(square, rel=1e-5)}
+
+    change_tensors(tmp_path, lambda t: t.update({k: v + 1 for k, v in t.items() if "base" in k}))
+    with pytest.raises(UserError, match="was trained on another base"):
+        Adapter(tmp_path, weights)
+
+
+def change_config(folder, name="adapter_config.json", **fields):
+    path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
@@ -84,8 +107,6 @@ def test_the_update_is_pefts_own(base, weights, tmp_path, fields):
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "outside the layers"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "outside the layers"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
     ],
     ids=str,
@@ -102,13 +123,13 @@ def test_an_adapter_that_is_more_than_low_rank_is_refused_by_name(
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"peft_type": "IA3"}, "type IA3"),
+        ({"peft_type": "IA3"}, "type 'IA3'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "may change the base"),
         ({"use_qalora": True}, "use_qalora is True"),
         ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens is \[1\]"),
         ({"of_tomorrow": {"k": 2}}, "of_tomorrow is"),
-        ({"r": 0}, "has rank 0"),
+        ({"r": 0}, "its r is 0"),
         ({"r": 5}, "do not fit rank 5"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "no weight for layer 0 o_proj"),
     ],
@@ -195,6 +216,74 @@ def test_a_tied_head_counts_once_under_either_name(base, weights, tmp_path, kept
     checkpoint = FullCheckpoint(tmp_path, weights)
     assert "lm_head.weight" not in checkpoint.tensors
     assert checkpoint.squares("model.embed_tokens.weight")[0] > 0
+
+
+def test_a_head_of_its_own_counts_and_is_measured_against_the_tied_one(base, weights, tmp_path):
+    save_full(base, tmp_path)
+    head = torch.randn(weights.shapes["model.embed_tokens.weight"])
+    change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": head}), "model.safetensors")
+    checkpoint = FullCheckpoint(tmp_path, weights)
+    start = load_base(base).lm_head.weight.detach()
+    update, square = checkpoint.squares("lm_head.weight")
+    assert update == pytest.approx(float((head - start).double().square().sum()))
+    assert square == pytest.approx(float(start.double().square().sum()))
+    change_config(tmp_path, "config.json", tie_word_embeddings=False)
+    change_tensors(tmp_path, lambda t: t.pop("lm_head.weight"), "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks lm_head\.weight, and its config\.json"):
+        FullCheckpoint(tmp_path, weights)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_of_wrapped_models_are_those_of_the_model(base, weights, tmp_path, prefix):
+    tuned = save_full(base, tmp_path)
+
+    def wrap(tensors):
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    change_tensors(tmp_path, wrap, "model.safetensors")
+    checkpoint = FullCheckpoint(tmp_path, weights)
+    for matrix in checkpoint.matrices:
+        assert torch.equal(checkpoint.weight(matrix), tuned[matrix.tensor])
+
+    def inside_a_multimodal_model(tensors):
+        for name in list(tensors):
+            tensors[name.replace("model.", "model.language_model.")] = tensors.pop(name)
+
+    save_full(base, tmp_path)
+    change_tensors(tmp_path, inside_a_multimodal_model, "model.safetensors")
+    assert FullCheckpoint(tmp_path, weights).tensors == checkpoint.tensors
+
+
+def test_the_files_of_a_model_are_those_that_transformers_reads(base, weights, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    tuned = save_full(base, tmp_path, "20KB")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({name: torch.zeros(32, 32), "x": torch.zeros(2)}, tmp_path / "a.safetensors")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    ours = Weights(tmp_path)
+    assert set(ours.shapes) == set(tuned) and "x" not in ours.shapes
+    assert all(torch.equal(ours.tensor(name), theirs[name]) for name in tuned)
+
+    index = tmp_path / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+
+    def refused(message, **files):
+        index.write_text(json.dumps({**whole, "weight_map": {**whole["weight_map"], **files}}))
+        with pytest.raises(UserError, match=message):
+            Weights(tmp_path)
+
+    for path in ("../outside.safetensors", "/etc/x.safetensors", 7, None, "x\0.safetensors"):
+        refused("the name of a safetensors file in the same folder", **{name: path})
+    refused("q_proj.weight occurs twice, here and in a.safetensors", **{name: "a.safetensors"})
+    refused("holds no model-of-nobody.safetensors", **{name: "model-of-nobody.safetensors"})
+    index.write_text('{"weight_map": []}')
+    with pytest.raises(UserError, match="its weight_map must give"):
+        Weights(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a whole model and an adapter"):
+        Weights(tmp_path)
 
 
 def test_a_checkpoint_of_another_model_is_refused(base, weights, tmp_path):

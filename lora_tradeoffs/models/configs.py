@@ -1,0 +1,272 @@
+"""config.json and adapter_config.json of anybody's folder: read, checked, compared.
+
+Every field of an adapter has to be in a list here; the four analyses accept the same adapters,
+except for those whose update is not scale * B A, which have no spectrum.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import UserError, is_out_of_memory
+from lora_tradeoffs.files import ADAPTER_CONFIG, COPY, read_json
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import LlamaConfig
+
+MOST_LAYERS = 1_000  # building a model of a mistyped number would not end
+# Fields of config.json that this suite sets itself: the attention, for one, may name a repository
+# of kernels, and `transformers_weights` a file.
+OVERRIDDEN = ("attn_implementation", "_attn_implementation", "transformers_weights", "auto_map")
+# Fields that do not change what an evaluated model computes from token ids. Whether the head is
+# tied is read from the weights.
+NOT_COMPUTED = {
+    *("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
+    *("initializer_range", "attention_dropout", "pretraining_tp", "problem_type"),
+    *("id2label", "label2id", "output_attentions", "output_hidden_states", "return_dict"),
+}
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn what a library raises inside the block, for a file that it cannot use, into one line.
+
+    Memory that runs out says nothing of the file, and passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        message = f"unknown name {message}" if isinstance(error, KeyError) else message
+        message = message.encode(errors="backslashreplace").decode()
+        raise UserError(f"{what}: {message[:300]}") from None
+
+
+# ------------------------------------------------------------------------------- config.json
+
+
+def read_config(folder: Path, name: str | None = None) -> LlamaConfig:
+    """The model's configuration, without weights. `name` is what an error calls the folder.
+
+    Raises UserError for one that transformers cannot read, and for a quantised model.
+    """
+    name = name or str(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name} holds no config.json, so it is no model folder")
+    fields = read_json(folder / "config.json", remedy=COPY)
+    if fields.get("quantization_config"):
+        raise UserError(
+            f"{name} is quantised (quantization_config in its config.json): give the model in full"
+            " precision that it was made from"
+        )
+    from transformers import CONFIG_MAPPING
+
+    fields = {key: value for key, value in fields.items() if key not in OVERRIDDEN}
+    with refusing(f"transformers cannot read {name}/config.json"):
+        if fields.get("model_type") not in list(CONFIG_MAPPING):
+            raise ValueError(f"its model_type is {_shown(fields.get('model_type'))}")
+        config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        layers = getattr(config, "num_hidden_layers", 1)
+        if not 1 <= layers <= MOST_LAYERS:
+            raise ValueError(f"its num_hidden_layers is {layers}")
+    return config
+
+
+def differing_fields(config: LlamaConfig, other: LlamaConfig) -> list[str]:
+    """The fields in which two configurations make the same weights compute differently."""
+    first, second = config.to_dict(), other.to_dict()
+    names = sorted({*first, *second} - NOT_COMPUTED)
+    return [name for name in names if first.get(name) != second.get(name)]
+
+
+# ------------------------------------------------------------------------ adapter_config.json
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
+
+
+def _is_index(value: Any) -> bool:
+    return value == 0 or _is_count(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _all(values: Any, check: Any) -> bool:
+    """Whether it is a list, or an object, whose values pass the check."""
+    values = list(values.values()) if isinstance(values, dict) else values
+    return isinstance(values, list) and all(map(check, values))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and _all(value, _is_text)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and _all(value, _is_index)
+
+
+# What each field has to be that decides the update, and how an error says it. Null is PEFT's
+# default.
+_FLAG = (lambda v: isinstance(v, bool), "true or false")
+_NAMES = (_are_names, "a list of names")
+_MODULES = (lambda v: _is_text(v) or _are_names(v), "a list of names or a regular expression")
+FIELD_TYPES = {
+    "r": (_is_count, "a whole number of 1 or more"),
+    "lora_alpha": (_is_number, "a number"),
+    "rank_pattern": (lambda v: isinstance(v, dict) and _all(v, _is_count), "ranks by module"),
+    "alpha_pattern": (lambda v: isinstance(v, dict) and _all(v, _is_number), "numbers by module"),
+    "target_modules": _MODULES,
+    "exclude_modules": _MODULES,
+    "layers_pattern": _MODULES,
+    "layers_to_transform": (
+        lambda v: _is_index(v) or _are_ids(v),
+        "numbers of layers",
+    ),
+    "use_rslora": _FLAG,
+    "ensure_weight_tying": _FLAG,
+}
+# Fields with which PEFT computes an adapter's model, although its update is not, or not only,
+# scale * B A.
+SCORED_TYPES = {
+    "use_dora": _FLAG,
+    "lora_bias": _FLAG,
+    "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "modules_to_save": _NAMES,
+    "target_parameters": _NAMES,
+    "trainable_token_indices": (
+        lambda v: _are_ids(v) or (isinstance(v, dict) and _all(v, _are_ids)),
+        "token ids",
+    ),
+}
+SCORED_FIELDS = tuple(SCORED_TYPES)
+# Fields that decide nothing in an adapter that is loaded. Any other field has to be off (null,
+# false, empty, "none"): PEFT ignores fields that it does not know.
+OTHER_FIELDS = {
+    *("peft_type", "init_lora_weights", "loftq_config", "eva_config", "corda_config"),
+    *("lora_ga_config", "lora_dropout", "inference_mode", "base_model_name_or_path", "revision"),
+    *("task_type", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size"),
+    *("runtime_config", "velora_config"),  # VeLoRA is another backward pass
+}
+# Starts that leave the base as it is; others, as PiSSA's, move a part of its weights to A and B.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's
+PLAIN_NAME = re.compile(r"[\w.-]*")
+MATCHING_SECONDS = 10
+
+
+def lora_fields(folder: Path, purpose: str = "loaded", also: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields of adapter_config.json that decide an adapter's update, with PEFT's defaults.
+
+    `also` are the fields of SCORED_TYPES that are accepted. Raises UserError, which says that it
+    "cannot be <purpose>", for an adapter that is not LoRA, has another field set or one of another
+    type, or starts from a changed base.
+    """
+    fields = read_json(folder / ADAPTER_CONFIG, remedy=COPY)
+    kind, start = fields.get("peft_type"), fields.get("init_lora_weights")
+    if kind != "LORA":
+        raise UserError(f"{folder} is an adapter of type {_shown(kind)}, not LORA")
+    types = FIELD_TYPES | {name: SCORED_TYPES[name] for name in also}
+    for name, value in fields.items():
+        if name not in types and name not in OTHER_FIELDS and value and value != "none":
+            raise UserError(f"{folder} cannot be {purpose}: its {name} is {_shown(value)}")
+    if (start.lower() if isinstance(start, str) else start) not in PLAIN_STARTS:
+        raise UserError(
+            f"{folder} cannot be {purpose}: its init_lora_weights is {_shown(start)}, which may"
+            " change the base; save it as plain LoRA (path_initial_model_for_weight_conversion)"
+        )
+    used = DEFAULTS | {
+        name: value for name, value in fields.items() if name in types and value is not None
+    }
+    for name, value in used.items():
+        is_valid, what = types[name]
+        if not is_valid(value):
+            raise UserError(
+                f"{folder} cannot be {purpose}: its {name} is {_shown(value)}, not {what}"
+            )
+    if not used.get("target_modules") and not used.get("target_parameters"):
+        raise UserError(f"{folder} cannot be {purpose}: it has no target_modules")
+    return used
+
+
+def read_lora_config(
+    folder: Path, purpose: str, modules: Iterable[str], also: Iterable[str] = ()
+) -> LoraConfig:
+    """The adapter's configuration for PEFT, with nothing in it but what `lora_fields` gives.
+
+    `modules` are the names of the base's modules. Raises UserError as `lora_fields` does, and for a
+    regular expression that is invalid, or does not end on one of the names.
+    """
+    fields = lora_fields(folder, purpose, also)
+    _check_patterns(folder, fields, list(modules))
+    from peft import LoraConfig
+
+    with refusing(f"PEFT cannot read {folder / ADAPTER_CONFIG}"):
+        return LoraConfig(**fields)
+
+
+def is_plain(config: LoraConfig) -> bool:
+    """Whether the adapter is nothing but scale * B A beside layers that stay as they are."""
+    return not any(
+        getattr(config, name) not in (None, False, "none", [])
+        for name in (*SCORED_FIELDS, "ensure_weight_tying")
+    )
+
+
+def _check_patterns(folder: Path, fields: dict[str, Any], modules: list[str]) -> None:
+    """Raise UserError for a regular expression that does not end in time, or is none.
+
+    PEFT matches them with `re`, which nothing can stop in this process: nested repetition takes
+    time that is exponential in the length of a name. So they are tried in another one first.
+    """
+    keys = [*fields.get("rank_pattern", ()), *fields.get("alpha_pattern", ())]
+    patterns = [rf"(.*\.)?({key})$" for key in keys if not PLAIN_NAME.fullmatch(key)]
+    templates = {"target_modules": r"(?:{})\Z", "exclude_modules": r"(?:{})\Z"}
+    templates |= {
+        "layers_pattern": r"(?:^|.*?\.){}\.\d+\.",
+        "modules_to_save": r"(^|.*\.){}($|\..*)",
+    }
+    for name, template in templates.items():
+        value = fields.get(name, [])
+        if isinstance(value, str) or name in ("layers_pattern", "modules_to_save"):
+            values = [value] if isinstance(value, str) else value
+            patterns += [template.format(v) for v in values if not PLAIN_NAME.fullmatch(v)]
+    if not patterns:
+        return
+    code = "import json, re, sys\nfor p, n in json.load(sys.stdin): re.compile(p).match(n)"
+    pairs = json.dumps([(pattern, module) for pattern in patterns for module in modules])
+    command = [sys.executable, "-I", "-S", "-c", code]
+    where = f"{folder / ADAPTER_CONFIG}: {_shown(patterns[0])}"
+    try:
+        process = subprocess.run(
+            command, input=pairs, capture_output=True, text=True, timeout=MATCHING_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{where} takes too long to match: write its target modules as a list of names"
+        ) from None
+    if process.returncode:
+        raise UserError(f"{where} is no regular expression: {process.stderr.splitlines()[-1]}")
+
+
+def _shown(value: Any) -> str:
+    """A value for an error of one line."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

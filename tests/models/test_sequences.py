@@ -1,0 +1,194 @@
+"""Any adapters and checkpoints in any order: each computes what it computes alone, or is refused.
+
+The references are plain PEFT and plain Transformers on a fresh model for each.
+"""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import settings_for
+
+from config import UserError
+from lora_tradeoffs.files import Checkpoint
+from lora_tradeoffs.models.base import load_base, prepare_base
+from lora_tradeoffs.models.checkpoint_models import checkpoint_models
+
+PROMPT = torch.tensor([[5, 17, 400, 23, 77]])
+ADAPTERS = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "target_modules": ["o_proj", "up_proj"]},
+    "patterns": {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"layers\.1\..*": 30}},
+    "expression": {"target_modules": r".*\.1\.self_attn\.(q|v)_proj"},
+    "dora": {"use_dora": True},
+    "bias_all": {"bias": "all"},
+    "bias_lora": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "norms": {"modules_to_save": ["norm", "input_layernorm"]},
+    "head_saved": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [5, 400]},
+    "parameters": {"target_parameters": ["model.layers.0.mlp.up_proj.weight"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+}
+FULL = {  # fields of config.json
+    "full": {},
+    "eps": {"rms_norm_eps": 0.1},
+    "heads": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+    "rope": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "activation": {"hidden_act": "gelu"},
+    "untied": {"tie_word_embeddings": False},
+    "other_head": {},  # config.json says that it is tied
+}
+REFUSED = {  # by what the error has to name
+    "pissa": "init_lora_weights is 'pissa'",
+    "lora_ga": "init_lora_weights is 'lora_ga'",
+    "replicated": "layer_replication is",
+    "lacks": "1 are missing",
+    "rank": "does not fit the base",
+    "other_embedding": "was trained on another base",
+    "both": "holds a whole model and an adapter",
+    "unknown_activation": "unknown name 'nothing'",
+    "shape": "does not fit the base",
+}
+
+
+def change_config(folder, name="adapter_config.json", **fields):
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def change_tensors(folder, change, name="adapter_model.safetensors"):
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(PROMPT).logits
+
+
+def fresh(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def moved(model):
+    """The model with all that is trainable moved."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def zoo(tiny, tmp_path_factory):
+    """The base, and a folder of every kind with its logits, or what its error has to name."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("zoo")
+    shutil.copytree(tiny, root / "base")
+    change_config(root / "base", "config.json", attention_bias=True)
+
+    def add_biases(tensors):
+        for name in [n for n in tensors if "self_attn" in n]:
+            bias = torch.randn(len(tensors[name])) / 10
+            tensors[name.replace(".weight", ".bias")] = bias
+
+    change_tensors(root / "base", add_biases, "model.safetensors")
+    expected = {}
+    for name, options in ADAPTERS.items():
+        options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **options}
+        moved(get_peft_model(fresh(root / "base"), LoraConfig(**options))).save_pretrained(
+            root / name
+        )
+        expected[name] = logits_of(PeftModel.from_pretrained(fresh(root / "base"), root / name))
+    for name, fields in FULL.items():
+        moved(fresh(root / "base")).save_pretrained(root / name)
+        change_config(root / name, "config.json", **fields)
+        if name in ("untied", "other_head"):
+
+            def add_head(tensors):
+                tensors["lm_head.weight"] = torch.randn(
+                    len(tensors["model.embed_tokens.weight"]), 32
+                )
+
+            change_tensors(root / name, add_head, "model.safetensors")
+        expected[name] = logits_of(fresh(root / name))
+    break_copies(root)
+    return prepare_base(settings_for(model=str(root / "base"))), root, expected | REFUSED
+
+
+def break_copies(root):
+    """The folders of REFUSED."""
+    for name in ("pissa", "lora_ga", "replicated", "lacks", "rank"):
+        shutil.copytree(root / "plain", root / name)
+    change_config(root / "pissa", init_lora_weights="pissa")
+    change_config(root / "lora_ga", init_lora_weights="lora_ga")
+    change_config(root / "replicated", layer_replication=[[0, 2], [0, 2]])
+    change_tensors(root / "lacks", lambda tensors: tensors.pop(min(tensors)))
+    change_config(root / "rank", r=5)
+    shutil.copytree(root / "embedding", root / "other_embedding")
+
+    def other(tensors):
+        (name,) = (n for n in tensors if "base_layer" in n)
+        tensors[name] += 1
+
+    change_tensors(root / "other_embedding", other)
+    shutil.copytree(root / "full", root / "both")
+    shutil.copy(root / "plain" / "adapter_config.json", root / "both")
+    for name in ("unknown_activation", "shape"):
+        shutil.copytree(root / "full", root / name)
+    change_config(root / "unknown_activation", "config.json", hidden_act="nothing")
+    change_tensors(
+        root / "shape",
+        lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}),
+        "model.safetensors",
+    )
+
+
+def check(zoo, names):
+    base, root, expected = zoo
+    wanted = [Checkpoint(name, i, root / name) for i, name in enumerate(names)]
+    results = []
+    for checkpoint, model in checkpoint_models(base, wanted):
+        if checkpoint is None:
+            assert torch.allclose(logits_of(model), logits_of(fresh(base.folder)), atol=1e-6)
+            continue
+        results.append(checkpoint)
+        right = expected[checkpoint.run]
+        if isinstance(right, str):
+            assert isinstance(model, UserError) and right in str(model), (checkpoint.run, model)
+            assert len(str(model).splitlines()) == 1
+        else:
+            assert not isinstance(model, UserError), (checkpoint.run, model)
+            gap = float((logits_of(model) - right).abs().max())
+            assert gap < 2e-5, (checkpoint.run, gap, names)
+    assert sorted(results, key=lambda c: c.step) == wanted
+
+
+def test_each_kind_differs_from_every_other_and_from_the_base(zoo):
+    base, _, expected = zoo
+    logits = [logits_of(load_base(base)), *(e for e in expected.values() if not isinstance(e, str))]
+    for i, first in enumerate(logits):
+        for second in logits[i + 1 :]:
+            assert float((first - second).abs().max()) > 1e-2
+
+
+def test_every_kind_once_and_a_plain_adapter_after_each(zoo):
+    names = list(zoo[2])
+    check(zoo, [name for pair in zip(names, ["plain"] * len(names)) for name in pair])
+
+
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, 60))]
+)
+def test_any_sequence_of_ten_is_each_alone(zoo, seed):
+    check(zoo, random.Random(seed).choices(list(zoo[2]), k=10))
