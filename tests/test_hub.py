@@ -216,7 +216,9 @@ def test_a_model_is_planned_from_its_config_downloaded_once_and_then_needs_no_hu
     assert record["revision"] == served.commit("models/study/tiny-llama")
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert record["files"]["model.safetensors"]["sha256"] == sha256
-    assert record["digest"] == hashlib.sha256(sha256.encode()).hexdigest()
+    assert {"config.json", "tokenizer.json"} < set(record["files"])
+    hashes = "".join(record["files"][name]["sha256"] for name in sorted(record["files"]))
+    assert record["digest"] == hashlib.sha256(hashes.encode()).hexdigest()
 
     before = list(served.requests)
     again = python(PREPARE + "print(base.digest)", tmp_path, served.url)

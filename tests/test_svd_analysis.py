@@ -481,7 +481,7 @@ def test_an_adapter_of_another_base_or_kind_is_told(base, model, tmp_path, capsy
         f" {base.name}"
     ]
     (error,) = (line for line in lines if line.startswith("error: "))
-    assert "other, step 0" in error and "an adapter of type IA3, not LORA" in error
+    assert "other, step 0" in error and "an adapter of type 'IA3', not LORA" in error
     assert set(records_in(results_folder("kinds")).run) == {"own", "foreign"}
 
 

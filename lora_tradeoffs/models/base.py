@@ -184,6 +184,7 @@ def load_model(
         with torch.inference_mode():
             if not model(torch.zeros((1, 1), dtype=torch.long)).logits.isfinite().all():
                 raise ValueError("its logits are not finite")
+        model.name_or_path = model.config._name_or_path = str(folder)  # which adapters record
         with contextlib.suppress(Exception):  # nothing here uses it; full checkpoints keep it
             model.generation_config = GenerationConfig.from_pretrained(folder, **LOCAL)
     return model
