@@ -17,7 +17,7 @@ MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
-CHECKPOINT_FILES = ("*.safetensors", "*adapter_config.json", "*config.json", "*run.json")
+CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "*run.json")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 
 

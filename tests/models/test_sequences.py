@@ -15,7 +15,8 @@ from support import settings_for
 from config import UserError
 from lora_tradeoffs.files import Checkpoint
 from lora_tradeoffs.models.base import load_base, prepare_base
-from lora_tradeoffs.models.checkpoint_models import checkpoint_models
+from lora_tradeoffs.models.checkpoint_models import checkpoint_models, scaled_updates
+from lora_tradeoffs.models.weights import Weights, read_checkpoint
 
 PROMPT = torch.tensor([[5, 17, 400, 23, 77]])
 ADAPTERS = {
@@ -192,3 +193,24 @@ def test_every_kind_once_and_a_plain_adapter_after_each(zoo):
 )
 def test_any_sequence_of_ten_is_each_alone(zoo, seed):
     check(zoo, random.Random(seed).choices(list(zoo[2]), k=10))
+
+
+def test_a_base_with_a_head_of_its_own_keeps_it_though_its_config_ties_it(zoo, tmp_path):
+    _, root, expected = zoo
+    base = prepare_base(settings_for(model=str(root / "other_head")))
+    assert torch.allclose(logits_of(load_base(base)), expected["other_head"], atol=1e-6)
+    moved(load_base(base)).save_pretrained(tmp_path / "tuned")
+    wanted = [Checkpoint("tuned", 1, tmp_path / "tuned"), Checkpoint("full", 2, root / "full")]
+    right = {"tuned": logits_of(fresh(tmp_path / "tuned")), "full": expected["full"]}
+    for checkpoint, model in checkpoint_models(base, wanted):
+        if checkpoint:
+            assert torch.allclose(logits_of(model), right[checkpoint.run], atol=2e-5)
+            if checkpoint.run == "tuned":
+                scaled = scaled_updates(base, checkpoint, model, [0])
+                assert torch.equal(logits_of(next(scaled)[1]), logits_of(load_base(base)))
+                scaled.close()
+            else:
+                with pytest.raises(UserError, match="cannot be scaled: it computes with its own"):
+                    next(scaled_updates(base, checkpoint, model, [0]))
+    tuned = read_checkpoint(tmp_path / "tuned", Weights(base.folder))
+    assert "lm_head.weight" in tuned.tensors and tuned.squares("lm_head.weight")[0] > 1
