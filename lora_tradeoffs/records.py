@@ -86,7 +86,7 @@ RUN = {
         **{"scaling": str, "target_modules": str, "learning_rate": NUMBER, "seed": int},
     },
     "compared": dict,
-    "base": {"name": str, "digest": str},
+    "base": {"name": str, "digest": str, "files?": dict},
     "steps": int,
     "data": {"*": {"fingerprint": str}},
     "environment": {"versions?": dict},

@@ -64,8 +64,8 @@ def same_base(record: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two records are of one base; where one of an older version lists the weights alone,
     they decide.
     """
-    files = record["files"], other["files"]
-    if all("config.json" in names for names in files):
+    files = record.get("files", {}), other.get("files", {})
+    if all("config.json" in names or not names for names in files):
         return record["digest"] == other["digest"]
     first, second = (
         {name: file for name, file in names.items() if name.endswith(".safetensors")}
