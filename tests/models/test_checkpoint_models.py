@@ -150,7 +150,7 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, tmp_path):
     assert "1 are missing" in found["lacks"] and "1 are unexpected" in found["extra"]
     assert "corrupt" in found["truncated"] and "pickled" in found["pickled"]
     assert "size mismatch" in found["other"] or "does not fit" in found["other"]
-    assert "adapter_config.json cannot be read" in found["bare"]
+    assert "adapter_config.json is damaged" in found["bare"]
     assert "its rank_pattern is {'v_proj': 0}, not ranks by module" in found["rank"]
     assert "cannot be loaded: its of_tomorrow is 1" in found["unknown"]
     assert "cannot be loaded: its init_lora_weights is 'pissa'" in found["start"]
