@@ -196,3 +196,31 @@ def test_damaged_items_are_named_and_their_unit_is_measured_again(run_in, made, 
     assert codes == [0] and f"{path} is damaged or missing" in said
     assert " 1 to run" in said
     assert pd.read_parquet(path).equals(pd.read_parquet(reference / path.relative_to(folder)))
+
+
+OURS = {
+    "training": (f"models/s/{RUN}/training.json", '{"validation": [{"step": 1}]}'),
+    "record": (f"performance_analysis/s/records/{RUN}-2-sst2-validation.json", "[" * 100_000),
+    "data": ("data/s/sst2/*/report.json", '{"fingerprint": 1, "splits": {}}'),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_file_of_ours_that_is_damaged_is_named_and_made_again(run_in, made, tmp_path, name):
+    _, reference = made("adaptation")
+    folder = tmp_path / "out"
+    shutil.copytree(reference, folder)
+    pattern, text = OURS[name]
+    paths = list(folder.glob(pattern))
+    for path in paths:
+        path.write_text(text)
+    codes, said = run_in(folder, "adaptation")
+    assert codes == [2] and "Traceback" not in said
+    assert any(f"error: {path} is damaged: " in said for path in paths), said
+    assert "; delete it and run the same command" in said
+    for path in paths:
+        path.unlink()
+    if name == "training":
+        assert run_in(folder, "train")[0] == [0]
+    assert run_in(folder, "adaptation")[0] == [0]
+    assert equal(results(folder, "adaptation"), results(reference, "adaptation"))

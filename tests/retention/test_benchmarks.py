@@ -2,7 +2,9 @@
 
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from support import ROOT, assert_one_line_error, settings_for
 
 from config import UserError
 from lora_tradeoffs.data.sources import held_out_texts, read_jsonl
+from lora_tradeoffs.files import write_json
 from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.retention.benchmark_tasks import TaskLoader, schema_problem
 from lora_tradeoffs.retention.benchmarks import Benchmarks, quiet_lm_eval, text_log_likelihoods
@@ -497,3 +500,20 @@ def test_nothing_of_lm_eval_is_imported_at_import(script):
     code = "import sys, lora_tradeoffs.retention.benchmarks\n"
     code += "assert not {'lm_eval', 'torch'} & set(sys.modules)"
     assert script("-c", code).returncode == 0
+
+
+def test_recorded_rows_are_trusted_of_a_folder_and_never_of_the_hub(tiny, tmp_path, monkeypatch):
+    from lora_tradeoffs.retention.analysis import Retention, RetentionOptions
+
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    recorded = {"arc_challenge": {"lm_eval": version("lm_eval")}}
+    unit = SimpleNamespace(name="base-0-arc", kind="benchmark", task="arc_challenge", limit=4)
+    for data in ("sample", "hub"):
+        settings = settings_for(model=str(tiny), data=data, preset="demo", study=f"trust-{data}")
+        analysis = Retention(settings, prepare_base(settings), RetentionOptions(dtype="fp32"))
+        analysis.trusts_records = True
+        analysis.benchmarks = lambda *_: SimpleNamespace(identities={"arc_challenge": "as it is"})
+        request = {"benchmark": recorded}
+        write_json(analysis.results.unit_file(unit.name), {"request": request, "records": []})
+        expected = recorded if data == "sample" else {"arc_challenge": "as it is"}
+        assert analysis.request(unit)["benchmark"] == expected
