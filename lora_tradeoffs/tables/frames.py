@@ -59,7 +59,7 @@ NEVER_NULL = ("run", "method", "metric", "rank", "seed", "step")
 FIGURES = (
     *("value", "stderr", "low", "high", "n", "p_value", "test", "detectable", "chance"),
     *("at_chance", "truncated", "forgotten", "gained", "random", "over"),
-    *("score", "defined", "scale", "other_scale", "reason"),
+    *("defined", "scale", "other_scale", "reason"),
 )
 OPTIONAL = {
     **dict.fromkeys(("low", "high", "stderr", "n"), math.nan),

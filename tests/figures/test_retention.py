@@ -239,7 +239,7 @@ def test_three_seeds_are_means_with_intervals_over_seeds_and_items_on_both_axes(
     records = []
     for seed, gain, lost in ((42, 0.18, 0.02), (43, 0.20, 0.05), (44, 0.22, 0.08)):
         run = f"similar_lora_r8_seed{seed}"
-        records += points([0.1, gain], [0.01, lost], run=run, seed=seed)
+        records += points([0.1, gain], [0.01, lost], run=run, seed=seed)[bool(records) :]
     figure = drawn(learning_forgetting_plane, retention=frame(records))
     ax = panel(figure, "similar")
     expected = [(0, 0), (0.1, 0.01), (0.2, 0.05)]
