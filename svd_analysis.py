@@ -6,7 +6,7 @@
 
 For every matrix that an adapter is on (q_proj and v_proj of full fine-tuning) it measures the size,
 the rank and the intruder dimensions of the update and the shift of the spectrum, from exact
-decompositions in fp64; of LoRA from A and B, without merging. The updates of different runs are
+decompositions in fp64; of LoRA from A and B, without merging. The updates of a family's runs are
 compared with each other. Existing results are reused unless weights, base or options changed.
 Results: drift_analysis_plots/<study>/; the base's decompositions: drift_analysis_plots/base/.
 """
@@ -71,6 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--dense",
         action="store_true",
         help="use a dense SVD of every tuned matrix, the slow reference for the default method",
+    )
+    group.add_argument(
+        "--all-pairs",
+        action="store_true",
+        help="also compare the updates of runs of different families (default: of each family)",
     )
     return parser
 

@@ -9,11 +9,11 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from config import UserError
 from lora_tradeoffs.shapes import Shape, shape_problem
@@ -25,6 +25,10 @@ MODEL_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILE = re.compile(r"[\w.+@=-]{1,200}\.safetensors", re.ASCII)  # no path
 # Needed to resume training, not to evaluate: only the two newest checkpoints have these.
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+RECORDS = re.compile(r'"records"\s*:\s*\[')  # where they begin in a document
+SEPARATOR = re.compile(r"[\s,]*")
+READ_BLOCK = 1 << 16  # characters of a document that are read at a time
+LONGEST_RECORD = 1 << 20
 
 
 # ------------------------------------------------------------------------------- files
@@ -93,6 +97,83 @@ def write_json(path: Path, value: Any) -> None:
 # What to do about a damaged file.
 DELETE = "delete it and run the same command"
 COPY = "copy or fetch it again"  # of files that were not made here
+
+
+def write_records(path: Path, head: dict[str, Any], records: Iterable[dict[str, Any]]) -> None:
+    """Write `{**head, "records": [...]}`, a record a line, whole or not at all.
+
+    The records may come from a generator: a study's fill gigabytes. Raises ValueError for nan and
+    infinity, which JSON does not have.
+    """
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(f'{encode(head)[:-1]},\n "records": [')
+        separator = "\n  "
+        for record in records:
+            file.write(separator + encode(record))
+            separator = ",\n  "
+        file.write("\n ]\n}\n")
+
+
+def read_head(path: Path, shape: Shape = dict, remedy: str = DELETE) -> dict[str, Any]:
+    """What stands before the records in a file of `write_records`. Raises UserError as `read_json`
+    does.
+    """
+    with path.open(encoding="utf-8") as file, _damage(path, remedy):
+        head = json.loads(_read_to_records(file)[0])
+    check_shape(path, head, shape, remedy)
+    return head
+
+
+def read_records(path: Path, shape: Shape = dict, remedy: str = DELETE) -> Iterator[dict[str, Any]]:
+    """The records of a file of `write_records`, each of the shape, a block of the file at a time.
+
+    Raises UserError as `read_json` does, where the damage begins.
+    """
+    decode = json.JSONDecoder(parse_constant=_refuse).raw_decode
+    with path.open(encoding="utf-8") as file, _damage(path, remedy):
+        text, position, number = _read_to_records(file)[1], 0, 0
+        while True:
+            position = SEPARATOR.match(text, position).end()
+            try:
+                if text[position] == "]":
+                    break
+                record, position = decode(text, position)
+            except (IndexError, ValueError):
+                is_cut = len(text) - position < LONGEST_RECORD
+                if not is_cut or not (block := file.read(READ_BLOCK)):
+                    raise
+                text, position = text[position:] + block, 0
+                continue
+            if problem := shape_problem(record, shape):
+                raise UserError(f"{path} is damaged: record {number}, {problem}; {remedy}")
+            yield record
+            number += 1
+        if (text[position + 1 :] + file.read()).strip() != "}":
+            raise ValueError("something stands after the records")
+
+
+@contextmanager
+def _damage(path: Path, remedy: str) -> Iterator[None]:
+    """Raise UserError where the file is no JSON of records."""
+    try:
+        yield
+    except (IndexError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it is no JSON ({error}); {remedy}") from None
+
+
+def _read_to_records(file: TextIO) -> tuple[str, str]:
+    """The file's JSON without its records, and the text that was read from there on."""
+    text = ""
+    while not (start := RECORDS.search(text)):
+        if not (block := file.read(READ_BLOCK)):
+            raise ValueError("without records")
+        text += block
+    return text[: start.start()].rstrip().rstrip(",") + "}", text[start.end() :]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def read_json(path: Path, shape: Shape = dict, remedy: str = DELETE) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from config import DOCUMENTS, FAMILIES, Settings, UserError
-from lora_tradeoffs.files import read_json, write_json
+from lora_tradeoffs.files import read_head, read_json, read_records, write_records
 from lora_tradeoffs.shapes import NUMBER
 from training_configs import tasks_and_variant
 
@@ -163,9 +163,8 @@ def _is_orphan(path: Path, folder: Path, run: str) -> bool:
 def _leave_out(run: str, document: Path) -> None:
     """Take a run's records out of a joined document, those of two runs too, as phi's are."""
     try:
-        whole = read_json(document, DOCUMENT)
+        if any(run in record.values() for record in read_records(document)):
+            others = (r for r in read_records(document) if run not in r.values())
+            write_records(document, read_head(document), others)
     except UserError:
         return  # the next join writes it anew
-    kept = [record for record in whole["records"] if run not in record.values()]
-    if len(kept) < len(whole["records"]):
-        write_json(document, {**whole, "records": kept})

@@ -81,3 +81,18 @@ def windowed_model(kind, attention="sdpa", seed=0, vocabulary=40_000):
     )
     config._attn_implementation = "eager" if kind == "Gemma2" else attention  # it has no sdpa
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def subspace_similarities(first, second):
+    """phi(a, b) of the leading a columns of `first` and b of `second`, at [a - 1, b - 1].
+
+    phi(a, b) = ||U_a^T V_b||_F^2 / min(a, b), in [0, 1] (Hu et al., arXiv 2106.09685, section 7).
+    """
+    squares = (first.double().T @ second.double()).square().cumsum(0).cumsum(1)
+    sizes = [torch.arange(1, n + 1) for n in squares.shape]
+    return squares / torch.minimum(sizes[0][:, None], sizes[1])
+
+
+def random_similarity(i, j, d):
+    """The mean of phi(i, j) over random subspaces of a d-dimensional space."""
+    return max(i, j) / d

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from reference import random_similarity
 from safetensors.torch import load_file, save_file
 from support import assert_one_line_error, settings_for
 
-from lora_tradeoffs.drift.measures import random_similarity
 from lora_tradeoffs.models.base import load_base, prepare_base
 from multi_task_training import main as train
 from svd_analysis import main

@@ -130,7 +130,7 @@ class Adaptation(Analysis):
             records += [{**r, **fields} for r in records_of(unit, baseline_scores, {}, groups)]
         return Measurement(records, scores, groups, samples)
 
-    def table(self, records: list[dict[str, Any]]) -> str:
+    def table(self, records: Iterable[dict[str, Any]]) -> str:
         return adaptation_table(records)
 
     def outputs(self) -> dict[str, Path]:

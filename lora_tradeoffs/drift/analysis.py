@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +51,7 @@ class DriftOptions:
     target_modules: str | None = None  # None: those of an adapter, else qv
     dense: bool = False
     workers: int | None = None  # None: the number of cores, at most MOST_WORKERS
+    all_pairs: bool = False  # compare the updates of runs of different families, too
 
     def __post_init__(self) -> None:
         if self.top_k is not None and min(self.top_k) < 1:
@@ -189,21 +190,21 @@ class DriftAnalysis(Analysis):
         write_tables(self.results.folder, unit.subject, result)
         self.results.write(unit.name, self.full_request(unit), records_of(unit.subject, result))
 
-    def derived_records(self) -> list[dict[str, Any]]:
+    def derived_records(self) -> Iterable[dict[str, Any]]:
         """How similar the runs' updates are; the layers of all checkpoints are joined, too."""
-        from lora_tradeoffs.drift.subspaces import last_directions, records_between
+        from lora_tradeoffs.drift.subspaces import records_between
 
         join_layers(self.results.folder)
         # where studies of record version 1 keep them
         self.results.unit_file("between-runs").unlink(missing_ok=True)
-        return records_between(last_directions(self.results.folder))
+        return records_between(self.results.folder, self.options.all_pairs)
 
     def meta(self) -> dict[str, Any]:
         from lora_tradeoffs.drift.matrix import AGGREGATION
 
         return {**super().meta(), "aggregation": AGGREGATION}
 
-    def table(self, records: list[dict[str, Any]]) -> str:
+    def table(self, records: Iterable[dict[str, Any]]) -> str:
         return drift_table(records)
 
     def outputs(self) -> dict[str, Any]:

@@ -100,26 +100,6 @@ def intruders(max_cosines: torch.Tensor, k: int = 10, epsilon: float = 0.5) -> i
 # ---------------------------------------------------------------------------------- subspaces
 
 
-def subspace_similarities(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """phi(a, b) of the leading a columns of `first` and b of `second`, at [a - 1, b - 1].
-
-    phi(a, b) = ||U_a^T V_b||_F^2 / min(a, b), in [0, 1] (Hu et al., arXiv 2106.09685, section 7).
-    `first` (d, i) and `second` (d, j) have orthonormal columns: left singular vectors for the left
-    side, right ones for the right. Random subspaces have `random_similarity(a, b, d)`. Raises
-    ValueError if a side has no column.
-    """
-    if not first.shape[1] or not second.shape[1]:
-        raise ValueError("a subspace without a direction has no similarity")
-    squares = (first.double().T @ second.double()).square().cumsum(0).cumsum(1)
-    sizes = [torch.arange(1, n + 1, device=squares.device) for n in squares.shape]
-    return squares / torch.minimum(sizes[0][:, None], sizes[1])
-
-
-def random_similarity(i: int, j: int, d: int) -> float:
-    """The mean of phi(i, j) over random subspaces of a d-dimensional space: max(i, j) / d."""
-    return max(i, j) / d
-
-
 def legacy_drift(vectors: torch.Tensor, base_vectors: torch.Tensor) -> float:
     """||U - U0||_F / (||U||_F + ||U0||_F), after aligning each column's sign with its partner's.
 

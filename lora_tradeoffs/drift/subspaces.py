@@ -1,21 +1,26 @@
 """Subspace similarity between the updates of two runs: phi of their singular vectors.
 
 The vectors come from `directions/`, where analysis.py stores those of every run's last checkpoint,
-so that all runs of a study are compared, whenever they were measured.
+so that all runs of a study are compared, whenever they were measured. There are quadratically many
+pairs: by default those of one family are compared, and `between/` keeps what was computed.
 """
 
 from __future__ import annotations
 
 import json
-from itertools import combinations
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from config import RANKS
 from lora_tradeoffs.drift.matrix import PAIR
-from lora_tradeoffs.drift.measures import random_similarity, subspace_similarities
-from lora_tradeoffs.models.weights import Matrix, Weights, matrix_of, opened
-from lora_tradeoffs.records import updated
+from lora_tradeoffs.drift.svd import digest
+from lora_tradeoffs.measuring.results import Results
+from lora_tradeoffs.models.weights import Matrix, matrix_of, opened
+from lora_tradeoffs.records import BOTH, OVERALL, unit_name, updated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,25 +34,25 @@ class Directions:
 
     def __init__(self, path: Path) -> None:
         """Raises UserError for a file that is corrupt."""
+        self.path = path
         self.run, _, step = path.stem.rpartition("-")
-        self.step = int(step)
         with opened(path) as file:
-            self.fields = updated(json.loads((file.metadata() or {})["fields"]))
-            self.is_empty = not file.keys()  # a zero update has no direction
-        if not self.is_empty:
-            self.weights = Weights(path.parent, [path])
+            metadata, names = file.metadata() or {}, sorted(file.keys())
+            # files of earlier versions do not name their content
+            content = metadata.get("content") or digest([file.get_tensor(name) for name in names])
+        self.fields = updated(json.loads(metadata["fields"]))
+        self.step, self.identity = int(step), [int(step), content]
+        self.is_dense = self.fields["method"] != "lora"
+        self.matrices = {matrix_of(name.rpartition(".")[0]) for name in names}
 
-    def vectors(self, matrix: Matrix, side: str) -> Tensor | None:
-        """Those of one matrix and side; None if the update does not touch it."""
-        name = f"{matrix.name}.{side}"
-        return self.weights.tensor(name) if name in self.weights.shapes else None
+    def vectors(self, matrix: Matrix, side: str) -> Tensor:
+        with opened(self.path) as file:
+            return file.get_tensor(f"{matrix.name}.{side}").double()
 
-    @property
-    def is_dense(self) -> bool:
-        return self.fields["method"] != "lora"
-
-    def matrices(self) -> set[Matrix]:
-        return {matrix_of(name.rpartition(".")[0]) for name in self.weights.shapes}
+    def is_related(self, other: Directions) -> bool:
+        """Whether both are of one family, or one of them, from elsewhere, of none."""
+        families = {self.fields["family"], other.fields["family"]}
+        return "" in families or len(families) == 1
 
 
 def last_directions(folder: Path) -> list[Directions]:
@@ -57,67 +62,116 @@ def last_directions(folder: Path) -> list[Directions]:
     for directions in stored:
         if directions.run not in last or directions.step > last[directions.run].step:
             last[directions.run] = directions
-    return [directions for directions in last.values() if not directions.is_empty]
+    return [directions for directions in last.values() if directions.matrices]
 
 
-def records_between(runs: list[Directions]) -> list[dict[str, Any]]:
-    """phi of every pair of runs, averaged over the matrices that both have, by module and side.
+def records_between(folder: Path, all_pairs: bool = False) -> Iterator[dict[str, Any]]:
+    """phi of every two runs of a family, with `all_pairs` of every two runs.
 
-    `directions` is "all": all directions of a LoRA run, as many of a dense run's as the LoRA run
-    has, and all stored ones of two dense runs. Or it is "leading": the same small number of both.
-    `random` is the mean of random subspaces of these sizes.
+    It is averaged over the matrices that both have, by module and side. `directions` is "all": all
+    directions of a LoRA run, as many of a dense run's as the LoRA run has, and all stored ones of
+    two dense runs. Or it is "leading": the same small number of both. `random` is the mean of
+    random subspaces of these sizes.
+
+    `between/` has a unit for each run: its pairs with the runs after it. Of these, pairs that are
+    missing, or of which a side has changed, are computed.
     """
-    values: dict[tuple, list[tuple[float, float]]] = {}
-    for matrix in sorted(set().union(*(run.matrices() for run in runs))):
+    results, runs, requests = Results(folder / "between"), last_directions(folder), {}
+    kept: dict[str, list[dict[str, Any]]] = {}
+    missing: dict[str, tuple[Directions, list[Directions]]] = {}
+    for i, run in enumerate(runs):
+        others = [other for other in runs[i + 1 :] if all_pairs or run.is_related(other)]
+        about = {"run": run.identity, "fields": run.fields}
+        unit, identities = unit_name(run.run, run.step), {o.run: o.identity for o in others}
+        requests[unit] = {**about, "others": identities}
+        if results.is_done(unit, requests[unit]):
+            continue
+        old = results.read(unit) if results.unit_file(unit).is_file() else {"request": {}}
+        is_same = about == {name: old["request"].get(name) for name in about}
+        known = old["request"]["others"] if is_same else {}
+        same = {name for name in known if known[name] == identities.get(name)}
+        kept[unit] = [record for record in old.get("records", ()) if record["other"] in same]
+        missing[unit] = run, [other for other in others if other.run not in same]
+    for unit, records in _compare(missing).items():
+        results.write(unit, requests[unit], kept[unit] + records)
+    for unit in requests:
+        yield from results.read(unit)["records"]
+
+
+def _compare(
+    pairs: Mapping[str, tuple[Directions, Sequence[Directions]]],
+) -> dict[str, list[dict[str, Any]]]:
+    """The records of each unit: of its run with each of the others.
+
+    The vectors of all runs stand side by side in one array for each matrix, so that those of a run
+    are multiplied with those of all others at once.
+    """
+    runs = list({r.run: r for run, others in pairs.values() for r in (run, *others)}.values())
+    sums: dict[tuple, np.ndarray] = {}
+    for matrix in sorted(set().union(*(run.matrices for run in runs))):
+        modules = (matrix.module, BOTH) if matrix.module in PAIR else (matrix.module,)
         for side in SIDES:
-            bases = [(run, run.vectors(matrix, side)) for run in runs]
-            bases = [(run, basis.double()) for run, basis in bases if basis is not None]
-            for (run, basis), (other, other_basis) in combinations(bases, 2):
-                phi = subspace_similarities(basis, other_basis)
-                for kind, (i, j) in _sizes(run, other, *phi.shape).items():
-                    row = float(phi[i - 1, j - 1]), random_similarity(i, j, len(basis)), i, j
-                    modules = (matrix.module, "both") if matrix.module in PAIR else (matrix.module,)
-                    for module in modules:
-                        key = run.run, other.run, module, side, kind
-                        values.setdefault(key, []).append(row)
-    by_name = {run.run: run for run in runs}
-    return [
-        _record(by_name[run], by_name[other], module, side, kind, rows)
-        for (run, other, module, side, kind), rows in values.items()
-        if module != "both" or set(PAIR) <= _modules(by_name[run]) & _modules(by_name[other])
-    ]
+            bases = {r.run: r.vectors(matrix, side).numpy() for r in runs if matrix in r.matrices}
+            ends = np.cumsum([basis.shape[1] for basis in bases.values()])
+            spans = {name: (end - bases[name].shape[1], end) for name, end in zip(bases, ends)}
+            stacked = np.concatenate(list(bases.values()), axis=1)
+            for unit, (run, others) in pairs.items():
+                has = [i for i, other in enumerate(others) if other.run in spans]
+                if run.run not in spans or not has:
+                    continue
+                by_kind = _similarities(stacked, spans, run, [others[i] for i in has])
+                for (kind, rows), module in product(by_kind.items(), modules):
+                    key = unit, module, side, kind
+                    table = sums.setdefault(key, np.zeros((len(others), rows.shape[1])))
+                    sizes = np.maximum(table[has, :2], rows[:, :2])
+                    table[has] += rows
+                    table[has, :2] = sizes
+    records: dict[str, list[dict[str, Any]]] = {unit: [] for unit in pairs}
+    for (unit, module, side, kind), table in sums.items():
+        run, others = pairs[unit]
+        of = {"layer": OVERALL, "module": module, "metric": "update_phi", "side": side}
+        for other, (i, j, value, random, n) in zip(others, table.tolist()):
+            have_both = all({*PAIR} <= {m.module for m in r.matrices} for r in (run, other))
+            if n and (module != BOTH or have_both):
+                about = {**run.fields, **of, "k": int(i), "eps": None, "directions": kind}
+                about |= {"other": other.run, "other_step": other.step, "other_k": int(j)}
+                means = {"value": value / n, "random": random / n, "n": int(n)}
+                records[unit].append(about | means)
+    return records
 
 
-def _sizes(run: Directions, other: Directions, i: int, j: int) -> dict[str, tuple[int, int]]:
-    """How many of the i and j directions of the two are compared."""
-    sizes = (i, j)
-    if run.is_dense != other.is_dense:
-        sizes = (min(i, j), j) if run.is_dense else (i, min(i, j))
-    leading = min(i, j, LEADING)
-    return {"all": sizes, "leading": (leading, leading)}
+def _similarities(
+    stacked: np.ndarray,
+    spans: Mapping[str, tuple[int, int]],
+    run: Directions,
+    others: Sequence[Directions],
+) -> dict[str, np.ndarray]:
+    """A row for each other run: the numbers i and j of directions, phi(i, j), random, 1; by kind.
 
-
-def _modules(run: Directions) -> set[str]:
-    return {matrix.module for matrix in run.matrices()}
-
-
-def _record(
-    run: Directions, other: Directions, module: str, side: str, kind: str, rows: list[tuple]
-) -> dict[str, Any]:
-    value, random, i, j = (list(column) for column in zip(*rows))
-    return {
-        **run.fields,
-        "layer": -1,
-        "module": module,
-        "metric": "update_phi",
-        "side": side,
-        "k": max(i),
-        "eps": None,
-        "directions": kind,
-        "other": other.run,
-        "other_step": other.step,
-        "other_k": max(j),
-        "value": sum(value) / len(value),
-        "random": sum(random) / len(random),
-        "n": len(value),
+    phi(i, j) = ||U_i^T V_j||_F^2 / min(i, j), in [0, 1] (Hu et al., arXiv 2106.09685, section 7);
+    of random subspaces of a d-dimensional space max(i, j) / d. `stacked` is (d, all columns).
+    """
+    first, last = spans[run.run]
+    starts, ends = np.array([spans[other.run] for other in others]).T
+    begin = starts.min()
+    products = stacked[:, first:last].T @ stacked[:, begin : ends.max()]
+    squares = np.square(products, out=products)
+    size, sizes = last - first, ends - starts
+    fewer = np.minimum(size, sizes)
+    is_dense = np.array([other.is_dense for other in others])
+    leading = np.minimum(fewer, LEADING)
+    compared = {
+        "all": (
+            np.where(run.is_dense & ~is_dense, fewer, size),
+            np.where(is_dense & (not run.is_dense), fewer, sizes),
+        ),
+        "leading": (leading, leading),
     }
+    rows = {}
+    for kind, (i, j) in compared.items():
+        edges = np.stack([starts, starts + j], axis=1).ravel() - begin
+        lines = {n: np.append(squares[:n].sum(axis=0), 0.0) for n in np.unique(i)}
+        sums = {n: np.add.reduceat(line, edges)[::2] for n, line in lines.items()}
+        phi = np.array([sums[n][position] for position, n in enumerate(i)]) / np.minimum(i, j)
+        rows[kind] = np.stack([i, j, phi, np.maximum(i, j) / len(stacked), np.ones(len(i))], axis=1)
+    return rows

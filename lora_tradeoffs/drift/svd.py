@@ -104,7 +104,7 @@ def cached_svd(weight: torch.Tensor, folder: Path) -> SVD:
     """
     from safetensors.torch import save_file
 
-    key = _digest([weight])
+    key = digest([weight])
     path = Path(folder) / f"{key[:32]}.safetensors"
     cached = _read_cache(path, key)
     if cached is not None:
@@ -113,7 +113,7 @@ def cached_svd(weight: torch.Tensor, folder: Path) -> SVD:
     # the memory layout of a tensor read from the cache: products round differently in another one
     result = SVD(result.U.contiguous(), result.S, result.Vh.contiguous())
     tensors = {"U": result.U.cpu(), "S": result.S.cpu(), "Vh": result.Vh.cpu()}
-    content = _digest(list(tensors.values()))
+    content = digest(list(tensors.values()))
     metadata = {"format": CACHE_FORMAT, "weight": key, "content": content}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
@@ -132,13 +132,14 @@ def _read_cache(path: Path, key: str) -> list[torch.Tensor] | None:
             tensors = [file.get_tensor(name) for name in ("U", "S", "Vh")]
     except (OSError, SafetensorError):
         return None
-    return tensors if _digest(tensors) == metadata.get("content") else None
+    return tensors if digest(tensors) == metadata.get("content") else None
 
 
-def _digest(tensors: Sequence[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: Sequence[torch.Tensor]) -> str:
+    """The sha256 of the tensors' types, shapes and values."""
+    sha256 = hashlib.sha256()
     for tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
+        sha256.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        sha256.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return sha256.hexdigest()

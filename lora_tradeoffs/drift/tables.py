@@ -8,6 +8,7 @@ checkpoint, `directions/` the update's singular vectors.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from lora_tradeoffs.records import unit_name
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
     from lora_tradeoffs.drift.matrix import MatrixDrift
 
@@ -47,6 +49,8 @@ def table_files(folder: Path, subject: Subject) -> list[Path]:
 
 def write_tables(folder: Path, subject: Subject, drift: CheckpointDrift) -> None:
     """Write the checkpoint's tables below the results' folder."""
+    from lora_tradeoffs.drift.svd import digest
+
     layers, spectra, similarities, *directions = table_files(folder, subject)
     _write_table(layers, _layer_table(drift))
     _write_table(spectra, _spectrum_table(drift))
@@ -60,7 +64,9 @@ def write_tables(folder: Path, subject: Subject, drift: CheckpointDrift) -> None
             for side, basis in zip(("left", "right"), d.directions)
             if basis.shape[1]
         }
-        _save_tensors(path, vectors, {"fields": json.dumps(common_fields(subject))})
+        content = digest([vectors[name] for name in sorted(vectors)])
+        metadata = {"fields": json.dumps(common_fields(subject)), "content": content}
+        _save_tensors(path, vectors, metadata)
 
 
 def _layer_table(drift: CheckpointDrift) -> pd.DataFrame:
@@ -98,18 +104,39 @@ def layers_file(folder: Path) -> Path:
 
 
 def join_layers(folder: Path) -> None:
-    """Join the rows of all checkpoints in `layers_file`."""
-    import pandas as pd
+    """Join the rows of all checkpoints in `layers_file`, unless it is of the tables as they are.
 
-    parts = []
-    for path in sorted((folder / "layers").glob("*.parquet")):
-        run, _, step = path.stem.rpartition("-")
-        parts.append(pd.read_parquet(path).assign(run=run, step=int(step)))
-    if parts:
-        table = pd.concat(parts, ignore_index=True)
-        for name in ("run", "module", "decomposition", "metric", "side"):
-            table[name] = table[name].astype("category")
-        _write_table(layers_file(folder), table)
+    Its time is that of the folder of tables, which changes when a table is written or deleted.
+    """
+    from pyarrow.parquet import ParquetWriter
+
+    joined, tables = layers_file(folder), folder / "layers"
+    paths = sorted(tables.glob("*.parquet"))
+    time = tables.stat().st_mtime_ns if paths else 0
+    if not paths or (joined.is_file() and joined.stat().st_mtime_ns == time):
+        return
+    schema = _read_layers(paths[0]).schema
+    with written_whole(joined) as temporary:
+        with ParquetWriter(temporary, schema) as writer:
+            for path in paths:
+                writer.write_table(_read_layers(path).cast(schema))
+        os.utime(temporary, ns=(time, time))
+
+
+def _read_layers(path: Path) -> pa.Table:
+    """The rows of one checkpoint with its run and step; words as categories."""
+    import pyarrow as pa
+    from pyarrow.parquet import read_table
+
+    run, _, step = path.stem.rpartition("-")
+    table = read_table(path)
+    table = table.append_column("run", pa.array([run] * len(table)))
+    table = table.append_column("step", pa.array([int(step)] * len(table)))
+    for i, field in enumerate(table.schema):
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            words = table[field.name].cast(pa.string()).dictionary_encode()
+            table = table.set_column(i, field.name, words)
+    return table
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:

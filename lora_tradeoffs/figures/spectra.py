@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from config import INTRUDER_EPSILON, RANKS
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.1, 0.5, 0.9)
 MOST_NUMBERED = 9  # runs up to which a cell of the phi matrix is wide enough for its number
+LARGEST_PANEL = 8.0  # inches of the phi matrix: about 60 runs have a label each
 SHOWN = 64  # leading vectors of a similarity matrix
 SPECTRA: dict[str, dict[str, Any]] = {
     "base": {"label": "base $W_0$", "color": GREY, "linestyle": "-", "lw": 2.4, "alpha": 0.5},
@@ -132,7 +134,8 @@ def phi_between_runs(study: StudyRecords, frame: DataFrame) -> Figure:
     require(rows, "fewer than two runs with an update, so none to compare")
     labels = _run_labels(frame, {*rows["run"], *rows["other"]})
     names = [*labels]
-    pairs = [sorted(pair, key=names.index) for pair in zip(rows["run"], rows["other"])]
+    position = {name: i for i, name in enumerate(names)}
+    pairs = [sorted(pair, key=position.get) for pair in zip(rows["run"], rows["other"])]
     pairs = [p if side == "left" else p[::-1] for p, side in zip(pairs, rows["side"])]
     kinds = {"all": "all directions", "leading": f"the first {min(RANKS)}"}
     rows = rows.assign(
@@ -141,17 +144,19 @@ def phi_between_runs(study: StudyRecords, frame: DataFrame) -> Figure:
         row=rows["directions"].map(kinds),
         column=rows["module"].map(MODULES),
     )
-    side = max(2.2, 0.13 * len(labels))
+    side = min(max(2.2, 0.13 * len(labels)), LARGEST_PANEL)
+    every = math.ceil(0.13 * len(labels) / LARGEST_PANEL)  # else the labels are on each other
     panels = Panels.grid(rows, "row", "column", (side, side), "all", "all")
     style = {"annot": len(labels) <= MOST_NUMBERED, "fmt": ".2f", "annot_kws": {"size": 6}}
+    style |= {"xticklabels": False, "yticklabels": False}  # seaborn would draw to place them
     for _, ax, part in panels:
         table = part.pivot_table(index="above", columns="below", values="value", aggfunc="last")
         table = table.reindex(index=names, columns=names)
         marks.heat_map(ax, table, cmap="magma", vmin=0, vmax=1, **style)
         ax.set_facecolor("#eeeeee")
-        ticks = [i + 0.5 for i in range(len(labels))]
-        ax.set_xticks(ticks, labels.values(), rotation=90, size=5.5)
-        ax.set_yticks(ticks, labels.values(), rotation=0, size=5.5)
+        ticks, texts = [i + 0.5 for i in range(0, len(labels), every)], [*labels.values()][::every]
+        ax.set_xticks(ticks, texts, rotation=90, size=5.5)
+        ax.set_yticks(ticks, texts, rotation=0, size=5.5)
     panels.label(y=str)
     panels.colour_bar("$\\phi$", shrink=0.7)
     expected = rows.groupby("module")["random"].agg(["min", "max"])
@@ -162,7 +167,8 @@ def phi_between_runs(study: StudyRecords, frame: DataFrame) -> Figure:
         "Above the diagonal: left singular vectors of the updates; below it: right ones. Mean"
         f" over the layers, last checkpoints. Random subspaces have {chance}. Of a dense update"
         " as many directions are compared as the LoRA run has. LoRA runs of one seed and rank"
-        " start from the same A, so their right vectors are alike for that reason, too."
+        " start from the same A, so their right vectors are alike for that reason, too. Grey: not"
+        " compared (different families are with --all-pairs)."
     )
     return panels.finish(frame, [about], kind=None)
 

@@ -6,16 +6,16 @@ save(learning_curves(study), path)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import DOCUMENTS, PRESETS, Settings
+from config import DOCUMENTS, INTRUDER_K, PRESETS, Settings
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.results import Results, adaptation_items, retention_items
-from lora_tradeoffs.records import STUDY
+from lora_tradeoffs.records import MEAN, OVERALL, STUDY, Record
 from lora_tradeoffs.tables.arms import Arm, shared_words, with_plain_arms
 from lora_tradeoffs.tables.costs import gain_costs
 from lora_tradeoffs.tables.frames import SCRIPTS, load_records
@@ -28,6 +28,21 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from lora_tradeoffs.statistics.contrasts import Items
+
+
+def _is_drift_shown(record: Record) -> bool:
+    """Over all layers the intruders at every k, else the published k; of a layer the size."""
+    metric, overall = record.get("metric"), record.get("layer") == OVERALL
+    if record.get("k") in (None, INTRUDER_K) or metric in ("intruders", "update_phi"):
+        return overall or metric == "relative_frobenius"
+    return False
+
+
+# No figure or table shows the other records, which are most of all.
+SHOWN: dict[str, Callable[[Record], bool]] = {
+    "drift": _is_drift_shown,
+    "gradients": lambda r: r.get("layer") == OVERALL or r.get("task") == MEAN,
+}
 
 
 @dataclass
@@ -50,7 +65,10 @@ class StudyRecords:
     def load(cls, settings: Settings) -> StudyRecords:
         """Read what the analyses have written so far. Raises UserError for a broken file."""
         paths = {name: settings.document(name) for name in DOCUMENTS}
-        frames = {n: load_records(path) if path.is_file() else None for n, path in paths.items()}
+        frames = {
+            name: load_records(path, SHOWN.get(name)) if path.is_file() else None
+            for name, path in paths.items()
+        }
         frames = {n: None if f is None or f.empty else f for n, f in frames.items()}
         rates = read_rates(settings.runs_dir)
         chosen = {n: None if f is None else at_chosen_rates(f, rates) for n, f in frames.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ class GradientAnalysis(Analysis):
         common = {**unit.subject.fields, **about}
         return Measurement([{**common, **record} for record in conflict_records(products)])
 
-    def table(self, records: list[dict[str, Any]]) -> str:
+    def table(self, records: Iterable[dict[str, Any]]) -> str:
         return gradient_table(records)
 
 

@@ -15,14 +15,14 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe
-from lora_tradeoffs.files import read_json, written_whole
+from lora_tradeoffs.files import read_records, written_whole
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.measuring.subjects import Subject, own_settings, weights_of
 from lora_tradeoffs.models.base import Base, load_tokenizer
@@ -78,7 +78,7 @@ class Analysis:
         """
         raise NotImplementedError
 
-    def table(self, records: list[dict[str, Any]]) -> str:
+    def table(self, records: Iterable[dict[str, Any]]) -> str:
         """What is printed at the end."""
         raise NotImplementedError
 
@@ -102,7 +102,7 @@ class Analysis:
 
     def is_done(self, unit: Any) -> bool:
         """Whether the unit was measured on these weights with this request."""
-        exists = self.results.unit_file(unit.name).is_file()
+        exists = self.results.unit_file(unit.name).is_file()  # the request may read the data
         return exists and self.results.is_done(unit.name, self.full_request(unit))
 
     def write(self, unit: Any, result: Measurement, batch_tokens: int) -> None:
@@ -115,7 +115,7 @@ class Analysis:
         parts = (result.records, result.scores, result.groups)
         self.results.write(unit.name, self.full_request(unit), *parts, batch_tokens)
 
-    def derived_records(self) -> list[dict[str, Any]]:
+    def derived_records(self) -> Iterable[dict[str, Any]]:
         """Records that compare units; made before the join, while no other process joins."""
         return []
 
@@ -222,7 +222,7 @@ def run(
     errors = measure_all(analysis, to_run, models) if to_run else []
     with results.joining():
         path = results.join(analysis.name, analysis.meta(), analysis.derived_records())
-    print(analysis.table(read_json(path)["records"]))
+    print(analysis.table(read_records(path)))
     for label, output in {"records": path, **analysis.outputs()}.items():
         print(f"{label}: {output}")
     if not args.no_figures:

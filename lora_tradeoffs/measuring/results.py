@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,13 @@ from config import UserError, system_error
 from lora_tradeoffs.files import (
     check_shape,
     file_record,
+    read_head,
     read_json,
     remove_partial,
-    write_json,
+    write_records,
     written_whole,
 )
 from lora_tradeoffs.records import (
-    DOCUMENT,
     OLD_VERSIONS,
     RECORD_VERSION,
     UNIT,
@@ -59,14 +60,18 @@ class Results:
         path, items = self.unit_file(unit), self.items_file(unit)
         if not path.is_file():
             return False
-        document = _read(path)
-        if document["request"] != json.loads(json.dumps(request)):
+        head = _head(path)
+        if head["request"] != json.loads(json.dumps(request)):
             return False
-        listed = document.get("items")
+        listed = head.get("items")
         if listed and not (items.is_file() and file_record(items) == listed):
             print(f"{items} is damaged or missing: {unit} is measured again", flush=True)
             return False
         return True
+
+    def read(self, unit: str) -> dict[str, Any]:
+        """The unit's document. Raises UserError if it is damaged or of another version."""
+        return _read(self.unit_file(unit))
 
     def write(
         self,
@@ -84,14 +89,13 @@ class Results:
         UserError rather than overwrite a file of another version of the suite.
         """
         if self.unit_file(unit).is_file():
-            _read(self.unit_file(unit))
-        document = {"record_version": RECORD_VERSION, "request": request}
+            _head(self.unit_file(unit))
+        head = {"record_version": RECORD_VERSION, "request": request}
         if scores:
             self._write_items(unit, scores, groups)
-            document["items"] = file_record(self.items_file(unit))
-        document |= {"batch_tokens": batch_tokens} if batch_tokens else {}
-        document["records"] = [_strict(record) for record in records]
-        write_json(self.unit_file(unit), document)
+            head["items"] = file_record(self.items_file(unit))
+        head |= {"batch_tokens": batch_tokens} if batch_tokens else {}
+        write_records(self.unit_file(unit), head, map(_strict, records))
 
     def _write_items(self, unit: str, scores: Sequence[Scores], groups: np.ndarray | None) -> None:
         import pandas as pd
@@ -143,14 +147,17 @@ class Results:
 
     def units(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every unit's name and document, by name."""
-        for path in sorted((self.folder / "records").glob("*.json")):
+        for path in self._unit_files():
             yield path.stem, _read(path)
+
+    def _unit_files(self) -> list[Path]:
+        return sorted((self.folder / "records").glob("*.json"))
 
     def check(self, name: str) -> None:
         """Raise UserError if a unit or the document is of another version; before measuring."""
         _check_document(self.folder / f"{name}.json")
-        for _ in self.units():
-            pass
+        for path in self._unit_files():
+            _head(path)
 
     @contextlib.contextmanager
     def joining(self) -> Iterator[None]:
@@ -162,7 +169,7 @@ class Results:
             remove_partial(self.folder)
             yield
 
-    def join(self, name: str, meta: dict[str, Any], derived: Sequence[dict[str, Any]] = ()) -> Path:
+    def join(self, name: str, meta: dict[str, Any], derived: Iterable[dict[str, Any]] = ()) -> Path:
         """Write the records of all units to one document, `<folder>/<name>.json`; its path.
 
         `derived` are records that compare units; they come last. Raises UserError rather than
@@ -170,10 +177,9 @@ class Results:
         """
         path = self.folder / f"{name}.json"
         _check_document(path)
-        records = [record for _, unit in self.units() for record in unit["records"]]
-        records += [_strict(record) for record in derived]
+        records = (record for _, unit in self.units() for record in unit["records"])
         meta = {**meta, "record_version": RECORD_VERSION}
-        write_json(path, {"meta": meta, "records": records})
+        write_records(path, {"meta": meta}, itertools.chain(records, map(_strict, derived)))
         return path
 
 
@@ -182,6 +188,14 @@ def _strict(record: dict[str, Any]) -> dict[str, Any]:
     return {
         k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in record.items()
     }
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """A unit's document without its records, which stand last. Raises UserError as `_read` does."""
+    head = read_head(path)
+    _check_version(path, head.get("record_version"), path.parent.parent)
+    check_shape(path, head, {"request": dict})
+    return head
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -199,7 +213,7 @@ def _check_document(path: Path) -> None:
     """Raise UserError if the joined document is of another version; a damaged one is replaced."""
     with contextlib.suppress(FileNotFoundError):
         try:
-            version = read_json(path, DOCUMENT)["meta"].get("record_version")
+            version = read_head(path, {"meta": dict})["meta"].get("record_version")
         except UserError:
             return
         _check_version(path, version, path.parent)

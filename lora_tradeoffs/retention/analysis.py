@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -348,7 +348,7 @@ class Retention(Analysis):
         records, self.uncompared = derived_records(self.results)
         return records
 
-    def table(self, records: list[Record]) -> str:
+    def table(self, records: Iterable[Record]) -> str:
         return retention_table(records, self.options.num_fewshot)
 
     def outputs(self) -> dict[str, Path]:

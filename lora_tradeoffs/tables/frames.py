@@ -10,21 +10,23 @@ mean alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES, PRESETS, SPLITS, TASKS, UserError
 from dataset_descriptions import DESCRIPTIONS
-from lora_tradeoffs.files import read_json
+from lora_tradeoffs.files import read_head, read_records
 from lora_tradeoffs.records import (
     DOCUMENT,
     OLD_VERSIONS,
     OVERALL,
     RECORD_VERSION,
     TRAINED,
+    Record,
     metric_scale,
     read_run,
     updated,
@@ -52,6 +54,7 @@ RUN_COLUMNS = {
     "environment.git_commit": "commit",
     **{f"environment.versions.{name}": name for name in ("torch", "transformers")},
 }
+PART = 20_000  # records that are Python objects at a time
 TEXTS = ("run", "family", "method", "split", "task", "metric")
 NUMBERS = ("rank", "seed", "step", "fraction", "value")
 NEVER_NULL = ("run", "method", "metric", "rank", "seed", "step")
@@ -71,8 +74,8 @@ OPTIONAL = {
 }
 
 
-def load_records(path: Path) -> DataFrame:
-    """The records of a results document, one a row, with their arm.
+def load_records(path: Path, keep: Callable[[Record], bool] | None = None) -> DataFrame:
+    """The records of a results document, one a row, with their arm; only those that `keep` accepts.
 
     `attrs["meta"]` and the column `preset` hold where they come from. Raises UserError if the file
     is missing or holds what no script of this suite writes.
@@ -88,14 +91,24 @@ def load_records(path: Path) -> DataFrame:
             f"no {path}; make it with: {command}"
             f" (studies that have one: {', '.join(others) or 'none'})"
         )
-    document = read_json(path, DOCUMENT, f"{command} writes it anew")
-    meta, records = document["meta"], document["records"]
-    columns = None if records else [*TEXTS, *NUMBERS, "tasks", "variant"]
-    frame = pd.DataFrame(records, columns=columns)
-    if problem := _problem(meta, records, frame):
+    remedy = f"{command} writes it anew"
+    meta = read_head(path, {"meta": dict}, remedy)["meta"]
+    numbered = enumerate(read_records(path, DOCUMENT["records"][0], remedy))
+    rows = (row for row in numbered if keep is None or keep(row[1]))
+    parts, problem = [], _meta_problem(meta)
+    while not problem and (part := dict(itertools.islice(rows, PART))):
+        frame = pd.DataFrame(part.values(), index=part)
+        problem = _problem(part, frame)
+        if not problem and "variant" not in frame:
+            frame = pd.DataFrame(map(updated, part.values()), index=part)
+        parts.append(frame)
+    if not problem:
+        empty = pd.DataFrame(columns=[*TEXTS, *NUMBERS, "tasks", "variant"])
+        frame = _joined(parts or [empty])
+        problem = _contradiction(frame)
+    if problem:
         raise UserError(f"{path}: {problem}; edited by hand? {command} writes it anew")
-    if "variant" not in frame:
-        frame = pd.DataFrame(map(updated, records))
+    frame = frame.reset_index(drop=True)
     for name, default in OPTIONAL.items():
         frame[name] = frame[name].fillna(default) if name in frame else default
     for name in (*NUMBERS, "low", "high", "stderr"):
@@ -106,17 +119,34 @@ def load_records(path: Path) -> DataFrame:
     return frame
 
 
-def _problem(meta: dict[str, Any], records: list[dict[str, Any]], frame: DataFrame) -> str:
-    """What no script writes: a version, preset, field or type; "" if there is nothing."""
-    import numpy as np
+def _joined(parts: list[DataFrame]) -> DataFrame:
+    """The parts below each other, which are emptied: column by column takes half the memory.
 
+    A column that is empty in some parts keeps the type that it has in the others.
+    """
+    import pandas as pd
+
+    numbers, columns = [number for part in parts for number in part.index], {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part.pop(name) for part in parts if name in part]
+        filled = [column for column in values if column.notna().any()] or values
+        columns[name] = pd.concat(filled).reindex(numbers)
+    return pd.DataFrame(columns, index=numbers)
+
+
+def _meta_problem(meta: dict[str, Any]) -> str:
     version = meta.get("record_version", 1)
     if version not in (RECORD_VERSION, *OLD_VERSIONS):
         return f"record version {version!r}, this suite reads {RECORD_VERSION}"
-    if meta.get("preset") not in PRESETS:
-        return f"preset is {meta.get('preset')!r}"
+    return "" if meta.get("preset") in PRESETS else f"preset is {meta.get('preset')!r}"
+
+
+def _problem(records: dict[int, Record], frame: DataFrame) -> str:
+    """A field or type that no script writes, in records by their number; "" if there is none."""
+    import numpy as np
+
     required = {*TEXTS, *NUMBERS}
-    for number, record in enumerate(records):
+    for number, record in records.items():
         if missing := required - record.keys():
             return f"record {number} lacks {', '.join(sorted(missing))}"
     types: dict[str, Any] = dict.fromkeys(("target_modules", *TEXTS), str)
@@ -131,9 +161,9 @@ def _problem(meta: dict[str, Any], records: list[dict[str, Any]], frame: DataFra
             right = [isinstance(v, types[name]) and not isinstance(v, bool) for v in values]
             wrong[values.index] |= ~np.array(right, dtype=bool)
         if wrong.any():
-            number = int(wrong.argmax())
+            number = wrong.idxmax()
             return f"{name} of record {number} is {reprlib.repr(records[number].get(name))}"
-    return _contradiction(frame)
+    return ""
 
 
 def _contradiction(frame: DataFrame) -> str:
@@ -152,7 +182,7 @@ def _contradiction(frame: DataFrame) -> str:
     if repeated.any():
         row = frame[repeated].iloc[0]
         about = f"{row['metric']} on {row['task']} of {row['run']} at step {row['step']}"
-        return f"record {int(repeated.argmax())} repeats an earlier one ({about})"
+        return f"record {repeated.idxmax()} repeats an earlier one ({about})"
     return ""
 
 
@@ -293,8 +323,8 @@ def gaps(frame: DataFrame, tested: bool = True) -> list[str]:
     """
     from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
 
-    sentences = []
-    runs = frame[is_trained(frame)]
+    frame = frame.drop_duplicates(["run", "step", "split", "family", "arm"])
+    sentences, runs = [], frame[is_trained(frame)]
     words = shared_words([frame])
     for family in FAMILIES:
         ended = last_checkpoints(runs[runs["family"] == family])

@@ -29,7 +29,7 @@ SHOWN_BESIDE = {"rougeL": "rougeLsum"}
 NO_RECORDS = "no records: no checkpoint could be measured"
 
 
-def adaptation_table(records: list[dict[str, Any]]) -> str:
+def adaptation_table(records: Iterable[dict[str, Any]]) -> str:
     """Runs by tasks: the primary metric, on test where it was measured, and SHOWN_BESIDE it."""
     rows = _last_checkpoints(records)
     main = rows["task"].map(lambda task: describe(task).metrics[0])
@@ -63,7 +63,7 @@ def _prompt_lines(rows: DataFrame) -> list[str]:
     ]
 
 
-def retention_table(records: list[dict[str, Any]], shots: int = 0) -> str:
+def retention_table(records: Iterable[dict[str, Any]], shots: int = 0) -> str:
     """Runs by tasks: the score, and its change against the base with the standard error.
 
     `shots` chooses the benchmarks' records with so many in-context examples.
@@ -112,18 +112,22 @@ def _retention_notes(frame: DataFrame, losses: DataFrame) -> list[str]:
     return notes
 
 
-def drift_table(records: list[dict[str, Any]]) -> str:
+def drift_table(records: Iterable[dict[str, Any]]) -> str:
     """Runs and modules: the size of the update and its spectrum; intruders per matrix."""
-    if not records:
+    metrics = [metric for metric, _ in DRIFT_COLUMNS.values()]
+    published = [
+        r
+        for r in records
+        if r["metric"] in metrics
+        and r["layer"] == OVERALL
+        and r["k"] in (None, INTRUDER_K)
+        and r["eps"] in (None, INTRUDER_EPSILON)
+    ]
+    if not published:
         return NO_RECORDS
-    rows = _last_checkpoints(records)
-    k, epsilon = rows["k"], rows["eps"]
-    published = (k.isna() | (k == INTRUDER_K)) & (epsilon.isna() | (epsilon == INTRUDER_EPSILON))
-    rows = rows[published & (rows["layer"] < 0)]
-    table = rows.pivot_table(
+    table = _last_checkpoints(published).pivot_table(
         index=["run", "module"], columns="metric", values="value", aggfunc="last", sort=False
     )
-    metrics = [metric for metric, _ in DRIFT_COLUMNS.values()]
     table = table.reindex(columns=metrics).dropna(subset=["relative_frobenius"])
     table.columns = list(DRIFT_COLUMNS)
     for title, (_, form) in DRIFT_COLUMNS.items():
@@ -135,14 +139,14 @@ def drift_table(records: list[dict[str, Any]]) -> str:
     return f"{table.reset_index('module').rename_axis(None).to_string()}\n{note}"
 
 
-def gradient_table(records: list[dict[str, Any]]) -> str:
+def gradient_table(records: Iterable[dict[str, Any]]) -> str:
     """For each family, runs by pairs of tasks: the gradients' cosine over all layers."""
-    if not records:
-        return NO_RECORDS
     import pandas as pd
 
-    rows = _last_checkpoints(records)
-    rows = rows[(rows["layer"] == OVERALL) & (rows["module"] == BOTH)]
+    overall = [r for r in records if (r["layer"], r["module"]) == (OVERALL, BOTH)]
+    if not overall:
+        return NO_RECORDS
+    rows = _last_checkpoints(overall)
     known = rows.dropna(subset=["value"])
     keys = ["family", "run", "task", "other"]
     within = known[known["metric"] == "within_cosine"].groupby(keys[:2])["value"].mean()

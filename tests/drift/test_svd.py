@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from reference import subspace_similarities
 from safetensors.torch import save_file
 from synthetic_spectra import SHAPES, lora, normal, weight_of
 
 from lora_tradeoffs.drift import svd as svd_module
-from lora_tradeoffs.drift.measures import subspace_similarities
 from lora_tradeoffs.drift.svd import cached_svd, lora_update_svd, singular_values, svd
 
 

@@ -50,7 +50,7 @@ class Memory(Analysis):
         return Measurement([{**record, "metric": "tokens", "value": batch_tokens}])
 
     def table(self, records):
-        return f"{len(records)} records"
+        return f"{len([*records])} records"
 
 
 @pytest.fixture
