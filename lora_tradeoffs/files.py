@@ -130,7 +130,7 @@ def read_records(path: Path, shape: Shape = dict, remedy: str = DELETE) -> Itera
 
     Raises UserError as `read_json` does, where the damage begins.
     """
-    decode = json.JSONDecoder(parse_constant=_refuse).raw_decode
+    decode = json.JSONDecoder().raw_decode
     with path.open(encoding="utf-8") as file, _damage(path, remedy):
         text, position, number = _read_to_records(file)[1], 0, 0
         while True:
@@ -145,8 +145,10 @@ def read_records(path: Path, shape: Shape = dict, remedy: str = DELETE) -> Itera
                     raise
                 text, position = text[position:] + block, 0
                 continue
-            if problem := shape_problem(record, shape):
-                raise UserError(f"{path} is damaged: record {number}, {problem}; {remedy}")
+            if shape_problem(record, shape):
+                check_shape(
+                    path, {"records": {f"{number}": record}}, {"records": {"*": shape}}, remedy
+                )
             yield record
             number += 1
         if (text[position + 1 :] + file.read()).strip() != "}":
@@ -159,7 +161,8 @@ def _damage(path: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except (IndexError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it is no JSON ({error}); {remedy}") from None
+        read_json(path, {"records": [object]}, remedy)  # says what is wrong
+        raise UserError(f"{path} is damaged: {error}; {remedy}") from None
 
 
 def _read_to_records(file: TextIO) -> tuple[str, str]:
@@ -170,10 +173,6 @@ def _read_to_records(file: TextIO) -> tuple[str, str]:
             raise ValueError("without records")
         text += block
     return text[: start.start()].rstrip().rstrip(",") + "}", text[start.end() :]
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def read_json(path: Path, shape: Shape = dict, remedy: str = DELETE) -> Any:

@@ -94,5 +94,5 @@ def test_a_document_that_is_cut_off_is_refused(settings, cut):
     write_large_study(settings, seeds=1, points=1, layers=1)
     path = Results(settings.document("drift").parent).join("drift", {"preset": "demo"})
     path.write_text(path.read_text()[:cut])
-    with pytest.raises(UserError, match=r"drift.json is not a results document"):
+    with pytest.raises(UserError, match=r"drift.json is damaged: it is no JSON"):
         load_records(path)
