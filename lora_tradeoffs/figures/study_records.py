@@ -6,7 +6,7 @@ save(learning_curves(study), path)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,19 +30,26 @@ if TYPE_CHECKING:
     from lora_tradeoffs.statistics.contrasts import Items
 
 
+COSINES = ("gradient_cosine", "gradient_conflict", "within_cosine")
+
+
 def _is_drift_shown(record: Record) -> bool:
     """Over all layers the intruders at every k, else the published k; of a layer the size."""
     metric, overall = record.get("metric"), record.get("layer") == OVERALL
-    if record.get("k") in (None, INTRUDER_K) or metric in ("intruders", "update_phi"):
-        return overall or metric == "relative_frobenius"
-    return False
+    if metric in ("intruders", "update_phi", "update_share"):
+        return overall
+    is_published = record.get("k") == INTRUDER_K and metric in ("phi", "rho")
+    return metric == "relative_frobenius" or (overall and is_published)
+
+
+def _is_conflict_shown(record: Record) -> bool:
+    """The cosines over all layers; of a layer the mean over the pairs of tasks."""
+    is_mean = record.get("layer") == OVERALL or record.get("task") == MEAN
+    return is_mean and record.get("metric") in COSINES
 
 
 # No figure or table shows the other records, which are most of all.
-SHOWN: dict[str, Callable[[Record], bool]] = {
-    "drift": _is_drift_shown,
-    "gradients": lambda r: r.get("layer") == OVERALL or r.get("task") == MEAN,
-}
+SHOWN = {"drift": _is_drift_shown, "gradients": _is_conflict_shown}
 
 
 @dataclass
