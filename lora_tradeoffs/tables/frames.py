@@ -169,16 +169,16 @@ def _problem(records: dict[int, Record], frame: DataFrame) -> str:
 def _contradiction(frame: DataFrame) -> str:
     """Two records of one measurement, or of one run as two arms; "" if there are none."""
     arms = frame[["run", *(name for name in (*TRAINED, "variant") if name in frame)]]
-    arms = arms.drop_duplicates()
+    try:
+        arms = arms.drop_duplicates()
+        repeated = frame.duplicated([name for name in frame if name not in FIGURES])
+    except TypeError:
+        return "a record holds a list or an object"
     if (changed := arms["run"].duplicated()).any():
         run = arms["run"][changed].iloc[0]
         first, other = arms[arms["run"] == run].iloc[:2].to_dict("records")
         fields = [f"{n} {first[n]!r} and {other[n]!r}" for n in first if first[n] != other[n]]
         return f"run {run} has {', '.join(fields)} in records {arms.index[changed][0]} and before"
-    try:
-        repeated = frame.duplicated([name for name in frame if name not in FIGURES])
-    except TypeError:
-        return "a record holds a list or an object"
     if repeated.any():
         row = frame[repeated].iloc[0]
         about = f"{row['metric']} on {row['task']} of {row['run']} at step {row['step']}"
