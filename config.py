@@ -115,7 +115,7 @@ class Preset:
     arms: dict[str, tuple[tuple[str, int], ...]]  # (method, rank) that run_study.py trains
     epochs: float
     checkpoints: int
-    lora_rate_factor: float  # LoRA's default learning rate over full fine-tuning's
+    lora_rate_factor: float  # LoRA's default learning rate at rank 16 over full fine-tuning's
     batch_size: dict[str, int]  # rows per optimizer step, by family
     micro_batch_size: dict[str, int]  # rows per forward pass on a device, by family
     max_length: dict[str, int]  # prompt and completion together, by family

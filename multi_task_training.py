@@ -151,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-steps", type=int, metavar="N", help="train N optimizer steps instead of epochs")
     modules = "which projections get LoRA (default qv)"
     add("--target-modules", choices=TARGET_MODULES, help=modules)
-    scaling = "how alpha follows the rank: 2r (default), constant 32, or rsLoRA"
+    scaling = "how alpha follows the rank: 2r (default), constant 32, or rsLoRA (8 over sqrt(r))"
     add("--scaling", choices=SCALINGS, help=scaling)
     dtype = "precision of the computation (default auto: bf16 autocast where it is fast)"
     add("--dtype", choices=CHOICES["dtype"], help=dtype)

@@ -14,6 +14,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from config import (
@@ -80,10 +81,24 @@ def build_parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------ the checks
 
 
+def folder_digests(settings: Settings) -> dict[str, str]:
+    """Digests of the model's weights and of the rows, where these are in folders of the user's."""
+    from lora_tradeoffs.data.sources import source_digest
+    from lora_tradeoffs.models.base import prepare_base
+
+    digests = {}
+    if Path(settings.model).expanduser().is_dir():
+        digests["model"] = prepare_base(settings).digest
+    if settings.data not in ("hub", "sample"):
+        digests["data"] = source_digest(Path(settings.data))
+    return digests
+
+
 def check_study(args: argparse.Namespace, settings: Settings, runs: Sequence[Run]) -> None:
     """Write what defines the study, or compare. Raises UserError with the fields that differ.
 
-    `arms`, by family, grow with the grid: the report's confirmatory tests are those of all of them.
+    The same weights or rows in another folder are no difference. `arms`, by family, grow with the
+    grid: the report's confirmatory tests are those of all of them.
     """
     mixes = [run.config for run in runs if run.config.tasks == FAMILIES[run.config.family]]
     arms = {f: {(c.method, c.rank) for c in mixes if c.family == f} for f in FAMILIES}
@@ -91,6 +106,13 @@ def check_study(args: argparse.Namespace, settings: Settings, runs: Sequence[Run
     request |= {"preset": settings.preset.name, "model": settings.model, "data": settings.data}
     path = settings.output_dir / "outputs" / settings.study / "study.json"
     before = read_json(path, STUDY) if path.is_file() else dict(request)
+    request["digests"] = before.get("digests", {})
+    if not path.is_file():
+        request["digests"] = folder_digests(settings)
+    if any(request[name] != before[name] for name in ("model", "data")):
+        here = folder_digests(settings).items()
+        same = [name for name, digest in here if request["digests"].get(name) == digest]
+        request |= {name: before[name] for name in same}
     for family, planned in before.get("arms", {}).items():
         arms[family] |= {(arm["method"], arm["rank"]) for arm in planned}
     if changes := changed({name: before.get(name) for name in FIXED}, request):

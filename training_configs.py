@@ -10,7 +10,17 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field, fields
 
-from config import FAMILIES, PRESETS, RANKS, TARGET_MODULES, TASKS, Settings, UserError
+from config import (
+    FAMILIES,
+    LARGEST_NUMBER,
+    LARGEST_SEED,
+    PRESETS,
+    RANKS,
+    TARGET_MODULES,
+    TASKS,
+    Settings,
+    UserError,
+)
 
 METHODS = ("lora", "full", "full_qv")
 SCALINGS = ("2r", "constant", "rslora")
@@ -25,25 +35,53 @@ CHOICES = {
     "attention": ("auto", "eager", "sdpa"),
     "report_to": ("tensorboard", "wandb", "none"),
 }
-MINIMA = {
-    0: ("max_steps", "limit", "weight_decay", "max_grad_norm", "seed"),
-    1: (
-        *("batch_size", "micro_batch_size", "eval_batch_size", "checkpoints", "logging_steps"),
+# The allowed values of numbers, both ends included. The order of the rows is laid out beforehand: a
+# typing error in the steps must not take all memory.
+RANGES = {
+    (0, LARGEST_SEED): ("seed",),
+    (0, 1_000_000): ("rank", "max_steps"),
+    (0, LARGEST_NUMBER): ("limit", "weight_decay", "max_grad_norm"),
+    (1, 10_000): ("checkpoints",),
+    (1, LARGEST_NUMBER): (
+        *("batch_size", "micro_batch_size", "eval_batch_size", "logging_steps"),
         *("examples_per_task", "eval_examples_per_task", "temperature"),
     ),
-    64: ("max_length",),
+    (64, 1_000_000): ("max_length",),
+    (1e-12, 10_000): ("learning_rate", "epochs"),
+    (0, 0.999): ("lora_dropout", "warmup"),
 }
 CONSTANT_ALPHA = 32  # what alpha = 2r gives at the grid's middle rank
+# A constant over sqrt(rank), as in Kalajdzievski 2023, arXiv:2312.03732: alpha = 2r over sqrt(rank)
+# would grow with the rank. All three scalings have the scale 2 at rank 16.
+RSLORA_ALPHA = 8
 
 
-def default_learning_rate(method: str, hidden_size: int, lora_factor: float = 10) -> float:
-    """5e-5 * (2000 / hidden_size)^0.781, times `lora_factor` for LoRA; rounded to two digits.
+def lora_alpha(rank: int, scaling: str) -> int:
+    """LoRA's alpha at a rank."""
+    return {"constant": CONSTANT_ALPHA, "rslora": RSLORA_ALPHA}.get(scaling, 2 * rank)
+
+
+def lora_scale(rank: int, scaling: str) -> float:
+    """The factor of B A in the weight: alpha / rank, or alpha / sqrt(rank) for rslora."""
+    return lora_alpha(rank, scaling) / (rank**0.5 if scaling == "rslora" else rank)
+
+
+def default_learning_rate(
+    method: str, hidden_size: int, lora_factor: float = 10, rank: int = 0, scaling: str = "2r"
+) -> float:
+    """5e-5 * (2000 / hidden_size)^0.781; for LoRA times `lora_factor` and (1 + 2 x) / 3.
 
     The best rate for LoRA is about ten times that for full fine-tuning (fifteen times in runs of
-    about 100 steps) at any rank, so one shared rate would compare rates, not methods. Fitted to
-    Llama and Qwen by Schulman et al. 2025, "LoRA Without Regret".
+    about 100 steps), so one shared rate would compare rates, not methods. Fitted to Llama and Qwen
+    by Schulman et al. 2025, "LoRA Without Regret", at every rank with the scale 32 / rank. At
+    another scale, x = 32 / rank / scale is what theirs is greater: with alpha = 2r one rate for
+    every rank would make the steps grow with the rank. (1 + 2 x) / 3 is fitted to validation losses
+    early and late in runs of 40 steps (docs/verification.md). Rounded to two digits.
     """
-    rate = 5e-5 * (lora_factor if method == "lora" else 1) * (2000 / hidden_size) ** 0.781
+    rate = 5e-5 * (2000 / hidden_size) ** 0.781
+    if method == "lora" and rank > 0:
+        x = CONSTANT_ALPHA / rank / lora_scale(rank, scaling)
+        rate *= lora_factor * (1 + 2 * x) / 3
     return float(f"{rate:.1e}")
 
 
@@ -69,9 +107,13 @@ class TrainingConfig:
     seed: int = _field(42, "of the adapter's start, the dropout and the row order", identity=True)
     target_modules: str = _field("qv", f"projections with LoRA: {' | '.join(TARGET_MODULES)}")
     scaling: str = _field(
-        "2r", f"2r: alpha = 2 rank; constant: alpha = {CONSTANT_ALPHA}; rslora: 2r over sqrt(rank)"
+        "2r",
+        f"2r: alpha = 2 rank; constant: alpha = {CONSTANT_ALPHA}; rslora: {RSLORA_ALPHA},"
+        " over sqrt(rank)",
     )
-    learning_rate: float = _field(0.0, "peak learning rate", shown="by method and hidden size")
+    learning_rate: float = _field(
+        0.0, "peak learning rate", shown="by method, hidden size and scale"
+    )
     epochs: float = _field(1.0, "passes over the mixed rows")
     max_steps: int = _field(0, "optimizer steps; 0: as many as the epochs need", short="steps")
     batch_size: int = _field(32, "rows per optimizer step, over all devices", short="bs")
@@ -98,8 +140,17 @@ class TrainingConfig:
     report_to: str = _field("tensorboard", "tensorboard | wandb | none", operational=True)
 
     def __post_init__(self) -> None:
-        for message in self._problems():
-            raise UserError(message)
+        for messages in (self._wrong_types, self._problems):
+            for message in messages():
+                raise UserError(message)
+
+    def _wrong_types(self) -> typing.Iterator[str]:
+        """Fields that hold another type than theirs; a whole number is a float, too."""
+        for name, kind in typing.get_type_hints(TrainingConfig).items():
+            value, kind = getattr(self, name), typing.get_origin(kind) or kind
+            allowed = (int, float) if kind is float else kind
+            if not isinstance(value, allowed) or (kind is not bool and isinstance(value, bool)):
+                yield f"{name} is {value!r}; allowed: {kind.__name__}"
 
     def _problems(self) -> typing.Iterator[str]:
         for task in self.tasks:
@@ -125,30 +176,20 @@ class TrainingConfig:
                 "rank, target_modules, scaling and lora_dropout belong to LoRA; leave them out for"
                 f" {self.method}"
             )
-        for floor, names in MINIMA.items():
+        for (low, high), names in RANGES.items():
             for name in names:
-                if not getattr(self, name) >= floor:
-                    yield f"{name} is {getattr(self, name)}; allowed: at least {floor}"
-        for name in ("learning_rate", "epochs"):
-            if not 0 < getattr(self, name) < float("inf"):
-                yield f"{name} is {getattr(self, name)}; allowed: above 0"
-        for name in ("lora_dropout", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name} is {getattr(self, name)}; allowed: 0 or more and below 1"
+                if not low <= getattr(self, name) <= high:
+                    yield f"{name} is {getattr(self, name)}; allowed: {low:,} to {high:,}"
 
     @property
     def alpha(self) -> int:
         """LoRA's alpha; 0 for dense training."""
-        if self.method != "lora":
-            return 0
-        return CONSTANT_ALPHA if self.scaling == "constant" else 2 * self.rank
+        return lora_alpha(self.rank, self.scaling) if self.method == "lora" else 0
 
     @property
     def scale(self) -> float:
-        """The factor of B A in the weight: alpha / rank, or alpha / sqrt(rank) for rslora."""
-        if self.method != "lora":
-            return 0.0
-        return self.alpha / (self.rank**0.5 if self.scaling == "rslora" else self.rank)
+        """The factor of B A in the weight; 0 for dense training."""
+        return lora_scale(self.rank, self.scaling) if self.method == "lora" else 0.0
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -161,9 +202,9 @@ class TrainingConfig:
         return values | {"alpha": self.alpha, "scale": self.scale}
 
     def compared(self) -> dict[str, typing.Any]:
-        """The fields that must be equal for a run to be resumed or taken as done."""
-        record = self.record()
-        return {f.name: record[f.name] for f in fields(self) if not f.metadata.get("operational")}
+        """The fields, and alpha, that must be equal for a run to be resumed or taken as done."""
+        left_out = {"scale", *(f.name for f in fields(self) if f.metadata.get("operational"))}
+        return {k: v for k, v in self.record().items() if k not in left_out}
 
     def run_name(self, defaults: TrainingConfig) -> str:
         """Tasks, method, every field that differs from the defaults, and seed."""
@@ -225,8 +266,12 @@ def default_config(
     rank: int,
     seed: int,
     hidden_size: int,
+    scaling: str = "2r",
 ) -> TrainingConfig:
-    """The default configuration of an arm under the settings' preset."""
+    """The default configuration of an arm under the settings' preset.
+
+    Its learning rate is that for `scaling`, which is not a default.
+    """
     family = next((name for name, names in FAMILIES.items() if set(tasks) & set(names)), "similar")
     preset = settings.preset
     return TrainingConfig(
@@ -237,7 +282,9 @@ def default_config(
         method=method,
         rank=rank,
         seed=seed,
-        learning_rate=default_learning_rate(method, hidden_size, preset.lora_rate_factor),
+        learning_rate=default_learning_rate(
+            method, hidden_size, preset.lora_rate_factor, rank, scaling
+        ),
         epochs=preset.epochs,
         batch_size=preset.batch_size[family],
         micro_batch_size=preset.micro_batch_size[family],

@@ -77,6 +77,7 @@ UNIT = {
 }
 STUDY = {  # outputs/<study>/study.json; the arms that were planned, by family
     **{"preset": str, "model": str, "data": str},
+    "digests?": {"*": str},
     "arms?": {f"{family}?": [{"method": str, "rank": int}] for family in FAMILIES},
 }
 DOCUMENT = {"meta": dict, "records": [{"value?": VALUE}]}
@@ -84,7 +85,9 @@ RUN = {
     "config": {
         **{"family": str, "tasks": [str], "method": str, "rank": int, "alpha": NUMBER},
         **{"scaling": str, "target_modules": str, "learning_rate": NUMBER, "seed": int},
+        **{"max_length?": int, "batch_size?": int},
     },
+    "task_weights": {"*": {"examples": NUMBER}},
     "compared": dict,
     "base": {"name": str, "digest": str, "files?": dict},
     "steps": int,

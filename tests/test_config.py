@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,15 @@ def test_every_variable_of_env_example_is_read(monkeypatch):
     from support import VARIABLES
 
     assert documented == set(VARIABLES)
+
+
+def test_env_example_says_the_presets_numbers():
+    text = (ROOT / ".env.example").read_text()
+    told = re.findall(r"study (\d+), demo (\d+).*\n([A-Z_]+)=", text)
+    assert [name for _, _, name in told] == ["EXAMPLES_PER_TASK", "EVAL_EXAMPLES_PER_TASK"]
+    for study, demo, name in told:
+        numbers = [getattr(config.PRESETS[p], name.lower()) for p in ("study", "demo")]
+        assert [int(study), int(demo)] == numbers
 
 
 @pytest.mark.parametrize(

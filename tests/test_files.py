@@ -65,6 +65,16 @@ def test_a_checkpoint_is_whole_iff_its_manifest_agrees(tmp_path):
     assert "did not end" in checkpoint_problem(checkpoint)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"files": [1]}', '{"files": {"a": 1}}'])
+def test_a_damaged_manifest_is_told_and_the_older_checkpoint_resumed(tmp_path, capsys, text):
+    for step in (10, 100):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-100" / "manifest.json").write_text(text)
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-10"
+    told = capsys.readouterr().out
+    assert "not resuming from checkpoint-100" in told and "manifest.json is damaged" in told
+
+
 def test_the_newest_whole_checkpoint_is_resumed_and_broken_ones_go(tmp_path):
     for step in (5, 10, 100):
         make_checkpoint(tmp_path, step)

@@ -16,6 +16,7 @@ import pytest
 from support import DEMO, ROOT, assert_one_line_error
 
 from config import DOCUMENTS
+from lora_tradeoffs.data.sources import source_digest
 from lora_tradeoffs.files import read_json
 from run_study import main
 
@@ -135,6 +136,26 @@ def test_a_second_start_does_nothing(whole, workspace, measured, capsys, monkeyp
     assert {p for p in after if after[p] != before.get(p)} <= {
         workspace / "outputs/whole/.study.lock"
     }
+
+
+def test_a_study_follows_its_model_and_rows_to_other_folders(
+    whole, copied, workspace, measured, tiny, tmp_path, capsys
+):
+    copied("moved")
+    sample = shutil.copytree(ROOT / "data" / "sample", tmp_path / "rows")
+    model = shutil.copytree(tiny, tmp_path / "tiny")
+    study = workspace / "outputs/moved/study.json"
+    elsewhere = {"data": "/gone/rows", "digests": {"data": source_digest(sample)}}
+    before = read_json(study)
+    elsewhere["digests"] |= before["digests"]
+    study.write_text(json.dumps(before | elsewhere))
+    arguments = [str(model) if part == str(tiny) else part for part in measured]
+    arguments += ["--data", str(sample), "--study", "moved"]
+    assert main([*arguments, "--only", "prepare", "train"]) == 0
+    assert "3 steps: 3 done, 0 to run" in capsys.readouterr().out
+    (sample / "sst2" / "test.jsonl").write_text("")
+    assert main(arguments) == 2
+    assert "data is" in capsys.readouterr().err
 
 
 def test_a_deleted_unit_is_measured_again_alone(whole, copied, workspace, measured, capsys):

@@ -1,5 +1,6 @@
 """BOS and EOS on every path that makes tokens, by tokenizers that add one, the other, or none."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -119,9 +120,9 @@ def read_by(model, work):
     return [tuple(row) for row in rows]
 
 
-def texts_of(analysis, task, split, completion=False):
+def texts_of(analysis, subject, task, split, completion=False):
     """The prepared rows' prompts, with their completions if asked."""
-    rows = analysis.task(task).split(split)
+    rows = analysis.task(subject, task).split(split)
     return [row["prompt"] + (row["completion"] if completion else "") for row in rows]
 
 
@@ -151,10 +152,10 @@ def test_gradients_are_of_the_rows_that_are_trained(kind, base, model):
     known = {
         tuple(encoded(base, text, kind in ("bos", "both")))
         for task in unit.tasks
-        for text in texts_of(analysis, task, "train", completion=True)
+        for text in texts_of(analysis, subject, task, "train", completion=True)
     }
     assert len(read) == 8 and set(read) <= known
-    rows = analysis.task("sst2").split("train")
+    rows = analysis.task(subject, "sst2").split("train")
     assert all(ids[-1] == 2 and ids.count(2) == 1 for ids in rows["input_ids"][:])
 
 
@@ -162,7 +163,9 @@ def test_drift_is_read_on_text_and_prompts_after_one_bos(kind, base, model):
     settings = settings_for(study=f"adds_{kind}")
     analysis = Retention(settings, base, RetentionOptions(documents=2, dtype="fp32"))
     with_bos = kind in ("bos", "both")
-    passages = analysis.passages("similar")
+    (subject,) = find_subjects(settings, base)
+    subject = dataclasses.replace(subject, family="similar")
+    passages = analysis.passages(subject)
     for name, parts in passages.items():
         read = read_by(model, lambda parts=parts: compare(observe(model, parts), model))
         assert len(read) == 2 * len(parts)
@@ -174,5 +177,8 @@ def test_drift_is_read_on_text_and_prompts_after_one_bos(kind, base, model):
             assert {row[with_bos:] for row in read} <= known
             assert {row[:1] for row in read} == {(1,)} or not with_bos
             continue
-        known = [encoded(base, t, with_bos) for t in texts_of(analysis, name, "validation", True)]
+        known = [
+            encoded(base, t, with_bos)
+            for t in texts_of(analysis, subject, name, "validation", True)
+        ]
         assert set(read) <= set(map(tuple, known))

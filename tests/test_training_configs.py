@@ -1,24 +1,28 @@
 """Configurations: names, rates, and values that cannot be."""
 
 import dataclasses
+import typing
 
 import pytest
 from support import settings_for
 
-from config import FAMILIES, RANKS, UserError
+from config import FAMILIES, PRESETS, RANKS, UserError
+from lora_tradeoffs.training.plan import plan_runs
 from training_configs import (
+    SCALINGS,
     TrainingConfig,
     arms,
-    default_config,
     default_learning_rate,
     parse_assignments,
+    settable_fields,
     tasks_and_variant,
 )
 
 
-def config_of(method="lora", rank=8, tasks=FAMILIES["similar"], seed=42, **changes):
-    default = default_config(settings_for(), tasks, method, rank, seed, hidden_size=2048)
-    return dataclasses.replace(default, **changes), default
+def config_of(method="lora", rank=8, tasks=FAMILIES["similar"], seed=42, values=None, **changes):
+    values = values or {}
+    (run,) = plan_runs(settings_for(), 2048, [tasks], [(method, rank)], [seed], values)
+    return dataclasses.replace(run.config, **changes), run.default
 
 
 def name_of(*args, **kwargs):
@@ -28,10 +32,28 @@ def name_of(*args, **kwargs):
 
 def test_rates_are_those_of_the_formula():
     assert default_learning_rate("full", 2048) == pytest.approx(4.9e-5)
-    assert default_learning_rate("lora", 2048) == pytest.approx(4.9e-4)
+    assert default_learning_rate("lora", 2048, 10, 16) == pytest.approx(4.9e-4)
     assert default_learning_rate("full_qv", 576) == pytest.approx(1.3e-4)
-    assert default_learning_rate("lora", 576) == pytest.approx(1.3e-3)
-    assert default_learning_rate("lora", 576, lora_factor=15) == pytest.approx(2.0e-3)
+    assert default_learning_rate("lora", 576, 10, 16) == pytest.approx(1.3e-3)
+    assert default_learning_rate("lora", 576, 15, 8) == pytest.approx(3.3e-3)
+
+
+def test_the_rate_follows_the_scale_alone():
+    """(32/r + 1)/3 of the rate at rank 16 under alpha = 2r; the published rule at its own scale."""
+
+    def rates(scaling):
+        arms = [config_of(rank=rank, values={"scaling": scaling}) for rank in RANKS]
+        assert all(config.learning_rate == default.learning_rate for config, default in arms)
+        return [config.learning_rate for config, _ in arms]
+
+    published = default_learning_rate("lora", 2048, PRESETS["demo"].lora_rate_factor, 16)
+    assert rates("constant") == [published] * 5
+    for scaling, at_rank in (("2r", lambda r: 16 / r), ("rslora", lambda r: 4 / r**0.5)):
+        expected = [published * (1 + 2 * at_rank(rank)) / 3 for rank in RANKS]
+        assert rates(scaling) == pytest.approx(expected, rel=0.06)  # two digits
+    assert rates("2r")[RANKS.index(16)] == published == rates("rslora")[RANKS.index(16)]
+    dense = {config_of(method, 0)[0].learning_rate for method in ("full", "full_qv")}
+    assert len(dense) == 1
 
 
 def test_the_grid_is_full_and_five_ranks():
@@ -87,7 +109,11 @@ def test_alpha_and_scale():
     assert (config_of(rank=16)[0].alpha, config_of(rank=16)[0].scale) == (32, 2)
     assert (config_of(rank=16, scaling="constant")[0].alpha) == 32
     assert config_of(rank=64, scaling="constant")[0].scale == 0.5
-    assert config_of(rank=16, scaling="rslora")[0].scale == 8
+    for rank in RANKS:  # rank-stabilised: scale x sqrt(rank) is constant
+        rslora = config_of(rank=rank, scaling="rslora")[0]
+        assert (rslora.alpha, rslora.scale * rank**0.5) == (8, pytest.approx(8))
+    scales = [config_of(rank=16, scaling=scaling)[0].scale for scaling in SCALINGS]
+    assert scales == [2, 2, 2]  # where all three meet
     assert config_of("full", 0)[0].scale == 0
 
 
@@ -99,14 +125,22 @@ def test_alpha_and_scale():
         ({"tasks": ("sst3",)}, "unknown task 'sst3'"),
         ({"tasks": ()}, "name at least one"),
         ({"method": "qlora"}, "method is 'qlora'; allowed: lora, full, full_qv"),
-        ({"learning_rate": -1.0}, "learning_rate is -1.0; allowed: above 0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; allowed: 1e-12 to 10,000"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"epochs": float("inf")}, "epochs is inf"),
-        ({"batch_size": 0}, "batch_size is 0; allowed: at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; allowed: 1 to"),
         ({"warmup": 1.0}, "warmup is 1.0"),
         ({"mixing": "random"}, "allowed: proportional, equal, temperature"),
         ({"checkpoints": 0}, "checkpoints is 0"),
         ({"max_length": 10}, "max_length is 10"),
+        ({"checkpoints": 10**9}, "checkpoints is 1000000000; allowed: 1 to 10,000"),
+        ({"max_steps": 10**9}, "max_steps is 1000000000; allowed: 0 to 1,000,000"),
+        ({"seed": 2**32}, "seed is 4294967296; allowed: 0 to 4,294,967,295"),
+        ({"batch_size": "8"}, "batch_size is '8'; allowed: int"),
+        ({"batch_size": 8.0}, "batch_size is 8.0; allowed: int"),
+        ({"limit": True}, "limit is True"),
+        ({"schedule": 3}, "schedule is 3"),
+        ({"tasks": "sst2"}, "tasks is 'sst2'"),
         ({"method": "full"}, "belong to LoRA"),
     ],
 )
@@ -114,6 +148,16 @@ def test_a_value_that_cannot_be_is_refused_by_name(change, says):
     with pytest.raises(UserError) as error:
         dataclasses.replace(config_of()[0], **change)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400", "-1", str(10**30)])
+def test_no_field_takes_an_absurd_number(value):
+    kinds = typing.get_type_hints(TrainingConfig)
+    numbers = [name for name in settable_fields() if kinds[name] in (int, float)]
+    assert {"temperature", "max_grad_norm", "checkpoints"} < set(numbers)
+    for name in numbers:
+        with pytest.raises(UserError, match=name):
+            dataclasses.replace(config_of()[0], **parse_assignments([f"{name}={value}"]))
 
 
 def test_assignments_are_typed_and_checked():

@@ -96,7 +96,7 @@ class Adaptation(Analysis):
             for unit in units:
                 yield unit
                 if split == "test":  # and the task's further test splits: MNLI's mismatched genres
-                    further = [s for s in self.task(task).splits if s not in SPLITS]
+                    further = [s for s in self.task(subject, task).splits if s not in SPLITS]
                     yield from (dataclasses.replace(unit, split=name) for name in further)
 
     def request(self, unit: TaskUnit) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Adaptation(Analysis):
         description = describe(unit.task)
         extra = list(map(list, description.extra_metrics))
         return {
-            "data": self.task(unit.task, unit.prompt).fingerprint,
+            "data": self.task(unit.subject, unit.task, unit.prompt).fingerprint,
             "limit": unit.limit,
             "shots": unit.shots,
             "precision": self.precision,
@@ -163,7 +163,7 @@ class Adaptation(Analysis):
 
     def rows(self, unit: TaskUnit) -> Any:
         """The unit's items: all, or `limit` of them, the same for every checkpoint."""
-        rows = self.task(unit.task, unit.prompt).split(unit.split)
+        rows = self.task(unit.subject, unit.task, unit.prompt).split(unit.split)
         if not unit.limit or unit.limit >= len(rows):
             return rows
         drawn = np.random.default_rng(DATA_SEED).permutation(len(rows))[: unit.limit]
@@ -228,7 +228,8 @@ class Adaptation(Analysis):
         rows, description = self.rows(unit), describe(unit.task)
         references = rows["label" if description.is_classification else "references"][:]
         predict = BASELINES[description.baseline]
-        predictions = predict(description, rows, lambda: self.task(unit.task).split("train"))
+        task = self.task(unit.subject, unit.task)
+        predictions = predict(description, rows, lambda: task.split("train"))
         return description.baseline, score(unit.task, predictions, references)
 
     def _prompts(self, rows: Any, unit: TaskUnit) -> list[list[int]]:
@@ -242,7 +243,7 @@ class Adaptation(Analysis):
 
     def shots_text(self, unit: TaskUnit) -> str:
         """The in-context examples before a prompt, the same for all. Raises UserError for few."""
-        train = self.task(unit.task).split("train")
+        train = self.task(unit.subject, unit.task).split("train")
         if unit.shots > len(train):
             raise UserError(f"{unit.task} has {len(train)} train rows: lower --shots {unit.shots}")
         chosen = np.random.default_rng(DATA_SEED).permutation(len(train))[: unit.shots]
@@ -291,6 +292,7 @@ def records_of(
         "run": subject.run,
         "family": subject.family or describe(unit.task).family,
         "step": subject.step,
+        "rows_seen": round(subject.step * subject.rows_per_step.get(unit.task, 0)),
         "split": unit.split,
         "task": unit.task,
         "shots": unit.shots,

@@ -6,6 +6,7 @@ the Hub's official data are dropped and counted.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import reprlib
 from collections import Counter
@@ -49,6 +50,12 @@ def source_identity(source: Path | None, description: DatasetDescription) -> Any
     names += [f"{name}/{benchmark.split}.jsonl" for name, benchmark in BENCHMARKS.items()]
     paths = [source / name for name in names if (source / name).is_file()]
     return [[str(p.relative_to(source)), file_sha256(p)] for p in paths]
+
+
+def source_digest(source: Path) -> str:
+    """A digest of all the folder's files that are read."""
+    identities = [source_identity(source, description) for description in DESCRIPTIONS.values()]
+    return hashlib.sha256(json.dumps(identities).encode()).hexdigest()
 
 
 def row_problem(description: DatasetDescription, row: Row) -> str | None:

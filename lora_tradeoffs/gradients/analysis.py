@@ -53,7 +53,7 @@ class GradientAnalysis(Analysis):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.steps_per_unit = self.options.batches
-        self._batches: dict[str, Batches] = {}
+        self._batches: dict[str, Batches] = {}  # by the rows' fingerprint
 
     def units(self, subjects: Sequence[Subject]) -> list[GradientUnit]:
         """Every subject that has a pair of tasks; the base and foreign models on both families."""
@@ -73,7 +73,7 @@ class GradientAnalysis(Analysis):
     def request(self, unit: GradientUnit) -> dict[str, Any]:
         """What makes two measurements the same, beside the weights."""
         return {
-            "data": {name: self.task(name).fingerprint for name in unit.tasks},
+            "data": {t: self.task(unit.subject, t).fingerprint for t in unit.tasks},
             "batches": self.options.batches,
             "batch_size": self.options.batch_size,
             "precision": self.precision,
@@ -81,24 +81,26 @@ class GradientAnalysis(Analysis):
 
     def before_models(self, units: list[GradientUnit]) -> None:
         """Draw the batches. Raises UserError for a task that has too few rows."""
-        for task in dict.fromkeys(task for unit in units for task in unit.tasks):
-            count = len(self.batches(task))
+        subjects = {task: unit.subject for unit in units for task in unit.tasks}
+        for task, subject in subjects.items():
+            count = len(self.batches(subject, task))
             if count < self.options.batches:
                 print(f"{task}: only {count} batches available (rows are not reused)")
 
-    def batches(self, task: str) -> Batches:
+    def batches(self, subject: Subject, task: str) -> Batches:
         """The task's batches of training rows. Raises UserError if there are too few rows."""
         from lora_tradeoffs.gradients.conflict import micro_batches
 
-        if task not in self._batches:
-            rows = self.task(task).split("train").select_columns(["input_ids", "prompt_length"])
+        prepared = self.task(subject, task)
+        if prepared.fingerprint not in self._batches:
+            rows = prepared.split("train").select_columns(["input_ids", "prompt_length"])
             sizes = self.options.batches, self.options.batch_size
             try:
                 drawn = micro_batches(len(rows), *sizes, DATA_SEED)
             except ValueError as error:
                 raise UserError(f"{task}, train: {error}; lower --batch-size") from None
-            self._batches[task] = [rows.select(batch).to_list() for batch in drawn]
-        return self._batches[task]
+            self._batches[prepared.fingerprint] = [rows.select(b).to_list() for b in drawn]
+        return self._batches[prepared.fingerprint]
 
     def measure(self, model: Any, unit: GradientUnit, batch_tokens: int = 0) -> Measurement:
         from lora_tradeoffs.data.collator import CompletionCollator
@@ -108,7 +110,7 @@ class GradientAnalysis(Analysis):
             measured_parameters,
         )
 
-        batches = {task: self.batches(task) for task in unit.tasks}
+        batches = {task: self.batches(unit.subject, task) for task in unit.tasks}
         fewest = min(map(len, batches.values()))
         batches = {task: all_batches[:fewest] for task, all_batches in batches.items()}
         collate = CompletionCollator(self.tokenizer.pad_token_id)

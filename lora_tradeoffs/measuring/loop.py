@@ -59,7 +59,7 @@ class Analysis:
         self.results = Results(settings.document(self.name).parent)
         self.advance: Callable[[int], Any] = lambda steps: None
         self.halvings = 0  # of the batches, since memory ran out
-        self._tasks: dict[tuple[str, int], Any] = {}
+        self._tasks: dict[tuple[str, int, int], Any] = {}
 
     # -------------------------------------------------------------- every analysis defines
 
@@ -176,20 +176,24 @@ class Analysis:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.base)
 
-    def task(self, name: str, prompt: int = 0) -> Any:
-        """The prepared rows of a task, with its default prompt (0) or its k-th paraphrase."""
+    def task(self, subject: Subject, name: str, prompt: int = 0) -> Any:
+        """The prepared rows of a task, as long as the subject was trained on.
+
+        With its default prompt (0) or its k-th paraphrase.
+        """
         from lora_tradeoffs.data.preparation import prepare
 
-        if (name, prompt) not in self._tasks:
-            description = describe(name)
+        description = describe(name)
+        default = self.settings.preset.max_length[description.family]
+        length = subject.max_lengths.get(name, default)
+        if (name, prompt, length) not in self._tasks:
             if prompt:
                 template = description.paraphrases[prompt - 1]
                 description = dataclasses.replace(description, template=template)
-            length = self.settings.preset.max_length[description.family]
             count = self.settings.examples_per_task
             prepared = prepare(self.settings, self.tokenizer, [description], length, count)
-            self._tasks[name, prompt] = prepared[name]
-        return self._tasks[name, prompt]
+            self._tasks[name, prompt, length] = prepared[name]
+        return self._tasks[name, prompt, length]
 
 
 # ---------------------------------------------------------------------------------- the loop

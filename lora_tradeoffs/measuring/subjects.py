@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Subject:
     family: str | None  # None: both
     is_last: bool
     is_best_on_validation: bool  # the run's checkpoint with the lowest validation loss
+    max_lengths: dict[str, int] = field(default_factory=dict)  # by task, if not the preset's
+    rows_per_step: dict[str, float] = field(default_factory=dict)  # training rows by task
 
     @property
     def is_measured_in_full(self) -> bool:
@@ -61,7 +63,8 @@ def find_subjects(
     gives the base alone; `no_runs` says how to make one.
     """
     study = {"base_model": base.name, "study": settings.study}
-    subjects = [Subject("base", 0, None, {**study, **no_arm("base")}, None, True, True)]
+    lengths = trained_lengths(settings)
+    subjects = [Subject("base", 0, None, {**study, **no_arm("base")}, None, True, True, lengths)]
     folders = {"base": base.folder}
     for name, folder in _run_folders(runs, settings):
         found = checkpoints_in(folder, name)
@@ -73,11 +76,17 @@ def find_subjects(
         trainings = {c.run: _trained(c.run, folder, base) for c in chosen}
         for c in chosen:
             _check_name(folders, c, settings)
-            trained, family, steps = trainings[c.run]
-            steps = steps or last[c.run]  # of a run from elsewhere
+            trained, record = trainings[c.run]
+            config, steps = record.get("config", {}), record.get("steps") or last[c.run]
+            own = (
+                dict.fromkeys(config["tasks"], config["max_length"])
+                if "max_length" in config
+                else {}
+            )
             fields = {**study, **trained, "fraction": c.step / steps if steps else 1.0}
             is_last, is_best = c.step == last[c.run], c.step == best
-            subjects.append(Subject(c.run, c.step, c, fields, family, is_last, is_best))
+            about = is_last, is_best, lengths | own, _rows_per_step(record)
+            subjects.append(Subject(c.run, c.step, c, fields, config.get("family"), *about))
     return subjects
 
 
@@ -128,22 +137,44 @@ def _run_folders(runs: Sequence[str] | None, settings: Settings) -> list[tuple[s
     return folders
 
 
-def _trained(run: str, folder: Path, base: Base) -> tuple[dict[str, Any], str | None, int]:
-    """The columns about a run's training, its family and its steps; of a run from elsewhere, what
-    its adapter's configuration says.
+def trained_lengths(settings: Settings) -> dict[str, int]:
+    """By task the `max_length` of the study's runs, where it is one.
+
+    The base is measured on prompts of this length. Where runs differ, it is on those of the
+    preset's, and the analyses warn of it.
+    """
+    lengths: dict[str, set[int]] = {}
+    for path in settings.runs_dir.glob("*/run.json"):
+        with suppress(UserError):  # `_trained` tells
+            config = read_run(path.parent, "config")["config"]
+            for task in config["tasks"]:
+                lengths.setdefault(task, set()).add(config.get("max_length"))
+    known = {task: found for task, found in lengths.items() if None not in found}
+    return {task: found.pop() for task, found in known.items() if len(found) == 1}
+
+
+def _trained(run: str, folder: Path, base: Base) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The columns about a run's training, and its run.json.
+
+    Of a run from elsewhere, what its adapter's configuration says, and nothing.
     """
     files = (parent / "run.json" for parent in (folder, folder.parent))
     record_file = next((path for path in files if path.is_file()), None)
     if record_file is None:
-        return {**_foreign(folder), "variant": run}, None, 0
+        return {**_foreign(folder), "variant": run}, {}
     record = read_run(record_file.parent, "base", "config", "steps")
-    trained_on, config = record["base"], record["config"]
+    trained_on = record["base"]
     if not same_base(trained_on, base.record):
         raise UserError(
             f"{folder.name} was trained on {trained_on['name']}, not on {base.name}: give that base"
             " with --model"
         )
-    return run_fields(run, config), config["family"], record["steps"]
+    return run_fields(run, record["config"]), record
+
+
+def _rows_per_step(record: dict[str, Any]) -> dict[str, float]:
+    batch = record.get("config", {}).get("batch_size", 0)
+    return {t: w["examples"] * batch for t, w in record.get("task_weights", {}).items()}
 
 
 def _foreign(folder: Path) -> dict[str, Any]:

@@ -107,9 +107,11 @@ def base_is_here(settings: Settings) -> bool:
 def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
     """The base's tokenizer. Raises UserError if it has no end-of-text token."""
     tokenizer = _read_tokenizer(base.folder)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {base.name} has no end-of-text token")
-    if tokenizer.pad_token_id is None:
+    vocabulary = read_config(base.folder).vocab_size
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos is None or eos >= vocabulary:
+        raise UserError(f"the tokenizer of {base.name} has no end-of-text token of the model's")
+    if pad is None or pad >= vocabulary:  # added without an embedding
         tokenizer.pad_token = tokenizer.eos_token  # labels come from spans, so EOS stays learned
     return tokenizer
 

@@ -108,8 +108,9 @@ class Retention(Analysis):
         self.uncompared: list[str] = []  # units that differ in more than weights from the base's
         self._benchmarks: dict[tuple[str, int], Any] = {}
         self._texts: dict[str, list[str]] = {}
-        self._passages: dict[str | None, dict[str, list[Any]]] = {}
-        self._references: dict[str, Any] = {}  # of the base, by task
+        # of the base, by family or task, and by max_length
+        self._passages: dict[Any, dict[str, list[Any]]] = {}
+        self._references: dict[Any, Any] = {}
 
     # ------------------------------------------------------------------------------ units
 
@@ -201,7 +202,7 @@ class Retention(Analysis):
         if unit.kind == "adaptation":
             grouped = {"grouped": True} if describe(unit.task).item_groups else {}
             return request | self.adaptation.request(unit.as_task) | grouped
-        passages = self.passages(unit.subject.family)
+        passages = self.passages(unit.subject)
         read = {
             name: [(list(p.tokens), list(p.compared)) for p in parts]
             for name, parts in passages.items()
@@ -244,9 +245,10 @@ class Retention(Analysis):
         subjects = [unit.subject for unit in units if unit.kind == "drift"]
         # full fine-tuning's weights are copied over the base's
         is_overwritten = not all(subject.checkpoint.is_adapter for subject in subjects)
-        passages: dict[str, list[Any]] = {}
+        passages: dict[tuple[str, int | None], list[Any]] = {}
         for subject in subjects:
-            passages |= self.passages(subject.family)
+            lengths = subject.max_lengths
+            passages |= {(n, lengths.get(n)): p for n, p in self.passages(subject).items()}
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             self._references = {
                 name: observe(base_model, parts, copy_head=is_overwritten)
@@ -312,16 +314,16 @@ class Retention(Analysis):
 
         from lora_tradeoffs.retention.representation import compare
 
-        records = []
+        records, lengths = [], unit.subject.max_lengths
         for task in ("text", *FAMILIES.get(unit.subject.family or "", ())):
             with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-                drift = compare(self._references[task], model)
+                drift = compare(self._references[task, lengths.get(task)], model)
             split = "test" if task == "text" else "validation"
             common = {**unit.fields, "split": split, "task": task}
             records += drift_records(common, drift, of_text=task == "text")
         return Measurement(records)
 
-    def passages(self, family: str | None) -> dict[str, list[Any]]:
+    def passages(self, subject: Subject) -> dict[str, list[Any]]:
         """What base and tuned model are compared on: held-out text, and the family's rows.
 
         Text is compared at every position but the first, a row where its answer is predicted.
@@ -332,15 +334,17 @@ class Retention(Analysis):
             text_passages,
         )
 
-        if family not in self._passages:
+        family = subject.family
+        key = family, *sorted(subject.max_lengths.items())
+        if key not in self._passages:
             sources = [text_passages(self.tokenizer, texts) for texts in self.texts().values()]
             each = self.settings.preset.drift_tokens // len(sources)
             passages = {"text": [p for parts in sources for p in limited(parts, each)]}
             for task in FAMILIES.get(family or "", ()):
-                rows = self.adaptation.task(task).split("validation")
+                rows = self.adaptation.task(subject, task).split("validation")
                 passages[task] = answer_passages(rows, ANSWER_TOKENS)
-            self._passages[family] = passages
-        return self._passages[family]
+            self._passages[key] = passages
+        return self._passages[key]
 
     # ------------------------------------------------------------------------------ report
 

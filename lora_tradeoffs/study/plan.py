@@ -41,16 +41,18 @@ def plan_runs(args: argparse.Namespace, settings: Settings, hidden_size: int) ->
         values["dtype"] = args.dtype
     runs: dict[str, Run] = {}
     for family in args.families or FAMILIES:
-        mixes = [FAMILIES[family]]
+        mixes = {FAMILIES[family]: values}
         if args.single_task_controls:
-            mixes += [(task,) for task in FAMILIES[family]]
+            controls = plan.control_values(settings, FAMILIES[family], values)
+            mixes |= {(task,): values | own for task, own in controls.items()}
         arms = list(settings.preset.arms[family])
         if args.ranks:
             arms = [("full", 0), *(("lora", rank) for rank in dict.fromkeys(args.ranks))]
         arms += [("full_qv", 0)] * args.full_qv
         for seed in dict.fromkeys(args.seeds or settings.preset.seeds):
-            planned = plan.plan_runs(settings, hidden_size, mixes, arms, [seed], values)
-            runs |= {run.name: run for run in planned}
+            for mix, changed in mixes.items():
+                planned = plan.plan_runs(settings, hidden_size, [mix], arms, [seed], changed)
+                runs |= {run.name: run for run in planned}
     return list(runs.values())
 
 
@@ -89,7 +91,8 @@ def _training_step(
     """What trains the run: in a sweep its search, or, with later seeds, at the chosen rate."""
     config = run.config
     options = run_options(config)
-    options |= {"seed": config.seed, "max_steps": args.max_steps, "set": args.set or None}
+    options |= {"seed": config.seed, "max_steps": config.max_steps or None}
+    options["set"] = args.set or None
     options["dtype"] = None if args.dtype == "auto" else args.dtype
     name, stage = f"train-{run.name}", "train"
     if sweep is not None and config.seed == sweep.seed:

@@ -4,8 +4,9 @@
 
 Transfer is the score of the multi-task run minus that of its single-task control (a run such as
 sst2_lora_r8_seed42) on the same items, at their last checkpoints. A control is the same arm in all
-its fields (method, rank, scaling, target modules, learning rate, whatever else its name says) and
-has the same seed.
+its fields (method, rank, scaling, target modules, learning rate, whatever else its name says beside
+the steps), has the same seed, and has seen as many rows of the task: with more of them it would
+show what more data gives, not what the other tasks take.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lora_tradeoffs.statistics.contrasts import Items
 
 ARM_FIELDS = ("method", "rank", "scaling", "target_modules", "learning_rate", "variant")
+STEPS = r"(?:^|_)steps\d+"  # what a variant says of --max-steps
 COLUMNS = (
     *("family", "arm", "task", "metric", "split", "value", "stderr", "low", "high"),
     *("p_value", "corrected", "detectable", "seeds", "over", "test"),
@@ -62,15 +64,32 @@ def _pairs(adaptation: DataFrame) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     rows = last_checkpoints(rows)
     for name in ARM_FIELDS:  # two empty fields are the same field
         rows[name] = rows[name].astype(str) if name in rows else ""
+    rows["alike"] = rows["variant"].str.replace(STEPS, "", regex=True)
     together = rows[rows["tasks"] == rows["family"]]
     alone = rows[rows["tasks"] == rows["task"]]
-    fields = ["family", "task", *ARM_FIELDS]
-    for key, multi in together.groupby(fields, sort=False):
-        single = alone[(alone[fields] == list(key)).all(axis=1)]
+    fields = ["family", "task", *ARM_FIELDS[:-1], "alike"]
+    for _, multi in together.groupby([*fields, "variant"], sort=False):
+        first = multi.iloc[0]
+        single = alone[(alone[fields] == first[fields]).all(axis=1)]
         for split in ("test", "validation"):
             parts = [part[part["split"] == split] for part in (multi, single)]
-            if set(parts[0]["seed"]) & set(parts[1]["seed"]):
-                first = parts[0].iloc[0]
+            parts[1] = _of_equal_data(*parts)
+            if len(parts[1]):
                 names = (first["family"], first["arm"], first["task"], first["metric"], split)
                 yield names, by_seed(parts[0]), by_seed(parts[1])
                 break
+
+
+def _of_equal_data(multi: DataFrame, single: DataFrame) -> DataFrame:
+    """Of each seed the control that has seen as many rows as the mixed run, if there is one.
+
+    To within one of its batches, or 2 %. Records of earlier versions do not say how many: of those,
+    controls with a number of steps of their own are left out.
+    """
+    if "rows_seen" not in single or single["rows_seen"].isna().any():
+        equal = single[~single["variant"].str.contains(STEPS) & single["seed"].isin(multi["seed"])]
+        return equal[equal["variant"] == multi["variant"].iloc[0]] if len(multi) else equal
+    seen = single["seed"].map(multi.set_index("seed")["rows_seen"])
+    gap, batch = (single["rows_seen"] - seen).abs(), single["rows_seen"] / single["step"]
+    close = gap[gap <= batch.clip(lower=0.02 * seen)].sort_values().index
+    return single.loc[close].drop_duplicates("seed")

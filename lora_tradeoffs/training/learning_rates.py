@@ -1,6 +1,6 @@
 """The learning-rate sweep: the search for every arm's rate, and `learning_rates.json`.
 
-The best rate depends on the arm (with alpha = 2r also on the rank), and its ratio to full
+The best rate depends on the arm, and its ratio to full
 fine-tuning's on the length of the run, so every arm is searched separately, in runs of full length.
 The search starts with factors of the arm's default rate. A rate is chosen only if half and twice
 that rate were trained and neither is better: so a best rate at the edge widens the search, and
@@ -27,7 +27,7 @@ from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.shapes import NUMBER
 from lora_tradeoffs.training.run import Run, is_main
 from lora_tradeoffs.training.run_record import changed
-from training_configs import TrainingConfig, rate_name
+from training_configs import CONSTANT_ALPHA, TrainingConfig, rate_name
 
 FACTORS = (0.5, 1.0, 2.0)
 # The search goes this factor beyond the first rates: with the default factors from 1/16 of the
@@ -263,7 +263,10 @@ def chosen_rate(runs_dir: Path, arm: str, config: TrainingConfig) -> float:
             f" flags: {command}"
         )
     settings = _settings(config)
-    if changes := changed({name: chosen.get(name) for name in settings}, settings):
+    # a search of an earlier version had alpha = 2r with rsLoRA, too, and did not record it
+    alpha = CONSTANT_ALPHA if chosen.get("scaling") == "constant" else 2 * chosen["rank"]
+    old = {"alpha": alpha, **chosen}
+    if changes := changed({name: old.get(name) for name in settings}, settings):
         raise UserError(
             f"the learning rate of {arm} was chosen with other settings: {'; '.join(changes)}."
             f" Sweep again: {command}"

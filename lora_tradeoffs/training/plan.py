@@ -11,7 +11,7 @@ from config import Settings, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.files import checkpoint_step, checkpoints
 from lora_tradeoffs.training.learning_rates import chosen_rate, rates_around
-from lora_tradeoffs.training.row_order import steps_for
+from lora_tradeoffs.training.row_order import steps_for, task_shares
 from lora_tradeoffs.training.run import Run
 from training_configs import TrainingConfig, default_config
 
@@ -43,13 +43,14 @@ def plan_runs(
         raise UserError(
             f"{flag} and --set learning_rate both set the learning rate; use one of them"
         )
+    scaling = values.get("scaling", "2r")
     has_lora = any(method == "lora" for method, _ in arms)
     dense_values = {k: v for k, v in values.items() if k not in LORA_FIELDS or not has_lora}
     runs = []
     for tasks in mixes:
         for method, rank in arms:
             for seed in dict.fromkeys(seeds):
-                default = default_config(settings, tasks, method, rank, seed, hidden_size)
+                default = default_config(settings, tasks, method, rank, seed, hidden_size, scaling)
                 replaced = values if method == "lora" else dense_values
                 config = dataclasses.replace(default, **replaced)
                 name = config.run_name(default)
@@ -63,8 +64,8 @@ def plan_runs(
     return runs
 
 
-def expected_steps(config: TrainingConfig, settings: Settings) -> int:
-    """Steps estimated before any row is read, from line counts or the data sets' official sizes."""
+def expected_rows(config: TrainingConfig, settings: Settings) -> list[int]:
+    """Train rows by task, before any is read: line counts, or the data sets' official sizes."""
     from lora_tradeoffs.data.sources import source_folder
 
     source, rows = source_folder(settings), []
@@ -74,7 +75,30 @@ def expected_steps(config: TrainingConfig, settings: Settings) -> int:
             with contextlib.suppress(OSError), (source / task / "train.jsonl").open("rb") as file:
                 count = sum(1 for _ in file)
         rows.append(min(count, config.examples_per_task, config.limit or count))
-    return steps_for(rows, config.epochs, config.batch_size)
+    return rows
+
+
+def expected_steps(config: TrainingConfig, settings: Settings) -> int:
+    """The run's steps as far as they are known before any row is read."""
+    rows = expected_rows(config, settings)
+    return config.max_steps or steps_for(rows, config.epochs, config.batch_size)
+
+
+def control_values(
+    settings: Settings, tasks: tuple[str, ...], values: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """By task, what its single-task control changes: it sees the rows that the mixed run sees.
+
+    With epochs and proportional mixing it does so by itself; else its steps are the task's share of
+    the mixed run's.
+    """
+    dense = {name: value for name, value in values.items() if name not in LORA_FIELDS}
+    mixed = dataclasses.replace(default_config(settings, tasks, "full", 0, 0, 2048), **dense)
+    if not mixed.max_steps and mixed.mixing == "proportional":
+        return {task: {} for task in tasks}
+    shares = task_shares(expected_rows(mixed, settings), mixed.mixing, mixed.temperature)
+    steps = [max(1, round(expected_steps(mixed, settings) * share)) for share in shares]
+    return {task: {"max_steps": n} for task, n in zip(tasks, steps, strict=True)}
 
 
 def print_plan(
@@ -89,12 +113,12 @@ def print_plan(
     for run in runs:
         cost = expected_cost(architecture, run.config, bf16)
         disk += 0 if run.is_done else cost.disk
-        saved = checkpoints(run.folder)
+        saved, steps = checkpoints(run.folder), expected_steps(run.config, settings)
         resumable = f"at step {checkpoint_step(saved[-1])}" if saved else "new"
         row = {
             "run": run.name,
             "state": "done" if run.is_done else resumable,
-            "steps": run.config.max_steps or f"about {expected_steps(run.config, settings)}",
+            "steps": steps if run.config.max_steps else f"about {steps}",
             "trainable": f"{cost.trainable:,} ({cost.trainable / cost.parameters:.2%})",
             "memory GB": f"{cost.memory / GB:.1f}",
             "disk GB": f"{cost.disk / GB:.2f}",

@@ -10,18 +10,20 @@ from lora_tradeoffs.models.base import same_base
 
 if TYPE_CHECKING:
     from lora_tradeoffs.models.base import Base
+    from lora_tradeoffs.training.run import Run
     from lora_tradeoffs.training.schedule import Schedule
     from training_configs import TrainingConfig
 
 RECORD_VERSION = 1
 
 
-def run_record(name: str, base: Base, schedule: Schedule) -> dict[str, Any]:
+def run_record(run: Run, base: Base, schedule: Schedule) -> dict[str, Any]:
     """The contents of run.json, without the environment."""
     config = schedule.config
     return {
         "record_version": RECORD_VERSION,
-        "run": name,
+        "run": run.name,
+        "default_learning_rate": run.default.learning_rate,
         "config": config.record(),
         "compared": config.compared(),
         "base": base.record,
@@ -68,7 +70,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], li
 
 def different_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings, base and data in which two records of a run differ."""
-    changes = changed(old["compared"], new["compared"])
+    # records of earlier versions have alpha among the values alone
+    compared = {"alpha": old.get("config", {}).get("alpha"), **old["compared"]}
+    changes = changed(compared, new["compared"])
     if not same_base(old["base"], new["base"]):
         changes.append(f"base model {old['base']['name']} -> {new['base']['name']}, other files")
     return changes + changed(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import DATA_SEED, Settings
+from config import DATA_SEED, Settings, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.training.row_order import order_rows, steps_for, task_shares
 from training_configs import TrainingConfig
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from lora_tradeoffs.data.preparation import PreparedTask
     from lora_tradeoffs.models.base import Base
+
+MOST_ROWS = 50_000_000  # their order is laid out beforehand, in minutes
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ def make_schedule(config: TrainingConfig, settings: Settings, base: Base) -> Sch
     rows = [len(task_lengths) for task_lengths in lengths]
     shares = task_shares(rows, config.mixing, config.temperature)
     steps = config.max_steps or steps_for(rows, config.epochs, config.batch_size)
+    if steps * config.batch_size > MOST_ROWS:
+        raise UserError(
+            f"{steps:,} steps of {config.batch_size:,} rows are more than {MOST_ROWS:,} rows; lower"
+            " --max-steps, --set epochs or --set batch_size"
+        )
     order = order_rows(lengths, shares, config.batch_size, steps, config.seed)
     saved = checkpoint_steps(steps, config.checkpoints)
     return Schedule(

@@ -1,5 +1,6 @@
 """Base models: one that is there is found, a broken one is named."""
 
+import copy
 import json
 import shutil
 
@@ -35,15 +36,25 @@ def test_the_embedded_model_is_unpacked_once_and_loads_like_any_other(smollm2, t
 
 def test_a_folder_is_named_after_its_contents(tiny, tmp_path):
     first = prepare_base(settings_for(model=str(tiny)))
-    copy = tmp_path / "tiny"
-    shutil.copytree(tiny, copy)
-    assert prepare_base(settings_for(model=str(copy))).digest == first.digest
-    weights = load_file(copy / "model.safetensors")
+    moved = tmp_path / "tiny"
+    shutil.copytree(tiny, moved)
+    assert prepare_base(settings_for(model=str(moved))).digest == first.digest
+    weights = load_file(moved / "model.safetensors")
     weights["model.norm.weight"] += 1
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    other = prepare_base(settings_for(model=str(copy)))
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    other = prepare_base(settings_for(model=str(moved)))
     assert other.digest != first.digest and other.name != first.name
     assert load_tokenizer(other)("a b").input_ids == load_tokenizer(first)("a b").input_ids
+
+
+def test_a_pad_token_without_an_embedding_is_not_used(tiny, tokenizer, tmp_path):
+    shutil.copytree(tiny, folder := tmp_path / "padded")
+    padded = copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    padded.save_pretrained(folder)
+    assert padded.pad_token_id == len(tokenizer)  # one after the last row of the embedding
+    loaded = load_tokenizer(prepare_base(settings_for(model=str(folder))))
+    assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id
 
 
 def test_a_missing_package_is_told_with_its_command(monkeypatch, tmp_path):

@@ -5,8 +5,10 @@ import importlib
 import json
 
 import pytest
+from support import ROOT
 
-from config import resolve_settings
+import multi_task_training
+from config import FAMILIES, resolve_settings
 from lora_tradeoffs.adaptation.analysis import AdaptationOptions
 from lora_tradeoffs.drift.analysis import DriftOptions
 from lora_tradeoffs.gradients.analysis import GradientOptions
@@ -54,6 +56,28 @@ def test_the_arms_that_were_planned_are_kept_and_may_grow(planned):
     written = path.stat().st_mtime_ns
     check_study(args, settings, runs)
     assert path.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("flags", [("--max-steps", "40"), ("--set", "mixing=equal", "epochs=5")])
+def test_a_control_takes_its_share_of_the_mixed_runs_rows(tiny, flags):
+    where = ["--model", str(tiny), "--study", "controls", "--single-task-controls"]
+    args = build_parser().parse_args([*where, "--ranks", "4", "--families", "similar", *flags])
+    settings = resolve_settings(args)
+    sample = ROOT / "data" / "sample"
+    rows = {t: len((sample / t / "train.jsonl").open().readlines()) for t in FAMILIES["similar"]}
+    runs = plan_runs(args, settings, 32)
+    for step in plan_steps(args, settings, runs):
+        if step.stage == "train":
+            (run,) = step.planned_runs
+            parsed = multi_task_training.build_parser().parse_args(command_line(step, settings)[1:])
+            (same,) = multi_task_training.plan(parsed, settings, 32)
+            assert same.name == run.name and same.config == run.config
+            if run.config.tasks != FAMILIES["similar"]:
+                (task,) = run.config.tasks
+                mixed = 40 * rows[task] / sum(rows.values())
+                if args.set:
+                    mixed = 5 * sum(rows.values()) / 16 / 3
+                assert abs(run.config.max_steps - mixed) < 1
 
 
 @pytest.mark.parametrize(

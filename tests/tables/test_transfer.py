@@ -124,6 +124,25 @@ def test_a_control_is_the_same_arm_of_the_same_seed(table, other):
     assert table([together, (fields | other, items)]).empty
 
 
+def test_a_control_has_seen_as_many_rows_of_the_task(table):
+    """40 steps of 16: the mixed run has seen 213 rows of each task, 40 steps on one task 640."""
+    bench = Bench()
+    together, (fields, items) = pair(bench, 42, 1.0, 0.7)
+    mixed = {"run": "similar_lora_r8_steps40_seed42", "step": 40, "rows_seen": 213}
+    together = together[0] | mixed, together[1]
+
+    def rows(steps, seen, name=""):
+        run = f"sst2_lora_r8_{name or f'steps{steps}'}_seed42"
+        return fields | {"run": run, "step": steps, "rows_seen": seen}, items
+
+    assert table([together, rows(40, 640)]).empty
+    assert len(table([together, rows(13, 208)])) == 1
+    assert len(table([together, rows(13, 208), rows(40, 640)])) == 1
+    assert table([together, rows(13, 208, "cosine_steps13")]).empty
+    unknown = {"rows_seen": math.nan}  # of records that do not say it
+    assert table([(together[0] | unknown, items), rows(40, math.nan)]).empty
+
+
 def test_a_control_counts_on_its_own_task_alone(table):
     bench = Bench()
     runs = [*pair(bench, 42, 1.0, 0.7), *pair(bench, 42, 1.0, 0.2, task="mnli")]
