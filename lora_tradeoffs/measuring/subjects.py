@@ -78,14 +78,15 @@ def find_subjects(
             _check_name(folders, c, settings)
             trained, record = trainings[c.run]
             config, steps = record.get("config", {}), record.get("steps") or last[c.run]
-            own = (
-                dict.fromkeys(config["tasks"], config["max_length"])
-                if "max_length" in config
-                else {}
-            )
+            own = dict.fromkeys(config.get("tasks", ()), config.get("max_length"))
             fields = {**study, **trained, "fraction": c.step / steps if steps else 1.0}
             is_last, is_best = c.step == last[c.run], c.step == best
-            about = is_last, is_best, lengths | own, _rows_per_step(record)
+            about = (
+                is_last,
+                is_best,
+                lengths | own if all(own.values()) else lengths,
+                _rows_per_step(record),
+            )
             subjects.append(Subject(c.run, c.step, c, fields, config.get("family"), *about))
     return subjects
 
