@@ -115,7 +115,8 @@ def check_study(args: argparse.Namespace, settings: Settings, runs: Sequence[Run
         request |= {name: before[name] for name in same}
     for family, planned in before.get("arms", {}).items():
         arms[family] |= {(arm["method"], arm["rank"]) for arm in planned}
-    if changes := changed({name: before.get(name) for name in FIXED}, request):
+    fixed = [{name: record.get(name) for name in FIXED} for record in (before, request)]
+    if changes := changed(*fixed):
         raise UserError(
             f"study {settings.study!r} was started with different settings: {'; '.join(changes)}."
             " Use the same, or start another with --study NAME"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 RULES = {
     "1": lambda rank: 1,
     "sqrt(16/r)": lambda rank: (16 / rank) ** 0.5,
-    "(32/r + 1)/3": lambda rank: (32 / rank + 1) / 3,
+    "(1 + 32/r)/3": lambda rank: (32 / rank + 1) / 3,
     "16/r": lambda rank: 16 / rank,
 }
 STEPS, READ = 40, (10, 40)
