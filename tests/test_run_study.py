@@ -155,7 +155,7 @@ def test_a_study_follows_its_model_and_rows_to_other_folders(
     assert "3 steps: 3 done, 0 to run" in capsys.readouterr().out
     (sample / "sst2" / "test.jsonl").write_text("")
     assert main(arguments) == 2
-    assert "data is" in capsys.readouterr().err
+    assert "data /gone/rows -> " in capsys.readouterr().err
 
 
 def test_a_deleted_unit_is_measured_again_alone(whole, copied, workspace, measured, capsys):
