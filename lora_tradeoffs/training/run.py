@@ -244,7 +244,7 @@ def _train_locked(run: Run, settings: Settings, setup: TrainingSetup) -> dict[st
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.logs_dir / run.name)
     arguments = training_arguments(config, run.folder, schedule.steps, bf16, device, world_size)
-    record = run_record(run, setup.base, schedule)
+    record = run_record(run.name, run.default.learning_rate, setup.base, schedule)
     record["environment"] = describe_environment(device, bf16, attention, world_size)
     with arguments.main_process_first(desc="looking for checkpoints"):
         checkpoint = _start_or_resume(run, record, settings)

@@ -10,20 +10,19 @@ from lora_tradeoffs.models.base import same_base
 
 if TYPE_CHECKING:
     from lora_tradeoffs.models.base import Base
-    from lora_tradeoffs.training.run import Run
     from lora_tradeoffs.training.schedule import Schedule
     from training_configs import TrainingConfig
 
 RECORD_VERSION = 1
 
 
-def run_record(run: Run, base: Base, schedule: Schedule) -> dict[str, Any]:
+def run_record(name: str, default_rate: float, base: Base, schedule: Schedule) -> dict[str, Any]:
     """The contents of run.json, without the environment."""
     config = schedule.config
     return {
         "record_version": RECORD_VERSION,
-        "run": run.name,
-        "default_learning_rate": run.default.learning_rate,
+        "run": name,
+        "default_learning_rate": default_rate,
         "config": config.record(),
         "compared": config.compared(),
         "base": base.record,
