@@ -196,17 +196,13 @@ class Retention(Analysis):
             identities = identities or self.benchmarks(unit.task, unit.limit).identities
             return request | {"benchmark": identities}
         if unit.kind == "text":
-            # older measurements with a tokenizer that adds BOS put two before the text
-            bos = {"bos": 1} if bos_ids(self.tokenizer) else {}
+            bos = {"bos": 1} if bos_ids(self.tokenizer) else {}  # older measurements had two
             return request | {"texts": _digest(self.texts()[unit.task.removeprefix(TEXT)])} | bos
         if unit.kind == "adaptation":
             grouped = {"grouped": True} if describe(unit.task).item_groups else {}
             return request | self.adaptation.request(unit.as_task) | grouped
         passages = self.passages(unit.subject)
-        read = {
-            name: [(list(p.tokens), list(p.compared)) for p in parts]
-            for name, parts in passages.items()
-        }
+        read = [(name, [[*p.tokens], [*p.compared]]) for name, of in passages.items() for p in of]
         return request | {"passages": _digest(read)}
 
     def _recorded_identities(self, unit: RetentionUnit) -> dict[str, Any] | None:
@@ -328,21 +324,17 @@ class Retention(Analysis):
 
         Text is compared at every position but the first, a row where its answer is predicted.
         """
-        from lora_tradeoffs.retention.representation import (
-            answer_passages,
-            limited,
-            text_passages,
-        )
+        from lora_tradeoffs.retention import representation as r
 
         family = subject.family
         key = family, *sorted(subject.max_lengths.items())
         if key not in self._passages:
-            sources = [text_passages(self.tokenizer, texts) for texts in self.texts().values()]
+            sources = [r.text_passages(self.tokenizer, texts) for texts in self.texts().values()]
             each = self.settings.preset.drift_tokens // len(sources)
-            passages = {"text": [p for parts in sources for p in limited(parts, each)]}
+            passages = {"text": [p for parts in sources for p in r.limited(parts, each)]}
             for task in FAMILIES.get(family or "", ()):
                 rows = self.adaptation.task(subject, task).split("validation")
-                passages[task] = answer_passages(rows, ANSWER_TOKENS)
+                passages[task] = r.answer_passages(rows, ANSWER_TOKENS)
             self._passages[key] = passages
         return self._passages[key]
 
