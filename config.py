@@ -1,4 +1,4 @@
-"""Paths, shared constants, presets and settings, and the flags that every command shares.
+"""Paths, shared constants, presets, and the settings of a command.
 
 A setting is looked up in this order: command-line flag, environment variable, `.env`, preset.
 `.env.example` documents every variable. Imports no torch, so that `--help` is fast.
@@ -7,16 +7,13 @@ A setting is looked up in this order: command-line flag, environment variable, `
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import os
 import re
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 
@@ -79,19 +76,6 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 # Control characters, and bytes of a command line or variable that are no UTF-8.
 UNUSABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 LARGEST_NUMBER, LARGEST_SEED = 10**12, 2**32 - 1  # NumPy takes no larger seed
-# What to do about an error of the system, by its number.
-SYSTEM_ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space"),
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS),
-        "allow reading and writing there, or choose other folders with OUTPUT_DIR and DATA_DIR",
-    ),
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOENT: "restore it",
-    **dict.fromkeys(
-        (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV), "check the disk or its network"
-    ),
-}
 
 
 class UserError(Exception):
@@ -215,69 +199,6 @@ class Settings:
                 " For the study: cp .env.example .env"
             )
         return line
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser with errors of one line, and exit code 2; line breaks in texts stay.
-
-    No flag takes an infinite or huge number, or text with control characters.
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.register("type", None, _usable_text)
-        self.register("type", int, whole_number)
-        self.register("type", float, finite_number)
-
-    def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ").replace(": must be", " must be", 1)
-        message = UNUSABLE.sub("?", f"{message:.300}")  # what was typed stands in it
-        self.exit(2, f"error: {message} ({self.prog} --help lists all flags)\n")
-
-
-def _usable_text(text: str) -> str:
-    if UNUSABLE.search(text):
-        raise argparse.ArgumentTypeError("must be UTF-8 text without control characters")
-    return text
-
-
-def whole_number(text: str, lowest: int = -LARGEST_NUMBER, highest: int = LARGEST_NUMBER) -> int:
-    """An argparse type: a whole number in the bounds."""
-    number = int(text)
-    if number < lowest:
-        raise argparse.ArgumentTypeError(f"must be {lowest} or more, not {number}")
-    if number > highest:
-        raise argparse.ArgumentTypeError(f"must be at most {highest}, not {number}")
-    return number
-
-
-def finite_number(text: str) -> float:
-    """An argparse type: any number but infinity and nan."""
-    number = float(text)
-    if not abs(number) <= LARGEST_NUMBER:
-        raise argparse.ArgumentTypeError(f"must be a number up to {LARGEST_NUMBER:g}, not {text}")
-    return number
-
-
-positive_int = functools.partial(whole_number, lowest=1)
-seed_number = functools.partial(whole_number, lowest=0, highest=LARGEST_SEED)
-# argparse quotes them: invalid int value
-positive_int.__name__ = seed_number.__name__ = whole_number.__name__ = "int"
-finite_number.__name__ = "float"
-
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every command shares."""
-    group = parser.add_argument_group(
-        "model, data and study (a flag beats the environment, .env and the preset)"
-    )
-    for flag, metavar, text in (
-        ("--preset", "{study,demo}", "defaults for all else (variable PRESET; default demo)"),
-        ("--study", "NAME", "name of the study's folders (STUDY_NAME; default: the preset's name)"),
-        ("--model", "ID_OR_FOLDER", "base model: a LlamaForCausalLM (MODEL_NAME)"),
-        ("--data", "SOURCE", "hub, sample, or a folder of <task>/<split>.jsonl (DATA_SOURCE)"),
-    ):
-        group.add_argument(flag, metavar=metavar, help=text)
 
 
 def resolve_settings(args: argparse.Namespace) -> Settings:
@@ -436,85 +357,3 @@ def _missing_package(kind: type, error: Any, traceback: Any) -> None:
 
 
 sys.excepthook = _missing_package
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine's or the device's memory ran out."""
-    # torch's own kind goes by its name, since torch is not imported here
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-
-
-def system_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind an exception: a full disk, a folder without permission.
-
-    safetensors and torch raise kinds of their own that hold it in their message alone.
-    """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno:
-            return error
-        message = str(error)
-        codes = [code for code in SYSTEM_ADVICE if os.strerror(code) in message]
-        if codes or "file write failed" in message:  # torch says no more: the disk is full
-            code = codes[0] if codes else errno.ENOSPC
-            return OSError(code, os.strerror(code))
-        error = error.__cause__
-    return None
-
-
-def system_error_line(error: OSError) -> str:
-    """What failed, where, and what to do."""
-    where = f": {error.filename}" if error.filename else ""
-    advice = SYSTEM_ADVICE.get(error.errno, "mend that")
-    return f"{error.strerror}{where}; {advice}, then run the same command to resume"
-
-
-def guarded(main: Callable[..., int]) -> Callable[..., int]:
-    """Turn what the user can mend into one line on stderr and exit code 2, and Ctrl-C into 130.
-
-    That is a UserError, an error of the disk, and too little memory. A reader that closes the pipe,
-    as `| head` does, ends the command without a word (141, as the shell has it). A command that
-    takes a second or more ends by printing how long it took.
-    """
-
-    @functools.wraps(main)
-    def wrapper(argv: list[str] | None = None) -> int:
-        start = time.monotonic()
-        try:
-            try:
-                code = main(argv)
-                if time.monotonic() - start >= 1:
-                    print(f"{time.monotonic() - start:.0f} s")
-                return code
-            finally:
-                sys.stdout.flush()  # here, since Python's own flush at the end cannot be caught
-        except UserError as error:
-            message = str(error)
-        except KeyboardInterrupt:
-            print("interrupted; run the same command to resume", file=sys.stderr)
-            return 130
-        except Exception as error:
-            if cause := system_error(error):
-                _discard_unwritable_output()
-                if cause.errno == errno.EPIPE:
-                    return 141
-                message = system_error_line(cause)
-            elif is_out_of_memory(error):
-                message = "the memory ran out; choose smaller batches (see --help) and run"
-                message += " the same command to resume: finished results are kept"
-            else:
-                raise
-        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-        return 2
-
-    return wrapper
-
-
-def _discard_unwritable_output() -> None:
-    """Send an output that takes no more nowhere, so that Python's last flush does not fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)

@@ -12,15 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from config import (
-    TASKS,
-    Parser,
-    UserError,
-    add_common_arguments,
-    guarded,
-    resolve_settings,
-)
+from config import TASKS, UserError, resolve_settings
 from dataset_descriptions import describe
+from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
 from lora_tradeoffs.data.preparation import PreparedTask, prepare
 
 SHORTEST = 64  # tokens; a prompt without its passage, and a completion, need about that

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from config import FAMILIES, SPLITS, TASKS, Parser, UserError, guarded
+from config import FAMILIES, SPLITS, TASKS, UserError
+from lora_tradeoffs.command_line import Parser, guarded
 
 Row = dict[str, Any]
 FIELD_SEPARATOR, ELEMENT_SEPARATOR = "concode_field_sep", "concode_elem_sep"

@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from config import Parser, add_common_arguments, guarded, resolve_settings
+from config import resolve_settings
 from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions
+from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
 from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.measuring.loop import add_analysis_arguments, options_from, run
 from lora_tradeoffs.measuring.subjects import find_subjects, no_runs

@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from config import GRADIENT_BATCHES, Parser, add_common_arguments, guarded, resolve_settings
+from config import GRADIENT_BATCHES, resolve_settings
+from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
 from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.gradients.analysis import GradientAnalysis, GradientOptions, single_task_runs
 from lora_tradeoffs.measuring.loop import add_analysis_arguments, options_from, run

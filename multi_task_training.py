@@ -20,19 +20,9 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from config import (
-    FAMILIES,
-    RANKS,
-    TARGET_MODULES,
-    TASKS,
-    Parser,
-    Settings,
-    add_common_arguments,
-    guarded,
-    resolve_settings,
-    seed_number,
-)
+from config import FAMILIES, RANKS, TARGET_MODULES, TASKS, Settings, resolve_settings
 from dataset_descriptions import describe
+from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded, seed_number
 from lora_tradeoffs.training.learning_rates import FACTORS, sweep
 from lora_tradeoffs.training.plan import plan_runs, print_plan
 from lora_tradeoffs.training.run import (

@@ -17,16 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import (
-    FAMILIES,
-    RANKS,
+from config import FAMILIES, RANKS, Settings, UserError, resolve_settings
+from lora_tradeoffs.command_line import (
     Parser,
-    Settings,
-    UserError,
     add_common_arguments,
     guarded,
     positive_int,
-    resolve_settings,
     seed_number,
 )
 from lora_tradeoffs.files import MANIFEST, checkpoints, read_json, write_json

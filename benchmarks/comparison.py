@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import Parser, Settings, add_common_arguments, positive_int, resolve_settings
+from config import Settings, resolve_settings
+from lora_tradeoffs.command_line import Parser, add_common_arguments, positive_int
 
 FEWEST_PAIRS = 3
 

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparison import benchmark_settings, build_parser, write
-from config import FAMILIES, RANKS, Settings, guarded
+from config import FAMILIES, RANKS, Settings
+from lora_tradeoffs.command_line import guarded
 from multi_task_training import build_model, build_trainer
 
 if TYPE_CHECKING:

@@ -38,8 +38,9 @@ from benchmarks.comparison import (
     timed,
     write,
 )
-from config import FAMILIES, UserError, guarded, positive_int
+from config import FAMILIES, UserError
 from dataset_descriptions import describe
+from lora_tradeoffs.command_line import guarded, positive_int
 
 ROWS = 16  # that our engine generates for at a time
 BATCH_SIZES = (8, 16, 32)

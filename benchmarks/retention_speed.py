@@ -26,7 +26,8 @@ from benchmarks.comparison import (
     timed,
     write,
 )
-from config import UserError, guarded, positive_int
+from config import UserError
+from lora_tradeoffs.command_line import guarded, positive_int
 
 BATCH_SIZES = (8, 16, 32)
 # Items of each benchmark; --quick takes an eighth.

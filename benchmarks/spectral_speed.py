@@ -28,7 +28,8 @@ from typing import Any
 
 from benchmarks.comparison import benchmark_settings, build_parser, print_ratios, write
 from benchmarks.drift_study import LAYERS, RANKS, SHAPES, SIZES, base_of, study_cost, update_of
-from config import INTRUDER_EPSILON, UserError, guarded, positive_int
+from config import INTRUDER_EPSILON, UserError
+from lora_tradeoffs.command_line import guarded, positive_int
 
 KS, LARGE_KS = (10, 64, 256), (512, 1024)
 # rank (0: dense) and k of the ratios, on q_proj

@@ -34,7 +34,8 @@ from benchmarks.comparison import (
     print_ratios,
     write,
 )
-from config import FAMILIES, ROOT, UserError, guarded, positive_int
+from config import FAMILIES, ROOT, UserError
+from lora_tradeoffs.command_line import guarded, positive_int
 
 PEERS = ("ours", "grouped", "grouped_same_attention", "padded", "trl", "trl_plain")
 BATCH, WIDTH, RANK, SEED = 16, 128, 8, 42

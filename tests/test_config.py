@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from support import ROOT, assert_one_line_error, ends_or_refuses, settings_for
 
 import config
-from config import UserError, guarded
+from config import UserError
+from lora_tradeoffs import command_line
+from lora_tradeoffs.command_line import guarded
 from training_configs import settable_fields
 
 
@@ -243,7 +245,7 @@ COMMANDS = {
 def test_an_output_that_takes_no_more_ends_the_command_quietly(tmp_path, case):
     path = tmp_path / "command.py"
     path.write_text(
-        "import sys; from config import guarded\n"
+        "import sys; from lora_tradeoffs.command_line import guarded\n"
         "def main(argv=None):\n    for n in range(20_000): print(n)\n    return 0\n"
         "sys.exit(guarded(main)())"
     )
@@ -266,10 +268,10 @@ def test_an_output_that_takes_no_more_ends_the_command_quietly(tmp_path, case):
 
 
 def test_a_value_that_no_flag_takes_is_one_line(capsys):
-    parser = config.Parser(prog="command")
-    parser.add_argument("--limit", type=config.positive_int)
+    parser = command_line.Parser(prog="command")
+    parser.add_argument("--limit", type=command_line.positive_int)
     assert parser.parse_args(["--limit", "3"]).limit == 3
-    parser.add_argument("--seed", type=config.seed_number)
+    parser.add_argument("--seed", type=command_line.seed_number)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--count", type=int)
     parser.add_argument("--name")

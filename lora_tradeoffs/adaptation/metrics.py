@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from config import ROOT, UserError, is_out_of_memory
+from config import ROOT, UserError
 from dataset_descriptions import EvaluateMetric, describe
+from lora_tradeoffs.command_line import is_out_of_memory
 from lora_tradeoffs.statistics.scores import (
     ORDERS,
     Scores,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import UserError, system_error
+from config import UserError
+from lora_tradeoffs.command_line import system_error
 from lora_tradeoffs.files import (
     check_shape,
     file_record,

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import UserError, is_out_of_memory
+from config import UserError
+from lora_tradeoffs.command_line import is_out_of_memory
 from lora_tradeoffs.files import ADAPTER_CONFIG, COPY, read_json
 
 if TYPE_CHECKING:

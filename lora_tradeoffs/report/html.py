@@ -16,15 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from config import (
-    ROOT,
-    Parser,
-    Settings,
-    UserError,
-    add_common_arguments,
-    guarded,
-    resolve_settings,
-)
+from config import ROOT, Settings, UserError, resolve_settings
+from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
 from lora_tradeoffs.files import written_whole
 
 NOTEBOOK = ROOT / "plot_results.ipynb"

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import Settings, UserError, is_out_of_memory
+from config import Settings, UserError
 from dataset_descriptions import Row
+from lora_tradeoffs.command_line import is_out_of_memory
 from lora_tradeoffs.data.sources import read_jsonl, source_folder
 from lora_tradeoffs.hub import hub_errors
 

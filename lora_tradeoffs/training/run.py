@@ -20,14 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import (
-    Diverged,
-    Settings,
-    UserError,
-    is_out_of_memory,
-    system_error,
-    system_error_line,
-)
+from config import Diverged, Settings, UserError
+from lora_tradeoffs.command_line import is_out_of_memory, system_error, system_error_line
 from lora_tradeoffs.files import (
     MANIFEST,
     checkpoints,

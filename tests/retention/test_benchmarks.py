@@ -469,7 +469,7 @@ def test_unknown_and_generating_tasks_are_refused(tmp_path):
 
 def test_without_a_network_the_ways_out_are_named(script):
     code = (
-        "from support import settings_for; from config import guarded\n"
+        "from support import settings_for; from lora_tradeoffs.command_line import guarded\n"
         "from lora_tradeoffs.retention.benchmark_tasks import TaskLoader; import sys\n"
         "def main(argv=None):\n"
         "    TaskLoader(settings_for(data='hub'), ['piqa'], 0).load()\n"
