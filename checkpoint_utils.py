@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import UserError, resolve_settings
-from lora_tradeoffs.files import (
+from lora_tradeoffs.checkpoints import (
     Checkpoint,
     checkpoint_step,
     checkpoints,

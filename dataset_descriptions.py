@@ -63,9 +63,7 @@ class DatasetDescription:
     paraphrases: tuple[str, ...] = ()  # other templates, to see how much the wording matters
     derive: Callable[[Row], dict[str, str]] | None = None  # further fields of a row, by name
     passage: str | None = None  # the one field that truncation may shorten
-    kind: str = (
-        "classification"  # or "answers" (as SQuAD v2's), "code", "summary": how it is scored
-    )
+    kind: str = "classification"  # or "answers" (SQuAD v2's), "code", "summary": how it is scored
     label_names: tuple[str, ...] = ()
     label_words: tuple[str, ...] = ()  # in the labels' order
     answer: str | None = None  # the field that is learned, unless it is a label word
@@ -137,33 +135,31 @@ class DatasetDescription:
 
     def page(self) -> str:
         """The description as a readable page."""
-        wrap = textwrap.TextWrapper(width=96, subsequent_indent=" " * 14)
-        pairs = enumerate(zip(self.label_names, self.label_words))
+        words = enumerate(zip(self.label_names, self.label_words))
         parts = {
             "family": self.family,
             "Hub": self.hub_id + (f" ({self.hub_config})" if self.hub_config else ""),
             "official": ", ".join(f"{split} {count:,}" for split, count in self.rows.items()),
             "splits": self.splits_sentence(),
             "columns": ", ".join(self.columns),
-            "labels": ", ".join(f"{i} {name} -> {word!r}" for i, (name, word) in pairs),
+            "labels": ", ".join(f"{i} {name} -> {word!r}" for i, (name, word) in words),
             "answer": "" if self.is_classification else f"{self.answer}, then end of text",
             "metrics": ", ".join(self.metrics),
             "licence": self.licence,
             "cite": self.citation,
         }
-        lines = [f"{self.name}: {self.title}"]
-        lines += [wrap.fill(f"  {key:<10}  {text}") for key, text in parts.items() if text]
+        wrap = textwrap.TextWrapper(width=96, subsequent_indent=" " * 14)
         notes = (*(() if "validation" in self.hub_splits else (CARVED,)), *self.notes)
-        lines += [wrap.fill(f"  {'note':<10}  {note}") for note in notes]
-        prompt = textwrap.indent(self.template, "    | ")
-        return "\n".join([*lines, "  prompt", prompt])
+        pairs = [*parts.items(), *(("note", note) for note in notes)]
+        lines = [f"{self.name}: {self.title}"]
+        lines += [wrap.fill(f"  {key:<10}  {text}") for key, text in pairs if text]
+        return "\n".join([*lines, "  prompt", textwrap.indent(self.template, "    | ")])
 
     def splits_sentence(self) -> str:
         """Where each split comes from, in words."""
+        carved = f"validation carved from train by {self.groups or 'row'}"
         sources = [f"{ours} = official {hub}" for ours, hub in self.hub_splits.items()]
-        if "validation" not in self.hub_splits:
-            sources.append(f"validation carved from train by {self.groups or 'row'}")
-        return "; ".join(sources)
+        return "; ".join(sources + [carved] * ("validation" not in self.hub_splits))
 
 
 def concode_fields(row: Row) -> dict[str, str]:

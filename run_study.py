@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from config import FAMILIES, RANKS, Settings, UserError, resolve_settings
+from lora_tradeoffs.checkpoints import MANIFEST, checkpoints
 from lora_tradeoffs.command_line import (
     Parser,
     add_common_arguments,
@@ -25,7 +26,7 @@ from lora_tradeoffs.command_line import (
     positive_int,
     seed_number,
 )
-from lora_tradeoffs.files import MANIFEST, checkpoints, read_json, write_json
+from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.records import DOCUMENT, STUDY
 from lora_tradeoffs.study.plan import plan_runs, plan_steps
 from lora_tradeoffs.study.processes import StepRunner

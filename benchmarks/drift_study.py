@@ -90,7 +90,7 @@ def _name(layer: int, module: str) -> str:
 def _save(folder: Path, name: str, tensors: dict[str, Any], config: dict | None = None) -> None:
     from safetensors.torch import save_file
 
-    from lora_tradeoffs.files import write_manifest
+    from lora_tradeoffs.checkpoints import write_manifest
 
     folder.mkdir()
     save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
@@ -134,7 +134,7 @@ class _Analysis:
 
     def reading(self, run: str) -> float:
         """Seconds of verifying a full checkpoint and of the norms of all its tensors."""
-        from lora_tradeoffs.files import Checkpoint, check_whole
+        from lora_tradeoffs.checkpoints import Checkpoint, check_whole
         from lora_tradeoffs.models.weights import FullCheckpoint
 
         start = time.perf_counter()

@@ -215,7 +215,8 @@ def by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def describe_adapter(folder: Path) -> str:
     """The adapter's rank, and the steps it was trained for if its folder says so."""
-    from lora_tradeoffs.files import checkpoint_step, read_json
+    from lora_tradeoffs.checkpoints import checkpoint_step
+    from lora_tradeoffs.files import read_json
 
     rank, step = read_json(folder / "adapter_config.json")["r"], checkpoint_step(folder)
     return f"LoRA r = {rank}" + (f" after {step} steps" if step > 0 else "")

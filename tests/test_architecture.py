@@ -26,7 +26,7 @@ ROOT_FOLDERS = {
 FLOORS = (
     ("command_line", "shapes"),
     ("files", "hub", "hardware"),
-    ("records",),
+    ("checkpoints", "records"),
     ("scoring", "statistics"),
     ("data", "models", "tables"),
     ("training", "measuring"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support import VARIABLES
 
 from config import DOCUMENTS
-from lora_tradeoffs.files import MANIFEST, checkpoint_problem, checkpoints
+from lora_tradeoffs.checkpoints import MANIFEST, checkpoint_problem, checkpoints
 
 slow = pytest.mark.slow
 RUN = "sst2_lora_r4_steps2_limit16_fp32_checkpoints2_seed42"

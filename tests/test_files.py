@@ -6,17 +6,14 @@ import os
 import pytest
 
 from config import UserError
-from lora_tradeoffs.files import (
+from lora_tradeoffs.checkpoints import (
     checkpoint_problem,
     checkpoints,
     drop_resume_state,
     newest_whole_checkpoint,
-    read_json,
-    remove_partial,
-    write_json,
     write_manifest,
-    written_whole,
 )
+from lora_tradeoffs.files import read_json, remove_partial, write_json, written_whole
 from lora_tradeoffs.shapes import NUMBER
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support import assert_one_line_error, settings_for
 
 import svd_analysis
-from lora_tradeoffs.files import checkpoint_problem, checkpoints
+from lora_tradeoffs.checkpoints import checkpoint_problem, checkpoints
 from multi_task_training import build_parser, main, plan
 
 SCRIPT = "multi_task_training.py"

@@ -6,7 +6,6 @@ the Hub's official data are dropped and counted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import reprlib
 from collections import Counter
@@ -21,7 +20,7 @@ import numpy as np
 from config import BENCHMARKS, DATA_SEED, ROOT, SPLITS, Settings, UserError
 from dataset_descriptions import DESCRIPTIONS, DatasetDescription, Row
 from lora_tradeoffs.data.splits import carve, draw, group_rows
-from lora_tradeoffs.files import file_sha256
+from lora_tradeoffs.files import file_sha256, json_digest
 from lora_tradeoffs.hub import hub_errors
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def source_identity(source: Path | None, description: DatasetDescription) -> Any
 def source_digest(source: Path) -> str:
     """A digest of all the folder's files that are read."""
     identities = [source_identity(source, description) for description in DESCRIPTIONS.values()]
-    return hashlib.sha256(json.dumps(identities).encode()).hexdigest()
+    return json_digest(identities)
 
 
 def row_problem(description: DatasetDescription, row: Row) -> str | None:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from config import Settings, UserError
-from lora_tradeoffs.files import (
+from lora_tradeoffs.checkpoints import (
     ADAPTER_CONFIG,
     Checkpoint,
     checkpoint_step,
     checkpoints_in,
-    read_json,
     weights_key,
 )
+from lora_tradeoffs.files import read_json
 from lora_tradeoffs.hub import fetch_checkpoints, is_hub_id
 from lora_tradeoffs.models.base import Base, own_fields, same_base
 from lora_tradeoffs.models.configs import SCORED_FIELDS, lora_fields

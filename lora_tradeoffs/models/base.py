@@ -22,15 +22,8 @@ from unittest.mock import patch
 from filelock import FileLock
 
 from config import EMBEDDED_MODEL, Settings, UserError
-from lora_tradeoffs.files import (
-    FILES_SHAPE,
-    file_record,
-    file_sha256,
-    read_json,
-    weight_files,
-    write_json,
-    written_whole,
-)
+from lora_tradeoffs.checkpoints import FILES_SHAPE, weight_files
+from lora_tradeoffs.files import file_record, file_sha256, read_json, write_json, written_whole
 from lora_tradeoffs.hub import TOKENIZER_FILES, check_hub_id, fetch_config, fetch_model
 from lora_tradeoffs.models.configs import differing_fields, read_config, refusing
 from lora_tradeoffs.models.weights import Weights, opened

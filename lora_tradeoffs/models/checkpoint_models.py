@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from lora_tradeoffs.files import Checkpoint, check_whole
+from lora_tradeoffs.checkpoints import Checkpoint, check_whole
 from lora_tradeoffs.models.base import (
     Base,
     load_base,

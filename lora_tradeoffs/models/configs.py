@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import UserError
+from lora_tradeoffs.checkpoints import ADAPTER_CONFIG
 from lora_tradeoffs.command_line import is_out_of_memory
-from lora_tradeoffs.files import ADAPTER_CONFIG, COPY, read_json
+from lora_tradeoffs.files import COPY, read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import UserError
-from lora_tradeoffs.files import ADAPTER_CONFIG, COPY, read_json, weight_files
+from lora_tradeoffs.checkpoints import ADAPTER_CONFIG, weight_files
+from lora_tradeoffs.files import COPY, read_json
 from lora_tradeoffs.models.configs import read_lora_config
 
 if TYPE_CHECKING:

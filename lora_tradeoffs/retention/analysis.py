@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from dataset_descriptions import describe
 from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions, TaskUnit
 from lora_tradeoffs.data.encoding import bos_ids
 from lora_tradeoffs.data.sources import source_folder
-from lora_tradeoffs.files import read_json
+from lora_tradeoffs.files import json_digest, read_json
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.base import Base
@@ -197,13 +195,15 @@ class Retention(Analysis):
             return request | {"benchmark": identities}
         if unit.kind == "text":
             bos = {"bos": 1} if bos_ids(self.tokenizer) else {}  # older measurements had two
-            return request | {"texts": _digest(self.texts()[unit.task.removeprefix(TEXT)])} | bos
+            return (
+                request | {"texts": json_digest(self.texts()[unit.task.removeprefix(TEXT)])} | bos
+            )
         if unit.kind == "adaptation":
             grouped = {"grouped": True} if describe(unit.task).item_groups else {}
             return request | self.adaptation.request(unit.as_task) | grouped
         passages = self.passages(unit.subject)
         read = [(name, [[*p.tokens], [*p.compared]]) for name, of in passages.items() for p in of]
-        return request | {"passages": _digest(read)}
+        return request | {"passages": json_digest(read)}
 
     def _recorded_identities(self, unit: RetentionUnit) -> dict[str, Any] | None:
         """With `trusts_records` the identities in the unit's file, if lm-eval is the same version
@@ -368,7 +368,3 @@ class Retention(Analysis):
 def _can_be_scaled(subject: Subject) -> bool:
     """Whether it is a last checkpoint, and its run has tasks on which its adaptation shows."""
     return subject.checkpoint is not None and subject.is_last and subject.family is not None
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

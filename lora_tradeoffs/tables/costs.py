@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
-from lora_tradeoffs.files import MANIFEST, checkpoints, read_manifest
+from lora_tradeoffs.checkpoints import MANIFEST, checkpoints, read_manifest
 from lora_tradeoffs.records import read_run, read_training
 from lora_tradeoffs.tables.arms import arm_of
 from lora_tradeoffs.tables.retention import gains

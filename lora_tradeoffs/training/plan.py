@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Settings, UserError
 from dataset_descriptions import describe
-from lora_tradeoffs.files import checkpoint_step, checkpoints
+from lora_tradeoffs.checkpoints import checkpoint_step, checkpoints
 from lora_tradeoffs.training.learning_rates import chosen_rate, rates_around
 from lora_tradeoffs.training.row_order import steps_for, task_shares
 from lora_tradeoffs.training.run import Run

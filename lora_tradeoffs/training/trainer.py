@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from config import Diverged, UserError
-from lora_tradeoffs.data.collator import IGNORED, CompletionCollator
-from lora_tradeoffs.files import (
+from lora_tradeoffs.checkpoints import (
     checkpoint_step,
     checkpoints,
     drop_resume_state,
-    read_json,
     write_manifest,
 )
+from lora_tradeoffs.data.collator import IGNORED, CompletionCollator
+from lora_tradeoffs.files import read_json
 from lora_tradeoffs.scoring.log_likelihoods import completion_losses, label_predictions, mean_by_row
 from lora_tradeoffs.shapes import NUMBER
 from training_configs import TrainingConfig

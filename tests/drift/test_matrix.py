@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from support import settings_for
 
+from lora_tradeoffs.checkpoints import Checkpoint
 from lora_tradeoffs.drift import solver
 from lora_tradeoffs.drift.analysis import DriftAnalysis, DriftOptions, DriftUnit
 from lora_tradeoffs.drift.matrix import BaseSpectra, DriftSettings, measure
 from lora_tradeoffs.drift.svd import SVD
-from lora_tradeoffs.files import Checkpoint
 from lora_tradeoffs.measuring.subjects import Subject, no_arm
 from lora_tradeoffs.models.base import Base
 from lora_tradeoffs.models.weights import Weights, read_checkpoint

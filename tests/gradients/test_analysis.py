@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from support import settings_for
 
-from lora_tradeoffs.files import Checkpoint
+from lora_tradeoffs.checkpoints import Checkpoint
 from lora_tradeoffs.gradients.analysis import GradientAnalysis, GradientOptions, GradientUnit
 from lora_tradeoffs.measuring.subjects import Subject
 

@@ -8,7 +8,8 @@ import torch
 from support import settings_for
 
 from config import UserError
-from lora_tradeoffs.files import Checkpoint, read_json
+from lora_tradeoffs.checkpoints import Checkpoint
+from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.loop import Analysis, Measurement, pending, run
 from lora_tradeoffs.measuring.subjects import Subject, no_arm
 from lora_tradeoffs.models.base import prepare_base

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import ROOT, settings_for
 
 from config import UserError
-from lora_tradeoffs.files import Checkpoint, checkpoints_in, write_manifest
+from lora_tradeoffs.checkpoints import Checkpoint, checkpoints_in, write_manifest
 from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.models.checkpoint_models import checkpoint_models, scaled_updates
 
@@ -272,7 +272,7 @@ def test_many_full_checkpoints_need_the_memory_of_one(tmp_path, many):
 import sys
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-from lora_tradeoffs.files import checkpoints_in
+from lora_tradeoffs.checkpoints import checkpoints_in
 from lora_tradeoffs.models.checkpoint_models import checkpoint_models
 from lora_tradeoffs.models.base import Base
 from lora_tradeoffs.hardware import (peak_memory, reset_peak_memory)

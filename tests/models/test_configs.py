@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from support import ends_or_refuses, settings_for
 
 from config import UserError
-from lora_tradeoffs.files import Checkpoint
+from lora_tradeoffs.checkpoints import Checkpoint
 from lora_tradeoffs.models.base import (
     empty_model,
     load_base,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import settings_for
 
 from config import UserError
-from lora_tradeoffs.files import Checkpoint
+from lora_tradeoffs.checkpoints import Checkpoint
 from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.models.checkpoint_models import checkpoint_models, scaled_updates
 from lora_tradeoffs.models.weights import Weights, read_checkpoint
