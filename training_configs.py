@@ -47,7 +47,8 @@ RANGES = {
         *("examples_per_task", "eval_examples_per_task", "temperature"),
     ),
     (64, 1_000_000): ("max_length",),
-    (1e-12, 10_000): ("learning_rate", "epochs"),
+    (1e-12, 10_000): ("epochs",),
+    (1e-12, LARGEST_NUMBER): ("learning_rate",),
     (0, 0.999): ("lora_dropout", "warmup"),
 }
 CONSTANT_ALPHA = 32  # what alpha = 2r gives at the grid's middle rank

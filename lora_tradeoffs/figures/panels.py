@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DEMO_NOTE = "demo: small instruct model, 4-bit weights, few rows: not evidence"
 PANEL = (2.4, 2.05)  # inches; three panels fill a page of two columns
+TITLE_WIDTH = 28  # characters over such a panel
 CELL = (1.75, 1.6)
 MOST_ARMS = 8  # columns of a figure with a panel for each arm
 # Are arms lines in the legend, and is the base?
@@ -137,7 +138,7 @@ class Panels:
         panels = cls(rows, "task", keys, size, **share)
         labels = dict(zip(titles["task"], titles["label"]))
         for title, ax in panels.axes.items():
-            ax.set_title(title, loc="left")
+            ax.set_title(textwrap.fill(title, TITLE_WIDTH), loc="left")
             ax.set_ylabel(labels[title])
         return panels
 

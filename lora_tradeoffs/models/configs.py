@@ -42,12 +42,13 @@ NOT_COMPUTED = {
 def refusing(what: str) -> Iterator[None]:
     """Turn what a library raises inside the block, for a file that it cannot use, into one line.
 
-    Memory that runs out says nothing of the file, and passes.
+    Memory that runs out and a package that is missing say nothing of the file, and pass.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
+        is_installed = not isinstance(error.__cause__ or error, ModuleNotFoundError)
+        if isinstance(error, UserError) or is_out_of_memory(error) or not is_installed:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         message = f"unknown name {message}" if isinstance(error, KeyError) else message

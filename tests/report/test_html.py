@@ -30,9 +30,13 @@ REPORT = ("-m", "lora_tradeoffs.report.html")
 
 RAN = "document.documentElement.dataset.ran=1"
 IMAGE, SVG, SCRIPT = f"<img src=x onerror={RAN}>", f"<svg onload={RAN}>", f"<script>{RAN}</script>"
-HOSTILE = {  # in run.json, where nothing else says what type a value has
-    "base": {"name": [SCRIPT]},
-    "config": {"method": IMAGE, "alpha": {IMAGE: SCRIPT}, "learning_rate": [SVG], "family": SVG},
+HOSTILE = {  # in run.json: every text, and a list and an object where any value may stand
+    "base": {"name": SCRIPT, "digest": SVG},
+    "config": {
+        **{"family": SVG, "tasks": [IMAGE], "method": IMAGE, "rank": 4, "alpha": 8},
+        **{"scaling": SVG, "target_modules": SCRIPT, "learning_rate": 1e-3, "seed": 42},
+        "lora_dropout": {IMAGE: [SCRIPT]},
+    },
     "environment": {"device_name": SCRIPT, "versions": {"torch": [[IMAGE]]}},
     "note": SVG,
 }
@@ -47,7 +51,7 @@ def page(workspace, tmp_path_factory):
         records = make(grid=grid, points=2, families=families, seeds=seeds)
         for r in records:
             r["run"] = r["run"].replace("_seed", f"_{SVG}$x^$_seed")
-            if r["seed"] == 44:
+            if r["seed"] == 44 and r["method"] == "lora":
                 r |= {"run": IMAGE, "target_modules": SVG}  # as of an adapter from elsewhere
             r["base_model"] = SCRIPT
         write_study(folder, records, script=script, preset="study")
@@ -177,7 +181,7 @@ def test_a_results_file_that_was_edited_is_one_line_that_names_it(script, tmp_pa
     process = script(
         "-m", "lora_tradeoffs.report.html", "--study", "demo", OUTPUT_DIR=str(tmp_path)
     )
-    assert_one_line_error(process, str(path), "value of record 5 is 'NaN'", "eval.py --study demo")
+    assert_one_line_error(process, str(path), "records.5.value is 'NaN'", "eval.py --study demo")
 
 
 def test_small_and_large_numbers_of_a_table_keep_their_figures(tmp_path, monkeypatch):
