@@ -3,10 +3,10 @@
     python -m benchmarks.default_rates --data FOLDER --json FILE
 
 With alpha = 2r, runs of 40 steps of 16 rows of the three classification tasks, which differ only in
-rank and rate. A rule gives the rate at rank r as a multiple of the rate at rank 16. Where ranks are
-compared at their default rates, losses that differ show the rule and not the rank: the spread,
-largest over smallest validation loss, should be small early and late. A run that is done is not
-trained again.
+rank, rate and seed. A rule gives the rate at rank r as a multiple of the preset's at rank 16. Where
+ranks are compared at their default rates, losses that differ show the rule and not the rank: the
+spread, largest over smallest validation loss (its mean over the seeds), should be small early and
+late. A run that is done is not trained again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparison import benchmark_settings, build_parser, write
 from config import FAMILIES, RANKS, Settings
-from lora_tradeoffs.command_line import guarded
+from lora_tradeoffs.command_line import guarded, seed_number
 from multi_task_training import build_model, build_trainer
 
 if TYPE_CHECKING:
@@ -47,9 +47,10 @@ def losses(
     ranks: list[int],
     rules: Sequence[str],
     scaling: str,
+    seeds: Sequence[int],
     changes: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """A row for each rank and rate: the mean validation loss, in nats a token, at READ."""
+    """A row for each rank, seed and rate: the validation loss, in nats a token, at READ."""
     from lora_tradeoffs.files import read_json
     from lora_tradeoffs.hardware import pick_device, pick_precision
     from lora_tradeoffs.models.base import empty_model, prepare_base, read_model_config
@@ -62,8 +63,9 @@ def losses(
     setup = TrainingSetup(prepare_base(settings), architecture, device, *builders)
     values = {"dtype": pick_precision("auto", device), "scaling": scaling, **changes}
     arms = [("lora", rank) for rank in (16, *ranks)]
-    mixes, seeds = [FAMILIES["similar"]], settings.preset.seeds[:1]
-    middle, *runs = plan_runs(settings, model_config.hidden_size, mixes, arms, seeds, values)
+    mixes = [FAMILIES["similar"]]
+    runs = plan_runs(settings, model_config.hidden_size, mixes, arms, seeds, values)
+    middle, runs = runs[0], runs[len(seeds) :]
     rows = []
     for run in runs:
         factors = sorted({float(RULES[rule](run.config.rank)) for rule in rules})
@@ -72,7 +74,7 @@ def losses(
             train(at_rate, settings, setup, overwrite=False)
             log = read_json(at_rate.folder / "training.json")["validation"]
             by_step = {entry["step"]: round(entry["eval_loss"], 4) for entry in log}
-            row = {"rank": run.config.rank, "factor": factor}
+            row = {"rank": run.config.rank, "factor": factor, "seed": run.config.seed}
             row["learning_rate"] = at_rate.config.learning_rate
             rows.append(row | {f"loss_{step}": by_step[step] for step in READ if step in by_step})
             print(rows[-1], flush=True)
@@ -81,12 +83,14 @@ def losses(
 
 def spreads(rows: list[dict[str, Any]], rules: Sequence[str]) -> dict[str, list[float]]:
     """By rule, the largest over the smallest loss of the ranks at each of READ."""
-    ratios = {}
+    import pandas as pd
+
+    frame, ratios = pd.DataFrame(rows), {}
     for name in rules:
-        chosen = [row for row in rows if row["factor"] == RULES[name](row["rank"])]
-        columns = [key for key in chosen[0] if key.startswith("loss_")]
-        by_step = [[row[column] for row in chosen] for column in columns]
-        ratios[name] = [round(max(values) / min(values), 3) for values in by_step]
+        chosen = frame[frame["factor"] == frame["rank"].map(RULES[name])]
+        means = chosen.groupby("rank")[[c for c in frame if c.startswith("loss_")]].mean()
+        print(means.to_string(float_format="{:.3f}".format))
+        ratios[name] = (means.max() / means.min()).round(3).tolist()
     return ratios
 
 
@@ -95,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
     parser.add_argument("--ranks", nargs="+", type=int, default=[RANKS[0], 16, RANKS[-1]])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=[*RULES])
+    parser.add_argument("--seeds", nargs="+", type=seed_number, default=[42, 43, 44])
     parser.add_argument("--scaling", default="2r", help="as in multi_task_training.py")
     parser.add_argument("--rows", type=int, default=100, help="validation rows of each task")
     args: argparse.Namespace = parser.parse_args(argv)
@@ -102,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = 4 if args.quick else STEPS
     changes = {"max_steps": steps, "report_to": "none"}
     changes |= {"batch_size": 16, "eval_examples_per_task": args.rows}
-    rows = losses(settings, args.ranks, args.rules, args.scaling, changes)
+    rows = losses(settings, args.ranks, args.rules, args.scaling, args.seeds, changes)
     ratios = spreads(rows, args.rules)
     for name, values in ratios.items():
         print(f"rate x {name}: largest over smallest loss {values}")

@@ -125,7 +125,7 @@ def test_alpha_and_scale():
         ({"tasks": ("sst3",)}, "unknown task 'sst3'"),
         ({"tasks": ()}, "name at least one"),
         ({"method": "qlora"}, "method is 'qlora'; allowed: lora, full, full_qv"),
-        ({"learning_rate": -1.0}, "learning_rate is -1.0; allowed: 1e-12 to 10,000"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; allowed: 1e-12 to 1,000,000,000,000"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"epochs": float("inf")}, "epochs is inf"),
         ({"batch_size": 0}, "batch_size is 0; allowed: 1 to"),
