@@ -63,14 +63,15 @@ def encode(
 
     The prompt leaves room for the longest answer that is generated, not for the row's own: a
     truncated prompt's length must not tell the length of its reference. `problem` says why the row
-    cannot be used (or None); `cut` counts the removed tokens.
+    cannot be used, "" if it can (text in every row, as Arrow's columns have one type); `cut` counts
+    the removed tokens.
     """
     head, passage, tail = description.prompt_parts(row)
     bos = bos_ids(tokenizer)
     reserved = 2 if description.is_classification else description.max_new_tokens  # with EOS
     room = max_length - len(bos) - reserved
     prompt_ids = text_ids(tokenizer, head + passage + tail)
-    whole, problem = len(prompt_ids), None
+    whole, problem = len(prompt_ids), ""
     while len(prompt_ids) > room:
         shorter = _shorten(tokenizer, head, passage, len(prompt_ids) - room)
         if not shorter:
@@ -110,11 +111,11 @@ def _shorten(tokenizer: Any, head: str, passage: str, excess: int) -> str:
     return start if whole_word or len(words) < 2 else words[0].rstrip()
 
 
-def _answer_cut(description: DatasetDescription, row: Row, passage: str) -> str | None:
+def _answer_cut(description: DatasetDescription, row: Row, passage: str) -> str:
     """Whether truncation removed the answer: such a row would teach the model to make things up."""
     if description.kind != "answers" or not row[description.answer]["text"]:
-        return None
+        return ""
     answers, context = row[description.answer], row[description.passage]
     end = answers["answer_start"][0] + len(answers["text"][0])
     lost = end > len(passage) + len(context) - len(context.lstrip())
-    return "its answer was cut off" if lost else None
+    return "its answer was cut off" if lost else ""

@@ -205,7 +205,7 @@ class Preparation:
         data = self._encode(rows, split)
         problems = data["problem"]
         # a held-out row keeps its place in the score though its answer was cut off or is too long
-        usable = [p is None or (split != "train" and "answer" in p) for p in problems]
+        usable = [not p or (split != "train" and "answer" in p) for p in problems]
         dropped = Counter(p for p, use in zip(problems, usable, strict=True) if not use)
         data = data.select(np.flatnonzero(usable))
         if not len(data):

@@ -77,7 +77,7 @@ def test_truncation_cuts_the_end_of_the_passage_only(tokenizer, task, max_length
         row["nl"] += " concode_elem_sep void anotherMethod" * 40
     head, passage, tail = description.prompt_parts(row)
     short = encode(tokenizer, description, row, max_length)
-    assert short["cut"] > 0 and short["problem"] in (None, "its answer was cut off")
+    assert short["cut"] > 0 and short["problem"] in ("", "its answer was cut off")
     answer = description.max_new_tokens
     assert max_length - 12 < short["prompt_length"] + answer <= max_length >= short["length"]
     assert short["prompt"].startswith(head) and short["prompt"].endswith(tail)
@@ -132,6 +132,15 @@ def test_an_answer_that_is_too_long_is_dropped_from_train_alone(tokenizer, tmp_p
     assert splits["train"]["dropped"] == {"its answer does not fit": 1}
 
 
+def test_only_the_last_of_thousands_of_rows_has_a_problem(tokenizer, tmp_path):
+    rows = sentences(*(f"{n}" for n in range(3_200)), "too long " * 100)
+    write_rows(tmp_path, "sst2", {**GOOD, "train": rows})
+    settings = settings_for(data=str(tmp_path), study="late")
+    task = prepare(settings, tokenizer, ["sst2"], 64, 5_000)["sst2"]
+    assert task.report["splits"]["train"]["rows"] == 3_200
+    assert sum(task.report["splits"]["train"]["dropped"].values()) == 1
+
+
 def test_an_answer_that_truncation_took_is_told(tokenizer):
     row = {
         "id": "x",
@@ -141,7 +150,7 @@ def test_an_answer_that_truncation_took_is_told(tokenizer):
         "answers": {"text": ["Paris"], "answer_start": [1500]},
     }
     assert encode(tokenizer, describe("squad_v2"), row, 128)["problem"] == "its answer was cut off"
-    assert encode(tokenizer, describe("squad_v2"), row, 512)["problem"] is None
+    assert encode(tokenizer, describe("squad_v2"), row, 512)["problem"] == ""
 
 
 def test_a_row_that_cannot_fit_is_told(tokenizer):
