@@ -349,7 +349,8 @@ def _missing_package(kind: type, error: Any, traceback: Any) -> None:
         cause = cause.__cause__
     package = (getattr(cause, "name", None) or "config").partition(".")[0]
     is_ours = (ROOT / package).is_dir() or (ROOT / f"{package}.py").is_file()
-    if not isinstance(cause, ImportError) or is_ours:
+    is_command = ROOT in Path(sys.argv[0]).resolve().parents  # not a script of the user's own
+    if not isinstance(cause, ImportError) or is_ours or not is_command:
         return sys.__excepthook__(kind, error, traceback)
     reason = cause.msg if type(cause) is ImportError else f"the package {package} is missing"
     print(f"error: {reason}; pip install -r requirements.txt", file=sys.stderr)
