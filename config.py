@@ -23,6 +23,7 @@ FAMILIES = {
 }
 TASKS = tuple(task for tasks in FAMILIES.values() for task in tasks)
 RANKS = (4, 8, 16, 32, 64)
+GRID = ("full", *(f"lora:{rank}" for rank in RANKS))  # the study's arms
 SPLITS = ("train", "validation", "test")
 
 
@@ -96,7 +97,7 @@ class Preset:
     examples_per_task: int
     eval_examples_per_task: int
     seeds: tuple[int, ...]
-    arms: dict[str, tuple[tuple[str, int], ...]]  # (method, rank) that run_study.py trains
+    arms: dict[str, tuple[str, ...]]  # that run_study.py trains, as --adapter takes them
     epochs: float
     checkpoints: int
     lora_rate_factor: float  # LoRA's default learning rate at rank 16 over full fine-tuning's
@@ -115,7 +116,7 @@ PRESETS = {
         examples_per_task=25_000,
         eval_examples_per_task=1_000,
         seeds=(42, 43, 44),  # three: the fewest over which a method's difference can be tested
-        arms=dict.fromkeys(FAMILIES, (("full", 0), *(("lora", rank) for rank in RANKS))),
+        arms=dict.fromkeys(FAMILIES, GRID),
         epochs=1,
         checkpoints=10,
         lora_rate_factor=10,
@@ -132,7 +133,7 @@ PRESETS = {
         examples_per_task=2_000,
         eval_examples_per_task=4,
         seeds=(42,),
-        arms={"similar": (("full", 0), ("lora", 8)), "dissimilar": (("lora", 8),)},
+        arms={"similar": ("full", "lora:8"), "dissimilar": ("lora:8",)},
         epochs=0.5,
         checkpoints=3,
         lora_rate_factor=15,  # the best factor in runs of about 100 steps

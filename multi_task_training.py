@@ -2,15 +2,17 @@
 
     python multi_task_training.py --similar --lora 8
     python multi_task_training.py --dissimilar --full-finetune
+    python multi_task_training.py --similar --adapter lora:8@all dora:8 pissa:8 loraplus:8 oft:32
     python multi_task_training.py --tasks sst2 --lora 8      # a single-task control
     python multi_task_training.py                            # every configuration not done yet
     python multi_task_training.py --lr-sweep                 # search every arm's learning rate
     python multi_task_training.py --swept-rates              # train at the rates that it chose
     accelerate launch multi_task_training.py --similar --lora 8   # several GPUs
 
-An arm is one training configuration: full fine-tuning, or LoRA at a rank. With only a family flag,
-all its arms are trained; with only --lora or --full-finetune, both families; several such flags add
-up. A run that is done is skipped; an interrupted one resumes from its newest whole checkpoint.
+An arm is one training configuration: full fine-tuning, or an adapter such as LoRA at a rank. With
+only a family flag, all arms of the grid are trained; with only arms, both families; several such
+flags add up. A run that is done is skipped; an interrupted one resumes from its newest whole
+checkpoint.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES, RANKS, TARGET_MODULES, TASKS, Settings, resolve_settings
+from config import FAMILIES, GRID, RANKS, TARGET_MODULES, TASKS, Settings, resolve_settings
 from dataset_descriptions import describe
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded, seed_number
+from lora_tradeoffs.training.arms import ArmSpec, add_adapter_argument, settable_help
 from lora_tradeoffs.training.learning_rates import FACTORS, sweep
 from lora_tradeoffs.training.plan import plan_runs, print_plan
 from lora_tradeoffs.training.run import (
@@ -39,12 +42,11 @@ from training_configs import (
     CHOICES,
     SCALINGS,
     TrainingConfig,
-    arms,
     parse_assignments,
-    settable_help,
 )
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedModel, TrainingArguments
 
     from lora_tradeoffs.models.base import Base
@@ -53,14 +55,41 @@ if TYPE_CHECKING:
 
 # -------------------------------------------------------------------- the model and its Trainer
 
+# What a method adds to the configuration of plain LoRA. LoRA+ is another optimizer (build_trainer).
+LORA_KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "loraplus": {},
+}
+
+
+def adapter_config(config: TrainingConfig) -> PeftConfig:
+    """PEFT's configuration of the arm's adapter."""
+    from peft import LoraConfig, OFTConfig
+
+    modules = list(config.modules)  # q_proj and v_proj, unless --target-modules
+    shared = {"task_type": "CAUSAL_LM", "target_modules": modules}
+    if config.method == "oft":
+        return OFTConfig(oft_block_size=config.rank, **shared)
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        use_rslora=config.scaling == "rslora",
+        lora_dropout=config.lora_dropout,
+        **LORA_KINDS[config.method],
+        **shared,
+    )
+
 
 def build_model(base: Base, config: TrainingConfig, bf16: bool, attention: str) -> PreTrainedModel:
     """The base in fp32, with the parameters that the arm trains made trainable."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import set_seed
 
     from lora_tradeoffs.models.base import load_base, store_frozen_linears_in_bf16
-    from lora_tradeoffs.training.costs import trainable_shapes
+    from lora_tradeoffs.training.costs import reads_base, trainable_shapes
 
     set_seed(config.seed)
     model = load_base(base, attention=attention)
@@ -74,18 +103,10 @@ def build_model(base: Base, config: TrainingConfig, bf16: bool, attention: str) 
             if name.rpartition(".")[2] in config.modules:
                 module.requires_grad_(True)
         return model
-    adapter = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.rank,
-        lora_alpha=config.alpha,
-        use_rslora=config.scaling == "rslora",
-        lora_dropout=config.lora_dropout,
-        target_modules=list(config.modules),  # q_proj and v_proj, unless --target-modules
-    )
-    model = get_peft_model(model, adapter)
-    adapted = sum("lora_A" in name for name, _ in model.named_parameters())
+    model = get_peft_model(model, adapter_config(config))
+    adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
     assert adapted == len(shapes), f"{adapted} of {len(shapes)} layers got an adapter"
-    if bf16:
+    if bf16 and not reads_base(config):
         store_frozen_linears_in_bf16(model.get_base_model())
     return model
 
@@ -96,6 +117,14 @@ def build_trainer(
     """The Trainer of a run: its rows in their scheduled order, and a validation per task."""
     from lora_tradeoffs.training.trainer import MultiTaskTrainer
 
+    optimizer = None  # Trainer's, by the arguments
+    if schedule.config.method == "loraplus":
+        from peft.optimizers import create_loraplus_optimizer
+
+        kind, options = MultiTaskTrainer.get_optimizer_cls_and_kwargs(arguments, model)
+        ratio, decay = schedule.config.loraplus_ratio, arguments.weight_decay
+        options |= {"loraplus_lr_ratio": ratio, "loraplus_weight_decay": decay}
+        optimizer = create_loraplus_optimizer(model, kind, **options)
     return MultiTaskTrainer(
         schedule.config,
         schedule.label_ids(),
@@ -105,6 +134,7 @@ def build_trainer(
         train_dataset=schedule.train_rows(),
         eval_dataset=schedule.validation_rows(),
         callbacks=[callback],
+        optimizers=(optimizer, None),
     )
 
 
@@ -119,14 +149,14 @@ def build_parser() -> argparse.ArgumentParser:
         tasks.add_argument(f"--{family}", action="store_true", help=f"train on {', '.join(names)}")
     tasks.add_argument("--tasks", nargs="+", metavar="TASK", help="one run on these tasks")
 
-    add = parser.add_argument_group(
-        "arms (default: full fine-tuning and LoRA at every rank)"
-    ).add_argument
+    group = parser.add_argument_group("arms (default: full fine-tuning and LoRA at every rank)")
+    add = group.add_argument
     ranks = " ".join(map(str, RANKS))
     add("--lora", nargs="+", type=int, metavar="R", help=f"LoRA at these ranks, e.g. {ranks}")
     add("--full-finetune", action="store_true", help="train all weights")
     dense_qv = "train q_proj and v_proj without low-rank factors"
     add("--full-qv", action="store_true", help=dense_qv)
+    add_adapter_argument(group)
 
     add_common_arguments(parser)
     run = parser.add_argument_group("runs")
@@ -139,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a run per seed (default: the preset's)",
     )
     add("--max-steps", type=int, metavar="N", help="train N optimizer steps instead of epochs")
-    modules = "which projections get LoRA (default qv)"
+    modules = "which projections get adapters (default qv)"
     add("--target-modules", choices=TARGET_MODULES, help=modules)
     scaling = "how alpha follows the rank: 2r (default), constant 32, or rsLoRA (8 over sqrt(r))"
     add("--scaling", choices=SCALINGS, help=scaling)
@@ -193,10 +223,10 @@ def _task_mixes(args: argparse.Namespace) -> list[tuple[str, ...]]:
     return [FAMILIES[family] for family in families or FAMILIES]
 
 
-def _arms(args: argparse.Namespace) -> list[tuple[str, int]]:
-    selected = [("full", 0)] * args.full_finetune + [("full_qv", 0)] * args.full_qv
-    selected += [("lora", rank) for rank in dict.fromkeys(args.lora or ())]
-    return selected or arms()
+def _arms(args: argparse.Namespace) -> list[ArmSpec]:
+    words = ["full"] * args.full_finetune + ["full_qv"] * args.full_qv
+    words += [*(f"lora:{rank}" for rank in args.lora or ()), *args.adapter]
+    return [ArmSpec.parse(word) for word in words or GRID]
 
 
 @guarded

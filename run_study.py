@@ -27,14 +27,15 @@ from lora_tradeoffs.command_line import (
     seed_number,
 )
 from lora_tradeoffs.files import read_json, write_json
-from lora_tradeoffs.records import DOCUMENT, STUDY
+from lora_tradeoffs.records import DOCUMENT, STUDY, run_fields
 from lora_tradeoffs.study.plan import plan_runs, plan_steps
 from lora_tradeoffs.study.processes import StepRunner
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
+from lora_tradeoffs.tables.arms import Arm, arm_of
+from lora_tradeoffs.training.arms import add_adapter_argument, settable_help
 from lora_tradeoffs.training.learning_rates import FACTORS
 from lora_tradeoffs.training.run import Run
 from lora_tradeoffs.training.run_record import changed
-from training_configs import settable_help
 
 PLANE = "learning_forgetting_plane.png"
 # What makes a study the same one; the grid itself may grow.
@@ -45,10 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, epilog=settable_help())
     add_common_arguments(parser)
     ranks, factors = (" ".join(f"{n:g}" for n in numbers) for numbers in (RANKS, FACTORS))
-    add = parser.add_argument_group("the grid of runs (default: the preset's)").add_argument
+    group = parser.add_argument_group("the grid of runs (default: the preset's)")
+    add = group.add_argument
     add("--families", nargs="+", choices=FAMILIES, help="families of tasks to train on")
     add("--ranks", nargs="+", type=int, metavar="R", help=f"LoRA ranks beside full, e.g. {ranks}")
     add("--full-qv", action="store_true", help="also train q_proj and v_proj without LoRA")
+    add_adapter_argument(group)
     add("--seeds", nargs="+", type=seed_number, metavar="S", help="seeds of every configuration")
     text = "also train every configuration on each task alone (needed for transfer)"
     add("--single-task-controls", action="store_true", help=text)
@@ -97,8 +100,8 @@ def check_study(args: argparse.Namespace, settings: Settings, runs: Sequence[Run
     The same weights or rows in another folder are no difference. `arms`, by family, grow with the
     grid: the report's confirmatory tests are those of all of them.
     """
-    mixes = [run.config for run in runs if run.config.tasks == FAMILIES[run.config.family]]
-    arms = {f: {(c.method, c.rank) for c in mixes if c.family == f} for f in FAMILIES}
+    mixes = [run for run in runs if run.config.tasks == FAMILIES[run.config.family]]
+    arms = {f: {planned_arm(run) for run in mixes if run.config.family == f} for f in FAMILIES}
     request = {name: getattr(args, name, None) for name in FIXED}
     request |= {"preset": settings.preset.name, "model": settings.model, "data": settings.data}
     path = settings.output_dir / "outputs" / settings.study / "study.json"
@@ -111,7 +114,7 @@ def check_study(args: argparse.Namespace, settings: Settings, runs: Sequence[Run
         same = [name for name, digest in here if request["digests"].get(name) == digest]
         request |= {name: before[name] for name in same}
     for family, planned in before.get("arms", {}).items():
-        arms[family] |= {(arm["method"], arm["rank"]) for arm in planned}
+        arms[family] |= {Arm(**fields) for fields in planned}
     fixed = [{name: record.get(name) for name in FIXED} for record in (before, request)]
     if changes := changed(*fixed):
         raise UserError(
@@ -119,11 +122,27 @@ def check_study(args: argparse.Namespace, settings: Settings, runs: Sequence[Run
             " Use the same, or start another with --study NAME"
         )
     request["arms"] = {
-        family: [{"method": method, "rank": rank} for method, rank in sorted(pairs)]
-        for family, pairs in arms.items()
+        family: [_arm_fields(arm) for arm in sorted(of_family)]
+        for family, of_family in arms.items()
     }
     if request != before:
         write_json(path, request)
+
+
+def planned_arm(run: Run) -> Arm:
+    """The arm by which the report knows the run."""
+    record = run.config.record() | {"run": run.name, "task": ""}
+    return arm_of(record | run_fields(run.name, record))
+
+
+def _arm_fields(arm: Arm) -> dict[str, Any]:
+    """The fields of an arm that are not the default's, for JSON."""
+    default = Arm(arm.method)
+    return {
+        name: value
+        for name, value in vars(arm).items()
+        if value != getattr(default, name) or name in ("method", "rank")
+    }
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """TrainingConfig: the defaults, help texts, checks, names and records of training runs.
 
-The study's grid is {similar, dissimilar} x {full, LoRA 4, 8, 16, 32, 64}. LoRA and full
-fine-tuning run the same code and differ only in their configuration.
+The study's grid is {similar, dissimilar} x {full, LoRA 4, 8, 16, 32, 64}. LoRA, other adapters and
+full fine-tuning run the same code and differ only in their configuration.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from config import (
     FAMILIES,
     LARGEST_NUMBER,
     LARGEST_SEED,
-    PRESETS,
     RANKS,
     TARGET_MODULES,
     TASKS,
@@ -22,10 +21,34 @@ from config import (
     UserError,
 )
 
-METHODS = ("lora", "full", "full_qv")
+
+class Method(typing.NamedTuple):
+    """A way to train, as arms name it; an adapter has a number: its rank, or its size of blocks.
+
+    `fields` are those of TrainingConfig that belong to it. What PEFT is told for an adapter stands
+    in multi_task_training.py.
+    """
+
+    label: str  # in figures and tables
+    number: str = ""
+    fields: tuple[str, ...] = ()
+
+
+LORA_FIELDS = ("target_modules", "scaling", "lora_dropout")
+METHODS = {  # in the order of legends
+    "lora": Method("LoRA r={}", "rank", LORA_FIELDS),
+    "dora": Method("DoRA r={}", "rank", LORA_FIELDS),  # Liu et al. 2024, arXiv:2402.09353
+    "pissa": Method("PiSSA r={}", "rank", LORA_FIELDS),  # Meng et al. 2024, arXiv:2404.02948
+    # Hayou et al. 2024, arXiv:2402.12354
+    "loraplus": Method("LoRA+ r={}", "rank", (*LORA_FIELDS, "loraplus_ratio")),
+    "oft": Method("OFT b={}", "block size", ("target_modules",)),  # Qiu et al. 2023, 2306.07280
+    "full_qv": Method("full qv"),
+    "full": Method("full"),
+}
+ADAPTER_FIELDS = tuple(dict.fromkeys(name for m in METHODS.values() for name in m.fields))
 SCALINGS = ("2r", "constant", "rslora")
 CHOICES = {
-    "method": METHODS,
+    "method": tuple(METHODS),
     "target_modules": tuple(TARGET_MODULES),
     "scaling": SCALINGS,
     "mixing": ("proportional", "equal", "temperature"),
@@ -44,7 +67,7 @@ RANGES = {
     (1, 10_000): ("checkpoints",),
     (1, LARGEST_NUMBER): (
         *("batch_size", "micro_batch_size", "eval_batch_size", "logging_steps"),
-        *("examples_per_task", "eval_examples_per_task", "temperature"),
+        *("examples_per_task", "eval_examples_per_task", "temperature", "loraplus_ratio"),
     ),
     (64, 1_000_000): ("max_length",),
     (1e-12, 10_000): ("epochs",),
@@ -80,7 +103,7 @@ def default_learning_rate(
     10 % after 10 and 40 steps (docs/verification.md). Rounded to two digits.
     """
     rate = 5e-5 * (2000 / hidden_size) ** 0.781
-    if method == "lora" and rank > 0:
+    if "scaling" in METHODS[method].fields and rank > 0:
         x = CONSTANT_ALPHA / rank / lora_scale(rank, scaling)
         rate *= lora_factor * (1 + 2 * x) / 3
     return float(f"{rate:.1e}")
@@ -103,10 +126,10 @@ class TrainingConfig:
     data: str = _field("", "data source", identity=True, operational=True)
     family: str = _field("", "similar | dissimilar", identity=True)
     tasks: tuple[str, ...] = _field((), "tasks that are mixed", identity=True)
-    method: str = _field("lora", "lora | full | full_qv", identity=True)
-    rank: int = _field(0, "LoRA rank; 0 for dense training", identity=True)
+    method: str = _field("lora", " | ".join(METHODS), identity=True)
+    rank: int = _field(0, "rank, of OFT the size of a block; 0 for dense training", identity=True)
     seed: int = _field(42, "of the adapter's start, the dropout and the row order", identity=True)
-    target_modules: str = _field("qv", f"projections with LoRA: {' | '.join(TARGET_MODULES)}")
+    target_modules: str = _field("qv", f"adapted projections: {' | '.join(TARGET_MODULES)}")
     scaling: str = _field(
         "2r",
         f"2r: alpha = 2 rank; constant: alpha = {CONSTANT_ALPHA}; rslora: {RSLORA_ALPHA},"
@@ -123,6 +146,7 @@ class TrainingConfig:
     temperature: float = _field(2.0, "task share ~ rows^(1/temperature), for mixing=temperature")
     loss_weighting: str = _field("example", "example | token: what weighs the same")
     lora_dropout: float = _field(0.0, "dropout of LoRA's input", short="dropout")
+    loraplus_ratio: float = _field(16.0, "LoRA+: rate of B over rate of A", short="ratio")
     # Decay on A and B pulls towards the base, on W away from it: none in any arm.
     weight_decay: float = _field(0.0, "AdamW's; pulls LoRA towards the base, full away from it")
     warmup: float = _field(0.03, "share of the steps in which the learning rate rises")
@@ -168,29 +192,40 @@ class TrainingConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 yield f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
-        if self.method == "lora" and self.rank < 1:
-            yield f"LoRA rank is {self.rank}; allowed: at least 1 (the study's: {RANKS})"
-        if self.method != "lora" and (
-            self.rank or self.target_modules != "qv" or self.scaling != "2r" or self.lora_dropout
-        ):
-            yield (
-                "rank, target_modules, scaling and lora_dropout belong to LoRA; leave them out for"
-                f" {self.method}"
-            )
+        if self.is_adapter and self.rank < 1:
+            yield f"{self.rank_name} is {self.rank}; allowed: at least 1 (the study's: {RANKS})"
+        if self.rank and not self.is_adapter:
+            yield f"rank is {self.rank}, and {self.method} has none"
+        for name in ADAPTER_FIELDS:
+            default = TrainingConfig.__dataclass_fields__[name].default
+            if name not in METHODS[self.method].fields and getattr(self, name) != default:
+                of = ", ".join(m for m, kind in METHODS.items() if name in kind.fields)
+                yield f"{name} belongs to {of}; leave it out for {self.method}"
         for (low, high), names in RANGES.items():
             for name in names:
                 if not low <= getattr(self, name) <= high:
                     yield f"{name} is {getattr(self, name)}; allowed: {low:,} to {high:,}"
 
     @property
+    def is_adapter(self) -> bool:
+        return bool(METHODS[self.method].number)
+
+    @property
+    def rank_name(self) -> str:
+        """What `rank` is, for an error: "LoRA rank", "OFT block size"."""
+        kind = METHODS[self.method]
+        return f"{kind.label.partition(' ')[0]} {kind.number}"
+
+    @property
     def alpha(self) -> int:
-        """LoRA's alpha; 0 for dense training."""
-        return lora_alpha(self.rank, self.scaling) if self.method == "lora" else 0
+        """LoRA's alpha; 0 for a method without B A."""
+        has_alpha = "scaling" in METHODS[self.method].fields
+        return lora_alpha(self.rank, self.scaling) if has_alpha else 0
 
     @property
     def scale(self) -> float:
-        """The factor of B A in the weight; 0 for dense training."""
-        return lora_scale(self.rank, self.scaling) if self.method == "lora" else 0.0
+        """The factor of B A in the weight; 0 for a method without B A."""
+        return lora_scale(self.rank, self.scaling) if self.alpha else 0.0
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -226,8 +261,9 @@ class TrainingConfig:
 
 
 def method_name(method: str, rank: int) -> str:
-    """Method and rank as names write them: lora_r8, full, full_qv."""
-    return f"lora_r{rank}" if method == "lora" else method
+    """Method and rank as names write them: lora_r8, oft_b32, full, full_qv."""
+    number = METHODS[method].number if method in METHODS else ""
+    return f"{method}_{number[0]}{rank}" if number else method
 
 
 def tasks_and_variant(run: str, config: typing.Mapping[str, typing.Any]) -> tuple[str, str]:
@@ -296,37 +332,14 @@ def default_config(
     )
 
 
-def arms(ranks: tuple[int, ...] = RANKS) -> list[tuple[str, int]]:
-    """The grid's arms: full fine-tuning and LoRA at every rank, as (method, rank)."""
-    return [("full", 0), *(("lora", rank) for rank in ranks)]
-
-
 def settable_fields() -> dict[str, dataclasses.Field]:
     """The fields that `--set` takes, by name."""
     return {f.name: f for f in fields(TrainingConfig) if not f.metadata.get("identity")}
 
 
-def settable_help() -> str:
-    """The fields that `--set` takes, one per line, with their defaults."""
-    lines = ["fields for --set, with their defaults (similar / dissimilar where these differ):"]
-    for name, f in settable_fields().items():
-        lines.append(f"  {name:<25} {f.metadata['help']} ({_default_text(f)})")
-    return "\n".join(lines)
-
-
-def _default_text(f: dataclasses.Field) -> str:
-    """A field's default; of one that the preset decides that of every preset."""
-    if not hasattr(PRESETS["demo"], f.name):
-        return str(f.metadata.get("shown", f.default)).lower()
-    texts = []
-    for preset in PRESETS.values():
-        value = getattr(preset, f.name)
-        by_family = value.values() if isinstance(value, dict) else [value]
-        texts.append(f"{preset.name} {' / '.join(f'{v:g}' for v in dict.fromkeys(by_family))}")
-    return ", ".join(texts)
-
-
-def parse_assignments(assignments: list[str]) -> dict[str, typing.Any]:
+def parse_assignments(
+    assignments: typing.Iterable[str], where: str = "--set"
+) -> dict[str, typing.Any]:
     """Parse `field=value` pairs. Raises UserError for an unknown field or a wrong type."""
     settable = settable_fields()
     types = typing.get_type_hints(TrainingConfig)
@@ -335,7 +348,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, typing.Any]:
         name, equals, text = assignment.partition("=")
         if not equals or name not in settable:
             raise UserError(
-                f"--set {assignment}: write field=value; fields: {', '.join(sorted(settable))}"
+                f"{where} {assignment}: write field=value; fields: {', '.join(sorted(settable))}"
             )
         kind = types[name]
         try:
@@ -344,5 +357,5 @@ def parse_assignments(assignments: list[str]) -> dict[str, typing.Any]:
             else:
                 values[name] = kind(text)
         except (ValueError, KeyError):
-            raise UserError(f"--set {assignment}: {name} takes a {kind.__name__}") from None
+            raise UserError(f"{where} {assignment}: {name} takes a {kind.__name__}") from None
     return values

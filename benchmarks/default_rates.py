@@ -54,6 +54,7 @@ def losses(
     from lora_tradeoffs.files import read_json
     from lora_tradeoffs.hardware import pick_device, pick_precision
     from lora_tradeoffs.models.base import empty_model, prepare_base, read_model_config
+    from lora_tradeoffs.training.arms import ArmSpec
     from lora_tradeoffs.training.plan import plan_runs
     from lora_tradeoffs.training.run import TrainingSetup, train
 
@@ -62,10 +63,11 @@ def losses(
     builders = build_model, build_trainer_that_reads
     setup = TrainingSetup(prepare_base(settings), architecture, device, *builders)
     values = {"dtype": pick_precision("auto", device), "scaling": scaling, **changes}
-    arms = [("lora", rank) for rank in (16, *ranks)]
     mixes = [FAMILIES["similar"]]
-    runs = plan_runs(settings, model_config.hidden_size, mixes, arms, seeds, values)
-    middle, runs = runs[0], runs[len(seeds) :]
+    (middle, *_), runs = (
+        plan_runs(settings, model_config.hidden_size, mixes, arms, seeds, values)
+        for arms in ([ArmSpec("lora", 16)], [ArmSpec("lora", rank) for rank in ranks])
+    )
     rows = []
     for run in runs:
         factors = sorted({float(RULES[rule](run.config.rank)) for rule in rules})

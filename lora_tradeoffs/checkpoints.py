@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors
 MODEL_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILE = re.compile(r"[\w.+@=-]{1,200}\.safetensors", re.ASCII)  # no path
 # Needed to resume training, not to evaluate: only the two newest checkpoints have these.
-RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+UNCONVERTED = "unconverted"  # folder of an adapter as it is trained, if it is saved as another
+RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", f"{UNCONVERTED}/*")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def weights_key(folder: Path) -> dict[str, Any]:
             files = read_manifest(folder)["files"]
         except UserError:  # `check_whole` says what is wrong before anything is measured
             return {}
-        return {n: r["sha256"] for n, r in files.items() if n.endswith(".safetensors")} | key
+        return {n: r["sha256"] for n, r in files.items() if WEIGHT_FILE.fullmatch(n)} | key
     stats = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()} | key
 
@@ -198,7 +200,9 @@ def drop_resume_state(checkpoint: Path) -> None:
     except UserError:  # whoever loads the checkpoint is told
         return
     for path in resume_files:
-        manifest["files"].pop(path.name, None)
+        manifest["files"].pop(str(path.relative_to(checkpoint)), None)
     write_json(checkpoint / MANIFEST, manifest)
     for path in resume_files:
         path.unlink()
+    with suppress(OSError):
+        (checkpoint / UNCONVERTED).rmdir()

@@ -78,7 +78,7 @@ UNIT = {
 STUDY = {  # outputs/<study>/study.json; the arms that were planned, by family
     **{"preset": str, "model": str, "data": str},
     "digests?": {"*": str},
-    "arms?": {f"{family}?": [{"method": str, "rank": int}] for family in FAMILIES},
+    "arms?": {f"{family}?": [{"method": str, "rank": int, "variant?": str}] for family in FAMILIES},
 }
 DOCUMENT = {"meta": dict, "records": [{"value?": VALUE}]}
 RUN = {

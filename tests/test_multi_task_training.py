@@ -316,7 +316,7 @@ def test_a_run_that_is_trained_anew_has_no_results_of_the_one_before(tiny, capsy
         (["--similar", "--set", "epochs=-1"], ["epochs is -1.0"]),
         (["--similar", "--lora", "4", "--data", "nowhere"], ["data is 'nowhere' (--data)"]),
         (["--similar", "--lora", "4", "--study", "a/b"], ["study is 'a/b'"]),
-        (["--full-finetune", "--scaling", "rslora"], ["belong to LoRA"]),
+        (["--full-finetune", "--scaling", "rslora"], ["scaling belongs to lora"]),
         (["--lora", "4", "--max-steps", "-1"], ["max_steps is -1"]),
         (["--lora", "4", "--seed", "-1"], ["--seed must be 0 or more, not -1"]),
         (["--lora", "4", "--seed", str(2**32)], ["--seed must be", "4294967295"]),

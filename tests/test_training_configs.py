@@ -6,12 +6,12 @@ import typing
 import pytest
 from support import settings_for
 
-from config import FAMILIES, PRESETS, RANKS, UserError
+from config import FAMILIES, GRID, PRESETS, RANKS, UserError
+from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.plan import plan_runs
 from training_configs import (
     SCALINGS,
     TrainingConfig,
-    arms,
     default_learning_rate,
     parse_assignments,
     settable_fields,
@@ -21,7 +21,7 @@ from training_configs import (
 
 def config_of(method="lora", rank=8, tasks=FAMILIES["similar"], seed=42, values=None, **changes):
     values = values or {}
-    (run,) = plan_runs(settings_for(), 2048, [tasks], [(method, rank)], [seed], values)
+    (run,) = plan_runs(settings_for(), 2048, [tasks], [ArmSpec(method, rank)], [seed], values)
     return dataclasses.replace(run.config, **changes), run.default
 
 
@@ -57,7 +57,8 @@ def test_the_rate_follows_the_scale_alone():
 
 
 def test_the_grid_is_full_and_five_ranks():
-    assert arms() == [("full", 0), *(("lora", rank) for rank in RANKS)]
+    arms = [ArmSpec.parse(word) for word in GRID]
+    assert arms == [ArmSpec("full"), *(ArmSpec("lora", rank) for rank in RANKS)]
 
 
 def test_a_name_says_what_differs_from_the_grid():
@@ -124,7 +125,7 @@ def test_alpha_and_scale():
         ({"tasks": ("sst2", "squad_v2")}, "not all of the family"),
         ({"tasks": ("sst3",)}, "unknown task 'sst3'"),
         ({"tasks": ()}, "name at least one"),
-        ({"method": "qlora"}, "method is 'qlora'; allowed: lora, full, full_qv"),
+        ({"method": "qlora"}, "method is 'qlora'; allowed: lora, dora, pissa,"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; allowed: 1e-12 to 1,000,000,000,000"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"epochs": float("inf")}, "epochs is inf"),
@@ -141,7 +142,9 @@ def test_alpha_and_scale():
         ({"limit": True}, "limit is True"),
         ({"schedule": 3}, "schedule is 3"),
         ({"tasks": "sst2"}, "tasks is 'sst2'"),
-        ({"method": "full"}, "belong to LoRA"),
+        ({"method": "full"}, "rank is 8, and full has none"),
+        ({"loraplus_ratio": 4.0}, "loraplus_ratio belongs to loraplus; leave it out for lora"),
+        ({"method": "oft", "scaling": "rslora"}, "scaling belongs to lora, dora, pissa, loraplus"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_name(change, says):

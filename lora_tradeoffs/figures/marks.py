@@ -79,7 +79,7 @@ def _curve(ax: Axes, arm: Arm, x: Any, points: DataFrame, start: Any, every: sli
 
 
 def points_by_rank(panels: Panels) -> DataFrame:
-    """The arms over LoRA's ranks, full qv and full; beside a mean its seeds; their summary.
+    """The arms over LoRA's ranks, other adapters and full; beside a mean its seeds; their summary.
 
     Base and baselines are levels.
     """
@@ -91,7 +91,8 @@ def points_by_rank(panels: Panels) -> DataFrame:
     for i, slot in enumerate(slots):
         at_slot = [arm for arm in arms if (arm.method, arm.rank) == (slot.method, slot.rank)]
         x |= {arm: i + offset for arm, offset in offsets(at_slot, 0.5).items()}
-    names = [str(slot.rank or slot.kind.replace(" ", "\n")) for slot in slots]
+    has_number = {slot: slot.method == "lora" for slot in slots}
+    names = [str(s.rank) if has_number[s] else s.kind.replace(" ", "\n") for s in slots]
     means = []
     for _, ax, rows in panels:
         table = summarise(rows.assign(task=""))

@@ -193,7 +193,10 @@ def contrasted_runs(frame: DataFrame) -> list[Any]:
     best: list[Any] = []
     for family in levels(last["family"]):
         of_family = last[last["family"] == family].sort_values("seed").drop_duplicates("arm")
-        lora = of_family[of_family["method"] == "lora"].sort_values("rank")
+        of_lora = of_family["method"] == "lora"
+        if not of_lora.any():
+            of_lora = of_family["arm"].map(lambda arm: arm.is_adapter)
+        lora = of_family[of_lora].sort_values("rank")
         picked = [*lora.iloc[[0, -1]].index.unique()] if len(lora) else []
         picked += list(of_family[of_family["method"] == "full"].index)
         if len(picked) > len(best):

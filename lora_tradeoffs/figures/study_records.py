@@ -22,6 +22,7 @@ from lora_tradeoffs.tables.frames import SCRIPTS, load_records
 from lora_tradeoffs.tables.learning_rates import at_chosen_rates
 from lora_tradeoffs.tables.predictors import across_runs, predictor_table, within_runs
 from lora_tradeoffs.tables.transfer import transfer_table
+from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.learning_rates import read_rates
 
 if TYPE_CHECKING:
@@ -99,15 +100,17 @@ class StudyRecords:
     def planned_arms(self) -> dict[str, set[Arm]]:
         """The arms of each family that the study was to train: run_study.py's, else the preset's.
 
-        They fix the confirmatory tests, whatever was measured.
+        They fix the confirmatory tests, whatever was measured. Labels are plain (see `plain`).
         """
         path = self.folder("study") / "study.json" if self.settings else None
         planned = read_json(path, STUDY).get("arms") if path and path.is_file() else None
         if planned is None:
             return {
-                f: {Arm(*pair) for pair in arms} for f, arms in PRESETS[self.preset].arms.items()
+                family: {Arm(arm.method, arm.rank) for arm in map(ArmSpec.parse, words)}
+                for family, words in PRESETS[self.preset].arms.items()
             }
-        return {family: {Arm(**fields) for fields in arms} for family, arms in planned.items()}
+        arms = {family: {Arm(**fields) for fields in arms} for family, arms in planned.items()}
+        return {f: {arm.without(self.shared_words) for arm in of} for f, of in arms.items()}
 
     @property
     def first_frame(self) -> DataFrame | None:

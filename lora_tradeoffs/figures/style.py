@@ -1,6 +1,7 @@
 """The look of figures: an arm keeps its colour, marker and line style in all of them.
 
-LoRA's ranks are a ramp from light to dark; full fine-tuning and full_qv have colours outside it;
+LoRA's ranks are a ramp from light to dark, and those of another adapter are shades of its colour;
+full fine-tuning and full_qv have colours outside these;
 the base is a dashed grey line with its interval as a band, baselines are dotted. Figures are
 matplotlib's Figure objects, made without pyplot, so that they can be drawn on any machine.
 """
@@ -44,6 +45,8 @@ RAMP = {
     9: "#000208",
 }
 DENSE = {"full_qv": "#f0a030", "full": "#b2182b"}
+# Of other adapters at the grid's middle rank: lighter below, darker above.
+ADAPTERS = {"dora": "#9354b5", "pissa": "#d4679f", "loraplus": "#5f8a2d", "oft": "#8a5a34"}
 GREY = "#6e6e6e"
 RANK_MARKERS = {4: "o", 8: "s", 16: "^", 32: "D", 64: "v"}
 VARIANT_MARKERS = "os^Dv<>phd8"  # drawn open, for arms that are not of the grid
@@ -77,9 +80,9 @@ def style_of(arm: Arm) -> dict[str, Any]:
     if arm.method == "baseline":
         return {"color": GREY, "marker": "x", "linestyle": ":"}
     style = {"color": DENSE.get(arm.method), "marker": "X", "linestyle": "-"}
-    if arm.method == "lora":
+    if arm.is_adapter:
         style = {
-            "color": rank_colour(arm.rank),
+            "color": rank_colour(arm.rank, arm.method),
             "marker": RANK_MARKERS.get(arm.rank, "h"),
             "linestyle": TARGET_LINES.get(arm.target_modules, "-"),
         }
@@ -91,13 +94,14 @@ def style_of(arm: Arm) -> dict[str, Any]:
     return style
 
 
-def rank_colour(rank: int) -> str:
-    """The ramp's colour at a rank."""
+def rank_colour(rank: int, method: str = "lora") -> str:
+    """The colour of an adapter at a rank: LoRA's from the ramp, others' between white and black."""
     import numpy as np
     from matplotlib.colors import to_hex, to_rgb
 
-    colours = np.array([to_rgb(colour) for colour in RAMP.values()])
-    return to_hex([np.interp(math.log2(max(rank, 1)), list(RAMP), column) for column in colours.T])
+    ramp = RAMP if method == "lora" else {-2: "white", 4: ADAPTERS[method], 10: "black"}
+    colours = np.array([to_rgb(colour) for colour in ramp.values()])
+    return to_hex([np.interp(math.log2(max(rank, 1)), list(ramp), column) for column in colours.T])
 
 
 def palette(arms: Iterable[Arm]) -> dict[Arm, str]:

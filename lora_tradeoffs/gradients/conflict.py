@@ -26,6 +26,7 @@ from lora_tradeoffs.statistics.comparisons import LEVEL
 if TYPE_CHECKING:
     import torch
 
+ADAPTER_PARTS = ("lora_", "oft_")  # how the names of adapters' parameters begin
 LayerModule = tuple[int, str]  # layer, OVERALL for a parameter outside the layers; module
 
 
@@ -62,7 +63,9 @@ def measured_parameters(model: Any) -> tuple[str, dict[str, torch.nn.Parameter]]
     "adapter": all parameters of the model's adapter; "qv": the weights of q_proj and v_proj.
     """
     named = dict(model.named_parameters())
-    adapter = {name: p for name, p in named.items() if ".lora_" in name}
+    adapter = {
+        name: p for name, p in named.items() if any(f".{part}" in name for part in ADAPTER_PARTS)
+    }
     if adapter:
         return "adapter", adapter
     weights = tuple(f".{module}.weight" for module in TARGET_MODULES["qv"])
@@ -72,7 +75,7 @@ def measured_parameters(model: Any) -> tuple[str, dict[str, torch.nn.Parameter]]
 def layer_module_of(name: str) -> LayerModule:
     """A parameter's layer and module: (3, "q_proj") of "...layers.3.self_attn.q_proj.weight"."""
     parts = name.split(".")
-    adapter = next((i for i, part in enumerate(parts) if part.startswith("lora_")), -1)
+    adapter = next((i for i, part in enumerate(parts) if part.startswith(ADAPTER_PARTS)), -1)
     layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else OVERALL
     return layer, parts[adapter - 1]
 

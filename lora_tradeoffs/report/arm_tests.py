@@ -69,7 +69,7 @@ class TestedContrast(NamedTuple):
 def against_full(
     kind: str, question: str, outcomes: Sequence[Outcome], plan: Plan, other: str = FULL_TUNING
 ) -> list[Finding]:
-    """Every planned LoRA arm minus full fine-tuning in every outcome, what could be seen first.
+    """Every planned adapter minus full fine-tuning in every outcome, what could be seen first.
 
     One Holm correction: of confirmatory tests over all that are planned, also those that could not
     be made, else over those that were. The outcomes of a question share the check of their
@@ -77,14 +77,16 @@ def against_full(
     """
     made: list[tuple[Outcome, Arm]] = []
     few: dict[str, dict[Arm, int]] = {}
-    for outcome, arm in product(outcomes, GRID):
+    for outcome, arm in product(outcomes, sorted({*GRID}.union(*plan.values()))):
+        if not is_compared(arm, plan, outcome.family):
+            continue
         seeds = len(shared_seeds(outcome.parts({arm: 1, FULL: -1})))
         if seeds >= MIN_SEEDS:
             made.append((outcome, arm))
         elif arm in plan[outcome.family]:
             of_family = few.setdefault(outcome.family, {})
             of_family[arm] = min(of_family.get(arm, seeds), seeds)
-    planned = {(o.family, o.about, arm) for o in outcomes for arm in plan[o.family] & {*GRID}}
+    planned = {(o.family, o.about, a) for o in outcomes for a in plan[o.family] if a.is_adapter}
     tested = {(o.family, o.about, arm) for o, arm in made}
     tests = len(planned | tested) if kind == CONFIRMATORY else len(tested)
     layouts = [o.layout([FULL, *(arm for other, arm in made if other is o)]) for o in outcomes]
@@ -101,6 +103,15 @@ def against_full(
         nothing = not any(o.family == family for o, _ in made)
         results += too_few_seeds(question, family, arms, nothing, other)
     return results
+
+
+def is_compared(arm: Arm, plan: Plan, family: str | None = None) -> bool:
+    """Whether the arm is compared with full fine-tuning: an adapter of the plan, or of the grid.
+
+    Of a family's plan, or of any family's.
+    """
+    plans = plan.values() if family is None else [plan[family]]
+    return arm.is_adapter and (arm in GRID or any(arm in arms for arms in plans))
 
 
 def too_few_seeds(

@@ -30,6 +30,7 @@ from lora_tradeoffs.report.arm_tests import (
     TestedContrast,
     against_full,
     corrected_findings,
+    is_compared,
     too_few_seeds,
 )
 from lora_tradeoffs.report.compared_rows import (
@@ -68,7 +69,7 @@ from lora_tradeoffs.statistics.contrasts import (
 )
 from lora_tradeoffs.statistics.pooled_error import pooled_errors
 from lora_tradeoffs.statistics.seed_intervals import BOTH, SEEDS, compare_over_seeds
-from lora_tradeoffs.tables.arms import FULL, GRID, Arm
+from lora_tradeoffs.tables.arms import FULL, Arm
 from lora_tradeoffs.tables.learning_rates import searched_arm
 from lora_tradeoffs.tables.predictors import PREDICTORS
 from lora_tradeoffs.tables.retention import at_chance, matched, mean_forgetting
@@ -89,19 +90,19 @@ def findings(study: StudyRecords) -> list[Finding]:
     """
     if study.preset == "demo":
         return [Finding(MISSING, "", DEMO)]
-    results, words = [], study.shared_words
+    results, words, plan = [], study.shared_words, study.planned_arms
     if words:
         results.append(Finding(NOTE, "", ALL_RUNS.format(" ".join(sorted(words)))))
         study = study.plain
     if study.adaptation is None:
         results.append(_missing(ADAPTS, "adaptation is not measured (python eval.py)"))
     else:
-        results += _adapts(study.adaptation, study.adaptation_items, study.planned_arms)
+        results += _adapts(study.adaptation, study.adaptation_items, plan)
     if study.retention is None:
         results.append(_missing(FORGETS, "retention is not measured (python retention_eval.py)"))
     else:
-        results += _forgets(study.retention, study.retention_items, study.planned_arms)
-        results += _matched(study.retention)
+        results += _forgets(study.retention, study.retention_items, plan)
+        results += _matched(study.retention, plan)
     results += _rank(study, words)
     results += _transfer(study.transfer)
     if study.retention is not None:
@@ -158,15 +159,16 @@ def _forgets(retention: DataFrame, items: Items | None, plan: Plan) -> list[Find
     return results
 
 
-def _matched(retention: DataFrame) -> list[Finding]:
+def _matched(retention: DataFrame, plan: Plan) -> list[Finding]:
     """The same where the updates are scaled to the same validation score."""
     rows = matched(retention)
     if rows.empty:
         reason = "no updates were scaled (python retention_eval.py --scale-update)"
         return [_missing(MATCHED, reason)]
-    rows, names = rows[(rows["other"] == FULL) & rows["arm"].isin(GRID)], at_chance(retention)
+    adapters = sorted(arm for arm in {*rows["arm"]} if is_compared(arm, plan))
+    rows, names = rows[(rows["other"] == FULL) & rows["arm"].isin(adapters)], at_chance(retention)
     by_arm = dict(iter(rows.groupby(["family", "arm", "task"])))
-    groups = product(FAMILIES, GRID, FORGOTTEN)
+    groups = product(FAMILIES, adapters, FORGOTTEN)
     groups = [key for key in groups if len(by_arm.get(key, ())) >= MIN_SEEDS]
     if not groups:
         reason = f"fewer than {MIN_SEEDS} seeds of each arm with scaled updates"

@@ -165,9 +165,9 @@ def detectable_differences(
     if seeds < MIN_SEEDS:
         lines.append(f"{what} methods: none with {seeds} seed(s); it takes {MIN_SEEDS}")
     else:
-        mixes = [r.config for r in runs if r.config.tasks == FAMILIES[r.config.family]]
-        arms = {(c.family, c.rank) for c in mixes if c.method == "lora"}
-        compared = [family for family, _ in arms]
+        mixes = [r for r in runs if r.config.tasks == FAMILIES[r.config.family]]
+        mixes = [r for r in mixes if r.config.is_adapter]
+        compared = list({(r.config.family, r.arm): r.config.family for r in mixes}.values())
         tests = sum(len(FAMILIES[family]) for family in compared)
         pooled = 1 + min(map(compared.count, compared), default=0)
         freedom = (seeds - 1) * (pooled - 1 if pooled >= MIN_ARMS else 1)

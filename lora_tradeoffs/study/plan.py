@@ -9,6 +9,7 @@ from typing import Any
 from config import FAMILIES, Settings
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, Step, Sweep
 from lora_tradeoffs.training import plan
+from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.learning_rates import FACTORS, run_options
 from lora_tradeoffs.training.run import Run
 from training_configs import parse_assignments
@@ -45,10 +46,9 @@ def plan_runs(args: argparse.Namespace, settings: Settings, hidden_size: int) ->
         if args.single_task_controls:
             controls = plan.control_values(settings, FAMILIES[family], values)
             mixes |= {(task,): values | own for task, own in controls.items()}
-        arms = list(settings.preset.arms[family])
-        if args.ranks:
-            arms = [("full", 0), *(("lora", rank) for rank in dict.fromkeys(args.ranks))]
-        arms += [("full_qv", 0)] * args.full_qv
+        words = ["full", *(f"lora:{rank}" for rank in args.ranks)] if args.ranks else []
+        words = words + args.adapter or [*settings.preset.arms[family]]
+        arms = [ArmSpec.parse(word) for word in words + ["full_qv"] * args.full_qv]
         for seed in dict.fromkeys(args.seeds or settings.preset.seeds):
             for mix, changed in mixes.items():
                 planned = plan.plan_runs(settings, hidden_size, [mix], arms, [seed], changed)
@@ -74,7 +74,7 @@ def plan_steps(args: argparse.Namespace, settings: Settings, runs: Sequence[Run]
     for run in runs:
         # measured and deleted before the next one starts: the disk holds one run's checkpoints
         before = tuple(s.name for s in analyses) if args.measure_then_delete else ()
-        steps.append(_training_step(args, run, ("prepare", *before), sweep))
+        steps.append(_training_step(run, ("prepare", *before), sweep))
         if args.measure_then_delete:
             needs = (steps[-1].name,)
             analyses += (new := _analyses(args, settings, [run], f"-{run.name}", needs, sweep))
@@ -85,15 +85,10 @@ def plan_steps(args: argparse.Namespace, settings: Settings, runs: Sequence[Run]
     return [step for step in steps if step.stage in (args.only or STAGES)]
 
 
-def _training_step(
-    args: argparse.Namespace, run: Run, needs: tuple[str, ...], sweep: Sweep | None
-) -> Step:
+def _training_step(run: Run, needs: tuple[str, ...], sweep: Sweep | None) -> Step:
     """What trains the run: in a sweep its search, or, with later seeds, at the chosen rate."""
     config = run.config
-    options = run_options(config)
-    options |= {"seed": config.seed, "max_steps": config.max_steps or None}
-    options["set"] = args.set or None
-    options["dtype"] = None if args.dtype == "auto" else args.dtype
+    options = run_options(run) | {"seed": config.seed}
     name, stage = f"train-{run.name}", "train"
     if sweep is not None and config.seed == sweep.seed:
         name, stage = f"sweep-{run.arm}", "sweep"

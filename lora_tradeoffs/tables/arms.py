@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES, RANKS, TARGET_MODULES
 from dataset_descriptions import DESCRIPTIONS
+from training_configs import METHODS as TRAINED
 from training_configs import rate_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-METHODS = ("lora", "full_qv", "full", "base", "baseline")  # in the order of legends
+METHODS = (*TRAINED, "base", "baseline")  # in the order of legends
 
 
 @total_ordering
@@ -23,8 +24,8 @@ class Arm:
     """A training configuration, or the base or a baseline; what is averaged over seeds.
 
     Whatever sets it apart from the grid's arm of its method and rank is a field, and stands in
-    brackets in the label, its text: "LoRA r=8 (all, steps40)". Arms are ordered as in legends: LoRA
-    by rank, full qv, full, base, baselines; of one arm the learning rates rising.
+    brackets in the label, its text: "LoRA r=8 (all, steps40)". Arms are ordered as in legends:
+    adapters by rank, full qv, full, base, baselines; of one arm the learning rates rising.
     """
 
     method: str
@@ -40,10 +41,10 @@ class Arm:
 
     @property
     def kind(self) -> str:
-        """Method and rank: "LoRA r=8", "full qv", "full", "base", or the baseline's name."""
+        """Method and rank: "LoRA r=8", "OFT b=32", "full qv", "base", or the baseline's name."""
         if self.method == "baseline":
             return self.run
-        return f"LoRA r={self.rank}" if self.method == "lora" else self.method.replace("_", " ")
+        return TRAINED[self.method].label.format(self.rank) if self.is_trained else self.method
 
     @property
     def details(self) -> str:
@@ -68,6 +69,10 @@ class Arm:
 
     def __str__(self) -> str:
         return self.label
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.is_trained and bool(TRAINED[self.method].number)
 
     @property
     def is_trained(self) -> bool:
@@ -116,8 +121,8 @@ def arm_of(record: Mapping[str, Any]) -> Arm:
     is_other = task is not None and record.get("family", task.family) != task.family
     return Arm(
         method,
-        rank=int(record["rank"]) if method == "lora" else 0,
-        target_modules=target_modules_name(record) if method == "lora" else "qv",
+        rank=int(record["rank"]) if TRAINED[method].number else 0,
+        target_modules=target_modules_name(record) if TRAINED[method].number else "qv",
         variant=variant.replace("_", " ") if is_ours else "",
         run="" if is_ours else variant,
         tasks="" if tasks in FAMILIES else tasks,

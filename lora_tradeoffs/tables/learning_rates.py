@@ -256,14 +256,14 @@ def _is_chosen(
 
 
 def _reference(arm: Arm, arms: set[Arm]) -> Arm | None:
-    """The full arm that a LoRA arm is compared with: with the same other fields, else the plain.
+    """The full arm that an adapter is compared with: with the same other fields, else the plain.
 
-    None for what is not LoRA.
+    None for what is no adapter.
     """
-    if arm.method != "lora":
+    if not arm.is_adapter:
         return None
     words = arm.variant.split()
-    shared = [w for w in words if w not in SCALINGS and not w.startswith("dropout")]
+    shared = [w for w in words if w not in SCALINGS and not w.startswith(("dropout", "ratio"))]
     full = replace(arm, method="full", rank=0, target_modules="qv", variant=" ".join(shared))
     return full if full in arms else FULL
 

@@ -33,9 +33,10 @@ class Cost:
 
 
 def trainable_shapes(model: PreTrainedModel, config: TrainingConfig) -> list[tuple[int, int]]:
-    """(out, in) of every linear layer that LoRA or full_qv trains.
+    """(out, in) of every linear layer that an adapter or full_qv trains.
 
-    Raises UserError for a rank above the smallest dimension, where B A has no lower rank.
+    Raises UserError for a rank above the smallest dimension, where B A has no lower rank, and for a
+    size of OFT's blocks that does not divide the inputs: PEFT would take another.
     """
     import torch
 
@@ -44,13 +45,29 @@ def trainable_shapes(model: PreTrainedModel, config: TrainingConfig) -> list[tup
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in config.modules
     ]
+    if config.method == "oft":
+        for inputs in sorted({into for _, into in shapes}):
+            if config.rank < 2 or inputs % config.rank:
+                raise UserError(
+                    f"OFT's blocks of {config.rank} do not divide the {inputs} inputs of a matrix;"
+                    f" allowed: {', '.join(str(n) for n in range(2, inputs) if not inputs % n)}"
+                )
+        return shapes
     smallest = min((min(shape) for shape in shapes), default=0)
     if config.rank > smallest:
         raise UserError(
-            f"LoRA rank is {config.rank}, above the smallest matrix it would adapt"
+            f"{config.rank_name} is {config.rank}, above the smallest matrix it would adapt"
             f" ({smallest}); allowed: 1 to {smallest}"
         )
     return shapes
+
+
+def reads_base(config: TrainingConfig) -> bool:
+    """Whether the forward pass computes with frozen weights themselves, as DoRA's norm does.
+
+    Then they stay in fp32: autocast would not round them there.
+    """
+    return config.method == "dora"
 
 
 def expected_cost(
@@ -69,16 +86,19 @@ def expected_cost(
     total = sum(p.numel() for p in model.parameters())
     linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
     shapes = trainable_shapes(model, config)
+    low_rank = sum(config.rank * (out + into) for out, into in shapes)
     trainable = {
-        "lora": sum(config.rank * (out + into) for out, into in shapes),
+        "dora": low_rank + sum(out for out, _ in shapes),
+        "oft": sum(into * (config.rank - 1) // 2 for _, into in shapes),
         "full": total,
         "full_qv": sum(out * into for out, into in shapes),
-    }[config.method]
+    }.get(config.method, low_rank)
     c = model.config
     weights = 4 * total
-    if config.method == "lora":
+    if config.is_adapter:
         # frozen linears are stored in the precision of the computation, lm_head as a copy
-        weights += 4 * trainable + bf16 * (2 * c.vocab_size * c.hidden_size - 2 * linear)
+        is_stored = bf16 and not reads_base(config)
+        weights += 4 * trainable + is_stored * (2 * c.vocab_size * c.hidden_size - 2 * linear)
     tokens = config.micro_batch_size * (longest or config.max_length)
     per_token = ACTIVATION_BYTES[0] * c.hidden_size + ACTIVATION_BYTES[1] * c.intermediate_size
     if eager:
@@ -89,7 +109,8 @@ def expected_cost(
     supervised = config.micro_batch_size * (2 if config.family == "similar" else 128)
     logits = LOGIT_BYTES * supervised * c.vocab_size
     memory = PROCESS_BYTES + weights + 12 * trainable + activations + logits
-    saved = 4 * (trainable if config.method == "lora" else total)
+    saved = 4 * (trainable if config.is_adapter else total)
+    saved *= 1 + (config.method == "pissa")  # converted to twice the rank
     disk = config.checkpoints * saved + 2 * 8 * trainable  # Adam's state in the two newest
     return Cost(total, trainable, int(memory), disk)
 

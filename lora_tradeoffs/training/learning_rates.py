@@ -25,8 +25,9 @@ from typing import Any
 from config import FAMILIES, Settings, UserError
 from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.shapes import NUMBER
+from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.run import Run, is_main
-from lora_tradeoffs.training.run_record import changed
+from lora_tradeoffs.training.run_record import changed, newer_fields
 from training_configs import CONSTANT_ALPHA, TrainingConfig, rate_name
 
 FACTORS = (0.5, 1.0, 2.0)
@@ -247,14 +248,15 @@ def write_rates(runs_dir: Path, arm: str, records: list[dict[str, Any]]) -> Path
     return path
 
 
-def chosen_rate(runs_dir: Path, arm: str, config: TrainingConfig) -> float:
-    """The rate that the study's sweep chose for the arm.
+def chosen_rate(run: Run) -> float:
+    """The rate that the study's sweep chose for the run's arm.
 
     Raises UserError, naming the command, if there is none for these settings.
     """
+    runs_dir, arm, config = run.folder.parent, run.arm, run.config
     records = [record for record in read_rates(runs_dir) if record["arm"] == arm]
     chosen = next((record for record in records if record["chosen"]), None)
-    options = {"lr_sweep": True, "study": runs_dir.name} | run_options(config)
+    options = {"lr_sweep": True, "study": runs_dir.name} | run_options(run)
     command = " ".join(["python multi_task_training.py", *flags(options)])
     if chosen is None:
         problem = f" ({records[0]['problem']})" if records else ""
@@ -265,7 +267,7 @@ def chosen_rate(runs_dir: Path, arm: str, config: TrainingConfig) -> float:
     settings = _settings(config)
     # a search of an earlier version had alpha = 2r with rsLoRA, too, and did not record it
     alpha = CONSTANT_ALPHA if chosen.get("scaling") == "constant" else 2 * chosen["rank"]
-    old = {"alpha": alpha, **chosen}
+    old = newer_fields(chosen) | {"alpha": alpha, **chosen}
     if changes := changed({name: old.get(name) for name in settings}, settings):
         raise UserError(
             f"the learning rate of {arm} was chosen with other settings: {'; '.join(changes)}."
@@ -274,12 +276,12 @@ def chosen_rate(runs_dir: Path, arm: str, config: TrainingConfig) -> float:
     return float(chosen["learning_rate"])
 
 
-def run_options(config: TrainingConfig) -> dict[str, Any]:
+def run_options(run: Run) -> dict[str, Any]:
     """The options of multi_task_training.py that say which tasks and which arm a run has."""
+    config = run.config
     is_family = config.tasks == FAMILIES[config.family]
     options: dict[str, Any] = {config.family: True} if is_family else {"tasks": config.tasks}
-    arm = {"full": "full_finetune", "full_qv": "full_qv"}.get(config.method)
-    return options | ({arm: True} if arm else {"lora": config.rank})
+    return options | {"adapter": str(ArmSpec.of(config, run.default))}
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:

@@ -10,56 +10,59 @@ from typing import TYPE_CHECKING, Any
 from config import Settings, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.checkpoints import checkpoint_step, checkpoints
+from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.learning_rates import chosen_rate, rates_around
 from lora_tradeoffs.training.row_order import steps_for, task_shares
 from lora_tradeoffs.training.run import Run
-from training_configs import TrainingConfig, default_config
+from training_configs import ADAPTER_FIELDS, TrainingConfig, default_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LORA_FIELDS = ("target_modules", "scaling", "lora_dropout")
 
 
 def plan_runs(
     settings: Settings,
     hidden_size: int,
     mixes: Sequence[tuple[str, ...]],
-    arms: Sequence[tuple[str, int]],
+    arms: Sequence[ArmSpec],
     seeds: Sequence[int],
     values: Mapping[str, Any],
     sweep: Sequence[float] | None = None,
     swept_rates: bool = False,
 ) -> list[Run]:
-    """A run for every task mix, arm (method, rank) and seed, in this order.
+    """A run for every task mix, arm and seed, in this order.
 
-    `values` replace fields of TrainingConfig; if LoRA is among the arms, its fields are left out
-    for the others. With `sweep`, factors of the default learning rate, every run is planned at each
-    of these rates; with `swept_rates`, at the rate that a sweep chose. Raises UserError for a
-    combination that is not allowed.
+    `values` replace fields of TrainingConfig, and an arm's own beat them; a field that belongs to
+    some of the arms is left out for the others. With `sweep`, factors of the default learning rate,
+    every run is planned at each of these rates; with `swept_rates`, at the rate that a sweep chose.
+    Raises UserError for a combination that is not allowed.
     """
-    if "learning_rate" in values and (sweep is not None or swept_rates):
+    has_rate = any("learning_rate" in given for given in (values, *(arm.values for arm in arms)))
+    if has_rate and (sweep is not None or swept_rates):
         flag = "--swept-rates" if swept_rates else "--lr-sweep"
         raise UserError(
             f"{flag} and --set learning_rate both set the learning rate; use one of them"
         )
-    scaling = values.get("scaling", "2r")
-    has_lora = any(method == "lora" for method, _ in arms)
-    dense_values = {k: v for k, v in values.items() if k not in LORA_FIELDS or not has_lora}
-    runs = []
+    runs: list[Run] = []
+    planned: dict[str, ArmSpec] = {}
     for tasks in mixes:
-        for method, rank in arms:
+        for arm in arms:
+            own = arm.own(values, arms)
+            scaling = own.get("scaling", "2r")
             for seed in dict.fromkeys(seeds):
-                default = default_config(settings, tasks, method, rank, seed, hidden_size, scaling)
-                replaced = values if method == "lora" else dense_values
-                config = dataclasses.replace(default, **replaced)
+                method = arm.method, arm.rank
+                default = default_config(settings, tasks, *method, seed, hidden_size, scaling)
+                config = dataclasses.replace(default, **own)
                 name = config.run_name(default)
+                if (other := planned.setdefault(name, arm)) is not arm:
+                    also = f", also as {other}" if str(other) != str(arm) else ""
+                    raise UserError(f"the arm {arm} occurs twice{also}; leave one out")
                 run = Run(name, config, settings.runs_dir / name, default)
                 rates = [config.learning_rate]
                 if sweep is not None:
                     rates = rates_around(default.learning_rate, sweep)
                 elif swept_rates:
-                    rates = [chosen_rate(settings.runs_dir, run.arm, config)]
+                    rates = [chosen_rate(run)]
                 runs += [run.at_rate(rate) for rate in rates]
     return runs
 
@@ -92,7 +95,7 @@ def control_values(
     With epochs and proportional mixing it does so by itself; else its steps are the task's share of
     the mixed run's.
     """
-    dense = {name: value for name, value in values.items() if name not in LORA_FIELDS}
+    dense = {name: value for name, value in values.items() if name not in ADAPTER_FIELDS}
     mixed = dataclasses.replace(default_config(settings, tasks, "full", 0, 0, 2048), **dense)
     if not mixed.max_steps and mixed.mixing == "proportional":
         return {task: {} for task in tasks}

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from config import Diverged, UserError
 from lora_tradeoffs.checkpoints import (
+    UNCONVERTED,
     checkpoint_step,
     checkpoints,
     drop_resume_state,
@@ -76,6 +78,11 @@ class MultiTaskTrainer(Trainer):
             **kwargs,
         )
         self.config, self.label_ids = config, label_ids
+        self.initial_adapter: Path | None = None
+        if config.method == "pissa" and self.args.should_save:
+            self._temporary = TemporaryDirectory()  # lives as long as this object
+            self.initial_adapter = Path(self._temporary.name) / "initial"
+            self.model.save_pretrained(self.initial_adapter, save_embedding_layers=False)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError("FSDP and DeepSpeed are not supported; launch with --multi_gpu")
 
@@ -124,12 +131,29 @@ class MultiTaskTrainer(Trainer):
         return torch.float32 if self.args.device.type == "mps" else torch.float64
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save weights as safetensors and the configuration; no tokenizer, no pickle."""
-        if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            # PEFT might otherwise ask the Hub whether the embeddings were changed
-            extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-            model.save_pretrained(output_dir or self.args.output_dir, **extra)
+        """Save weights as safetensors and the configuration; no tokenizer, no pickle.
+
+        PiSSA has moved the principal part of W0 to its factors. PEFT converts it to a LoRA of twice
+        the rank over W0; the factors that are trained are kept beside it, to resume with.
+        """
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        # PEFT might otherwise ask the Hub whether the embeddings were changed
+        extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+        if self.initial_adapter is None:
+            model.save_pretrained(folder, **extra)
+            return
+        model.save_pretrained(folder / UNCONVERTED, **extra)
+        initial = str(self.initial_adapter)
+        with torch.random.fork_rng():  # it loads the initial adapter, into one with random weights
+            model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial, **extra)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        unconverted = Path(resume_from_checkpoint) / UNCONVERTED
+        folder = unconverted if unconverted.is_dir() else resume_from_checkpoint
+        super()._load_from_checkpoint(str(folder), model)
 
 
 class RunCallback(TrainerCallback):

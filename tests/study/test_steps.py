@@ -11,6 +11,7 @@ from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.models.base import load_tokenizer, prepare_base
 from lora_tradeoffs.study import steps as study_steps
 from lora_tradeoffs.study.steps import ANALYSES, DoneTests, Outcomes, Step, flags
+from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.plan import plan_runs
 from lora_tradeoffs.training.run import Run
 
@@ -28,7 +29,7 @@ def settings(tiny, tmp_path):
 
 @pytest.fixture
 def run(settings) -> Run:
-    (run,) = plan_runs(settings, 32, [("sst2",)], [("lora", 4)], [42], {"dtype": "fp32"})
+    (run,) = plan_runs(settings, 32, [("sst2",)], [ArmSpec("lora", 4)], [42], {"dtype": "fp32"})
     return run
 
 

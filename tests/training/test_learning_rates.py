@@ -24,12 +24,19 @@ from lora_tradeoffs.training.learning_rates import (
     untried,
     write_rates,
 )
+from lora_tradeoffs.training.run import Run
 from training_configs import default_config
 
 
 def config_of(method="lora", rank=8, **changes):
     default = default_config(settings_for(), FAMILIES["similar"], method, rank, 42, 2048)
     return dataclasses.replace(default, **changes), default
+
+
+def run_of(runs_dir, method="lora", rank=8, **changes):
+    """A run whose default is its own configuration, so that its arm is the grid's by its name."""
+    config, _ = config_of(method, rank, **changes)
+    return Run("run", config, runs_dir / "run", config)
 
 
 def searched(loss_of, rates=(0.5, 1.0, 2.0)):
@@ -188,29 +195,29 @@ def test_an_arm_that_is_searched_again_replaces_its_own_records_alone(tmp_path):
 
 def test_the_chosen_rate_is_read_back(tmp_path):
     written(tmp_path)
-    assert chosen_rate(tmp_path, "similar_lora_r8", config_of()[0]) == 2e-3
-    other = config_of(seed=43, dtype="bf16", learning_rate=0.5)[0]
-    assert chosen_rate(tmp_path, "similar_lora_r8", other) == 2e-3
+    assert chosen_rate(run_of(tmp_path)) == 2e-3
+    other = run_of(tmp_path, seed=43, dtype="bf16", learning_rate=0.5)
+    assert chosen_rate(other) == 2e-3
 
 
 def test_an_arm_without_a_choice_names_the_command(tmp_path):
     written(tmp_path)
     full = config_of("full", 0)
     with pytest.raises(UserError) as error:
-        chosen_rate(tmp_path, "similar_full", full[0])
-    command = f"--lr-sweep --study {tmp_path.name} --similar --full-finetune"
+        chosen_rate(run_of(tmp_path, "full", 0))
+    command = f"--lr-sweep --study {tmp_path.name} --similar --adapter full"
     assert "no learning rate was chosen for similar_full;" in str(error.value)
     assert str(error.value).endswith(command)
     refused = Search({1e-4: [2.0], 2e-4: [1.0]}, None, "it is lowest at the edge")
     written(tmp_path, "similar_full", full, refused)
     with pytest.raises(UserError, match="it is lowest at the edge"):
-        chosen_rate(tmp_path, "similar_full", full[0])
+        chosen_rate(run_of(tmp_path, "full", 0))
 
 
 def test_a_choice_under_other_settings_is_not_used(tmp_path):
     written(tmp_path)
     with pytest.raises(UserError, match=r"epochs 0.5 -> 2") as error:
-        chosen_rate(tmp_path, "similar_lora_r8", config_of(epochs=2.0)[0])
+        chosen_rate(run_of(tmp_path, epochs=2.0))
     assert "examples_per_task" not in str(error.value)
 
 
