@@ -269,11 +269,11 @@ def measure_all(weights: dict, bases: dict[str, Any], pairs: int) -> list[dict[s
 
 
 def measure_named(bases: dict[str, Any], pairs: int) -> list[dict[str, Any]]:
-    """What the ratios need, and a study of one layer."""
+    """What the ratios need, on the largest update, and a study of one layer."""
     rows = []
     for rank in dict.fromkeys(rank for rank, _ in NAMED.values()):
         ks = tuple(k for r, k in NAMED.values() if r == rank)
-        rows += against_dense("q_proj", bases["q_proj"], (rank,), ks, pairs)
+        rows += against_dense("q_proj", bases["q_proj"], (rank,), ks, pairs, SIZES[-1:])
     return rows + study_cost(bases, 1, (64,))
 
 

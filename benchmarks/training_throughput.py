@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from tqdm import tqdm
 
-    peers = args.peers or (("grouped", "padded") if args.quick else PEERS)
+    peers = args.peers or (("grouped",) if args.quick else PEERS)
     peers = ["ours", *(p for p in peers if p != "ours")]
     rows = []
     for number, peer in tqdm([(i, p) for i in range(args.pairs) for p in peers]):
