@@ -92,7 +92,7 @@ def load_records(path: Path, keep: Callable[[Record], bool] | None = None) -> Da
             f" (studies that have one: {', '.join(others) or 'none'})"
         )
     remedy = f"{command} writes it anew"
-    meta = read_head(path, {"meta": dict}, remedy)["meta"]
+    meta = read_head(path, {"meta": {"preset?": str}}, remedy)["meta"]
     numbered = enumerate(read_records(path, DOCUMENT["records"][0], remedy))
     rows = (row for row in numbered if keep is None or keep(row[1]))
     parts, problem = [], _meta_problem(meta)
@@ -149,7 +149,7 @@ def _problem(records: dict[int, Record], frame: DataFrame) -> str:
     for number, record in records.items():
         if missing := required - record.keys():
             return f"record {number} lacks {', '.join(sorted(missing))}"
-    types: dict[str, Any] = dict.fromkeys(("target_modules", *TEXTS), str)
+    types: dict[str, Any] = dict.fromkeys(("target_modules", "tasks", "variant", *TEXTS), str)
     types = dict.fromkeys((*NUMBERS, *OPTIONAL), (int, float)) | types
     for name in filter(types.get, frame):
         wrong = frame[name].isna() & (name in NEVER_NULL)

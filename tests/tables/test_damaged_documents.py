@@ -66,3 +66,20 @@ def test_any_document_is_read_or_named(workspace, example):
         gaps(frame) if name == "adaptation" else retention_gaps(frame, None)
     if lines:
         assert str(path) in lines[0]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"meta": META | {"preset": []}}, *({"records": [{name: {}}]} for name in ("tasks", "variant"))],
+    ids=str,
+)
+def test_an_object_in_place_of_a_name_is_one_line(workspace, damage):
+    document = json.loads(json.dumps(DOCUMENTS["adaptation"]))
+    document["meta"] = damage.get("meta", META)
+    for record, changes in zip(document["records"], damage.get("records", ())):
+        record.update(changes)
+    path = workspace / "adaptation.json"
+    path.write_text(json.dumps(document))
+    with ends_or_refuses() as lines:
+        load_records(path)
+    assert lines and str(path) in lines[0]
