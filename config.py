@@ -50,6 +50,13 @@ BENCHMARKS = {
     ),
 }
 CHOICE_BENCHMARKS = tuple(name for name, benchmark in BENCHMARKS.items() if not benchmark.text)
+# What --tasks of retention_eval.py takes for several of lm-eval's benchmarks.
+BENCHMARK_GROUPS = {
+    "commonsense": CHOICE_BENCHMARKS,
+    "knowledge": ("mmlu",),
+    "reasoning": ("gsm8k", "bbh"),
+    "instruction": ("ifeval",),
+}
 # The projections of LlamaForCausalLM that each value of --target-modules selects.
 TARGET_MODULES = {
     "qv": ("q_proj", "v_proj"),

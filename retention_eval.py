@@ -1,7 +1,7 @@
 """Retention: how much pretrained ability every checkpoint keeps, measured with lm-eval's tasks.
 
     python retention_eval.py                                  # all runs of the study
-    python retention_eval.py --tasks hellaswag piqa boolq --num-fewshot 5
+    python retention_eval.py --tasks commonsense gsm8k boolq
     python retention_eval.py --checkpoints last --scale-update
 
 The base and every checkpoint are measured on benchmarks of lm-evaluation-harness, on the
@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from config import resolve_settings
+from config import BENCHMARK_GROUPS, resolve_settings
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
 from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.measuring.loop import add_analysis_arguments, options_from, run
 from lora_tradeoffs.measuring.subjects import find_subjects
-from lora_tradeoffs.retention.analysis import SCALES, Retention, RetentionOptions
+from lora_tradeoffs.retention.analysis import Retention
+from lora_tradeoffs.retention.units import SCALES, RetentionOptions
 
 DEFAULTS = RetentionOptions()
 
@@ -30,20 +31,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Measure how much pretrained ability every checkpoint keeps.")
     add_common_arguments(parser)
     group = add_analysis_arguments(parser, limit=True)
+    groups = "; ".join(f"{name} = {' '.join(tasks)}" for name, tasks in BENCHMARK_GROUPS.items())
     group.add_argument(
         "--tasks",
         nargs="+",
-        default=DEFAULTS.tasks,
+        default=["commonsense"],
         metavar="TASK",
-        help="lm-eval tasks to measure, multiple choice or perplexity"
-        f" (default: {' '.join(DEFAULTS.tasks)})",
+        help="lm-eval tasks to measure (multiple choice, perplexity, or text that is generated), or"
+        f" groups of them: {groups} (default: commonsense)",
     )
     group.add_argument(
         "--num-fewshot",
         type=int,
         default=DEFAULTS.num_fewshot,
         metavar="N",
-        help="show N in-context examples before every question (default 0)",
+        help="show N in-context examples before every question (default: as many as lm-eval's"
+        " definition of the task says, which is 0 for most)",
     )
     group.add_argument(
         "--documents",

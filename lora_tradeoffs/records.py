@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,19 @@ def updated(record: Record) -> Record:
 # -------------------------------------------------------------------------------- retention
 
 TEXT = "text_"  # before a source of held-out text
+PRIMARY = ("acc_norm", "acc", "log_likelihood")
 # The tasks of records over several: all held-out text that a run was not trained on, the benchmarks
 # on which the base is above chance, and all benchmarks (MEAN, below).
 HELD_OUT, ABOVE_CHANCE = "text", "mean_above_chance"
+
+
+def primary(metrics: Iterable[str]) -> str:
+    """The metric by which a benchmark is compared: acc_norm if it has one, else acc, else the first
+    of its definition.
+    """
+    metrics = list(metrics)
+    return next((name for name in PRIMARY if name in metrics), metrics[0])
+
 
 # ------------------------------------------------------------------------------- gradients
 

@@ -1,6 +1,8 @@
-"""What results are compared with: log-likelihoods without batches, and memory that tensors take."""
+"""What results are compared with: log-likelihoods without batches, memory, and lm-eval's own."""
 
+import json
 import weakref
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,3 +98,45 @@ def subspace_similarities(first, second):
 def random_similarity(i, j, d):
     """The mean of phi(i, j) over random subspaces of a d-dimensional space."""
     return max(i, j) / d
+
+
+# lm-eval's file of each definition, and the split that it evaluates
+DEFINITIONS = {
+    "hellaswag": ("hellaswag/hellaswag", "validation"),
+    "arc_challenge": ("arc/arc_challenge", "test"),
+    "winogrande": ("winogrande/default", "validation"),
+    "piqa": ("piqa/piqa", "validation"),
+    "boolq": ("super_glue/boolq/default", "validation"),
+    "gsm8k": ("gsm8k/gsm8k", "test"),
+    "wikitext": ("wikitext/wikitext", "test"),
+    "truthfulqa_mc1": ("truthfulqa/truthfulqa_mc1", "validation"),
+}
+
+
+def peer_results(model, tokenizer, data, tasks, rows, shots, folder, asked=None, **options):
+    """lm-eval's own report: its HFLM, its simple_evaluate, definitions included by hand.
+
+    `asked` are arguments of simple_evaluate, `options` of HFLM.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from lora_tradeoffs.retention.benchmarks import quiet_lm_eval
+
+    for task in tasks:
+        name, split = DEFINITIONS[task]
+        files = {s.stem: str(s) for s in (Path(data) / task).glob("*.jsonl")}
+        own = Path(lm_eval.__file__).parent / "tasks" / f"{name}.yaml"
+        definition = {"include": str(own), "task": f"peer_{task}", "dataset_path": "json"}
+        definition |= {"dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        definition["training_split"] = None  # so that shots come from validation
+        if split == "validation":
+            definition["test_split"] = None
+        (folder / f"{task}.yaml").write_text(json.dumps(definition))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    with quiet_lm_eval():
+        peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, **options)
+        names = [f"peer_{task}" for task in tasks]
+        shared = {"num_fewshot": shots, "limit": rows, "task_manager": manager}
+        return lm_eval.simple_evaluate(peer, tasks=names, **shared, **(asked or {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,14 @@ def settings_for(**flags):
     from config import resolve_settings
 
     return resolve_settings(argparse.Namespace(**flags))
+
+
+def write_benchmark(folder, task, split, rows):
+    """Write a benchmark's rows into a folder of data; the file."""
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    path = folder / task / f"{split}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def assert_one_line_error(process, *parts):

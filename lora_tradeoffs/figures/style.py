@@ -28,6 +28,8 @@ METRIC_LABELS = {
     "rougeL": "ROUGE-L",
     "acc": "accuracy",
     "acc_norm": "accuracy (acc_norm)",
+    "exact_match": "exact match",
+    "exact_match,strict-match": "exact match (strict)",
     "retention": "mean accuracy",
     "log_likelihood": "nats per token",
     "cka": "CKA with the base",

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from config import CHOICE_BENCHMARKS, FAMILIES, MID_TRAINING_LIMIT, Settings, UserError
+from config import FAMILIES, MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe
-from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions, TaskUnit
+from lora_tradeoffs.adaptation.analysis import SAMPLES, Adaptation, AdaptationOptions
 from lora_tradeoffs.data.encoding import bos_ids
 from lora_tradeoffs.data.sources import source_folder
 from lora_tradeoffs.files import json_digest, read_json
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.records import TEXT, unit_name
+from lora_tradeoffs.records import TEXT
 from lora_tradeoffs.retention.forgetting import derived_records
 from lora_tradeoffs.retention.scores import (
     Record,
@@ -27,71 +25,12 @@ from lora_tradeoffs.retention.scores import (
     figures,
     item_scores,
 )
+from lora_tradeoffs.retention.units import RetentionOptions, RetentionUnit
 from lora_tradeoffs.tables.scores import retention_table
 
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # of --scale-update without values
 TEXT_CHARACTERS = 4_000  # of each document's beginning: about a window's worth of tokens
 TEXT_WINDOW = 1_024  # tokens
 ANSWER_TOKENS = 1_000  # of each task's rows on which base and tuned model are compared
-
-
-@dataclass(frozen=True)
-class RetentionOptions:
-    """What retention_eval.py measures. Its flags have these names and defaults."""
-
-    tasks: tuple[str, ...] = CHOICE_BENCHMARKS
-    num_fewshot: int = 0
-    limit: int | None = None
-    documents: int | None = None  # of each held-out text; None: the preset's
-    scale_update: tuple[float, ...] | None = None  # (): SCALES
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UserError("--limit must be 1 or more")
-        if self.documents is not None and self.documents < 1:
-            raise UserError("--documents must be 1 or more")
-        if self.num_fewshot < 0:
-            raise UserError("--num-fewshot must be 0 or more")
-        for t in self.scale_update or ():
-            if not math.isfinite(t) or not 0 <= t <= 10:
-                raise UserError(f"--scale-update {t:g}: write numbers from 0 to 10")
-
-    @property
-    def scales(self) -> list[float]:
-        """The scales that are measured: 0 is the base, 1 the checkpoint itself."""
-        return sorted({*(self.scale_update or SCALES)} - {0.0, 1.0})
-
-
-@dataclass(frozen=True)
-class RetentionUnit:
-    """One measurement: a subject, its update scaled, on a benchmark, a text, or for its drift."""
-
-    subject: Subject
-    kind: str  # benchmark | text | drift | adaptation
-    task: str
-    limit: int = 0
-    shots: int = 0
-    scale: float = 1.0
-
-    @property
-    def name(self) -> str:
-        scale = f"x{self.scale:g}" if self.scale != 1 else ""
-        shots = f"{self.shots}shot" if self.shots else ""
-        return unit_name(self.subject.run, self.subject.step, scale, self.task, shots)
-
-    @property
-    def fields(self) -> Record:
-        """The fields that all records of the unit share."""
-        s = self.subject
-        family = s.family or (describe(self.task).family if self.kind == "adaptation" else "both")
-        fields = {**s.fields, "run": s.run, "family": family, "step": s.step}
-        return {**fields, "shots": self.shots, "prompt": 0, "update_scale": self.scale}
-
-    @property
-    def as_task(self) -> TaskUnit:
-        """The adaptation that is measured beside retention: the task on validation."""
-        return TaskUnit(self.subject, "validation", self.task, self.limit)
 
 
 class Retention(Analysis):
@@ -126,8 +65,7 @@ class Retention(Analysis):
             )
         for subject in subjects:
             limit = options.limit or (0 if subject.is_measured_in_full else MID_TRAINING_LIMIT)
-            shots = options.num_fewshot
-            units += [RetentionUnit(subject, "benchmark", task, limit, shots) for task in tasks]
+            units += [RetentionUnit(subject, "benchmark", t, limit, n) for t, n in tasks.items()]
             units += [RetentionUnit(subject, "text", TEXT + source) for source in self.texts()]
             if subject.checkpoint is not None:
                 units.append(RetentionUnit(subject, "drift", "drift"))
@@ -138,32 +76,39 @@ class Retention(Analysis):
         return units
 
     def _scaled_units(
-        self, subject: Subject, families: set, scales: Sequence[float], tasks: list[str], limit: int
+        self,
+        subject: Subject,
+        families: set,
+        scales: Sequence[float],
+        tasks: dict[str, int],
+        limit: int,
     ) -> Iterator[RetentionUnit]:
         """Adaptation as it is and at every scale, benchmarks and held-out text at every scale."""
         trained = [task for family in FAMILIES if family in families for task in FAMILIES[family]]
         few = self.options.limit or MID_TRAINING_LIMIT
         for t in (1.0, *scales):
             yield from (RetentionUnit(subject, "adaptation", task, few, 0, t) for task in trained)
-        shots = self.options.num_fewshot
         for t in scales:
-            yield from (RetentionUnit(subject, "benchmark", b, limit, shots, t) for b in tasks)
+            for task, shots in tasks.items():
+                yield RetentionUnit(subject, "benchmark", task, limit, shots, t)
             yield from (RetentionUnit(subject, "text", TEXT + s, scale=t) for s in self.texts())
 
-    def _expanded_tasks(self) -> list[str]:
-        """The options' tasks, each tag, or group without a mean, replaced by its tasks.
+    def _expanded_tasks(self) -> dict[str, int]:
+        """The options' tasks with their examples in the prompt, each of lm-eval's tags, or groups
+        without a mean, replaced by its tasks.
 
         A unit is one benchmark.
         """
         if self.trusts_records and self.options.tasks == RetentionOptions.tasks:
-            return list(self.options.tasks)  # known to be no groups
-        tasks: dict[str, None] = {}
+            # known to be no groups, and defined without examples
+            return dict.fromkeys(self.options.tasks, self.options.num_fewshot or 0)
+        tasks: dict[str, int] = {}
         for name in self.options.tasks:
             benchmarks = self.benchmarks(name, self.options.limit or 0)
             group = benchmarks.loaded["groups"].get(name)
             is_one = name in benchmarks.tasks or (group is not None and group.has_aggregation)
-            tasks |= dict.fromkeys([name] if is_one else benchmarks.tasks)
-        return list(tasks)
+            tasks |= dict.fromkeys([name] if is_one else benchmarks.tasks, benchmarks.num_fewshot)
+        return tasks
 
     def benchmarks(self, task: str, limit: int) -> Any:
         """The benchmark, loaded, with its prompts tokenised."""
@@ -282,7 +227,8 @@ class Retention(Analysis):
         definition = next(iter(benchmarks.tasks.values())).config
         split = definition.test_split or definition.validation_split
         records = benchmark_records({**unit.fields, "split": split}, result)
-        return Measurement(records, item_scores(result.items))
+        samples = result.answers[:SAMPLES]
+        return Measurement(records, item_scores(result.items), samples=samples)
 
     def _measure_text(self, model: Any, unit: RetentionUnit, batch_tokens: int) -> Measurement:
         from lora_tradeoffs.retention.benchmarks import text_log_likelihoods
@@ -345,7 +291,7 @@ class Retention(Analysis):
         return records
 
     def table(self, records: Iterable[Record]) -> str:
-        return retention_table(records, self.options.num_fewshot)
+        return retention_table(records)
 
     def outputs(self) -> dict[str, Path]:
         return {"items": self.results.folder / "items"}

@@ -1,8 +1,7 @@
 """lm-eval's tasks by name, over the Hub's rows or over those of a folder, which are checked.
 
 A folder's `<benchmark>/<split>.jsonl` in the original schema takes the place of the data set in
-lm-eval's own definition. lm-eval scores a row whose gold answer is not among its choices 0, and
-renders a missing field as "None", without a word: here both are errors with file and line.
+lm-eval's own definition.
 """
 
 from __future__ import annotations
@@ -19,6 +18,14 @@ from dataset_descriptions import Row
 from lora_tradeoffs.command_line import is_out_of_memory
 from lora_tradeoffs.data.sources import read_jsonl, source_folder
 from lora_tradeoffs.hub import hub_errors
+from lora_tradeoffs.retention.benchmark_checks import (
+    cause_of,
+    check_requests,
+    first_problem,
+    packages_of,
+    refusal,
+    schema_problem,
+)
 
 SPLIT_KEYS = ("training_split", "validation_split", "test_split")
 # datasets' names for local files, where the Hub need not be asked
@@ -43,7 +50,7 @@ class LocalBenchmark:
         With lm-eval's `task` over the files, lines are read only if one of its documents is bad.
         """
         for split in self.files if self.shots_from else [self.evaluated]:
-            problem = task and _first_problem(
+            problem = task and first_problem(
                 task, task.eval_docs if split == self.evaluated else task.fewshot_docs()
             )
             if problem or not task:
@@ -62,9 +69,9 @@ class LocalBenchmark:
                 docs = process(docs) if process else docs
                 if task is None and len(docs):
                     task = self._task_over(docs)
-                problem = _first_problem(task, docs)
+                problem = first_problem(task, docs)
             except Exception as error:  # a definition's own code may raise anything on a bad row
-                problem = _cause(error)
+                problem = cause_of(error)
             if problem:
                 raise UserError(f"{self.files[split]}:{line}: {problem}")
 
@@ -79,14 +86,15 @@ class LocalBenchmark:
 
 
 def local_benchmark(
-    name: str, definition: dict[str, Any], folder: Path, num_fewshot: int
+    name: str, definition: dict[str, Any], folder: Path, num_fewshot: int | None
 ) -> LocalBenchmark:
     """lm-eval's `definition` over <folder>/<name>/<split>.jsonl, whose lines are read and checked.
 
-    Few-shot examples come from the definition's split; if the folder lacks it, from the next one in
-    lm-eval's own order (training, validation, test), at last from the evaluated split without the
-    item itself. Raises UserError for a missing split or a bad line.
+    Few-shot examples are those that the definition holds, or come from its split; if the folder
+    lacks that, from the next one in lm-eval's own order (training, validation, test), at last from
+    the evaluated split without the item itself. Raises UserError for a missing split or a bad line.
     """
+    shots = definition.get("num_fewshot") or 0 if num_fewshot is None else num_fewshot
     evaluated = definition.get("test_split") or definition.get("validation_split")
     if not evaluated or "class" in definition:
         raise UserError(f"benchmark {name} is defined in code, not by splits: it needs --data hub")
@@ -99,21 +107,24 @@ def local_benchmark(
     ranked = [shot_split] if shot_split else [definition.get(key) for key in SPLIT_KEYS]
     present = [s for s in ranked if s and (folder / name / f"{s}.jsonl").is_file()]
     shots_from = present[0] if present else evaluated
-    files = {split: folder / name / f"{split}.jsonl" for split in (shots_from, evaluated)}
+    if few.get("samples") and not shot_split:
+        shots_from = None
+    splits = filter(None, (shots_from, evaluated))
+    files = {split: folder / name / f"{split}.jsonl" for split in splits}
     rows = {split: read_jsonl(file) for split, file in files.items()}
     for split, file in files.items():
         if problem := schema_problem(rows[split]):
             raise UserError(f"{file}:{problem[0]}: {problem[1]}")
-        needed, count = num_fewshot + (split == evaluated), len(rows[split])
-        if num_fewshot and split == shots_from and count < needed:
-            raise UserError(f"{file}: {num_fewshot} shots need {needed} rows, it has {count}")
+        needed, count = shots + (split == evaluated), len(rows[split])
+        if shots and split == shots_from and count < needed:
+            raise UserError(f"{file}: {shots} shots need {needed} rows, it has {count}")
     definition = {k: v for k, v in definition.items() if k not in ("group", "task_list")}
     definition |= dict.fromkeys((*SPLIT_KEYS, "dataset_name", "dataset_kwargs"))
     definition |= {"task": name, "tag": None, "dataset_path": "json"}
     # lm-eval leaves the item itself out of its shots where these two are the same
     definition |= {"test_split": evaluated, "fewshot_split": shots_from}
     definition["custom_dataset"] = lambda **_: _data_sets(rows)
-    return LocalBenchmark(definition, files, evaluated, shots_from if num_fewshot else None)
+    return LocalBenchmark(definition, files, evaluated, shots_from if shots else None)
 
 
 def _data_sets(rows: dict[str, list[Row]]) -> dict[str, Any]:
@@ -122,82 +133,17 @@ def _data_sets(rows: dict[str, list[Row]]) -> dict[str, Any]:
     return {split: Dataset.from_list(part) for split, part in rows.items()}
 
 
-# --------------------------------------------------------------------------- checks of rows
-
-
-def schema_problem(rows: list[Row]) -> tuple[int, str] | None:
-    """The first line whose fields are not those of the others, and how; None if there is none."""
-    kinds: dict[str, tuple[str, int]] = {}  # a field's kind, and the line that has it
-    for line, row in enumerate(rows, 1):
-        for field, value in row.items():
-            if value is not None:
-                kinds.setdefault(field, (_kind(value), line))
-    for line, row in enumerate(rows, 1):
-        for field, (kind, first) in kinds.items():
-            if row.get(field) is None:
-                return line, f"field {field!r} is missing (line {first} has it)"
-            if _kind(row[field]) != kind:
-                return line, f"field {field!r} is {_kind(row[field])}, in line {first} {kind}"
-    return None
-
-
-def _kind(value: Any) -> str:
-    kinds = {str: "a text", bool: "true or false", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "a number")
-
-
-def _first_problem(task: Any, docs: Iterable[Row]) -> str | None:
-    """What is wrong with the first bad document; None if there is none."""
-    try:
-        return next(filter(None, (doc_problem(task, doc) for doc in docs)), None)
-    except Exception as error:
-        return _cause(error)
-
-
-def _cause(error: Exception) -> str:
-    """Why the definition cannot be applied; too little memory says nothing of it, and is raised."""
-    if is_out_of_memory(error):
-        raise error
-    cause = error.__cause__ or error
-    what = next(iter(str(cause).splitlines()), "")[:160]
-    return (
-        f"the definition cannot be applied to it ({type(cause).__name__}: {what}); are all its"
-        " fields there, and the gold answer among its choices?"
-    )
-
-
-def doc_problem(task: Any, doc: Row) -> str | None:
-    """Why lm-eval could not score the document, or would score it 0 in silence; else None."""
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        return None if str(task.doc_to_target(doc)).strip() else "its text is empty"
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return None
-    choices = task.doc_to_choice(doc)
-    if len(choices) < 2:
-        return f"it has {len(choices)} choice, so there is nothing to choose"
-    if empty := [k for k, choice in enumerate(choices, 1) if not str(choice).strip()]:
-        return f"choice {empty[0]} is empty"
-    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-    if isinstance(gold, str) and gold == task.config.doc_to_target and gold not in choices:
-        return f"field {gold!r}, the gold answer, is missing"
-    for answer in (gold or [""]) if isinstance(gold, list) else [gold]:
-        known = answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)
-        if not known:
-            return f"the gold answer {answer!r} is not among the {len(choices)} choices"
-    return None
-
-
 # ------------------------------------------------------------------------------- loading
 
 
 class TaskLoader:
     """Finds lm-eval's definitions, puts local rows below them, and loads the tasks.
 
-    Raises UserError for an unknown name, a task that generates text, and local files that are
-    missing or have bad lines.
+    Raises UserError for an unknown name, a task that cannot be asked here, a package or NLTK's data
+    that it needs, and local files that are missing or have bad lines.
     """
 
-    def __init__(self, settings: Settings, names: Iterable[str], num_fewshot: int):
+    def __init__(self, settings: Settings, names: Iterable[str], num_fewshot: int | None):
         from lm_eval.tasks._yaml_loader import load_yaml
 
         self.names = list(dict.fromkeys(names))
@@ -212,16 +158,16 @@ class TaskLoader:
             for leaf in self.leaves(name):
                 leaves.setdefault(leaf, name)
         for leaf in leaves:
-            cfg = self.index[leaf].cfg
-            if "class" not in cfg:
-                _refuse_generation(leaf, cfg.get("output_type", "generate_until"))
+            if self.index[leaf].cfg.get("unsafe_code"):  # its own code would fetch more at loading
+                raise refusal(leaf, "runs the code that the model writes")
         source = source_folder(settings)
         if source is None:
             _ask_hub({self.index[leaf].cfg.get("dataset_path"): leaf for leaf in leaves})
             return
         for leaf, name in leaves.items():
             entry = self.index[leaf]
-            definition = entry.cfg if "class" in entry.cfg else load_yaml(entry.yaml_path)
+            with packages_of(leaf):
+                definition = entry.cfg if "class" in entry.cfg else load_yaml(entry.yaml_path)
             try:
                 self.local[leaf] = local_benchmark(leaf, definition, source, num_fewshot)
             except UserError as error:
@@ -243,19 +189,24 @@ class TaskLoader:
         """lm-eval's `{"tasks", "groups", "group_map"}` of the names."""
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in self.names:
-            for key, values in (self._load_local if self.local else self._load_hub)(name).items():
+            with packages_of(name):
+                parts = (self._load_local if self.local else self._load_hub)(name)
+            for key, values in parts.items():
                 loaded[key].update(values)
         for leaf, task in loaded["tasks"].items():
-            _refuse_generation(leaf, task.OUTPUT_TYPE)
-            if leaf in self.local:
-                self.local[leaf].check(task)
+            check_requests(leaf, task)
+            with packages_of(leaf):
+                if leaf in self.local:
+                    self.local[leaf].check(task)
+                elif task.OUTPUT_TYPE == "generate_until":
+                    first_problem(task, task.eval_docs)  # raises for what is not installed
         return loaded
 
     def _load_local(self, name: str) -> dict[str, Any]:
         try:
             return self.manager.load([name])
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, ImportError):
                 raise
             for leaf in self.leaves(name):
                 self.local[leaf].check()
@@ -304,14 +255,6 @@ def _unknown(name: str, known: list[str]) -> str:
     close = close or [task for task in known if name in task][:3]
     hint = f"; close: {', '.join(close)}" if close else ""
     return f"lm-eval has no task {name!r}{hint} (all: lm_eval ls tasks)"
-
-
-def _refuse_generation(name: str, output_type: str) -> None:
-    if output_type == "generate_until":
-        raise UserError(
-            f"benchmark {name} generates text; retention is measured by multiple-choice and"
-            " perplexity tasks alone"
-        )
 
 
 def _ask_hub(data_sets: dict[str | None, str]) -> None:

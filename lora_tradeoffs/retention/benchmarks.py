@@ -43,13 +43,14 @@ SOURCE_FIELDS = {
 class BenchmarkResult:
     """One benchmark's figures for one model, as lm-eval computes them.
 
-    `metrics` and `stderrs` (nan where lm-eval has none) are by metric. `items` has an array of
-    shape (n,) by metric, in the order of the documents: 0 or 1 for acc and acc_norm; for a
-    perplexity task log_likelihood (in nats) with the counts tokens, words and bytes.
-    `log_likelihoods` has those of each document's choices. `chance` is the expected accuracy of
-    guessing; nan where there is nothing to guess. `truncated` counts the documents whose context
-    was cut from the left to fit the model's window. `identity` is what makes a measurement the
-    same one.
+    `metrics` and `stderrs` (nan where lm-eval has none) are by metric; of several filters, by
+    `metric,filter`. `items` has an array of shape (n,) by metric, in the order of the documents: 0
+    or 1 for acc and acc_norm; for a perplexity task log_likelihood (in nats) with the counts
+    tokens, words and bytes. `log_likelihoods` has those of each document's choices, `answers` the
+    prompt, answer and target of each document that was answered in text. `chance` is the expected
+    accuracy of guessing, 0 for such answers; nan where there is no score between 0 and 1.
+    `truncated` counts the documents whose context was cut from the left to fit the model's window.
+    `identity` is what makes a measurement the same one.
     """
 
     task: str
@@ -57,6 +58,7 @@ class BenchmarkResult:
     stderrs: dict[str, float]
     items: dict[str, np.ndarray]
     log_likelihoods: list[list[float]]
+    answers: list[dict[str, str]]
     n: int
     chance: float
     truncated: int
@@ -100,12 +102,12 @@ def text_log_likelihoods(
 
 @contextlib.contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """No progress bars or advice from lm-eval and datasets inside the block."""
+    """No progress bars or advice from lm-eval, datasets and NLTK inside the block."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)
@@ -117,8 +119,9 @@ def quiet_lm_eval() -> Iterator[None]:
 class Benchmarks:
     """lm-eval tasks by name, loaded and tokenised once, measured on many models.
 
-    `limit` (0: all) is the first documents of each. Raises UserError for an unknown name, a task
-    that generates text, data that cannot be had, and bad rows of a folder.
+    `num_fewshot` is the number of examples in the prompt (None: what each definition says), `limit`
+    (0: all) the first documents of each. Raises UserError for an unknown name, a task that this
+    suite cannot ask, a missing package or data, and bad rows of a folder.
     """
 
     def __init__(
@@ -126,7 +129,7 @@ class Benchmarks:
         settings: Settings,
         tokenizer: Any,
         names: Sequence[str],
-        num_fewshot: int = 0,
+        num_fewshot: int | None = None,
         limit: int = 0,
     ):
         self.tokenizer, self.limit = tokenizer, limit or None
@@ -142,10 +145,11 @@ class Benchmarks:
             self._build_requests(name, task, num_fewshot)
             self.identities[name] = self._identity(name, task, loader.local.get(name))
 
-    def _build_requests(self, name: str, task: Any, num_fewshot: int) -> None:
+    def _build_requests(self, name: str, task: Any, num_fewshot: int | None) -> None:
         """As lm-eval's `simple_evaluate` prepares a task, but once for all models."""
-        shots = 0 if task.OUTPUT_TYPE == "loglikelihood_rolling" else num_fewshot
         defined = task.get_config("num_fewshot")
+        num_fewshot = (defined or 0) if num_fewshot is None else num_fewshot
+        shots = 0 if task.OUTPUT_TYPE == "loglikelihood_rolling" else num_fewshot
         if defined not in (None, num_fewshot):
             self.other_shots[name] = defined, shots if defined else 0
         if defined != 0:
@@ -178,6 +182,11 @@ class Benchmarks:
         }
 
     @property
+    def num_fewshot(self) -> int:
+        """Examples in the prompts; of tasks that differ, the most."""
+        return max(task.get_config("num_fewshot") for task in self.tasks.values())
+
+    @property
     def items(self) -> int:
         """Documents of all benchmarks."""
         return sum(len({i.doc_id for i in task.instances}) for task in self.tasks.values())
@@ -207,52 +216,57 @@ class Benchmarks:
 
     def _result(self, lm: Any, report: Any, name: str, tasks: list[str]) -> BenchmarkResult:
         metrics, stderrs = _figures(report["results"][name])
-        parts = [self._items(task, report["samples"][task]) for task in tasks]
+        samples = [_by_filter(report["samples"][task]) for task in tasks]
+        parts = [self._items(task, own) for task, own in zip(tasks, samples, strict=True)]
         shared = set.intersection(*(set(items) for items, _, _ in parts))
         items = {
             key: np.concatenate([part[key] for part, _, _ in parts])
             for key in parts[0][0]
             if key in shared
         }
-        log_likelihoods = [row for _, rows, _ in parts for row in rows]
         guesses = np.concatenate([guess for _, _, guess in parts])
         cut = {
             (task, i.doc_id)
             for task in tasks
             for i in self.tasks[task].instances
-            if i.args in lm.truncated
+            if i.args[0] in lm.truncated
         }
-        identity = self.identities[name] if len(tasks) == 1 else _joined(self.identities, tasks)
         return BenchmarkResult(
             task=name,
             metrics=metrics,
             stderrs=stderrs,
             items=items,
-            log_likelihoods=log_likelihoods,
-            n=len(log_likelihoods),
+            log_likelihoods=[row for _, rows, _ in parts for row in rows],
+            answers=[answer for own in samples for answer in _answers(own)],
+            n=len(guesses),
             chance=float(guesses.mean()),
             truncated=len(cut),
-            identity=identity,
+            identity=self.identities[name] if len(tasks) == 1 else _joined(self.identities, tasks),
         )
 
-    def _items(self, name: str, samples: list[dict]) -> tuple[dict, list, np.ndarray]:
+    def _items(self, name: str, samples: dict[str, list[dict]]) -> tuple[dict, list, np.ndarray]:
         """Values by metric, log-likelihoods of the choices, and chance, of every document."""
-        task = self.tasks[name]
-        samples = [s for s in samples if s["filter"] == samples[0]["filter"]]
-        samples.sort(key=lambda s: s["doc_id"])
+        task, rows = self.tasks[name], next(iter(samples.values()))
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
-            log_likelihoods = [[float(s["filtered_resps"][0])] for s in samples]
-            counts = [self._counts(s["arguments"][0][0], s) for s in samples]
+            log_likelihoods = [[float(s["filtered_resps"][0])] for s in rows]
+            counts = [self._counts(s["arguments"][0][0], s) for s in rows]
             items = {"log_likelihood": np.array(log_likelihoods)[:, 0]}
             items |= {key: np.array([c[key] for c in counts]) for key in counts[0]}
-            return items, log_likelihoods, np.full(len(samples), np.nan)
-        log_likelihoods = [[float(ll) for ll, _ in s["filtered_resps"]] for s in samples]
-        names = [m for m in samples[0]["metrics"] if np.isscalar(samples[0][m])]
-        items = {m: np.array([s[m] for s in samples], dtype=float) for m in names}
+            return items, log_likelihoods, np.full(len(rows), np.nan)
+        items = {
+            _label(metric, name, len(samples)): np.array([s[metric] for s in own], dtype=float)
+            for name, own in samples.items()
+            for metric in own[0]["metrics"]
+            if isinstance(own[0][metric], (bool, int, float, np.number))
+        }
+        if task.OUTPUT_TYPE == "generate_until":
+            is_share = all(v.min() >= 0 and v.max() <= 1 for v in items.values())
+            return items, [], np.full(len(rows), 0.0 if items and is_share else np.nan)
+        log_likelihoods = [[float(ll) for ll, _ in s["filtered_resps"]] for s in rows]
         if task.OUTPUT_TYPE != "multiple_choice":
-            return items, log_likelihoods, np.full(len(samples), np.nan)
-        right = [len(s["target"]) if isinstance(s["target"], list) else 1 for s in samples]
-        choices = [len(task.doc_to_choice(s["doc"])) for s in samples]
+            return items, log_likelihoods, np.full(len(rows), np.nan)
+        right = [len(s["target"]) if isinstance(s["target"], list) else 1 for s in rows]
+        choices = [len(task.doc_to_choice(s["doc"])) for s in rows]
         return items, log_likelihoods, np.array(right) / np.array(choices)
 
     def _counts(self, text: str, sample: dict) -> dict[str, int]:
@@ -266,6 +280,29 @@ class Benchmarks:
         return counts
 
 
+def _by_filter(samples: list[dict]) -> dict[str, list[dict]]:
+    """lm-eval's samples by the filter that the answers passed, in the order of the documents."""
+    by_filter: dict[str, list[dict]] = {}
+    for sample in sorted(samples, key=lambda s: s["doc_id"]):
+        by_filter.setdefault(sample["filter"], []).append(sample)
+    return by_filter
+
+
+def _answers(samples: dict[str, list[dict]]) -> list[dict[str, str]]:
+    """What was asked, answered and expected, of documents that were answered in text."""
+    rows = next(iter(samples.values()))
+    return [
+        {"prompt": s["arguments"][0][0], "output": s["resps"][0][0], "target": str(s["target"])}
+        for s in rows
+        if isinstance(s["resps"][0][0], str)
+    ]
+
+
+def _label(metric: str, name: str, filters: int) -> str:
+    """A metric's name, with that of its filter where a task has several."""
+    return metric if filters == 1 else f"{metric},{name}"
+
+
 def _forget_responses(task: Any, **_: Any) -> None:
     """Stands in for `build_all_requests` of a task whose requests are built."""
     for instance in task.instances:
@@ -273,7 +310,7 @@ def _forget_responses(task: Any, **_: Any) -> None:
 
 
 def _figures(results: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """lm-eval's figures and standard errors by metric; of several filters, `metric,filter`."""
+    """lm-eval's figures and standard errors by `_label`."""
     keys = [key for key in results if "," in key]
     filters = {key.partition(",")[2] for key in keys}
     metrics, stderrs = {}, {}
@@ -285,7 +322,7 @@ def _figures(results: dict[str, Any]) -> tuple[dict[str, float], dict[str, float
             else (metrics, metric)
         )
         value = results[key]
-        label = metric if len(filters) == 1 else f"{metric},{name}"
+        label = _label(metric, name, len(filters))
         target[label] = float(value) if isinstance(value, (int, float)) else float("nan")
     return metrics, stderrs
 

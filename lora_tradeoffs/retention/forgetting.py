@@ -18,14 +18,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import FAMILIES
-from lora_tradeoffs.records import ABOVE_CHANCE, HELD_OUT, MEAN, TEXT, metric_scale
+from lora_tradeoffs.records import (
+    ABOVE_CHANCE,
+    HELD_OUT,
+    MEAN,
+    TEXT,
+    metric_scale,
+    primary,
+)
 from lora_tradeoffs.retention.matched import Curve, matched_forgetting
 from lora_tradeoffs.retention.scores import (
     ANSWER_DRIFT,
     TEXT_DRIFT,
     Record,
     at_chance,
-    primary,
 )
 from lora_tradeoffs.statistics.comparisons import (
     Comparison,

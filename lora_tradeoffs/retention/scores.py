@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_tradeoffs.records import primary
 from lora_tradeoffs.statistics.comparisons import estimate
 from lora_tradeoffs.statistics.scores import Scores, mean
 
@@ -18,16 +19,10 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-PRIMARY = ("acc_norm", "acc", "log_likelihood")
 # KL(base || tuned) in nats, and the share of positions with the same most likely token, each a mean
 # over the tokens of all passages: of held-out text all but the first, of a task those of the answer
 # (with its EOS). Records "kl" of a task, of an earlier definition, had the answer's first token.
 TEXT_DRIFT, ANSWER_DRIFT = ("kl", "agreement"), ("answer_kl", "answer_agreement")
-
-
-def primary(metrics: Mapping[str, Any] | Sequence[str]) -> str:
-    """The metric by which a task is compared: acc_norm if it has one, else acc."""
-    return next((name for name in PRIMARY if name in metrics), min(metrics))
 
 
 def item_scores(items: Mapping[str, np.ndarray]) -> list[Scores]:

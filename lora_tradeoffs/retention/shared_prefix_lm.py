@@ -13,10 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from config import UserError
 from lora_tradeoffs.data.encoding import bos_ids, text_ids
+from lora_tradeoffs.scoring.generation import GENERATION_BUDGET, generate_greedily
 from lora_tradeoffs.scoring.log_likelihoods import TOKEN_BUDGET, log_likelihoods
 from lora_tradeoffs.scoring.rows import shared_rows
 
@@ -47,10 +53,14 @@ class SharedPrefixLM(HFLM):
     ):
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
         self.bos = bos_ids(tokenizer)
-        self.token_budget = token_budget or default_batch_tokens(self.device.type)
+        default = default_batch_tokens(self.device.type)
+        self.token_budget = token_budget or default
+        # half the batch for scores is half the batch for answers
+        largest = GENERATION_BUDGET * (8 if self.device.type == "cuda" else 1)
+        self.generation_budget = largest * self.token_budget // default
         self.bf16 = bf16
         self.encoded = {} if encoded is None else encoded
-        self.truncated: set[tuple[str, str]] = set()
+        self.truncated: set[str] = set()  # contexts
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -94,7 +104,7 @@ class SharedPrefixLM(HFLM):
         """Log-probability of each continuation, and whether it is the greedy one.
 
         `requests` are ((context, continuation), their tokens, their tokens). A text longer than
-        the window loses its beginning, as in HFLM; which texts did is in `truncated`.
+        the window loses its beginning, as in HFLM; whose context did is in `truncated`.
         """
         window, texts = self.max_length, []
         for strings, context, continuation in requests:
@@ -105,7 +115,7 @@ class SharedPrefixLM(HFLM):
                 )
             text = context + continuation
             if len(text) > window + 1:
-                self.truncated.add(strings)
+                self.truncated.add(strings[0])
                 text = text[-(window + 1) :]
             texts.append((text, len(continuation)))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -116,3 +126,54 @@ class SharedPrefixLM(HFLM):
         if not np.isfinite([log_likelihood for log_likelihood, _ in pairs]).all():
             raise UserError("the model's logits are not finite")
         return pairs
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The greedy answer to every request, cut at its first stop string, as in HFLM.
+
+        A context that leaves no room for the longest answer loses its beginning. HFLM's batches run
+        until all of their rows have met the same stop string; here each row ends at its own.
+        """
+        answers = [""] * len(requests)
+        by_options: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_options.setdefault(repr(request.args[1]), []).append(i)
+        for indices in by_options.values():
+            contexts = [requests[i].args[0] for i in indices]
+            texts = self._generate(contexts, requests[indices[0]].args[1])
+            for i, text in zip(indices, texts, strict=True):
+                answers[i] = text
+        return answers
+
+    def _generate(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
+        options = normalize_gen_kwargs(options, self.max_gen_toks)
+        most, end = options["max_gen_toks"], self.tok_decode(self.eot_token_id, False)
+        stops = [stop for stop in handle_stop_sequences(options["until"], eos=end) if stop]
+        room = self.max_length - most
+        if room < 1:
+            raise UserError(
+                f"answers of {most} tokens do not fit into the model's window of {self.max_length}"
+            )
+        # a stop string has at most a token a byte
+        tail = 1 + max(len(stop.encode()) for stop in stops)
+
+        def stopped(tokens: list[int]) -> bool:
+            text = self.tok_decode(tokens[-tail:], skip_special_tokens=False)
+            return any(stop in text for stop in stops)
+
+        prompts = []
+        for context in contexts:
+            key = (context, None)
+            ids = self.encoded[key] = self.encoded.get(key) or self.tok_encode(context)
+            if len(ids) > room:
+                self.truncated.add(context)
+            prompts.append(ids[-room:])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            outputs = generate_greedily(
+                self.model, prompts, most, self._end_ids(), stopped, self.generation_budget
+            )
+        return [postprocess_generated_text(self.tok_decode(o), stops, None) for o in outputs]
+
+    def _end_ids(self) -> set[int]:
+        """What ends a generation: EOS, and the tokens that the model's own configuration names."""
+        configured = self.model.generation_config.eos_token_id
+        return {self.eot_token_id, *np.atleast_1d([] if configured is None else configured)}

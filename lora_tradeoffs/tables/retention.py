@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from config import BENCHMARKS, FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.records import HELD_OUT as TEXT
-from lora_tradeoffs.records import MEAN, metric_scale
+from lora_tradeoffs.records import MEAN, PRIMARY, metric_scale, primary
 from lora_tradeoffs.tables.arms import FULL
 from lora_tradeoffs.tables.frames import (
     gaps,
@@ -40,14 +40,15 @@ def as_trained(frame: DataFrame) -> DataFrame:
 
 
 def retained(frame: DataFrame) -> DataFrame:
-    """Rows of each benchmark's metric (acc_norm where it has one, else acc), of the benchmarks'
-    means, and of the log-likelihood of held-out text and of perplexity tasks.
+    """Rows of each benchmark's primary metric, of the benchmarks' means, and of the log-likelihood
+    of held-out text and of perplexity tasks.
     """
     rows = as_trained(frame)
-    normed = rows["task"].isin(rows[rows["metric"] == "acc_norm"]["task"])
-    metric = rows["metric"]
-    accuracy = (metric == "acc_norm") | ((metric == "acc") & ~normed)
-    return rows[accuracy | (metric == "retention") | (metric == "log_likelihood")]
+    is_score = rows["metric"].isin(PRIMARY)
+    if "chance" in rows:
+        is_score |= rows["chance"].notna()
+    metrics = rows[is_score].groupby("task")["metric"].agg(primary)
+    return rows[(rows["metric"] == rows["task"].map(metrics)) | (rows["metric"] == "retention")]
 
 
 def forgotten(frame: DataFrame) -> DataFrame:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from config import FAMILIES, INTRUDER_EPSILON, INTRUDER_K, TASKS
 from dataset_descriptions import describe
 from lora_tradeoffs.records import BOTH, MEAN, OVERALL, TEXT
+from lora_tradeoffs.tables.retention import retained
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -63,21 +64,20 @@ def _prompt_lines(rows: DataFrame) -> list[str]:
     ]
 
 
-def retention_table(records: Iterable[dict[str, Any]], shots: int = 0) -> str:
+def retention_table(records: Iterable[dict[str, Any]]) -> str:
     """Runs by tasks: the score, and its change against the base with the standard error.
 
-    `shots` chooses the benchmarks' records with so many in-context examples.
+    A task with in-context examples is a column of its own for each number of them.
     """
     import pandas as pd
 
     frame = pd.DataFrame(records)
-    frame = frame[(frame["shots"] == shots) | frame["task"].str.startswith(TEXT)]
+    shots = frame["shots"].map(lambda n: f" ({n:.0f} shots)" if n else "")
+    frame["task"] += shots
     rows = _last_checkpoints(frame)
+    scores = retained(rows)
     rows = rows[rows["update_scale"] == 1]
-    names = ["acc_norm", "retention", "log_likelihood", "acc"]  # acc where there is no acc_norm
-    scores = rows[rows["metric"].isin(names)].sort_values("metric", key=lambda m: m == "acc")
-    cells = scores.drop_duplicates(["run", "task"]).set_index(["run", "task"])["value"]
-    cells = cells.map("{:.3f}".format)
+    cells = scores.set_index(["run", "task"])["value"].map("{:.3f}".format)
     losses = rows[rows["metric"] == "forgetting"]
     if len(losses):
         known = losses.dropna(subset=["stderr"]).set_index(["run", "task"])

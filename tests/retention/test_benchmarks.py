@@ -1,6 +1,5 @@
 """lm-eval's numbers, on this suite's engine: against its own HFLM, on real rows."""
 
-import json
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -10,58 +9,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
-from reference import Allocations, plain_score
-from support import ROOT, assert_one_line_error, settings_for
+from reference import DEFINITIONS, Allocations, peer_results, plain_score
+from support import ROOT, assert_one_line_error, settings_for, write_benchmark
 
 from config import UserError
 from lora_tradeoffs.data.sources import held_out_texts, read_jsonl
 from lora_tradeoffs.files import write_json
 from lora_tradeoffs.models.base import load_base, prepare_base
-from lora_tradeoffs.retention.benchmark_tasks import TaskLoader, schema_problem
+from lora_tradeoffs.retention.benchmark_checks import schema_problem
+from lora_tradeoffs.retention.benchmark_tasks import TaskLoader
 from lora_tradeoffs.retention.benchmarks import Benchmarks, quiet_lm_eval, text_log_likelihoods
 
 slow = pytest.mark.slow
 TASKS = ("hellaswag", "arc_challenge", "winogrande", "piqa", "boolq")
-# lm-eval's file of each definition, and the split that it evaluates
-DEFINITIONS = {
-    "hellaswag": ("hellaswag/hellaswag", "validation"),
-    "arc_challenge": ("arc/arc_challenge", "test"),
-    "winogrande": ("winogrande/default", "validation"),
-    "piqa": ("piqa/piqa", "validation"),
-    "boolq": ("super_glue/boolq/default", "validation"),
-    "wikitext": ("wikitext/wikitext", "test"),
-    "truthfulqa_mc1": ("truthfulqa/truthfulqa_mc1", "validation"),
-}
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tiny):
     return load_base(prepare_base(settings_for(model=str(tiny)))).eval()
-
-
-def peer_results(model, tokenizer, data, tasks, rows, shots, folder, **options):
-    """lm-eval's own report: its HFLM, its simple_evaluate, definitions included by hand."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    for task in tasks:
-        name, split = DEFINITIONS[task]
-        files = {s.stem: str(s) for s in (Path(data) / task).glob("*.jsonl")}
-        own = Path(lm_eval.__file__).parent / "tasks" / f"{name}.yaml"
-        definition = {"include": str(own), "task": f"peer_{task}", "dataset_path": "json"}
-        definition |= {"dataset_name": None, "dataset_kwargs": {"data_files": files}}
-        definition["training_split"] = None  # so that shots come from validation
-        if split == "validation":
-            definition["test_split"] = None
-        (folder / f"{task}.yaml").write_text(json.dumps(definition))
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    with quiet_lm_eval():
-        peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, **options)
-        names = [f"peer_{task}" for task in tasks]
-        return lm_eval.simple_evaluate(
-            peer, tasks=names, num_fewshot=shots, limit=rows, task_manager=manager
-        )
 
 
 def measured(benchmarks, model):
@@ -204,7 +169,7 @@ def test_a_group_is_one_result_over_its_tasks(tmp_path, tiny_model, tokenizer):
     for name, count in (("wmdp_bio", 3), ("wmdp_chem", 4), ("wmdp_cyber", 5)):
         row = {"question": "Which?", "choices": ["this", "that", "these", "those"]}
         rows = [row | {"question": f"Which of {k}?", "answer": k % 4} for k in range(count)]
-        write_rows(tmp_path, name, "test", rows)
+        write_benchmark(tmp_path, name, "test", rows)
     benchmarks = Benchmarks(settings_for(data=str(tmp_path)), tokenizer, ["wmdp"])
     (group,) = benchmarks.measure(tiny_model)
     assert (group.task, group.n, group.chance) == ("wmdp", 12, 0.25)
@@ -213,9 +178,9 @@ def test_a_group_is_one_result_over_its_tasks(tmp_path, tiny_model, tokenizer):
 
 
 def test_a_definitions_own_number_of_examples_is_told(tmp_path, tokenizer):
-    write_rows(tmp_path, "truthfulqa_mc1", "validation", [ROWS["truthfulqa_mc1"]] * 4)
+    write_benchmark(tmp_path, "truthfulqa_mc1", "validation", [ROWS["truthfulqa_mc1"]] * 4)
     rows = [{**ROWS["piqa"], "goal": f"{ROWS['piqa']['goal']} {i}"} for i in range(4)]
-    write_rows(tmp_path, "piqa", "validation", rows)  # none is its own example
+    write_benchmark(tmp_path, "piqa", "validation", rows)  # none is its own example
     settings = settings_for(data=str(tmp_path))
     asked = Benchmarks(settings, tokenizer, ["truthfulqa_mc1", "piqa"], 2)
     assert asked.other_shots == {"truthfulqa_mc1": (0, 0)}
@@ -226,7 +191,7 @@ def test_a_definitions_own_number_of_examples_is_told(tmp_path, tokenizer):
 def test_a_group_without_a_mean_is_its_tasks(tmp_path, tiny_model, tokenizer):
     row = {"question": "Which?", "choices": ["this", "that", "these", "those"], "answer": 1}
     for name in ("wmdp_bio", "wmdp_chem", "wmdp_cyber"):
-        write_rows(tmp_path, name, "test", [row] * 3)
+        write_benchmark(tmp_path, name, "test", [row] * 3)
     benchmarks = Benchmarks(settings_for(data=str(tmp_path)), tokenizer, ["wmdp"])
     benchmarks.loaded["groups"]["wmdp"].aggregate_metric_list = None
     results = benchmarks.measure(tiny_model)
@@ -234,7 +199,7 @@ def test_a_group_without_a_mean_is_its_tasks(tmp_path, tiny_model, tokenizer):
 
 
 def test_a_group_of_many_tasks_needs_all_of_them(tmp_path):
-    write_rows(tmp_path, "wmdp_bio", "test", [{"question": "Which?", "choices": ["a", "b"]}])
+    write_benchmark(tmp_path, "wmdp_bio", "test", [{"question": "Which?", "choices": ["a", "b"]}])
     with pytest.raises(UserError, match=r"^wmdp: benchmark wmdp_.* needs its split test"):
         load(tmp_path, "wmdp")
 
@@ -251,10 +216,10 @@ def test_the_identity_tells_shots_and_rows_apart(tokenizer, real_data, tmp_path)
     assert zero["definition"] == two["definition"]
     assert (zero["shots_from"], two["shots_from"]) == (None, "validation")
     rows = read_jsonl(Path(real_data) / "winogrande" / "validation.jsonl", limit=6)
-    write_rows(tmp_path, "winogrande", "validation", rows)
+    write_benchmark(tmp_path, "winogrande", "validation", rows)
     assert identity(tmp_path, 0, 6).identities["winogrande"] == zero
     rows[0]["answer"] = {"1": "2", "2": "1"}[rows[0]["answer"]]
-    write_rows(tmp_path, "winogrande", "validation", rows)
+    write_benchmark(tmp_path, "winogrande", "validation", rows)
     relabelled = identity(tmp_path, 0, 6).identities["winogrande"]
     assert relabelled["requests"] != zero["requests"]
 
@@ -318,13 +283,6 @@ def test_memory_is_that_of_the_forward_pass(smollm2_model, tokenizer, task):
 # --------------------------------------------------------------------------------- bad input
 
 
-def write_rows(folder, task, split, rows):
-    (folder / task).mkdir(exist_ok=True)
-    path = folder / task / f"{split}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 ROWS = {
     "hellaswag": {
         "activity_label": "Cooking",
@@ -361,7 +319,7 @@ def load(folder, name, shots=0):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_sound_rows_of_the_original_schema_are_loaded(tmp_path, name):
-    write_rows(tmp_path, name, DEFINITIONS[name][1], [ROWS[name]] * 2)
+    write_benchmark(tmp_path, name, DEFINITIONS[name][1], [ROWS[name]] * 2)
     with quiet_lm_eval():
         assert list(load(tmp_path, name)["tasks"]) == [name]
 
@@ -387,7 +345,7 @@ def test_sound_rows_of_the_original_schema_are_loaded(tmp_path, name):
 def test_a_bad_line_is_named(tmp_path, name, change, says):
     rows = [ROWS[name]] * 6 + [ROWS[name] | change] + [ROWS[name]] * 4
     rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
-    path = write_rows(tmp_path, name, DEFINITIONS[name][1], rows)
+    path = write_benchmark(tmp_path, name, DEFINITIONS[name][1], rows)
     with pytest.raises(UserError) as error, quiet_lm_eval():
         load(tmp_path, name)
     assert f"{path}:7: " in str(error.value)
@@ -397,7 +355,7 @@ def test_a_bad_line_is_named(tmp_path, name, change, says):
 
 def test_a_field_that_no_line_has_is_an_error(tmp_path):
     row = {k: v for k, v in ROWS["boolq"].items() if k != "label"} | {"answer": True}
-    path = write_rows(tmp_path, "boolq", "validation", [row] * 3)
+    path = write_benchmark(tmp_path, "boolq", "validation", [row] * 3)
     with pytest.raises(UserError, match="field 'label', the gold answer, is missing") as error:
         load(tmp_path, "boolq")
     assert f"{path}:1: " in str(error.value)
@@ -412,7 +370,7 @@ def test_fields_that_differ_between_lines_are_found():
 
 
 def test_a_missing_split_names_the_file(tmp_path):
-    write_rows(tmp_path, "arc_challenge", "validation", [ROWS["arc_challenge"]])
+    write_benchmark(tmp_path, "arc_challenge", "validation", [ROWS["arc_challenge"]])
     with pytest.raises(UserError, match=r"needs its split test.*test\.jsonl.*validation\.jsonl"):
         load(tmp_path, "arc_challenge")
 
@@ -420,18 +378,20 @@ def test_a_missing_split_names_the_file(tmp_path):
 def test_shots_come_from_train_or_leave_the_item_out(tmp_path, tokenizer):
     row = ROWS["piqa"]
     rows = [row | {"goal": f"Open jar {k}"} for k in range(3)]
-    write_rows(tmp_path, "piqa", "validation", rows)
+    write_benchmark(tmp_path, "piqa", "validation", rows)
     with pytest.raises(UserError, match="3 shots need 4 rows, it has 3"):
         load(tmp_path, "piqa", 3)
     settings = settings_for(data=str(tmp_path))
     task = Benchmarks(settings, tokenizer, ["piqa"], 2).tasks["piqa"]
     for instance in task.instances:
         assert [instance.args[0].count(f"jar {k}") for k in range(3)] == [1, 1, 1]
-    write_rows(tmp_path, "piqa", "train", [row | {"goal": f"Close door {k}"} for k in range(2)])
+    write_benchmark(
+        tmp_path, "piqa", "train", [row | {"goal": f"Close door {k}"} for k in range(2)]
+    )
     benchmarks = Benchmarks(settings, tokenizer, ["piqa"], 2)
     assert benchmarks.identities["piqa"]["shots_from"] == "train"
     assert all(i.args[0].count("Close door") == 2 for i in benchmarks.tasks["piqa"].instances)
-    bad = write_rows(tmp_path, "piqa", "train", [row, row | {"label": 7}])
+    bad = write_benchmark(tmp_path, "piqa", "train", [row, row | {"label": 7}])
     with pytest.raises(UserError, match="gold answer 7") as error:
         load(tmp_path, "piqa", 1)
     assert f"{bad}:2: " in str(error.value)
@@ -445,7 +405,7 @@ def test_choices_are_tokenised_where_they_stand(blank_first_tokenizer, tmp_path)
 
     tokenizer = blank_first_tokenizer
     model = load_base(prepare_base(settings_for(model=str(tiny_llama(tmp_path / "m", tokenizer)))))
-    write_rows(tmp_path, "piqa", "validation", [ROWS["piqa"]])
+    write_benchmark(tmp_path, "piqa", "validation", [ROWS["piqa"]])
     benchmarks = Benchmarks(settings_for(data=str(tmp_path)), tokenizer, ["piqa"])
     (found,) = benchmarks.measure(model.eval())[0].log_likelihoods
     pairs = [instance.args for instance in benchmarks.tasks["piqa"].instances]
@@ -460,11 +420,9 @@ def test_choices_are_tokenised_where_they_stand(blank_first_tokenizer, tmp_path)
         assert score == pytest.approx(plain_score(model, start, joint[len(start) :])[0], abs=1e-4)
 
 
-def test_unknown_and_generating_tasks_are_refused(tmp_path):
+def test_an_unknown_task_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no task 'helaswag'; close: hellaswag"):
         load(tmp_path, "helaswag")
-    with pytest.raises(UserError, match="benchmark gsm8k generates text"):
-        load(tmp_path, "gsm8k")
 
 
 def test_without_a_network_the_ways_out_are_named(script):
@@ -486,11 +444,11 @@ def test_held_out_text_has_a_source_that_is_no_wikipedia(tmp_path, real_data):
         "wikitext": 2,
         "cnn_dailymail": 2,
     }
-    write_rows(tmp_path, "wikitext", "test", [ROWS["wikitext"]])
-    write_rows(tmp_path, "prose", "test", [{"page": "It rained."}])
+    write_benchmark(tmp_path, "wikitext", "test", [ROWS["wikitext"]])
+    write_benchmark(tmp_path, "prose", "test", [{"page": "It rained."}])
     found = held_out_texts(settings_for(data=str(tmp_path)))
     assert found == {"wikitext": ["Ice is frozen water."], "prose": ["It rained."]}
-    path = write_rows(tmp_path, "prose", "test", [{"page": "It rained."}, {"text": "It did."}])
+    path = write_benchmark(tmp_path, "prose", "test", [{"page": "It rained."}, {"text": "It did."}])
     with pytest.raises(UserError, match="field 'page' is no text") as error:
         held_out_texts(settings_for(data=str(tmp_path)))
     assert f"{path}:2: " in str(error.value)

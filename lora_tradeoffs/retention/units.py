@@ -1,0 +1,75 @@
+"""What retention_eval.py is asked to measure, and a single measurement of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from config import BENCHMARK_GROUPS, CHOICE_BENCHMARKS, UserError
+from dataset_descriptions import describe
+from lora_tradeoffs.adaptation.analysis import TaskUnit
+from lora_tradeoffs.measuring.subjects import Subject
+from lora_tradeoffs.records import Record, unit_name
+
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # of --scale-update without values
+
+
+@dataclass(frozen=True)
+class RetentionOptions:
+    """What retention_eval.py measures. Its flags have these names and defaults."""
+
+    tasks: tuple[str, ...] = CHOICE_BENCHMARKS  # lm-eval's names, or those of BENCHMARK_GROUPS
+    num_fewshot: int | None = None  # None: as lm-eval's definitions say
+    limit: int | None = None
+    documents: int | None = None  # of each held-out text; None: the preset's
+    scale_update: tuple[float, ...] | None = None  # (): SCALES
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError("--limit must be 1 or more")
+        if self.documents is not None and self.documents < 1:
+            raise UserError("--documents must be 1 or more")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UserError("--num-fewshot must be 0 or more")
+        tasks = (task for name in self.tasks for task in BENCHMARK_GROUPS.get(name, (name,)))
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(tasks)))
+        for t in self.scale_update or ():
+            if not math.isfinite(t) or not 0 <= t <= 10:
+                raise UserError(f"--scale-update {t:g}: write numbers from 0 to 10")
+
+    @property
+    def scales(self) -> list[float]:
+        """The scales that are measured: 0 is the base, 1 the checkpoint itself."""
+        return sorted({*(self.scale_update or SCALES)} - {0.0, 1.0})
+
+
+@dataclass(frozen=True)
+class RetentionUnit:
+    """One measurement: a subject, its update scaled, on a benchmark, a text, or for its drift."""
+
+    subject: Subject
+    kind: str  # benchmark | text | drift | adaptation
+    task: str
+    limit: int = 0
+    shots: int = 0
+    scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        scale = f"x{self.scale:g}" if self.scale != 1 else ""
+        shots = f"{self.shots}shot" if self.shots else ""
+        return unit_name(self.subject.run, self.subject.step, scale, self.task, shots)
+
+    @property
+    def fields(self) -> Record:
+        """The fields that all records of the unit share."""
+        s = self.subject
+        family = s.family or (describe(self.task).family if self.kind == "adaptation" else "both")
+        fields = {**s.fields, "run": s.run, "family": family, "step": s.step}
+        return {**fields, "shots": self.shots, "prompt": 0, "update_scale": self.scale}
+
+    @property
+    def as_task(self) -> TaskUnit:
+        """The adaptation that is measured beside retention: the task on validation."""
+        return TaskUnit(self.subject, "validation", self.task, self.limit)
