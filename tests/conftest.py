@@ -163,7 +163,7 @@ def tiny(workspace, tokenizer):
     return tiny_llama(workspace / "tiny", tokenizer)
 
 
-def tiny_llama(folder, tokenizer):
+def tiny_llama(folder, tokenizer, bias=False):
     """Save a two-layer random Llama and its tokenizer in the folder, and return it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -177,6 +177,7 @@ def tiny_llama(folder, tokenizer):
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
+        attention_bias=bias,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -81,7 +81,7 @@ def checkpoint_drift(rank, layers):
     drift = matrix_drift(rank)
     places = product(range(layers), ("q_proj", "v_proj"))
     drifts = {Matrix(i, m, f"model.layers.{i}.self_attn.{m}"): drift for i, m in places}
-    return CheckpointDrift(drifts, {m.tensor: d.squares for m, d in drifts.items()})
+    return CheckpointDrift(drifts, {m.tensor: d.squares for m, d in drifts.items()}, rank > 0)
 
 
 def matrix_drift(rank):

@@ -408,20 +408,23 @@ def test_a_runs_name_is_no_pattern(base, model, tmp_path):
 
 
 def test_broken_checkpoints_are_named_and_the_others_are_done(base, model, tmp_path, capsys):
-    for name in ("good", "cut", "nan", "dora"):
+    for name in ("good", "cut", "nan", "later"):
         make_adapter(base, tmp_path / name, seed=1)
     cut = tmp_path / "cut" / ADAPTER
     cut.write_bytes(cut.read_bytes()[:-9])
     tensors = load_file(tmp_path / "nan" / ADAPTER)
     tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"][2, 1] = float("nan")
     save_file(tensors, tmp_path / "nan" / ADAPTER)
+    config = tmp_path / "later" / "adapter_config.json"
+    config.write_text(config.read_text().replace("{", '{"of_tomorrow": 1,', 1))
     make_adapter(base, tmp_path / "dora", use_dora=True)
     make_full(base, tmp_path / "infinite")
     path = tmp_path / "infinite" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"][0] = float("inf")
     save_file(tensors, path, metadata={"format": "pt"})
-    runs = [str(tmp_path / name) for name in ("cut", "nan", "dora", "infinite", "good")]
+    names = ("cut", "nan", "later", "infinite", "good", "dora")
+    runs = [str(tmp_path / name) for name in names]
     assert main([*model, "--study", "broken", "--runs", *runs]) == 1
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(lines) == 4
@@ -430,12 +433,15 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, model, tmp_p
         (
             ("cut, step 0", ADAPTER, "is corrupt"),
             ("nan-0: layer 1 v_proj: B holds values that are not finite",),
-            ("dora, step 0", "use_dora"),
+            ("later, step 0", "of_tomorrow"),
             ("infinite-0: model.norm.weight: the tensor holds values that are not finite",),
         ),
     ):
         assert all(part in line for part in parts), line
-    assert set(records_in(results_folder("broken")).run) == {"good"}
+    records = records_in(results_folder("broken")).set_index("run")
+    assert set(records.index) == {"good", "dora"}
+    whole = records.query("metric == 'relative_frobenius' and module == 'all'").value
+    assert 0 < whole["good"] < whole["dora"]  # random factors turn the columns that DoRA scales
 
 
 def test_a_checkpoint_that_its_manifest_does_not_confirm_is_named(folder, model, capsys):

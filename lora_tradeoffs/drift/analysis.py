@@ -25,7 +25,6 @@ from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.weights import (
     EMBEDDING,
     HEAD,
-    Adapter,
     FullCheckpoint,
     Matrix,
     Weights,
@@ -36,6 +35,7 @@ from lora_tradeoffs.tables.scores import drift_table
 
 if TYPE_CHECKING:
     from lora_tradeoffs.drift.matrix import BaseSpectra, MatrixDrift
+    from lora_tradeoffs.models.adapters import Adapter, MergedAdapter
 
 TOP_K = (4, 8, 16, 32, 64, 128, 256)
 EPSILONS = tuple(i / 10 for i in range(1, 10))
@@ -117,7 +117,7 @@ class DriftAnalysis(Analysis):
         return tuple(sorted({INTRUDER_EPSILON, *self.options.epsilon}))
 
     def measure(self, model: Any, unit: DriftUnit, batch_tokens: int = 0) -> CheckpointDrift:
-        """The drift of an opened checkpoint (see models.weights); no model is built.
+        """The drift of an opened checkpoint (see models.adapters); no model is built.
 
         Raises UserError for values that are not finite, and if no matrix is to be measured.
         """
@@ -134,11 +134,11 @@ class DriftAnalysis(Analysis):
             drifts = _by_item(pool, measured, matrices, lambda matrix: matrix.label)
             squares = self._squares(model, drifts, pool)
         self.methods.update(drift.method for drift in drifts.values())
-        return CheckpointDrift(drifts, squares)
+        return CheckpointDrift(drifts, squares, model.is_low_rank)
 
     def _squares(
         self,
-        checkpoint: Adapter | FullCheckpoint,
+        checkpoint: Adapter | MergedAdapter | FullCheckpoint,
         drifts: dict[Matrix, MatrixDrift],
         pool: ThreadPoolExecutor,
     ) -> dict[str, tuple[float, float]]:
@@ -159,9 +159,10 @@ class DriftAnalysis(Analysis):
             bases.setdefault(HEAD, bases[EMBEDDING])  # a tied head that LoRA makes another
         return {name: (moved.get(name, 0.0), base) for name, base in bases.items()}
 
-    def _matrices(self, checkpoint: Adapter | FullCheckpoint) -> list[Matrix]:
+    def _matrices(self, checkpoint: Adapter | MergedAdapter | FullCheckpoint) -> list[Matrix]:
         """The matrices to measure. Raises UserError if the checkpoint has none of them."""
-        target_modules = self.options.target_modules or (not checkpoint.is_low_rank and "qv")
+        is_full = isinstance(checkpoint, FullCheckpoint)
+        target_modules = self.options.target_modules or (is_full and "qv")
         modules = TARGET_MODULES[target_modules] if target_modules else ()
         matrices = [m for m in checkpoint.matrices if not modules or m.module in modules]
         if not matrices:

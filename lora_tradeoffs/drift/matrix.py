@@ -32,7 +32,8 @@ from lora_tradeoffs.drift.solver import Triplets, top_triplets_dense, top_triple
 from lora_tradeoffs.drift.svd import SVD, cached_svd, lora_update_svd, singular_values, svd
 
 if TYPE_CHECKING:
-    from lora_tradeoffs.models.weights import Adapter, FullCheckpoint, Matrix, Weights
+    from lora_tradeoffs.models.adapters import Adapter, MergedAdapter
+    from lora_tradeoffs.models.weights import FullCheckpoint, Matrix, Weights
 
 SHOWN = 64  # leading vectors of base and tuned matrix whose cosines are stored for the figure
 NEGLIGIBLE = 1e-10  # singular values of an update below this share of the first are rounding
@@ -104,7 +105,7 @@ class BaseSpectra:
 
 
 def measure(
-    checkpoint: Adapter | FullCheckpoint,
+    checkpoint: Adapter | MergedAdapter | FullCheckpoint,
     matrix: Matrix,
     spectra: BaseSpectra,
     settings: DriftSettings,

@@ -38,11 +38,12 @@ class Directions:
         self.run, _, step = path.stem.rpartition("-")
         with opened(path) as file:
             metadata, names = file.metadata() or {}, sorted(file.keys())
-            # files of earlier versions do not name their content
+            # files of earlier versions name neither their content nor the kind of update
             content = metadata.get("content") or digest([file.get_tensor(name) for name in names])
         self.fields = updated(json.loads(metadata["fields"]))
         self.step, self.identity = int(step), [int(step), content]
-        self.is_dense = self.fields["method"] != "lora"
+        kind = "low rank" if self.fields["method"] == "lora" else "dense"
+        self.is_dense = metadata.get("update", kind) == "dense"
         self.matrices = {matrix_of(name.rpartition(".")[0]) for name in names}
 
     def vectors(self, matrix: Matrix, side: str) -> Tensor:

@@ -32,6 +32,7 @@ class CheckpointDrift:
 
     matrices: dict[Matrix, MatrixDrift]
     squares: dict[str, tuple[float, float]]
+    is_low_rank: bool  # all directions of an update are stored, not the leading ones alone
 
 
 # ---------------------------------------------------------------------------------- tables
@@ -66,6 +67,7 @@ def write_tables(folder: Path, subject: Subject, drift: CheckpointDrift) -> None
         }
         content = digest([vectors[name] for name in sorted(vectors)])
         metadata = {"fields": json.dumps(common_fields(subject)), "content": content}
+        metadata["update"] = "low rank" if drift.is_low_rank else "dense"
         _save_tensors(path, vectors, metadata)
 
 

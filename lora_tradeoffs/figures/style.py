@@ -46,7 +46,7 @@ RAMP = {
     6: "#081d58",
     9: "#000208",
 }
-DENSE = {"full_qv": "#f0a030", "full": "#b2182b"}
+DENSE = {"full_qv": "#f0a030", "full": "#b2182b", "adapter": "#01665e"}
 # Of other adapters at the grid's middle rank: lighter below, darker above.
 ADAPTERS = {"dora": "#9354b5", "pissa": "#d4679f", "loraplus": "#5f8a2d", "oft": "#8a5a34"}
 GREY = "#6e6e6e"

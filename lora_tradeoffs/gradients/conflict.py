@@ -26,7 +26,6 @@ from lora_tradeoffs.statistics.comparisons import LEVEL
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_PARTS = ("lora_", "oft_")  # how the names of adapters' parameters begin
 LayerModule = tuple[int, str]  # layer, OVERALL for a parameter outside the layers; module
 
 
@@ -64,7 +63,9 @@ def measured_parameters(model: Any) -> tuple[str, dict[str, torch.nn.Parameter]]
     """
     named = dict(model.named_parameters())
     adapter = {
-        name: p for name, p in named.items() if any(f".{part}" in name for part in ADAPTER_PARTS)
+        name: parameter
+        for name, parameter in named.items()
+        if _adapter_part(name) >= 0 and parameter.is_floating_point()
     }
     if adapter:
         return "adapter", adapter
@@ -75,9 +76,17 @@ def measured_parameters(model: Any) -> tuple[str, dict[str, torch.nn.Parameter]]
 def layer_module_of(name: str) -> LayerModule:
     """A parameter's layer and module: (3, "q_proj") of "...layers.3.self_attn.q_proj.weight"."""
     parts = name.split(".")
-    adapter = next((i for i, part in enumerate(parts) if part.startswith(ADAPTER_PARTS)), -1)
     layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else OVERALL
-    return layer, parts[adapter - 1]
+    return layer, parts[_adapter_part(name) - 1]
+
+
+def _adapter_part(name: str) -> int:
+    """Which part of a parameter's name PEFT has put there ("lora_A", "oft_R"); -1 if none."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())
+    parts = enumerate(name.split("."))
+    return next((i for i, part in parts if part.startswith(prefixes)), -1)
 
 
 # ---------------------------------------------------------------------------------- measuring

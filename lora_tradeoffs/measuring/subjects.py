@@ -18,8 +18,10 @@ from lora_tradeoffs.checkpoints import (
 )
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.hub import fetch_checkpoints, is_hub_id
+from lora_tradeoffs.models.adapters import own_head
 from lora_tradeoffs.models.base import Base, own_fields, same_base
-from lora_tradeoffs.models.configs import SCORED_FIELDS, lora_fields
+from lora_tradeoffs.models.configs import adapter_fields
+from lora_tradeoffs.models.weights import Weights
 from lora_tradeoffs.records import read_run, read_training, run_fields
 
 
@@ -179,24 +181,31 @@ def _rows_per_step(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _foreign(folder: Path) -> dict[str, Any]:
-    """The columns of a checkpoint from elsewhere: LoRA if it has an adapter, else full.
+    """The columns of a checkpoint from elsewhere: LoRA, another adapter, or full.
 
-    An adapter that is broken or not LoRA is refused later, when it is loaded.
+    An adapter that is broken or of a type that is not known is refused later, when it is loaded.
     """
     configs = [*folder.glob(ADAPTER_CONFIG), *folder.glob(f"*/{ADAPTER_CONFIG}")]
     for path in sorted(configs):
         with suppress(UserError):
-            adapter = lora_fields(path.parent, also=SCORED_FIELDS)
-            modules = adapter.get("target_modules", ())
+            adapter = adapter_fields(path.parent)
+            modules = adapter["target_modules"]
             names = [modules] if isinstance(modules, str) else sorted(modules)
-            fields = {"rank": adapter["r"], "alpha": adapter["lora_alpha"]}
-            return {**no_arm("lora"), **fields, "target_modules": ",".join(names)}
+            fields = {"target_modules": ",".join(names)}
+            if "lora_alpha" not in adapter:
+                return {**no_arm("adapter"), **fields}
+            return {
+                **no_arm("lora"),
+                "rank": adapter["r"],
+                "alpha": adapter["lora_alpha"],
+                **fields,
+            }
     return no_arm("lora" if configs else "full")
 
 
 def own_settings(subjects: Iterable[Subject], base: Base) -> list[str]:
     """What a reader has to know of checkpoints that were not made here: one that names another
-    base, and one that computes with other settings than the base.
+    base, one that computes with other settings than the base, and one with a head of its own.
 
     Only the last parts of the bases' names are compared, since a base may be a folder, a Hub
     repository or a copy.
@@ -213,6 +222,11 @@ def own_settings(subjects: Iterable[Subject], base: Base) -> list[str]:
                     which = f"its own {', '.join(fields)}, not the base's"
                     messages[f"{checkpoint.run} computes with {which}"] = None
                 continue
+            if own_head(Weights(checkpoint.folder), Weights(base.folder)):
+                told = (
+                    "has a head of its own, which is not scored; its update in the base is measured"
+                )
+                messages[f"{checkpoint.run} {told}"] = None
             config = read_json(checkpoint.folder / ADAPTER_CONFIG)
             name = str(config.get("base_model_name_or_path") or base.name)
             if _last_part(name) not in ours:

@@ -9,11 +9,11 @@ does not undo all that such an adapter changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from config import UserError
 from lora_tradeoffs.checkpoints import Checkpoint, check_whole
+from lora_tradeoffs.models.adapters import own_head, put_into, read_checkpoint
 from lora_tradeoffs.models.base import (
     Base,
     load_base,
@@ -21,22 +21,8 @@ from lora_tradeoffs.models.base import (
     own_fields,
     store_frozen_linears_in_bf16,
 )
-from lora_tradeoffs.models.configs import (
-    SCORED_FIELDS,
-    is_plain,
-    lora_fields,
-    read_config,
-    read_lora_config,
-    refusing,
-)
-from lora_tradeoffs.models.weights import (
-    EMBEDDING,
-    HEAD,
-    FullCheckpoint,
-    Weights,
-    adapter_tensors,
-    read_checkpoint,
-)
+from lora_tradeoffs.models.configs import is_low_rank, read_adapter_config, read_config
+from lora_tradeoffs.models.weights import EMBEDDING, HEAD, FullCheckpoint, Weights
 
 
 def checkpoint_models(
@@ -99,11 +85,20 @@ class _Models:
         """The base with the adapter in it."""
         model = self.base_model()
         self.is_base = self.is_whole = False  # until the adapter is out again
-        return _with_adapter(model, Weights(checkpoint.folder), self.weights)
+        modules = [name for name, _ in model.named_modules()]
+        config = read_adapter_config(checkpoint.folder, "loaded", modules)
+        weights = Weights(checkpoint.folder)
+        if head := own_head(weights, self.weights):
+            raise UserError(
+                f"{checkpoint.folder} cannot be scored: the base lacks its head, {min(head)}; its"
+                " drift can be measured with svd_analysis.py"
+            )
+        return put_into(model, weights, self.weights, config)
 
     def remove_adapter(self, adapted: Any) -> None:
         """Keep the base for the next adapter, if this one changed nothing in it."""
-        if is_plain(adapted.peft_config["default"]):
+        config = adapted.peft_config["default"]
+        if is_low_rank(config) and not config.ensure_weight_tying:
             adapted.unload()
             self.is_base = self.is_whole = True
 
@@ -174,22 +169,41 @@ def scaled_updates(
 
 
 def _adapter_scale(base: Base, checkpoint: Checkpoint, model: Any) -> Callable[[float], None]:
-    """A function that sets the active adapter's scaling to t times what it is now.
+    """A function that gives the adapter's layers t times the update that they have now.
 
-    PEFT's scale_layer multiplies the present scaling, so t = 0 could not be undone.
+    LoRA's scaling is multiplied. A layer of another type gives the base layer's output plus t times
+    what it adds to that.
     """
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    lora_fields(checkpoint.folder, "scaled")  # raises for an update that is not linear
-    name = model.active_adapter
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.scaling]
-    scalings = [layer.scaling[name] for layer in layers]
+    config, name = model.peft_config["default"], "default"
+    for field in ("modules_to_save", "bias", "trainable_token_indices"):
+        value = getattr(config, field, None)
+        if value not in (None, "none", []):
+            raise UserError(f"{checkpoint.folder} cannot be scaled: its {field} is {value!r}")
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if is_low_rank(config):
+        # PEFT's scale_layer multiplies the present scaling, so t = 0 could not be undone
+        scalings = [layer.scaling[name] for layer in layers]
 
-    def set_scale(t: float) -> None:
-        for layer, scaling in zip(layers, scalings, strict=True):
-            layer.scaling[name] = t * scaling
+        def set_scale(t: float) -> None:
+            for layer, scaling in zip(layers, scalings, strict=True):
+                layer.scaling[name] = t * scaling
 
-    return set_scale
+        return set_scale
+    hooks: list[Any] = []
+
+    def set_share(t: float) -> None:
+        def share(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            start = layer.base_layer(*args, **kwargs)
+            return start + t * (output - start)
+
+        while hooks:
+            hooks.pop().remove()
+        if t != 1:
+            hooks.extend(layer.register_forward_hook(share, with_kwargs=True) for layer in layers)
+
+    return set_share
 
 
 def _weights_scale(base: Base, checkpoint: Checkpoint, model: Any) -> Callable[[float], None]:
@@ -202,35 +216,6 @@ def _weights_scale(base: Base, checkpoint: Checkpoint, model: Any) -> Callable[[
             " base's"
         )
     return lambda t: _copy_weights(model, full, t)
-
-
-def _with_adapter(model: Any, weights: Weights, base: Weights) -> Any:
-    """The model with the folder's adapter in it; a load that fails leaves it half changed."""
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-
-    names = adapter_tensors(weights, base)
-    modules = [name for name, _ in model.named_modules()]
-    config = read_lora_config(weights.folder, "loaded", modules, also=SCORED_FIELDS)
-    with refusing(f"{weights.folder} is corrupt or does not fit the base"):
-        adapted = PeftModel(model, config, low_cpu_mem_usage=True)
-        tensors = {name: weights.tensor(name).float().to(model.device) for name in names}
-        set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
-        # an adapter that lacks tensors loads without an error, and scores like another model
-        expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        if set(names) != expected:
-            missing, unexpected = expected - set(names), set(names) - expected
-            raise UserError(_mismatch(weights.folder, missing, unexpected))
-        adapted.set_adapter("default", inference_mode=True)
-    return adapted.eval()
-
-
-def _mismatch(folder: Path, missing: set[str], unexpected: set[str]) -> str:
-    parts = [
-        f"{len(names)} {what}, such as {min(names)}"
-        for names, what in ((missing, "are missing"), (unexpected, "are unexpected"))
-        if names
-    ]
-    return f"{folder} does not fit the base: of its tensors {'; '.join(parts)}"
 
 
 def _copy_weights(model: Any, full: FullCheckpoint, share: float = 1) -> None:

@@ -1,11 +1,12 @@
 """config.json and adapter_config.json of anybody's folder: read, checked, compared.
 
-Every field of an adapter has to be in a list here; the four analyses accept the same adapters,
-except for those whose update is not scale * B A, which have no spectrum.
+Every field of an adapter has to be known here, or by PEFT's configuration of its type. The four
+analyses accept the same adapters, except that drift alone accepts one with a head of its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -21,7 +22,7 @@ from lora_tradeoffs.command_line import is_out_of_memory
 from lora_tradeoffs.files import COPY, read_json
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
     from transformers import LlamaConfig
 
 MOST_LAYERS = 1_000  # building a model of a mistyped number would not end
@@ -146,9 +147,8 @@ FIELD_TYPES = {
     "use_rslora": _FLAG,
     "ensure_weight_tying": _FLAG,
 }
-# Fields with which PEFT computes an adapter's model, although its update is not, or not only,
-# scale * B A.
-SCORED_TYPES = {
+# Fields with which a LoRA adapter's update is not, or not only, scale * B A.
+MERGED_FIELDS = {
     "use_dora": _FLAG,
     "lora_bias": _FLAG,
     "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
@@ -159,7 +159,12 @@ SCORED_TYPES = {
         "token ids",
     ),
 }
-SCORED_FIELDS = tuple(SCORED_TYPES)
+# Other types, each of which PEFT merges module by module. The types that are left out share state
+# between modules that they do not save, change the base when they start, or are no update of it.
+MERGED_TYPES = (
+    *("OFT", "BOFT", "HRA", "ROAD", "LOHA", "LOKR", "IA3", "ADALORA", "DELORA", "GRALORA", "HIRA"),
+    *("MISS", "C3A", "FOURIERFT", "WAVEFT", "SHIRA", "VERA", "RANDLORA", "VBLORA"),
+)
 # Fields that decide nothing in an adapter that is loaded. Any other field has to be off (null,
 # false, empty, "none"): PEFT ignores fields that it does not know.
 OTHER_FIELDS = {
@@ -175,31 +180,39 @@ PLAIN_NAME = re.compile(r"[\w.-]*")
 MATCHING_SECONDS = 10
 
 
-def lora_fields(folder: Path, purpose: str = "loaded", also: Iterable[str] = ()) -> dict[str, Any]:
-    """The fields of adapter_config.json that decide an adapter's update, with PEFT's defaults.
+def adapter_fields(folder: Path, purpose: str = "loaded") -> dict[str, Any]:
+    """The fields of adapter_config.json that decide an adapter's update; of LoRA with PEFT's
+    defaults.
 
-    `also` are the fields of SCORED_TYPES that are accepted. Raises UserError, which says that it
-    "cannot be <purpose>", for an adapter that is not LoRA, has another field set or one of another
-    type, or starts from a changed base.
+    Raises UserError, which says that it "cannot be <purpose>", for a type that is not known here,
+    and for an adapter that has another field set or one of another type, or starts from a changed
+    base.
     """
     fields = read_json(folder / ADAPTER_CONFIG, remedy=COPY)
     kind, start = fields.get("peft_type"), fields.get("init_lora_weights")
+    if kind != "LORA" and kind not in MERGED_TYPES:
+        raise UserError(
+            f"{folder} cannot be {purpose}: it is an adapter of type {_shown(kind)}, not of"
+            f" {', '.join(('LORA', *MERGED_TYPES))}"
+        )
+    types = {**FIELD_TYPES, **MERGED_FIELDS}
+    known, defaults = set(types), DEFAULTS
     if kind != "LORA":
-        raise UserError(f"{folder} is an adapter of type {_shown(kind)}, not LORA")
-    types = FIELD_TYPES | {name: SCORED_TYPES[name] for name in also}
+        known, defaults = _fields_of(kind), {}
+        types |= {"r": (_is_index, "a whole number"), "bias": (_is_text, "a word")}
     for name, value in fields.items():
-        if name not in types and name not in OTHER_FIELDS and value and value != "none":
+        if name not in known and name not in OTHER_FIELDS and value and value != "none":
             raise UserError(f"{folder} cannot be {purpose}: its {name} is {_shown(value)}")
     if (start.lower() if isinstance(start, str) else start) not in PLAIN_STARTS:
         raise UserError(
             f"{folder} cannot be {purpose}: its init_lora_weights is {_shown(start)}, which may"
             " change the base; save it as plain LoRA (path_initial_model_for_weight_conversion)"
         )
-    used = DEFAULTS | {
-        name: value for name, value in fields.items() if name in types and value is not None
+    used = defaults | {
+        name: v for name, v in fields.items() if name in known - OTHER_FIELDS and v is not None
     }
     for name, value in used.items():
-        is_valid, what = types[name]
+        is_valid, what = types.get(name, (lambda v: True, ""))  # else PEFT refuses the value
         if not is_valid(value):
             raise UserError(
                 f"{folder} cannot be {purpose}: its {name} is {_shown(value)}, not {what}"
@@ -209,27 +222,37 @@ def lora_fields(folder: Path, purpose: str = "loaded", also: Iterable[str] = ())
     return used
 
 
-def read_lora_config(
-    folder: Path, purpose: str, modules: Iterable[str], also: Iterable[str] = ()
-) -> LoraConfig:
-    """The adapter's configuration for PEFT, with nothing in it but what `lora_fields` gives.
+def _fields_of(kind: str) -> set[str]:
+    """The fields that PEFT's configuration of this type has, and that keep the base's structure."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    `modules` are the names of the base's modules. Raises UserError as `lora_fields` does, and for a
+    fields = dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])
+    return {field.name for field in fields} - {"layer_replication"}
+
+
+def read_adapter_config(folder: Path, purpose: str, modules: Iterable[str]) -> PeftConfig:
+    """The adapter's configuration for PEFT, with nothing in it but what `adapter_fields` gives.
+
+    `modules` are the names of the base's modules; a module of `modules_to_save` that is none of
+    them, as a classifier's head, is left out. Raises UserError as `adapter_fields` does, and for a
     regular expression that is invalid, or does not end on one of the names.
     """
-    fields = lora_fields(folder, purpose, also)
-    _check_patterns(folder, fields, list(modules))
-    from peft import LoraConfig
+    fields, modules = adapter_fields(folder, purpose), list(modules)
+    _check_patterns(folder, fields, modules)
+    if saved := fields.pop("modules_to_save", None):
+        saved = [name for name in saved if any(module.endswith(name) for module in modules)]
+        fields |= {"modules_to_save": saved} if saved else {}
+    from peft.mapping import get_peft_config
 
+    kind = read_json(folder / ADAPTER_CONFIG)["peft_type"]
     with refusing(f"PEFT cannot read {folder / ADAPTER_CONFIG}"):
-        return LoraConfig(**fields)
+        return get_peft_config({"peft_type": kind, **fields})
 
 
-def is_plain(config: LoraConfig) -> bool:
-    """Whether the adapter is nothing but scale * B A beside layers that stay as they are."""
-    return not any(
-        getattr(config, name) not in (None, False, "none", [])
-        for name in (*SCORED_FIELDS, "ensure_weight_tying")
+def is_low_rank(config: PeftConfig) -> bool:
+    """Whether the adapter's update is scale * B A, and nothing else."""
+    return config.peft_type == "LORA" and not any(
+        getattr(config, name) not in (None, False, "none", []) for name in MERGED_FIELDS
     )
 
 
@@ -239,9 +262,11 @@ def _check_patterns(folder: Path, fields: dict[str, Any], modules: list[str]) ->
     PEFT matches them with `re`, which nothing can stop in this process: nested repetition takes
     time that is exponential in the length of a name. So they are tried in another one first.
     """
-    keys = [*fields.get("rank_pattern", ()), *fields.get("alpha_pattern", ())]
+    tables = [v for name, v in fields.items() if name.endswith("_pattern") and isinstance(v, dict)]
+    keys = [key for table in tables for key in table]
     patterns = [rf"(.*\.)?({key})$" for key in keys if not PLAIN_NAME.fullmatch(key)]
-    templates = {"target_modules": r"(?:{})\Z", "exclude_modules": r"(?:{})\Z"}
+    whole = ("target_modules", "exclude_modules", "feedforward_modules")
+    templates = dict.fromkeys(whole, r"(?:{})\Z")
     templates |= {
         "layers_pattern": r"(?:^|.*?\.){}\.\d+\.",
         "modules_to_save": r"(^|.*\.){}($|\..*)",

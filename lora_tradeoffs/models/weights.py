@@ -1,9 +1,7 @@
-"""The tensors of a base and of its checkpoints on disk, read one at a time without a model.
+"""The tensors of a base and of full checkpoints on disk, read one at a time without a model.
 
-An adapter gives A, B and scale of every matrix it is on, by PEFT's own rules; one whose update is
-not scale * B A is refused by name. A full checkpoint gives its tensors, once their names and shapes
-have been compared with the base's. Which files are read, and under which names, is said here for
-the models in memory, too.
+A full checkpoint gives its tensors, once their names and shapes have been compared with the base's.
+Which files are read, and under which names, is said here for the models in memory, too.
 """
 
 from __future__ import annotations
@@ -18,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import UserError
-from lora_tradeoffs.checkpoints import ADAPTER_CONFIG, weight_files
+from lora_tradeoffs.checkpoints import weight_files
 from lora_tradeoffs.files import COPY, read_json
-from lora_tradeoffs.models.configs import read_lora_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +25,7 @@ if TYPE_CHECKING:
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.\w+\.(?P<module>\w+)")
-FACTOR = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<factor>[AB])\.weight")
-EMBEDDING_FACTOR = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_embedding_(?P<factor>[AB])")
-# PEFT stores a copy of the base's embedding or head with LoRA on it, and of torch.compile,
-# DataParallel and multimodal models names have parts that the language model's have not.
-BASE_COPY = re.compile(r"base_model\.model\.(?P<name>.+)\.base_layer\.weight")
+# torch.compile, DataParallel and multimodal models add parts to the language model's names.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.|(?<=model\.)language_model\.")
 IGNORED = "rotary_emb.inv_freq"  # computed, and stored by older versions of transformers
 BLOCK = 1 << 22  # numbers that a pass over a large tensor holds at once
@@ -146,132 +139,6 @@ def opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is corrupt ({error}); fetch or copy it again") from None
 
 
-# -------------------------------------------------------------------------------- adapters
-
-
-class Adapter:
-    """A PEFT LoRA folder: A, B and scale of every matrix that it is on."""
-
-    is_low_rank = True
-
-    def __init__(self, folder: Path, base: Weights) -> None:
-        """Raises UserError for an adapter that is not plain LoRA or does not fit the base."""
-        self.folder = folder
-        modules = {name.rpartition(".")[0] for name in base.shapes}
-        self._config = read_lora_config(folder, "analysed", modules)
-        self._weights = Weights(folder)
-        self._outside: dict[str, dict[str, str]] = {}  # factors on the embedding and the head
-        self._factors = self._pair(base)
-        self.matrices = sorted(self._factors)
-
-    def factors(self, matrix: Matrix) -> tuple[Tensor, Tensor, float]:
-        """A (r, n), B (m, r) and scale: the update is scale * B A."""
-        names = self._factors[matrix]
-        A, B = self._weights.tensor(names["A"]), self._weights.tensor(names["B"])
-        return A, B, self.scale(matrix)
-
-    def scale(self, matrix: Matrix) -> float:
-        """alpha / r, or alpha / sqrt(r) with rsLoRA, where patterns may set alpha and r."""
-        return self._scale(matrix.name)
-
-    def _scale(self, name: str) -> float:
-        config = self._config
-        alpha, rank = _value_for(name, config.alpha_pattern, config.lora_alpha), self._rank(name)
-        return alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-    def _rank(self, name: str) -> int:
-        return _value_for(name, self._config.rank_pattern, self._config.r)
-
-    def squares_outside(self) -> dict[str, float]:
-        """||dW||_F^2 of the embedding and the head, if the adapter is on them."""
-        squares = {}
-        for name, names in self._outside.items():
-            A, B = (self._weights.tensor(names[factor]).double() for factor in "AB")
-            square = float(((B.T @ B) * (A @ A.T)).sum()) * self._scale(name) ** 2
-            if not math.isfinite(square):
-                raise UserError(f"{self.folder}: {name} holds values that are not finite")
-            squares[f"{name}.weight"] = square
-        return squares
-
-    def _pair(self, base: Weights) -> dict[Matrix, dict[str, str]]:
-        """The names of A and B of each matrix; every target of the base has both."""
-        pairs: dict[Matrix, dict[str, str]] = {}
-        for name in adapter_tensors(self._weights, base):
-            factor = FACTOR.fullmatch(name) or EMBEDDING_FACTOR.fullmatch(name)
-            if factor is None:
-                raise UserError(
-                    f"{self.folder}: {name} cannot be analysed: it is no factor of LoRA"
-                )
-            matrix = matrix_of(factor["name"])
-            names = pairs if matrix else self._outside
-            names.setdefault(matrix or factor["name"], {})[factor["factor"]] = name
-        targets = self._targets(base)
-        if missing := targets - set(pairs):
-            matrix = min(missing)
-            raise UserError(f"{self.folder} has no weight for {matrix.label}, which it targets")
-        for matrix, names in sorted(pairs.items()):
-            self._check(matrix.label, matrix.name, names, base)
-            if matrix not in targets:
-                raise UserError(f"{self.folder} has a weight for {matrix.label}, no target of it")
-        if self._outside and self._config.ensure_weight_tying:
-            raise UserError(f"{self.folder} cannot be analysed: its ensure_weight_tying is True")
-        for name, names in self._outside.items():
-            self._check(name, name, names, base)
-        return pairs
-
-    def _targets(self, base: Weights) -> set[Matrix]:
-        """The matrices of the base that the adapter's configuration names."""
-        from peft.tuners.tuners_utils import check_target_module_exists
-
-        config, matrices = self._config, base.matrices()
-        if config.target_modules == "all-linear":
-            return set(matrices)
-        return {matrix for matrix in matrices if check_target_module_exists(config, matrix.name)}
-
-    def _check(self, label: str, name: str, names: dict[str, str], base: Weights) -> None:
-        where = f"{self.folder}: {label}"
-        lacks = sorted({"A", "B"} - set(names))
-        if lacks:
-            raise UserError(f"{where} has no lora_{lacks[0]}")
-        stored = stored_names(base, both=True).get(f"{name}.weight")
-        if stored is None or len(base.shapes[stored]) != 2:
-            raise UserError(f"{where}: the base has no such matrix")
-        shapes = [self._weights.shapes[names[factor]] for factor in "AB"]
-        rank, size = self._rank(name), base.shapes[stored]
-        if "lora_embedding_" in names["A"]:
-            size = size[::-1]
-        if 0 in (*shapes[0], *shapes[1]):
-            raise UserError(f"{where} has rank {min(rank, *shapes[0])}")
-        if shapes != [(rank, size[1]), (size[0], rank)]:
-            raise UserError(
-                f"{where}: A {shapes[0]} and B {shapes[1]} do not fit rank {rank} and the base's"
-                f" {size[0]} x {size[1]}"
-            )
-
-
-def adapter_tensors(weights: Weights, base: Weights) -> list[str]:
-    """The names of an adapter's own tensors, without the copies of the base's embedding and head
-    that PEFT stores when LoRA is on them. Raises UserError if a copy is not the base's.
-    """
-    names = []
-    for name in weights.shapes:
-        copy = BASE_COPY.fullmatch(name)
-        if not copy:
-            names.append(name)
-            continue
-        stored = stored_names(base, both=True).get(f"{copy['name']}.weight")
-        if stored is None or not weights.same(name, base, stored):
-            raise UserError(f"{weights.folder} was trained on another base: its {name} differs")
-    return names
-
-
-def _value_for(name: str, patterns: dict[str, Any], default: Any) -> Any:
-    """The value of the first pattern that ends the module's name, as PEFT looks it up."""
-    from peft.utils.other import get_pattern_key
-
-    return patterns.get(get_pattern_key(patterns, name), default)
-
-
 # --------------------------------------------------------------------------- full checkpoints
 
 
@@ -351,9 +218,3 @@ def stored_names(weights: Weights, both: bool = False) -> dict[str, str]:
     if embedding := names.get(EMBEDDING, head):
         names |= {EMBEDDING: embedding} | ({HEAD: embedding} if both else {})
     return names
-
-
-def read_checkpoint(folder: Path, base: Weights) -> Adapter | FullCheckpoint:
-    """The checkpoint in the folder. Raises UserError if it cannot be analysed."""
-    is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    return Adapter(folder, base) if is_adapter else FullCheckpoint(folder, base)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from config import FAMILIES, RANKS, TARGET_MODULES
 from dataset_descriptions import DESCRIPTIONS
 from training_configs import METHODS as TRAINED
-from training_configs import rate_name
+from training_configs import Method, rate_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-METHODS = (*TRAINED, "base", "baseline")  # in the order of legends
+# In the order of legends; "adapter" is one from elsewhere, of a type that is not trained here.
+METHODS = TRAINED | {name: Method(name) for name in ("adapter", "base", "baseline")}
 
 
 @total_ordering
@@ -44,7 +45,7 @@ class Arm:
         """Method and rank: "LoRA r=8", "OFT b=32", "full qv", "base", or the baseline's name."""
         if self.method == "baseline":
             return self.run
-        return TRAINED[self.method].label.format(self.rank) if self.is_trained else self.method
+        return METHODS[self.method].label.format(self.rank)
 
     @property
     def details(self) -> str:
@@ -72,7 +73,7 @@ class Arm:
 
     @property
     def is_adapter(self) -> bool:
-        return self.is_trained and bool(TRAINED[self.method].number)
+        return bool(METHODS[self.method].number)
 
     @property
     def is_trained(self) -> bool:
@@ -90,7 +91,7 @@ class Arm:
     @property
     def _sort_key(self) -> tuple[int, int, str, float]:
         return (
-            METHODS.index(self.method),
+            list(METHODS).index(self.method),
             self.rank,
             self.without_rate.label,
             self.learning_rate,
@@ -121,8 +122,8 @@ def arm_of(record: Mapping[str, Any]) -> Arm:
     is_other = task is not None and record.get("family", task.family) != task.family
     return Arm(
         method,
-        rank=int(record["rank"]) if TRAINED[method].number else 0,
-        target_modules=target_modules_name(record) if TRAINED[method].number else "qv",
+        rank=int(record["rank"]) if METHODS[method].number else 0,
+        target_modules=target_modules_name(record) if METHODS[method].number else "qv",
         variant=variant.replace("_", " ") if is_ours else "",
         run="" if is_ours else variant,
         tasks="" if tasks in FAMILIES else tasks,

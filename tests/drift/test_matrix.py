@@ -15,8 +15,9 @@ from lora_tradeoffs.drift.analysis import DriftAnalysis, DriftOptions, DriftUnit
 from lora_tradeoffs.drift.matrix import BaseSpectra, DriftSettings, measure
 from lora_tradeoffs.drift.svd import SVD
 from lora_tradeoffs.measuring.subjects import Subject, no_arm
+from lora_tradeoffs.models.adapters import read_checkpoint
 from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.models.weights import Weights, read_checkpoint
+from lora_tradeoffs.models.weights import Weights
 
 SHAPES = {"q_proj": (320, 320), "v_proj": (120, 320)}
 SETTINGS = DriftSettings((4, 10), (0.3, 0.5, 0.9))

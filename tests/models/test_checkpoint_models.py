@@ -248,7 +248,7 @@ def test_a_scaled_update_that_is_left_early_is_whole_again(base, tmp_path):
 
 
 def test_updates_that_cannot_be_scaled_are_refused(base, tmp_path):
-    for options in ({"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["norm"]}):
+    for options in ({"bias": "lora_only"}, {"modules_to_save": ["norm"]}):
         (name,) = options
         make_adapter(base, tmp_path / name, **options)
         checkpoint, model = models_of(base, tmp_path / name)

@@ -12,6 +12,7 @@ from support import ends_or_refuses, settings_for
 
 from config import UserError
 from lora_tradeoffs.checkpoints import Checkpoint
+from lora_tradeoffs.models.adapters import read_checkpoint
 from lora_tradeoffs.models.base import (
     empty_model,
     load_base,
@@ -20,8 +21,8 @@ from lora_tradeoffs.models.base import (
     read_model_config,
 )
 from lora_tradeoffs.models.checkpoint_models import checkpoint_models
-from lora_tradeoffs.models.configs import lora_fields
-from lora_tradeoffs.models.weights import Weights, read_checkpoint
+from lora_tradeoffs.models.configs import adapter_fields
+from lora_tradeoffs.models.weights import Weights
 
 PROMPT = torch.tensor([[5, 17, 400, 23]])
 JUNK = st.one_of(
@@ -224,5 +225,5 @@ def test_what_an_adapter_leaves_out_is_pefts_default(folders, tmp_path):
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({n: v for n, v in fields.items() if n not in ("r", "lora_alpha")}))
     theirs = PeftConfig.from_pretrained(folder)
-    assert lora_fields(folder)["r"] == theirs.r == 8
-    assert lora_fields(folder)["lora_alpha"] == theirs.lora_alpha == 8
+    assert adapter_fields(folder)["r"] == theirs.r == 8
+    assert adapter_fields(folder)["lora_alpha"] == theirs.lora_alpha == 8

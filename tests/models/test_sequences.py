@@ -14,9 +14,10 @@ from support import settings_for
 
 from config import UserError
 from lora_tradeoffs.checkpoints import Checkpoint
+from lora_tradeoffs.models.adapters import read_checkpoint
 from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.models.checkpoint_models import checkpoint_models, scaled_updates
-from lora_tradeoffs.models.weights import Weights, read_checkpoint
+from lora_tradeoffs.models.weights import Weights
 
 PROMPT = torch.tensor([[5, 17, 400, 23, 77]])
 ADAPTERS = {

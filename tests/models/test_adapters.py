@@ -1,0 +1,191 @@
+"""Any adapter's update is what PEFT's own merge makes of the whole model, minus the base."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_llama
+from safetensors.torch import load_file, save_file
+from support import settings_for
+
+from config import UserError
+from lora_tradeoffs.checkpoints import Checkpoint
+from lora_tradeoffs.measuring.subjects import Subject, no_arm, own_settings
+from lora_tradeoffs.models.adapters import Adapter, MergedAdapter, read_checkpoint
+from lora_tradeoffs.models.base import load_base, prepare_base
+from lora_tradeoffs.models.checkpoint_models import checkpoint_models, scaled_updates
+from lora_tradeoffs.models.configs import MERGED_TYPES
+from lora_tradeoffs.models.weights import Weights
+
+PROMPT = torch.tensor([[5, 17, 400, 23]])
+QV = ["q_proj", "v_proj"]
+LORA = {
+    "dora": {"use_dora": True},
+    "dora, patterns": {"use_dora": True, "rank_pattern": {"v_proj": 2}, "use_rslora": True},
+    "lora_bias": {"lora_bias": True, "layers_to_transform": [1]},
+    "bias": {"bias": "all", "alpha_pattern": {"q_proj": 3}},
+    "modules_to_save": {"modules_to_save": ["norm", "k_proj", "embed_tokens"]},
+    "head": {"modules_to_save": ["lm_head"]},
+    "embedding": {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]},
+    "tokens": {"trainable_token_indices": [17, 400]},
+    "parameters": {"target_parameters": ["model.layers.0.mlp.up_proj.weight"]},
+}
+TYPES = {
+    "OFT": {"oft_block_size": 8, "r": 0},
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 16},
+    "FOURIERFT": {"n_frequency": 30},
+    "IA3": {"feedforward_modules": []},
+    "ROAD": {"group_size": 16},
+    "MISS": {"r": 16},
+    "SHIRA": {"r": 4},
+    "ADALORA": {"total_step": 10},
+    "VBLORA": {"num_vectors": 8, "vector_length": 16, "save_only_topk_weights": False},
+    "WAVEFT": {"n_frequency": 30},
+}
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def base(workspace, tokenizer):
+    """A two-layer Llama whose projections have biases."""
+    return prepare_base(settings_for(model=str(tiny_llama(workspace / "b", tokenizer, bias=True))))
+
+
+@pytest.fixture(scope="module")
+def weights(base):
+    return Weights(base.folder)
+
+
+def make(base, folder, kind="LORA", **fields):
+    """Save an adapter with random weights; its model in fp32."""
+    from peft import get_peft_config, get_peft_model
+
+    torch.manual_seed(0)
+    fields = {"target_modules": QV, **({"r": 4} if kind == "LORA" else {}), **fields}
+    model = get_peft_model(load_base(base), get_peft_config({"peft_type": kind, **fields})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return model
+
+
+def assert_the_update_is_pefts(base, weights, folder, model):
+    start = load_base(base).double().state_dict()
+    logits = model(PROMPT).logits.detach()
+    merged = model.double().merge_and_unload().state_dict()
+    update = {name: merged[name] - tensor for name, tensor in start.items()}
+    adapter = read_checkpoint(folder, weights)
+    assert isinstance(adapter, MergedAdapter)
+    moved = {name for name, change in update.items() if change.abs().max() > 0}
+    if "token_adapter" in str(model) or "embed" in str(moved):
+        moved -= {"lm_head.weight"}  # tied, so counted once
+    assert {name for name in adapter.tensors if adapter.squares(name)[0]} == moved
+    for name in adapter.tensors:
+        square = float(update[name].square().sum())
+        assert adapter.squares(name)[0] == pytest.approx(square, rel=1e-6)
+        assert adapter.squares(name)[1] == pytest.approx(float(start[name].square().sum()))
+    assert {matrix.tensor for matrix in adapter.matrices} == {n for n in moved if "_proj.w" in n}
+    for matrix in adapter.matrices:
+        ours = adapter.weight(matrix) - start[matrix.tensor]
+        assert (ours - update[matrix.tensor]).abs().max() < 1e-6
+    found = [m for c, m in checkpoint_models(base, [Checkpoint("it", 0, folder)]) if c]
+    assert torch.allclose(found[0](PROMPT).logits, logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n if "," in n else pytest.param(n, marks=SLOW) for n in LORA])
+def test_lora_that_is_more_than_low_rank(base, weights, tmp_path, name):
+    model = make(base, tmp_path, **LORA[name])
+    with torch.no_grad():
+        assert_the_update_is_pefts(base, weights, tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    "kind", [k if k == "OFT" else pytest.param(k, marks=SLOW) for k in MERGED_TYPES]
+)
+def test_adapters_of_other_types(base, weights, tmp_path, kind):
+    model = make(base, tmp_path, kind, **TYPES.get(kind, {}))
+    with torch.no_grad():
+        assert_the_update_is_pefts(base, weights, tmp_path, model)
+
+
+def test_a_classifiers_update_is_measured_and_its_head_is_not_scored(base, weights, tmp_path):
+    """As LlamaForSequenceClassification's adapter is saved, with the head in modules_to_save."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification.from_pretrained(base.folder, num_labels=3)
+    config = LoraConfig(r=4, target_modules=QV, task_type="SEQ_CLS", init_lora_weights=False)
+    model = get_peft_model(model, config)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert any("score" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    adapter = read_checkpoint(tmp_path, weights)
+    assert isinstance(adapter, Adapter) and len(adapter.matrices) == 4
+    for matrix in adapter.matrices:
+        A, B, scale = adapter.factors(matrix)
+        delta = model.get_submodule(f"base_model.model.{matrix.name}").get_delta_weight("default")
+        assert torch.allclose(scale * B @ A, delta, atol=1e-6)
+    checkpoint = Checkpoint("theirs", 0, tmp_path)
+    (_, _), (_, error) = checkpoint_models(base, [checkpoint])
+    assert "cannot be scored: the base lacks its head, base_model.model.score.weight" in str(error)
+    subject = Subject("theirs", 0, checkpoint, no_arm("lora"), None, True, False)
+    assert "theirs has a head of its own, which is not scored" in str(own_settings([subject], base))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "named"),
+    [
+        ("OFT", {"of_tomorrow": 2}, "its of_tomorrow is 2"),
+        ("OFT", {"layer_replication": [[0, 2]]}, "its layer_replication is"),
+        ("OFT", {"target_modules": None}, "it has no target_modules"),
+        ("OFT", {"oft_block_size": 4}, "does not fit the base"),
+        ("OFT", {"bias": "some"}, "bias"),
+        ("LORA", {"use_dora": True, "target_modules": ["k_proj"]}, "does not fit the base"),
+        ("LORA", {"use_dora": True, "alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ("LORA", {"use_dora": True, "ensure_weight_tying": True}, "ensure_weight_tying"),
+    ],
+    ids=str,
+)
+def test_other_adapters_that_do_not_fit_are_refused_by_name(
+    base, weights, tmp_path, kind, fields, named
+):
+    make(base, tmp_path, kind, **({"use_dora": True} if kind == "LORA" else TYPES["OFT"]))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(UserError, match=named) as error:
+        read_checkpoint(tmp_path, weights)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_merged_adapter_that_lacks_a_tensor_is_refused(base, weights, tmp_path):
+    make(base, tmp_path, use_dora=True)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if "magnitude" in name)]
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"1 are missing, such as .*magnitude"):
+        read_checkpoint(tmp_path, weights)
+
+
+@pytest.mark.parametrize("kind", ["dora", pytest.param("OFT", marks=SLOW)])
+def test_a_scaled_merged_update_lies_between_base_and_checkpoint(base, weights, tmp_path, kind):
+    fields = {"use_dora": True} if kind == "dora" else TYPES["OFT"]
+    make(base, tmp_path, "LORA" if kind == "dora" else kind, **fields)
+    checkpoint = Checkpoint("it", 0, tmp_path)
+    start, tuned = load_base(base), read_checkpoint(tmp_path, weights)
+    logits = {0: start(PROMPT).logits}
+    half = load_base(base)
+    for matrix in tuned.matrices:
+        weight = half.get_submodule(matrix.name).weight
+        weight.data.lerp_(tuned.weight(matrix).float(), 0.5)
+    models = checkpoint_models(base, [checkpoint])
+    model = next(model for found, model in models if found)
+    with torch.no_grad():
+        logits |= {0.5: half(PROMPT).logits, 1: model(PROMPT).logits}
+        for t, scaled in scaled_updates(base, checkpoint, model, [0, 0.5, 1, 0]):
+            close = {"atol": 1e-5} if t == 0.5 else {"atol": 0, "rtol": 0}
+            assert torch.allclose(scaled(PROMPT).logits, logits[t], **close), t
+        assert torch.equal(model(PROMPT).logits, logits[1])
