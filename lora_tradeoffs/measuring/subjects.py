@@ -189,17 +189,14 @@ def _foreign(folder: Path) -> dict[str, Any]:
     for path in sorted(configs):
         with suppress(UserError):
             adapter = adapter_fields(path.parent)
-            modules = adapter["target_modules"]
+            modules = adapter.get("target_modules", ())
             names = [modules] if isinstance(modules, str) else sorted(modules)
-            fields = {"target_modules": ",".join(names)}
-            if "lora_alpha" not in adapter:
-                return {**no_arm("adapter"), **fields}
-            return {
-                **no_arm("lora"),
-                "rank": adapter["r"],
-                "alpha": adapter["lora_alpha"],
-                **fields,
-            }
+            method = "dora" if adapter.get("use_dora") else "lora"
+            fields = {"rank": adapter.get("r", 0), "alpha": adapter.get("lora_alpha", 0)}
+            if not fields["alpha"]:
+                method = "oft" if "oft_block_size" in adapter else "adapter"
+                fields["rank"] = adapter.get("oft_block_size") or 0
+            return {**no_arm(method), **fields, "target_modules": ",".join(names)}
     return no_arm("lora" if configs else "full")
 
 

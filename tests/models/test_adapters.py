@@ -10,12 +10,13 @@ from support import settings_for
 
 from config import UserError
 from lora_tradeoffs.checkpoints import Checkpoint
-from lora_tradeoffs.measuring.subjects import Subject, no_arm, own_settings
+from lora_tradeoffs.measuring.subjects import Subject, find_subjects, no_arm, own_settings
 from lora_tradeoffs.models.adapters import Adapter, MergedAdapter, read_checkpoint
 from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.models.checkpoint_models import checkpoint_models, scaled_updates
 from lora_tradeoffs.models.configs import MERGED_TYPES
 from lora_tradeoffs.models.weights import Weights
+from lora_tradeoffs.tables.arms import arm_of
 
 PROMPT = torch.tensor([[5, 17, 400, 23]])
 QV = ["q_proj", "v_proj"]
@@ -158,6 +159,20 @@ def test_other_adapters_that_do_not_fit_are_refused_by_name(
     with pytest.raises(UserError, match=named) as error:
         read_checkpoint(tmp_path, weights)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_columns_of_foreign_adapters(base, tmp_path):
+    for method, rank, kind, fields in (
+        ("dora", 4, "LORA", {"use_dora": True}),
+        ("oft", 8, "OFT", TYPES["OFT"]),
+        ("adapter", 0, "LOHA", {"r": 8}),
+        ("lora", 8, "LORA", {"r": 8, "lora_alpha": 4}),
+    ):
+        make(base, tmp_path / method, kind, **fields)
+        (_, subject) = find_subjects(settings_for(), base, [str(tmp_path / method)])
+        arm = arm_of({**subject.fields, "run": method})
+        assert (subject.fields["method"], subject.fields["rank"]) == (method, rank)
+        assert arm.method == method and method in arm.label and arm.kind
 
 
 def test_a_merged_adapter_that_lacks_a_tensor_is_refused(base, weights, tmp_path):
