@@ -3,9 +3,11 @@
     python run_study.py --dry-run       # what is done, what is left, time, disk, memory
     python run_study.py                 # start, or continue where it was stopped
     python run_study.py --preset demo --families similar --ranks 8
+    python run_study.py study.yaml      # the study of a file, such as outputs/<study>/study.yaml
 
 Every step is a process of one of the scripts. One that fails is named at the end, the others go on,
-and the same command tries it again. The result is outputs/<study>/report.html.
+and the same command tries it again. The result is outputs/<study>/report.html; study.yaml beside it
+says what the study is, and repeats it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +34,21 @@ from lora_tradeoffs.records import DOCUMENT, STUDY, run_fields
 from lora_tradeoffs.study.plan import plan_runs, plan_steps
 from lora_tradeoffs.study.processes import StepRunner
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
+from lora_tradeoffs.study.study_file import (
+    SETTINGS,
+    StudyPlan,
+    fields_of_flags,
+    is_of_type,
+    naming,
+    read_study_file,
+    write_study_file,
+)
 from lora_tradeoffs.tables.arms import Arm, arm_of
 from lora_tradeoffs.training.arms import add_adapter_argument, settable_help
 from lora_tradeoffs.training.learning_rates import FACTORS
 from lora_tradeoffs.training.run import Run
 from lora_tradeoffs.training.run_record import changed
+from training_configs import parse_assignments
 
 PLANE = "learning_forgetting_plane.png"
 # What makes a study the same one; the grid itself may grow.
@@ -44,6 +57,8 @@ FIXED = ("preset", "model", "data", "max_steps", "set", "dtype", "items", "measu
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, epilog=settable_help())
+    text = "a study as YAML (docs/study.md); flags below that say what a study is are in it instead"
+    parser.add_argument("file", nargs="?", type=Path, metavar="study.yaml", help=text)
     add_common_arguments(parser)
     ranks, factors = (" ".join(f"{n:g}" for n in numbers) for numbers in (RANKS, FACTORS))
     group = parser.add_argument_group("the grid of runs (default: the preset's)")
@@ -94,16 +109,17 @@ def folder_digests(settings: Settings) -> dict[str, str]:
     return digests
 
 
-def check_study(args: argparse.Namespace, settings: Settings, runs: Sequence[Run]) -> None:
+def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> None:
     """Write what defines the study, or compare. Raises UserError with the fields that differ.
 
     The same weights or rows in another folder are no difference. `arms`, by family, grow with the
-    grid: the report's confirmatory tests are those of all of them.
+    grid: the report's confirmatory tests are those of all of them. study.yaml holds the plan of the
+    whole grid, study.json what is derived from it.
     """
     mixes = [run for run in runs if run.config.tasks == FAMILIES[run.config.family]]
     arms = {f: {planned_arm(run) for run in mixes if run.config.family == f} for f in FAMILIES}
-    request = {name: getattr(args, name, None) for name in FIXED}
-    request |= {"preset": settings.preset.name, "model": settings.model, "data": settings.data}
+    request = {name: getattr(study, name) for name in FIXED}
+    request["set"] = [f"{name}={value}" for name, value in study.set.items()]
     path = settings.output_dir / "outputs" / settings.study / "study.json"
     before = read_json(path, STUDY) if path.is_file() else dict(request)
     request["digests"] = before.get("digests", {})
@@ -116,6 +132,8 @@ def check_study(args: argparse.Namespace, settings: Settings, runs: Sequence[Run
     for family, planned in before.get("arms", {}).items():
         arms[family] |= {Arm(**fields) for fields in planned}
     fixed = [{name: record.get(name) for name in FIXED} for record in (before, request)]
+    for record in fixed:
+        record["set"] = parse_assignments(record["set"] or ())
     if changes := changed(*fixed):
         raise UserError(
             f"study {settings.study!r} was started with different settings: {'; '.join(changes)}."
@@ -125,8 +143,15 @@ def check_study(args: argparse.Namespace, settings: Settings, runs: Sequence[Run
         family: [_arm_fields(arm) for arm in sorted(of_family)]
         for family, of_family in arms.items()
     }
+    plan_file = path.with_name("study.yaml")
+    if plan_file.is_file():
+        before_plan = read_study_file(plan_file)
+        with naming(plan_file):
+            study = study.extended(StudyPlan.of(before_plan, settings))
     if request != before:
         write_json(path, request)
+    if not plan_file.is_file() or plan_file.read_text(encoding="utf-8") != study.text():
+        write_study_file(plan_file, study)
 
 
 def planned_arm(run: Run) -> Arm:
@@ -145,21 +170,66 @@ def _arm_fields(arm: Arm) -> dict[str, Any]:
     }
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    if args.lr_sweep is not None and any(v.startswith("learning_rate=") for v in args.set):
-        raise UserError("--lr-sweep and --set learning_rate both set the rate: leave one out")
-    if args.measure_then_delete and args.only:
+def read_plan(args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
+    """The study of the file or the flags, without what depends on the model. Raises UserError."""
+    given = read_study_file(args.file) if args.file else {}
+    for name in SETTINGS:
+        if getattr(args, name, None) is None:
+            setattr(args, name, given.get(name))
+    settings = resolve_settings(args)
+    flags = fields_of_flags(args, settings)
+    if args.file and flags:
+        raise UserError(f"{', '.join(flags)}: {args.file} says what the study is; write it there")
+    with naming(args.file):
+        study = StudyPlan.of(given or flags, settings)
+        for stage, options in study.measure.items():
+            check_options(stage, options)
+    if study.measure_then_delete and args.only:
         raise UserError("--measure-then-delete needs every stage: leave --only out")
+    return study, settings
 
 
-def check_ranks(runs: Sequence[Run], settings: Settings) -> None:
-    """Raise UserError for a rank above the base's matrices, before any step starts."""
+def checked_runs(study: StudyPlan, settings: Settings, file: Path | None = None) -> list[Run]:
+    """The study's runs. Raises UserError for an arm that the model cannot have."""
     from lora_tradeoffs.models.base import empty_model, read_model_config
     from lora_tradeoffs.training.costs import trainable_shapes
 
-    model = empty_model(read_model_config(settings), settings.model)
-    for run in runs:
-        trainable_shapes(model, run.config)
+    config = read_model_config(settings)
+    with naming(file):
+        runs = plan_runs(study, settings, config.hidden_size)
+        model = empty_model(config, settings.model)
+        for run in runs:
+            trainable_shapes(model, run.config)
+    return runs
+
+
+def classes_of(stage: str) -> tuple[type, type]:
+    """The analysis that measures in a stage, and its options."""
+    from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions
+    from lora_tradeoffs.drift.analysis import DriftAnalysis, DriftOptions
+    from lora_tradeoffs.gradients.analysis import GradientAnalysis, GradientOptions
+    from lora_tradeoffs.retention.analysis import Retention, RetentionOptions
+
+    return {
+        "evaluate": (Adaptation, AdaptationOptions),
+        "retention": (Retention, RetentionOptions),
+        "drift": (DriftAnalysis, DriftOptions),
+        "gradients": (GradientAnalysis, GradientOptions),
+    }[stage]
+
+
+def check_options(stage: str, options: Mapping[str, Any]) -> None:
+    """Raise UserError for an option that the stage's analysis has not, or a wrong value."""
+    if not options:
+        return
+    _, options_class = classes_of(stage)
+    kinds = {**typing.get_type_hints(options_class), "checkpoints": tuple[str, ...]}
+    for name, value in options.items():
+        if name not in kinds:
+            raise UserError(f"measure: {stage} has no {name!r:.60}; options: {', '.join(kinds)}")
+        if not is_of_type(value, kinds[name]):
+            raise UserError(f"measure: {stage}: {name} is {value!r:.60}, not {kinds[name]}")
+    options_class(**{k: v for k, v in options.items() if k != "checkpoints"})
 
 
 # ------------------------------------------------------------------------------- the study
@@ -169,20 +239,11 @@ def unmeasured_runs(
     settings: Settings, stage: str, options: Mapping[str, Any], runs: Sequence[str]
 ) -> set[str]:
     """Names of these runs, and "base", of which the stage's analysis has a measurement pending."""
-    from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions
-    from lora_tradeoffs.drift.analysis import DriftAnalysis, DriftOptions
-    from lora_tradeoffs.gradients.analysis import GradientAnalysis, GradientOptions
     from lora_tradeoffs.measuring.loop import pending
     from lora_tradeoffs.measuring.subjects import find_subjects
     from lora_tradeoffs.models.base import prepare_base
-    from lora_tradeoffs.retention.analysis import Retention, RetentionOptions
 
-    analysis_class, options_class = {
-        "evaluate": (Adaptation, AdaptationOptions),
-        "retention": (Retention, RetentionOptions),
-        "drift": (DriftAnalysis, DriftOptions),
-        "gradients": (GradientAnalysis, GradientOptions),
-    }[stage]
+    analysis_class, options_class = classes_of(stage)
     fields = {name: value for name, value in options.items() if name != "checkpoints"}
     base = prepare_base(settings)
     analysis = analysis_class(settings, base, options_class(**fields))
@@ -213,30 +274,29 @@ def print_tables(settings: Settings) -> None:
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    check_arguments(args)
-    settings = resolve_settings(args)
+    study, settings = read_plan(args)
     import functools
 
     from filelock import FileLock, Timeout
 
     from lora_tradeoffs.hardware import pick_device
-    from lora_tradeoffs.models.base import read_model_config
     from lora_tradeoffs.study.estimates import print_plan
 
-    runs = plan_runs(args, settings, read_model_config(settings).hidden_size)
-    steps = plan_steps(args, settings, runs)
+    runs = checked_runs(study, settings, args.file)
+    steps = plan_steps(study, settings, runs, args.workers, args.only or tuple(STAGES))
     print(settings.headline(pick_device()), flush=True)
     tests = DoneTests(settings, functools.partial(unmeasured_runs, settings))
     if args.dry_run:
-        print_plan(args, settings, runs, steps, _done(tests, steps))
+        print_plan(study, settings, runs, steps, _done(tests, steps), args.workers)
+        print(f"\n{study.text()}", end="")
         return 0
     folder = settings.output_dir / "outputs" / settings.study
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".study.lock")  # results.py has its own, ".lock"
     try:
         with lock.acquire(timeout=0):
-            check_study(args, settings, runs)
-            return run_steps(args, settings, steps, _done(tests, steps))
+            check_study(study, settings, runs)
+            return run_steps(study, settings, steps, _done(tests, steps), args.workers)
     except Timeout:
         raise UserError(f"another run_study.py is running the study {settings.study!r}") from None
 
@@ -248,21 +308,19 @@ def _done(tests: DoneTests, steps: Sequence[Step]) -> set[str]:
 
 
 def run_steps(
-    args: argparse.Namespace, settings: Settings, steps: Sequence[Step], done: set[str]
+    study: StudyPlan, settings: Settings, steps: Sequence[Step], done: set[str], workers: int
 ) -> int:
     """Run the steps that are not done, and say how the study stands; the exit code."""
     waiting = [step for step in steps if step.name not in done]
-    if any(step.stage in ("sweep", "train") for step in waiting):
-        check_ranks([run for step in waiting for run in step.planned_runs], settings)
-    runner, ended = StepRunner(settings, args.workers), set(done)
+    runner, ended = StepRunner(settings, workers), set(done)
 
     def after(step: Step) -> None:
         ended.add(step.name)
-        if args.measure_then_delete and step.stage in ANALYSES:
+        if study.measure_then_delete and step.stage in ANALYSES:
             for run in step.runs:
                 delete_measured(run, steps, ended)
 
-    if args.measure_then_delete:  # what was measured before the last start ended
+    if study.measure_then_delete:  # what was measured before the last start ended
         for run in {run.name: run for step in steps for run in step.runs}.values():
             delete_measured(run, steps, ended)
     runner.run(waiting, after)

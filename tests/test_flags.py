@@ -70,6 +70,6 @@ def test_any_flags_are_taken_or_refused_in_one_line(workspace, capsys, line):
         elif name == "multi_task_training":
             module.plan(args, settings, 576)
         elif name == "run_study":
-            module.check_arguments(args)
-            module.plan_steps(args, settings, module.plan_runs(args, settings, 576))
+            study, settings = module.read_plan(args)
+            module.plan_steps(study, settings, module.plan_runs(study, settings, 576))
     assert sorted(workspace.rglob("*")) == before

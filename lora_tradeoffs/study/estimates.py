@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from config import BENCHMARKS, CHOICE_BENCHMARKS, FAMILIES, Settings
 from dataset_descriptions import describe
 from lora_tradeoffs.records import read_training
 from lora_tradeoffs.study.steps import ANALYSES, Outcomes, Step
+from lora_tradeoffs.study.study_file import StudyPlan
 from lora_tradeoffs.training.run import Run
 
 GB = 1e9
@@ -61,11 +61,12 @@ class Need:
 
 
 def print_plan(
-    args: argparse.Namespace,
+    study: StudyPlan,
     settings: Settings,
     runs: Sequence[Run],
     steps: Sequence[Step],
     done: set[str],
+    workers: int = 1,
 ) -> None:
     """A line a step: its state, and what it takes; then the sums, and what can be detected."""
     from lora_tradeoffs.hardware import pick_device
@@ -77,7 +78,7 @@ def print_plan(
     for step in steps:
         need = Need()
         if step.stage in TRAINING:
-            need = training_need(args, settings, step, done_runs)
+            need = training_need(study, settings, step, done_runs)
         elif step.stage in ANALYSES:
             need = Need(analysis_seconds(step, outcomes), words=f"{len(step.runs)} runs")
         state, time = "done", ""
@@ -88,24 +89,24 @@ def print_plan(
         print(f"  {step.name:<{width}}  {state:<7} {time:>9}  {need.words}")
     total = sum(need.seconds or 0.0 for need in left.values())
     line = f"left: {hours(total)} of {'GPU' if pick_device() == 'cuda' else pick_device()} time"
-    if args.workers > 1:
-        line += f", about {hours(total / args.workers)} with {args.workers} workers"
+    if workers > 1:
+        line += f", about {hours(total / workers)} with {workers} workers"
     quick = ("prepare", "report")
     unknown = [s.stage for s, n in left.items() if n.seconds is None and s.stage not in quick]
     if unknown:
         line += f", without {', '.join(dict.fromkeys(unknown))} (known once one run has finished)"
     print(line)
     disk = sum(need.disk for need in left.values())
-    disk += args.workers * max([0, *(need.temporary for need in left.values())])
+    disk += workers * max([0, *(need.temporary for need in left.values())])
     memory = max([0, *(need.memory for need in left.values())])
     print(
         f"disk for what is left: {disk / GB:.1f} GB; memory: up to {memory / GB:.1f} GB a process"
     )
-    print("\n".join(detectable_differences(args, settings, runs)))
+    print("\n".join(detectable_differences(study, settings, runs)))
 
 
 def training_need(
-    args: argparse.Namespace, settings: Settings, step: Step, done_runs: Sequence[Run]
+    study: StudyPlan, settings: Settings, step: Step, done_runs: Sequence[Run]
 ) -> Need:
     """What a step that trains takes: one run, or those of a sweep that are not done."""
     from lora_tradeoffs.hardware import pick_device, pick_precision
@@ -113,7 +114,7 @@ def training_need(
     from lora_tradeoffs.training.costs import expected_cost
     from lora_tradeoffs.training.plan import expected_steps
 
-    bf16 = pick_precision(args.dtype, pick_device()) == "bf16"
+    bf16 = pick_precision(study.dtype, pick_device()) == "bf16"
     model = empty_model(read_model_config(settings), settings.model)
     seconds, disk, kept, memory, words = 0.0, 0, 0, 0, ""
     for run in [run for run in step.runs if not run.is_done] or step.runs:
@@ -122,7 +123,7 @@ def training_need(
         rate = step_seconds(run, done_runs)
         seconds = None if rate is None or seconds is None else seconds + rate * count
         disk += cost.disk
-        kept += cost.disk // run.config.checkpoints if args.measure_then_delete else cost.disk
+        kept += cost.disk // run.config.checkpoints if study.measure_then_delete else cost.disk
         memory = max(memory, cost.memory)
         words = f"{count} steps"
     words += f" at {len(step.runs)} learning rates, or more" if step.stage == "sweep" else ""
@@ -140,9 +141,7 @@ def hours(seconds: float) -> str:
 # --------------------------------------------------------------------- what it can detect
 
 
-def detectable_differences(
-    args: argparse.Namespace, settings: Settings, runs: Sequence[Run]
-) -> list[str]:
+def detectable_differences(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> list[str]:
     """The smallest difference of two scores that the items and seeds can show, as sentences.
 
     Over items: two checkpoints' scores in [0, 1], each with the largest variance that it can have
@@ -157,7 +156,7 @@ def detectable_differences(
     parts = []
     for name, count in counts.items():
         if count:
-            count = min(count, args.items or count)
+            count = min(count, study.items or count)
             parts.append(f"{name} {detectable_over_items((0.5 / count) ** 0.5):.3f} ({count:,})")
     what = "smallest detectable difference between two"
     lines = [f"{what} checkpoints (items): {', '.join(parts)}"]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from config import FAMILIES, Settings
+from config import Settings
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, Step, Sweep
+from lora_tradeoffs.study.study_file import StudyPlan
 from lora_tradeoffs.training import plan
-from lora_tradeoffs.training.arms import ArmSpec
-from lora_tradeoffs.training.learning_rates import FACTORS, run_options
+from lora_tradeoffs.training.learning_rates import run_options
 from lora_tradeoffs.training.run import Run
-from training_configs import parse_assignments
 
 # The sample rows are no evidence, whatever is measured on them: as little as fills every figure.
 # By stage and family (None: both).
@@ -30,59 +28,60 @@ SAMPLE_OPTIONS: dict[tuple[str, str | None], dict[str, Any]] = {
 # ------------------------------------------------------------------------------------- runs
 
 
-def plan_runs(args: argparse.Namespace, settings: Settings, hidden_size: int) -> list[Run]:
-    """The runs that the flags ask for, by family, seed and arm. Raises UserError.
+def plan_runs(study: StudyPlan, settings: Settings, hidden_size: int) -> list[Run]:
+    """The runs of the study, by tasks, seed and arm. Raises UserError.
 
     In a sweep these are at the default rates: the others are known once the rates are chosen.
     """
-    values = parse_assignments(args.set)
-    if args.max_steps is not None:
-        values["max_steps"] = args.max_steps
-    if args.dtype != "auto":
-        values["dtype"] = args.dtype
     runs: dict[str, Run] = {}
-    for family in args.families or FAMILIES:
-        mixes = {FAMILIES[family]: values}
-        if args.single_task_controls:
-            controls = plan.control_values(settings, FAMILIES[family], values)
-            mixes |= {(task,): values | own for task, own in controls.items()}
-        words = ["full", *(f"lora:{rank}" for rank in args.ranks)] if args.ranks else []
-        words = words + args.adapter or [*settings.preset.arms[family]]
-        arms = [ArmSpec.parse(word) for word in words + ["full_qv"] * args.full_qv]
-        for seed in dict.fromkeys(args.seeds or settings.preset.seeds):
-            for mix, changed in mixes.items():
-                planned = plan.plan_runs(settings, hidden_size, [mix], arms, [seed], changed)
+    is_swept = study.learning_rates == "swept"
+    for tasks, arms in study.mixes.items():
+        mixes = {tasks: study.values}
+        if study.single_task_controls:
+            controls = plan.control_values(settings, tasks, study.values)
+            mixes |= {(task,): study.values | own for task, own in controls.items()}
+        for seed in study.seeds:
+            for mix, values in mixes.items():
+                what = [mix], arms, [seed], values
+                planned = plan.plan_runs(settings, hidden_size, *what, swept_rates=is_swept)
                 runs |= {run.name: run for run in planned}
     return list(runs.values())
 
 
-def sweep_of(args: argparse.Namespace, settings: Settings) -> Sweep | None:
-    """The learning-rate search that the flags ask for, with the first of the seeds."""
-    if args.lr_sweep is None:
-        return None
-    return Sweep((args.seeds or settings.preset.seeds)[0], tuple(args.lr_sweep or FACTORS))
+def sweep_of(study: StudyPlan) -> Sweep | None:
+    """The study's search for learning rates, with the first of the seeds."""
+    factors = study.learning_rates
+    return None if isinstance(factors, str) else Sweep(study.seeds[0], tuple(factors))
 
 
 # ------------------------------------------------------------------------------------ steps
 
 
-def plan_steps(args: argparse.Namespace, settings: Settings, runs: Sequence[Run]) -> list[Step]:
-    """Every step of the stages that are asked for, in the order in which they start."""
-    sweep = sweep_of(args, settings)
+def plan_steps(
+    study: StudyPlan,
+    settings: Settings,
+    runs: Sequence[Run],
+    workers: int = 1,
+    only: Collection[str] = tuple(STAGES),
+) -> list[Step]:
+    """Every step of the stages in `only`, in the order in which they start."""
+    sweep = sweep_of(study)
     steps = [Step("prepare", "prepare", {}, tuple(runs))]
     analyses: list[Step] = []
     for run in runs:
         # measured and deleted before the next one starts: the disk holds one run's checkpoints
-        before = tuple(s.name for s in analyses) if args.measure_then_delete else ()
+        before = tuple(s.name for s in analyses) if study.measure_then_delete else ()
         steps.append(_training_step(run, ("prepare", *before), sweep))
-        if args.measure_then_delete:
+        if study.measure_then_delete:
             needs = (steps[-1].name,)
-            analyses += (new := _analyses(args, settings, [run], f"-{run.name}", needs, sweep))
+            new = _analyses(study, settings, [run], f"-{run.name}", needs, sweep, workers)
+            analyses += new
             steps += new
-    if not args.measure_then_delete:
-        steps += _analyses(args, settings, runs, "", tuple(step.name for step in steps), sweep)
+    if not study.measure_then_delete:
+        needs = tuple(step.name for step in steps)
+        steps += _analyses(study, settings, runs, "", needs, sweep, workers)
     steps.append(Step("report", "report", {}, needs=tuple(step.name for step in steps)))
-    return [step for step in steps if step.stage in (args.only or STAGES)]
+    return [step for step in steps if step.stage in only]
 
 
 def _training_step(run: Run, needs: tuple[str, ...], sweep: Sweep | None) -> Step:
@@ -100,12 +99,13 @@ def _training_step(run: Run, needs: tuple[str, ...], sweep: Sweep | None) -> Ste
 
 
 def _analyses(
-    args: argparse.Namespace,
+    study: StudyPlan,
     settings: Settings,
     runs: Sequence[Run],
     suffix: str,
     needs: tuple[str, ...],
     sweep: Sweep | None,
+    workers: int,
 ) -> list[Step]:
     """The steps that measure these runs.
 
@@ -114,16 +114,16 @@ def _analyses(
     """
     steps: list[Step] = []
     families = list(dict.fromkeys(run.config.family for run in runs))
-    for stage in ANALYSES:
+    for stage in (stage for stage in ANALYSES if stage in study.measure):
         by_family = settings.data == "sample" and any(
             (stage, f) in SAMPLE_OPTIONS for f in families
         )
         for family in families if by_family else [None]:
             members = [run for run in runs if family in (None, run.config.family)]
-            options = analysis_options(args, settings, stage, family)
+            options = analysis_options(study, stage, family)
             name = f"{stage}{suffix}" + (f"-{family}" if by_family and not suffix else "")
             # drift spreads matrices over the cores by itself
-            shards = 1 if stage == "drift" or suffix else min(args.workers, len(members))
+            shards = 1 if stage == "drift" or suffix else min(workers, len(members))
             if shards == 1:
                 steps.append(Step(name, stage, options, tuple(members), needs, sweep))
                 continue
@@ -136,17 +136,14 @@ def _analyses(
     return steps
 
 
-def analysis_options(
-    args: argparse.Namespace, settings: Settings, stage: str, family: str | None = None
-) -> dict[str, Any]:
+def analysis_options(study: StudyPlan, stage: str, family: str | None = None) -> dict[str, Any]:
     """The options of a stage that differ from its script's defaults."""
     options: dict[str, Any] = {}
-    if settings.data == "sample":
+    if study.data == "sample":
         options |= SAMPLE_OPTIONS.get((stage, family)) or SAMPLE_OPTIONS.get((stage, None), {})
     if stage != "drift":
-        options["dtype"] = args.dtype
-    if args.items and stage in ("evaluate", "retention"):
-        options["limit"] = args.items
-    if stage == "retention" and (args.scale_update or settings.preset.name == "study"):
-        options["scale_update"] = ()
-    return options
+        options["dtype"] = study.dtype
+    if study.items and stage in ("evaluate", "retention"):
+        options["limit"] = study.items
+    own = study.measure.get(stage, {})
+    return options | {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}

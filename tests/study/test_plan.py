@@ -8,16 +8,16 @@ import pytest
 from support import ROOT
 
 import multi_task_training
-from config import FAMILIES, resolve_settings
+from config import FAMILIES
 from lora_tradeoffs.adaptation.analysis import AdaptationOptions
 from lora_tradeoffs.drift.analysis import DriftOptions
 from lora_tradeoffs.gradients.analysis import GradientOptions
 from lora_tradeoffs.retention.analysis import RetentionOptions
 from lora_tradeoffs.study.estimates import training_need
-from lora_tradeoffs.study.plan import SAMPLE_OPTIONS, plan_runs, plan_steps
+from lora_tradeoffs.study.plan import SAMPLE_OPTIONS, plan_steps
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, command_line
 from lora_tradeoffs.training.learning_rates import Search, search_records, write_rates
-from run_study import build_parser, check_study
+from run_study import build_parser, check_study, checked_runs, read_plan
 
 
 @pytest.fixture
@@ -26,9 +26,9 @@ def planned(tiny):
 
     def plan(*flags):
         args = build_parser().parse_args(["--model", str(tiny), "--max-steps", "4", *flags])
-        settings = resolve_settings(args)
-        runs = plan_runs(args, settings, 32)
-        return args, settings, runs, plan_steps(args, settings, runs)
+        study, settings = read_plan(args)
+        runs = checked_runs(study, settings)
+        return study, settings, runs, plan_steps(study, settings, runs, args.workers)
 
     return plan
 
@@ -47,15 +47,15 @@ def test_the_grid_of_the_flags(planned):
 def test_the_arms_that_were_planned_are_kept_and_may_grow(planned):
     for rank, expected in (("8", [["lora", 8]]), ("4", [["lora", 4], ["lora", 8]])):
         flags = ("--study", "arms", "--families", "similar", "--ranks", rank)
-        args, settings, runs, _ = planned(*flags, "--single-task-controls")
-        check_study(args, settings, runs)
+        study, settings, runs, _ = planned(*flags, "--single-task-controls")
+        check_study(study, settings, runs)
         path = settings.output_dir / "outputs/arms/study.json"
         arms = json.loads(path.read_text())["arms"]
         kept = [[arm["method"], arm["rank"], arm["variant"]] for arm in arms["similar"]]
         assert kept == [[*arm, "steps4"] for arm in [*expected, ["full", 0]]]
         assert not arms["dissimilar"]
     written = path.stat().st_mtime_ns
-    check_study(args, settings, runs)
+    check_study(study, settings, runs)
     assert path.stat().st_mtime_ns == written
 
 
@@ -63,11 +63,11 @@ def test_the_arms_that_were_planned_are_kept_and_may_grow(planned):
 def test_a_control_takes_its_share_of_the_mixed_runs_rows(tiny, flags):
     where = ["--model", str(tiny), "--study", "controls", "--single-task-controls"]
     args = build_parser().parse_args([*where, "--ranks", "4", "--families", "similar", *flags])
-    settings = resolve_settings(args)
+    study, settings = read_plan(args)
+    runs = checked_runs(study, settings)
     sample = ROOT / "data" / "sample"
     rows = {t: len((sample / t / "train.jsonl").open().readlines()) for t in FAMILIES["similar"]}
-    runs = plan_runs(args, settings, 32)
-    for step in plan_steps(args, settings, runs):
+    for step in plan_steps(study, settings, runs):
         if step.stage == "train":
             (run,) = step.planned_runs
             parsed = multi_task_training.build_parser().parse_args(command_line(step, settings)[1:])
@@ -76,7 +76,7 @@ def test_a_control_takes_its_share_of_the_mixed_runs_rows(tiny, flags):
             if run.config.tasks != FAMILIES["similar"]:
                 (task,) = run.config.tasks
                 mixed = 40 * rows[task] / sum(rows.values())
-                if args.set:
+                if study.set:
                     mixed = 5 * sum(rows.values()) / 16 / 3
                 assert abs(run.config.max_steps - mixed) < 1
 
@@ -91,7 +91,7 @@ def test_a_control_takes_its_share_of_the_mixed_runs_rows(tiny, flags):
     ],
 )
 def test_every_command_line_is_one_that_its_script_accepts(planned, flags):
-    args, settings, _, steps = planned("--study", "commands", *flags)
+    study, settings, _, steps = planned("--study", "commands", *flags)
     seen = set()
     for step in steps:
         command = command_line(step, settings)
@@ -113,7 +113,7 @@ def test_every_command_line_is_one_that_its_script_accepts(planned, flags):
         if step.stage == "prepare":
             assert parsed.tasks == step.tasks
         if step.stage in ("sweep", "train"):
-            assert "warmup=0.1" in parsed.adapter[0] or not args.set
+            assert "warmup=0.1" in parsed.adapter[0] or not study.set
     assert seen >= {"prepare", "report", *ANALYSES}
 
 
@@ -144,11 +144,13 @@ def test_workers_share_an_analysis_after_one_has_measured_the_base(planned):
 
 def test_a_sweep_is_planned_at_the_rates_that_are_known(planned):
     flags = ["--families", "similar", "--ranks", "4", "--seeds", "42", "43"]
-    args, settings, _, planned_steps = planned("--study", "planned", *flags, "--lr-sweep", "1", "2")
+    study, settings, _, planned_steps = planned(
+        "--study", "planned", *flags, "--lr-sweep", "1", "2"
+    )
     steps = {step.name: step for step in planned_steps}
     searches = [step for step in steps.values() if step.stage == "sweep"]
     assert len(searches) == 2 and all(len(step.runs) == 2 for step in searches)
-    assert training_need(args, settings, searches[0], ()).words.startswith(
+    assert training_need(study, settings, searches[0], ()).words.startswith(
         "4 steps at 2 learning rates, or more"
     )
     (later,) = (s for s in steps.values() if s.stage == "train" and "lora" in s.name)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from config import UserError, resolve_settings
+from config import UserError
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.study.plan import plan_runs
 from lora_tradeoffs.study.processes import (
@@ -16,7 +16,7 @@ from lora_tradeoffs.study.processes import (
     worker_environments,
 )
 from lora_tradeoffs.study.steps import Step, command_line
-from run_study import build_parser
+from run_study import build_parser, read_plan
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def planned(tiny):
     def plan(study):
         flags = ["--study", study, "--model", str(tiny), "--families", "similar"]
         args = build_parser().parse_args([*flags, "--ranks", "4", "--single-task-controls"])
-        settings = resolve_settings(args)
-        runs = {run.config.tasks: run for run in plan_runs(args, settings, 32)}
+        study, settings = read_plan(args)
+        runs = {run.config.tasks: run for run in plan_runs(study, settings, 32)}
         sst2, qqp = runs[("sst2",)], runs[("qqp",)]
         return settings, [
             Step(f"prepare-{i}", "prepare", {}, (r,)) for i, r in enumerate((sst2, qqp))

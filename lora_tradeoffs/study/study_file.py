@@ -1,0 +1,296 @@
+"""A study as one YAML file: what it trains, on what, and what is measured.
+
+Flags and file give the same fields, which `StudyPlan` completes from the preset and checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from config import FAMILIES, LARGEST_SEED, TASKS, Preset, Settings, UserError
+from lora_tradeoffs.files import written_whole
+from lora_tradeoffs.shapes import NUMBER, shape_problem
+from lora_tradeoffs.study.steps import ANALYSES
+from lora_tradeoffs.training.arms import ArmSpec
+from lora_tradeoffs.training.learning_rates import FACTORS, rates_around
+from training_configs import CHOICES, parse_assignments
+
+# Also settings of every command: a flag beats the file, which beats the environment.
+SETTINGS = ("preset", "study", "model", "data", "examples_per_task", "eval_examples_per_task")
+HYPOTHESIS = {"contrast": [str], "outcome": str, "test": str, "family?": str, "margin?": NUMBER}
+TESTS = ("difference", "superiority", "non-inferiority", "equivalence")
+SHAPE = {
+    **dict.fromkeys(("preset?", "study?", "model?", "data?", "dtype?"), str),
+    **dict.fromkeys(("examples_per_task?", "eval_examples_per_task?", "max_steps?", "items?"), int),
+    **dict.fromkeys(("single_task_controls?", "measure_then_delete?"), bool),
+    **{"families?": [str], "tasks?": [str], "arms?": (list, dict), "seeds?": [int]},
+    **{"learning_rates?": (str, dict), "set?": {"*": (str, bool, *NUMBER)}},
+    "measure?": {f"{stage}?": dict for stage in ANALYSES},
+    "hypotheses?": [HYPOTHESIS],
+}
+HEAD = "# A study of lora_tradeoffs; python run_study.py study.yaml repeats it.\n"
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What defines a study. Raises UserError for a value that cannot be, by the field's name.
+
+    `arms` are words by family, or by "+".join(tasks); `measure` has the options of each analysis
+    that is made; `learning_rates` is "default", "swept", or the factors of a sweep.
+    """
+
+    preset: str
+    study: str
+    model: str
+    data: str
+    examples_per_task: int
+    eval_examples_per_task: int
+    arms: Mapping[str, Sequence[str]]
+    seeds: Sequence[int]
+    families: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    single_task_controls: bool = False
+    learning_rates: str | Sequence[float] = "default"
+    max_steps: int | None = None
+    items: int | None = None
+    dtype: str = "auto"
+    set: Mapping[str, Any] = field(default_factory=dict)
+    measure: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    measure_then_delete: bool = False
+    hypotheses: tuple[Mapping[str, Any], ...] = ()  # kept with the study; nothing tests them yet
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], settings: Settings) -> StudyPlan:
+        """The plan of the fields of a file or of flags, the rest as the preset has it."""
+        check_shape(given)
+        values: dict[str, Any] = {name: getattr(settings, name) for name in SETTINGS}
+        values |= {k: v for k, v in given.items() if k not in SETTINGS}
+        values["preset"], preset = settings.preset.name, settings.preset
+        values["arms"] = _arms_by_key(given, values, preset)
+        values["seeds"] = list(dict.fromkeys(given.get("seeds", preset.seeds)))
+        always = {"retention": {"scale_update": ()}} if preset.name == "study" else {}
+        values["hypotheses"] = tuple(given.get("hypotheses", ()))
+        values.setdefault("measure", {stage: always.get(stage, {}) for stage in ANALYSES})
+        pairs = [f"{name}={value}" for name, value in given.get("set", {}).items()]
+        values["set"] = parse_assignments(pairs, "set:")
+        rates = given.get("learning_rates", "default")
+        values["learning_rates"] = rates["sweep"] if isinstance(rates, dict) else rates
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        for words in self.arms.values():
+            if not list(map(ArmSpec.parse, words)):
+                raise UserError("arms: name at least one")
+        for seed in self.seeds:
+            if not 0 <= seed <= LARGEST_SEED:
+                raise UserError(f"seeds: {seed}; allowed: 0 to {LARGEST_SEED}")
+        for name in ("max_steps", "items"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; allowed: at least 1")
+        if self.dtype not in CHOICES["dtype"]:
+            raise UserError(f"dtype is {self.dtype!r}; allowed: {', '.join(CHOICES['dtype'])}")
+        if not self.seeds:
+            raise UserError("seeds: name at least one")
+        if isinstance(self.learning_rates, str):
+            if self.learning_rates not in ("default", "swept"):
+                raise UserError("learning_rates: write default, swept, or {sweep: [0.5, 1, 2]}")
+        else:
+            rates_around(1.0, self.learning_rates)
+        if self.learning_rates != "default" and "learning_rate" in self.set:
+            raise UserError("learning_rates and set.learning_rate both set the rate: leave one out")
+        for hypothesis in self.hypotheses:
+            self._check_hypothesis(hypothesis)
+
+    def _check_hypothesis(self, hypothesis: Mapping[str, Any]) -> None:
+        words, test = hypothesis["contrast"], hypothesis["test"]
+        planned = {word for words in self.arms.values() for word in words}
+        if len(words) != 2 or not {*words} <= planned:
+            raise UserError(f"hypotheses: contrast {words} must be two of the study's arms")
+        if test not in TESTS:
+            raise UserError(f"hypotheses: test is {test!r}; allowed: {', '.join(TESTS)}")
+        if test in TESTS[2:] and not hypothesis.get("margin", 0) > 0:
+            raise UserError(f"hypotheses: {test} needs a margin above 0")
+
+    @property
+    def mixes(self) -> dict[tuple[str, ...], list[ArmSpec]]:
+        """The arms by the tasks that are mixed."""
+        tasks = {family: FAMILIES[family] for family in self.families}
+        tasks = tasks or {"+".join(self.tasks): tuple(self.tasks)}
+        return {tasks[key]: list(map(ArmSpec.parse, words)) for key, words in self.arms.items()}
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The fields of TrainingConfig that it sets for all arms."""
+        values = dict(self.set)
+        values |= {"max_steps": self.max_steps} if self.max_steps else {}
+        return values | ({"dtype": self.dtype} if self.dtype != "auto" else {})
+
+    def record(self) -> dict[str, Any]:
+        """The fields as a file has them, without those that say nothing."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = _plain({k: v for k, v in values.items() if v or k == "measure"})
+        first, *others = values["arms"].values()
+        if all(words == first for words in others):
+            values["arms"] = first
+        if not isinstance(self.learning_rates, str):
+            values["learning_rates"] = {"sweep": values["learning_rates"]}
+        return values
+
+    def text(self) -> str:
+        """The file that repeats the study."""
+        import yaml
+
+        body = yaml.safe_dump(
+            self.record(), sort_keys=False, default_flow_style=None, width=96, allow_unicode=True
+        )
+        return HEAD + body
+
+    def extended(self, before: StudyPlan) -> StudyPlan:
+        """The plan of a study that had another grid before: with the arms and seeds of both."""
+        if tuple(before.tasks) != tuple(self.tasks):
+            raise UserError("it has other tasks; start another study with --study NAME")
+        keys = dict.fromkeys([*before.arms, *self.arms])
+        both = [before.arms, self.arms]
+        arms = {k: list(dict.fromkeys(w for a in both for w in a.get(k, ()))) for k in keys}
+        return replace(
+            self,
+            arms=arms,
+            families=[family for family in FAMILIES if family in arms],
+            seeds=list(dict.fromkeys([*before.seeds, *self.seeds])),
+            single_task_controls=self.single_task_controls or before.single_task_controls,
+            hypotheses=before.hypotheses
+            + tuple(h for h in self.hypotheses if h not in before.hypotheses),
+        )
+
+
+def _arms_by_key(
+    given: Mapping[str, Any], values: dict[str, Any], preset: Preset
+) -> dict[str, list[str]]:
+    """The arms by family, or by the tasks; completes families or tasks in `values`."""
+    if "families" in given and "tasks" in given:
+        raise UserError("families and tasks are both given: leave one out")
+    if "tasks" in given:
+        place = {task: i for i, task in enumerate(TASKS)}
+        tasks = dict.fromkeys(sorted(given["tasks"], key=lambda t: place.get(t, len(place))))
+        values["tasks"] = list(tasks)
+        keys = ["+".join(tasks)]
+    else:
+        keys = values["families"] = list(dict.fromkeys(given.get("families", FAMILIES)))
+        if unknown := sorted({*keys} - {*FAMILIES}):
+            raise UserError(f"families: {unknown[0]} is none; families: {', '.join(FAMILIES)}")
+    default = {key: [*preset.arms.get(key, preset.arms["similar"])] for key in keys}
+    arms = given.get("arms", default)
+    if isinstance(arms, list):
+        arms = dict.fromkeys(keys, arms)
+    problem = shape_problem(arms, {key: [str] for key in keys}, "arms")
+    if others := sorted({*arms} - {*keys}):
+        problem = f"arms: {others[0]} is not trained"
+    if problem:
+        raise UserError(f"{problem}; write a list of arms, or one for each of {', '.join(keys)}")
+    return arms
+
+
+def is_of_type(value: Any, kind: Any) -> bool:
+    """Whether the value is of a dataclass field's type, as from YAML: a list is a tuple."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, (list, tuple)) and all(is_of_type(v, parts[0]) for v in value)
+    if parts:
+        return any(is_of_type(value, part) for part in parts)
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _plain(value: Any) -> Any:
+    """The value with lists and dictionaries of Python's own, as YAML's safe_dump takes them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def check_shape(given: Mapping[str, Any]) -> None:
+    """Raise UserError for an unknown field, or a value of another type."""
+    names = [name.rstrip("?") for name in SHAPE]
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"unknown field {name!r:.60}; {hint}fields: {', '.join(names)}")
+    for stage in given["measure"] if isinstance(given.get("measure"), dict) else ():
+        if stage not in ANALYSES:
+            raise UserError(f"measure: {stage} is none; allowed: {', '.join(ANALYSES)}")
+    if problem := shape_problem(dict(given), SHAPE):
+        raise UserError(problem)
+    for hypothesis in given.get("hypotheses", ()):
+        if unknown := sorted({*hypothesis} - {name.rstrip("?") for name in HYPOTHESIS}):
+            raise UserError(f"hypotheses: unknown field {unknown[0]!r}")
+    rates = given.get("learning_rates")
+    if isinstance(rates, dict) and shape_problem(rates, {"sweep": [NUMBER]}):
+        raise UserError("learning_rates: write default, swept, or {sweep: [0.5, 1, 2]}")
+
+
+@contextmanager
+def naming(path: Path | None):
+    """Begin the line of a UserError with the file that the plan came from, if there is one."""
+    try:
+        yield
+    except UserError as error:
+        raise (UserError(f"{path}: {error}") if path else error) from None
+
+
+def read_study_file(path: Path) -> dict[str, Any]:
+    """The fields of a study file. Raises UserError for one that is no YAML mapping."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that occurs twice, of which YAML would keep the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.YAMLError(f"{key!r} occurs twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        given = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(given, dict):
+        raise UserError(f"{path} is no study file: write fields, such as arms: [full, 'lora:8']")
+    with naming(path):
+        check_shape(given)
+    return given
+
+
+def write_study_file(path: Path, plan: StudyPlan) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(plan.text(), encoding="utf-8")
+
+
+def fields_of_flags(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """The fields that run_study.py's flags set, but for those of SETTINGS."""
+    names = ("families", "seeds", "max_steps", "items", "single_task_controls")
+    given = {name: getattr(args, name) for name in (*names, "measure_then_delete")}
+    given["set"] = dict(pair.partition("=")[::2] for pair in args.set)
+    given["dtype"] = None if args.dtype == "auto" else args.dtype
+    words = ["full", *(f"lora:{rank}" for rank in args.ranks)] if args.ranks else []
+    words += args.adapter
+    extra = ["full_qv"] * args.full_qv
+    given["arms"] = words + extra if words else None
+    if extra and not words:
+        arms = settings.preset.arms
+        given["arms"] = {f: [*arms[f], *extra] for f in args.families or FAMILIES}
+    if args.lr_sweep is not None:
+        given["learning_rates"] = {"sweep": args.lr_sweep or list(FACTORS)}
+    if args.scale_update:
+        given["measure"] = {s: {} for s in ANALYSES} | {"retention": {"scale_update": []}}
+    return {name: value for name, value in given.items() if value}

@@ -1,0 +1,226 @@
+"""A study as a file: the same as flags, checked as a whole, replayed elsewhere."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from support import DEMO, ROOT, assert_one_line_error
+
+from config import DOCUMENTS
+from lora_tradeoffs.files import read_json
+from lora_tradeoffs.study.study_file import StudyPlan, read_study_file
+from run_study import build_parser, check_study, checked_runs, main, read_plan
+
+ARMS = ["full", "lora:8", "lora:8@all", "dora:4"]
+
+
+def study_file(folder, tiny, **changes):
+    fields = {
+        **{"preset": "demo", "study": "filed", "model": str(tiny), "data": "sample"},
+        **{"families": ["similar"], "arms": ARMS, "max_steps": 4, "items": 4, "dtype": "fp32"},
+        "set": {"checkpoints": 2, "eval_examples_per_task": 6, "report_to": "none"},
+    }
+    fields = {k: v for k, v in (fields | changes).items() if v is not None}
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    return path
+
+
+def parsed(*argv):
+    return read_plan(build_parser().parse_args([*map(str, argv)]))
+
+
+def test_flags_and_a_file_say_the_same_and_a_saved_plan_is_read_back(tiny, tmp_path):
+    flags = ["--model", tiny, "--study", "filed", "--families", "similar", "--adapter", *ARMS]
+    flags += ["--max-steps", "4", "--items", "4", "--dtype", "fp32"]
+    flags += ["--set", "checkpoints=2", "eval_examples_per_task=6", "report_to=none"]
+    study, settings = parsed(*flags)
+    same, same_settings = parsed(study_file(tmp_path, tiny))
+    assert (study.text(), settings) == (same.text(), same_settings)
+    runs = checked_runs(study, settings)
+    assert [run.name.split("_steps4")[0] for run in runs] == [
+        *("similar_full", "similar_lora_r8", "similar_lora_r8_all", "similar_dora_r4")
+    ]
+    (tmp_path / "saved.yaml").write_text(study.text())
+    again, _ = parsed(tmp_path / "saved.yaml")
+    assert again == StudyPlan.of(read_study_file(tmp_path / "saved.yaml"), settings)
+    assert again.text() == study.text()
+
+
+def test_what_is_measured_rates_and_hypotheses_are_in_the_file(tiny, tmp_path):
+    hypothesis = {"contrast": ["lora:8", "full"], "outcome": "forgetting"}
+    hypothesis |= {"test": "non-inferiority", "margin": 0.01}
+    path = study_file(
+        *(tmp_path, tiny),
+        measure={"retention": {"documents": 2, "scale_update": [0.5]}, "drift": {}},
+        learning_rates={"sweep": [0.5, 1]},
+        arms={"similar": ["full", "lora:8"]},
+        hypotheses=[hypothesis],
+    )
+    from lora_tradeoffs.study.plan import plan_steps
+
+    study, settings = parsed(path)
+    assert study.hypotheses == (hypothesis,)
+    steps = plan_steps(study, settings, checked_runs(study, settings))
+    assert [s.stage for s in steps] == [
+        *("prepare", "sweep", "sweep", "retention", "drift", "report")
+    ]
+    retention = steps[3].options
+    assert (retention["documents"], retention["scale_update"]) == (2, (0.5,))
+    assert steps[1].options["lr_sweep"] == (0.5, 1)
+
+
+def test_tasks_are_a_mix_of_their_own(tiny, tmp_path):
+    path = study_file(tmp_path, tiny, families=None, tasks=["qqp", "sst2"], arms=["lora:4"])
+    study, settings = parsed(path)
+    (run,) = checked_runs(study, settings)
+    assert run.config.tasks == ("sst2", "qqp") and run.name.startswith("sst2+qqp_lora_r4")
+
+
+def test_a_flag_of_every_command_beats_the_file_and_other_flags_are_refused(tiny, tmp_path, inside):
+    path = study_file(tmp_path, tiny, data=str(tmp_path / "gone"))
+    _, settings = parsed(path, "--data", "sample", "--study", "other")
+    assert (settings.data, settings.study, settings.model) == ("sample", "other", str(tiny))
+    process = inside(main, path, "--data", "sample", "--ranks", "4", "--items", "2")
+    assert_one_line_error(process, "items, arms", "says what the study is")
+
+
+def test_a_grid_that_grows_is_one_file(tiny, tmp_path):
+    for arms, seeds in ((["full", "lora:4"], [42]), (["full", "dora:4"], [43])):
+        path = study_file(tmp_path, tiny, study="grown", arms=arms, seeds=seeds)
+        study, settings = parsed(path)
+        check_study(study, settings, checked_runs(study, settings))
+    folder = settings.output_dir / "outputs" / "grown"
+    saved = yaml.safe_load((folder / "study.yaml").read_text())
+    assert saved["arms"] == ["full", "lora:4", "dora:4"] and saved["seeds"] == [42, 43]
+    planned = read_json(folder / "study.json")["arms"]["similar"]
+    assert [arm["method"] for arm in planned] == ["lora", "dora", "full"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"arm": ["full"]}, ["unknown field 'arm'", "did you mean arms?"]),
+        ({"arms": "full"}, ["arms is 'full'"]),
+        ({"arms": ["full", 8]}, ["arms.similar.1 is 8", "write a list of arms"]),
+        ({"arms": []}, ["name at least one"]),
+        ({"arms": {"similar": ["full"], "dissimilar": ["full"]}}, ["dissimilar is not trained"]),
+        ({"arms": ["full", "lora:8", "lora:8@qv"]}, ["lora:8@qv occurs twice, also as lora:8"]),
+        ({"arms": ["lorra:8"]}, ["arm 'lorra:8': did you mean lora?"]),
+        ({"arms": ["full", "scaling=constant"]}, ["arm 'scaling=constant'"]),
+        ({"arms": ["lora:64"]}, ["LoRA rank is 64", "allowed: 1 to 16"]),
+        ({"arms": ["oft:5"]}, ["blocks of 5 do not divide"]),
+        ({"families": ["similiar"]}, ["families: similiar is none"]),
+        ({"families": ["similar"], "tasks": ["sst2"]}, ["families and tasks"]),
+        ({"families": None, "tasks": ["sst3"]}, ["sst3"]),
+        ({"seeds": ["42"]}, ["seeds.0 is '42'"]),
+        ({"seeds": [-1]}, ["seeds: -1; allowed: 0 to"]),
+        ({"max_steps": 0}, ["max_steps is 0"]),
+        ({"dtype": "fp8"}, ["dtype is 'fp8'; allowed: auto, bf16, fp32"]),
+        ({"set": {"epoch": 2}}, ["set: epoch=2", "fields:"]),
+        ({"set": {"epochs": -2}}, ["epochs is -2.0"]),
+        ({"learning_rates": "best"}, ["learning_rates: write default, swept"]),
+        ({"learning_rates": {"sweep": [0]}}, ["--lr-sweep 0"]),
+        ({"learning_rates": {"sweeps": [1]}}, ["learning_rates: write"]),
+        ({"learning_rates": "swept"}, ["no learning rate was chosen for similar_full"]),
+        ({"measure": {"evaluation": {}}}, ["measure: evaluation is none", "retention"]),
+        ({"measure": {"drift": {"k": [4]}}}, ["measure: drift has no 'k'", "top_k"]),
+        ({"measure": {"retention": {"documents": "all"}}}, ["retention: documents is 'all'"]),
+        ({"measure": {"gradients": {"batches": 1}}}, ["--batches must be 2 or more"]),
+        (
+            {"hypotheses": [{"contrast": ["dora:4", "pissa:4"], "outcome": "a", "test": "b"}]},
+            ["hypotheses: contrast ['dora:4', 'pissa:4'] must be two of the study's arms"],
+        ),
+        (
+            {"hypotheses": [{"contrast": ["dora:4", "full"], "outcome": "a", "test": "t"}]},
+            ["test is 't'; allowed: difference"],
+        ),
+        (
+            {"hypotheses": [{"contrast": ["dora:4", "full"], "outcome": "a"}]},
+            ["hypotheses.0.test is missing"],
+        ),
+        (
+            {
+                "hypotheses": [
+                    {"contrast": ["dora:4", "full"], "outcome": "a", "test": "equivalence"}
+                ]
+            },
+            ["equivalence needs a margin above 0"],
+        ),
+    ],
+)
+def test_a_file_that_says_no_study_is_one_line_and_leaves_nothing(
+    inside, tiny, tmp_path, workspace, changes, parts
+):
+    path = study_file(tmp_path, tiny, study="refused", **changes)
+    assert_one_line_error(inside(main, path), f"{path}: ", *parts)
+    assert not list(workspace.glob("*/refused"))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("arms: [full", "is no YAML"),
+        ("- full", "is no study file"),
+        ("", "is no study file"),
+        ("seeds: [1]\nseeds: [2]", "'seeds' occurs twice"),
+        ("model: !!python/object/apply:os.system ['true']", "is no YAML"),
+        ("study: \x00", "is no YAML"),
+        ("? [a]\n: b", "is no YAML"),
+    ],
+)
+def test_a_file_that_is_no_mapping_of_fields_is_one_line(inside, tmp_path, text, part):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    assert_one_line_error(inside(main, path), str(path), part)
+    assert_one_line_error(inside(main, tmp_path / "gone.yaml"), "gone.yaml cannot be read")
+
+
+# ------------------------------------------------------------------------- the whole study
+
+
+def values(output, study):
+    """Every number of the four documents, by what it is of."""
+    numbers = {}
+    for name in DOCUMENTS:
+        for r in read_json(output / DOCUMENTS[name].format(study=study))["records"]:
+            left_out = ("value", "stderr", "low", "high", "study", "random")
+            key = {k: v for k, v in r.items() if k not in left_out}
+            key = {k: v for k, v in key.items() if not isinstance(v, float) or k == "eps"}
+            numbers.setdefault((name, json.dumps(key, sort_keys=True)), []).append(r["value"])
+    return numbers
+
+
+@pytest.mark.slow
+def test_a_study_of_four_arms_is_killed_resumed_reported_and_replayed(workspace, tiny, tmp_path):
+    path = study_file(tmp_path, tiny)
+    command = [sys.executable, str(ROOT / "run_study.py"), str(path)]
+    study = subprocess.Popen(command, cwd=ROOT, env={**DEMO, **os.environ})
+    deadline = time.monotonic() + 120
+    while not list(workspace.glob("models/filed/*/training.json")):
+        assert study.poll() is None and time.monotonic() < deadline
+        time.sleep(random.random() / 4)
+    study.send_signal(signal.SIGKILL)
+    study.wait()
+    assert main([str(path)]) == 0
+    report = (workspace / "outputs" / "filed" / "report.html").read_text()
+    assert all(label in report for label in ("LoRA r=8 (all)", "DoRA r=4", "LoRA r=8"))
+    numbers = values(workspace, "filed")
+    assert len({json.loads(key)["run"] for _, key in numbers}) >= 5  # the base, four arms
+
+    elsewhere = {"OUTPUT_DIR": str(tmp_path / "out"), "DATA_DIR": str(tmp_path / "data")}
+    saved = workspace / "outputs" / "filed" / "study.yaml"
+    subprocess.run(
+        [*command[:2], str(saved)], cwd=ROOT, env={**DEMO, **os.environ, **elsewhere}, check=True
+    )
+    assert (tmp_path / "out/outputs/filed/study.yaml").read_text() == saved.read_text()
+    again = values(tmp_path / "out", "filed")
+    assert again.keys() == numbers.keys()
+    for key, expected in numbers.items():
+        assert again[key] == pytest.approx(expected, rel=1e-6, abs=1e-9), key
