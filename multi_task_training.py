@@ -27,7 +27,7 @@ from dataset_descriptions import describe
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded, seed_number
 from lora_tradeoffs.training.arms import ArmSpec, add_adapter_argument, settable_help
 from lora_tradeoffs.training.learning_rates import FACTORS, sweep
-from lora_tradeoffs.training.plan import plan_runs, print_plan
+from lora_tradeoffs.training.plan import check_arms, plan_runs, print_plan
 from lora_tradeoffs.training.run import (
     Interrupted,
     Run,
@@ -236,7 +236,6 @@ def main(argv: list[str] | None = None) -> int:
     plan(args, settings, hidden_size=2048)  # reports bad flags before anything is loaded
     from lora_tradeoffs.hardware import pick_device, pick_precision
     from lora_tradeoffs.models.base import empty_model, prepare_base, read_model_config
-    from lora_tradeoffs.training.costs import trainable_shapes
 
     device = pick_device()
     if is_main():
@@ -245,8 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     architecture = empty_model(model_config, settings.model)
     runs = plan(args, settings, model_config.hidden_size)
     precision = pick_precision(runs[0].config.dtype, device)
-    for run in runs:
-        trainable_shapes(architecture, run.config)  # refuses a rank above the matrices
+    check_arms(runs, architecture, device)
     if is_main() and (args.dry_run or len(runs) > 1):
         print_plan(runs, settings, architecture, precision == "bf16")
     if args.dry_run:

@@ -46,6 +46,7 @@ from lora_tradeoffs.study.study_file import (
 from lora_tradeoffs.tables.arms import Arm, arm_of
 from lora_tradeoffs.training.arms import add_adapter_argument, settable_help
 from lora_tradeoffs.training.learning_rates import FACTORS
+from lora_tradeoffs.training.plan import check_arms
 from lora_tradeoffs.training.run import Run
 from lora_tradeoffs.training.run_record import changed
 from training_configs import parse_assignments
@@ -191,15 +192,13 @@ def read_plan(args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
 
 def checked_runs(study: StudyPlan, settings: Settings, file: Path | None = None) -> list[Run]:
     """The study's runs. Raises UserError for an arm that the model cannot have."""
+    from lora_tradeoffs.hardware import pick_device
     from lora_tradeoffs.models.base import empty_model, read_model_config
-    from lora_tradeoffs.training.costs import trainable_shapes
 
     config = read_model_config(settings)
     with naming(file):
         runs = plan_runs(study, settings, config.hidden_size)
-        model = empty_model(config, settings.model)
-        for run in runs:
-            trainable_shapes(model, run.config)
+        check_arms(runs, empty_model(config, settings.model), pick_device())
     return runs
 
 

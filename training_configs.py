@@ -7,6 +7,7 @@ full fine-tuning run the same code and differ only in their configuration.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field, fields
 
@@ -149,6 +150,9 @@ class TrainingConfig:
     loraplus_ratio: float = _field(16.0, "LoRA+: rate of B over rate of A", short="ratio")
     # Decay on A and B pulls towards the base, on W away from it: none in any arm.
     weight_decay: float = _field(0.0, "AdamW's; pulls LoRA towards the base, full away from it")
+    optim: str = _field("adamw_torch_fused", "any optimizer that Trainer knows, e.g. adafactor")
+    optim_args: str = _field("", "its arguments, e.g. rank=128,scale=0.25")
+    optim_target_modules: str = _field("", "of GaLore and APOLLO: all-linear, or names: attn,mlp")
     warmup: float = _field(0.03, "share of the steps in which the learning rate rises")
     schedule: str = _field("linear", "linear | cosine | constant_with_warmup")
     max_grad_norm: float = _field(1.0, "gradient clipping; 0: none", short="clip")
@@ -289,8 +293,8 @@ def rate_name(rate: float) -> str:
 
 
 def _name_part(f: dataclasses.Field, value: typing.Any) -> str:
-    if isinstance(value, str):
-        return value  # "rslora" or "cosine" need no field name
+    if isinstance(value, str):  # "rslora" or "cosine" need no field name
+        return re.sub(r"[^\w.+-]+", "-", value)
     if f.name == "learning_rate":
         return rate_name(value)
     return f"{f.metadata.get('short', f.name.replace('_', ''))}{value:g}"

@@ -352,6 +352,7 @@ def test_the_dry_run_of_a_new_study_says_when_the_time_is_known(workspace, measu
     assert "7 steps: 0 done, 7 to run" in printed
     assert "without train, evaluate, retention, drift, gradients (known once one run" in printed
     lines = {line.split()[0]: line.split() for line in printed.splitlines() if line[:2] == "  "}
+    lines = {name: line for name, line in lines.items() if not name.endswith(":")}  # no YAML
     assert all(line[1:3] == ["left", "?"] for line in lines.values())
     assert not (workspace / "models" / "unmade").exists()
 

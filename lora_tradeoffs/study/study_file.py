@@ -280,7 +280,7 @@ def fields_of_flags(args: argparse.Namespace, settings: Settings) -> dict[str, A
     """The fields that run_study.py's flags set, but for those of SETTINGS."""
     names = ("families", "seeds", "max_steps", "items", "single_task_controls")
     given = {name: getattr(args, name) for name in (*names, "measure_then_delete")}
-    given["set"] = dict(pair.partition("=")[::2] for pair in args.set)
+    given["set"] = parse_assignments(args.set)
     given["dtype"] = None if args.dtype == "auto" else args.dtype
     words = ["full", *(f"lora:{rank}" for rank in args.ranks)] if args.ranks else []
     words += args.adapter

@@ -67,6 +67,18 @@ def plan_runs(
     return runs
 
 
+def check_arms(runs: Sequence[Run], model: PreTrainedModel, device: str) -> None:
+    """Raise UserError for an arm that the model, an architecture without weights, cannot have."""
+    from lora_tradeoffs.training.costs import trainable_shapes
+    from lora_tradeoffs.training.trainer import check_optimizer
+
+    arms = {(run.arm, run.config.tasks): run.config for run in runs}
+    for config in arms.values():
+        trainable_shapes(model, config)
+        if config.optim != TrainingConfig.optim or config.optim_args:
+            check_optimizer(config, model, device)
+
+
 def expected_rows(config: TrainingConfig, settings: Settings) -> list[int]:
     """Train rows by task, before any is read: line counts, or the data sets' official sizes."""
     from lora_tradeoffs.data.sources import source_folder

@@ -6,12 +6,14 @@ logits are computed at the completions' tokens only.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +34,9 @@ from lora_tradeoffs.files import read_json
 from lora_tradeoffs.scoring.log_likelihoods import completion_losses, label_predictions, mean_by_row
 from lora_tradeoffs.shapes import NUMBER
 from training_configs import TrainingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Below this many tokens (95th percentile) eager attention trains faster than sdpa under bf16 on a
 # CPU, whose sdpa backward is slow: 15.4 against 10.9 examples/s at 56 tokens, 0.7 to 1.4 at 512.
@@ -89,6 +94,8 @@ class MultiTaskTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Per task the mean over rows of the row's mean token loss, and the label accuracy."""
         self.model.eval()
+        if callable(getattr(self.optimizer, "eval", None)):  # as of schedule-free optimizers
+            self.optimizer.eval()
         metrics = {}
         for task, rows in self.eval_dataset.items():
             loss, correct, count = self._validate(task, rows)
@@ -265,6 +272,9 @@ def training_arguments(
         # a count: Trainer takes values below 1 for a share, and 1.0 for one step
         warmup_steps=math.ceil(config.warmup * steps),
         weight_decay=config.weight_decay,
+        optim=config.optim,
+        optim_args=config.optim_args or None,
+        optim_target_modules=_names(config.optim_target_modules),
         max_grad_norm=config.max_grad_norm,
         activation_checkpointing=config.activation_checkpointing,
         bf16=bf16,
@@ -286,3 +296,43 @@ def training_arguments(
         print(f"using one of {arguments.n_gpu} GPUs; accelerate launch uses all")
         arguments._n_gpu = 1
     return arguments
+
+
+def _names(text: str) -> list[str] | str | None:
+    return text if text in ("all-linear", "all_linear") else text.split(",") if text else None
+
+
+PROBES = ("7", "0.3", "true", "float16")  # values that an argument of an optimizer may have
+
+
+def check_optimizer(config: TrainingConfig, model: PreTrainedModel, device: str) -> None:
+    """Raise UserError for an optimizer that Trainer cannot make for the arm.
+
+    It does not know it, its package is missing, it trains whole matrices and the arm none, or it
+    would ignore one of the arguments. `model` is the architecture on the meta device.
+    """
+    if config.is_adapter and config.optim.startswith(("galore", "apollo")):
+        arm = config.rank_name.partition(" ")[0]
+        raise UserError(f"optim {config.optim} projects gradients of matrices; {arm} trains none")
+
+    def options(arguments: list[str]) -> str:
+        changed = dataclasses.replace(config, optim_args=",".join(arguments))
+        made = training_arguments(changed, Path("unused"), 1, False, device, 1)
+        return str(Trainer.get_optimizer_cls_and_kwargs(made, model))
+
+    given = config.optim_args.split(",") if config.optim_args else []
+    try:
+        made = options(given)
+    except (ImportError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"optim {config.optim}: {' '.join(str(error).split())[:300]}") from None
+    if config.method == "loraplus" and "'model'" in made:
+        raise UserError(f"optim {config.optim} takes no groups, which LoRA+ needs")
+    for part in given:
+        others, name = [other for other in given if other != part], part.partition("=")[0]
+        results = {options(others)}
+        with suppress(Exception):  # what fails was read
+            results |= {options([*others, f"{name}={probe}"]) for probe in PROBES}
+            if len(results) == 1:
+                results.clear()
+        if not results:
+            raise UserError(f"optim {config.optim} takes no {name} in optim_args")

@@ -66,6 +66,12 @@ def test_a_word_is_an_arm_and_its_text_the_word(word, expected):
         (["lora:8", "lora:8@qv"], ["the arm lora:8@qv occurs twice, also as lora:8"]),
         (["oft:5"], ["OFT's blocks of 5 do not divide the 32 inputs", "2, 4, 8, 16"]),
         (["dora:17"], ["DoRA rank is 17", "(16)"]),
+        (["full,optim=adamx"], ["optim adamx: adamx is not a valid OptimizerNames"]),
+        (["full,optim=galore_adamw"], ["optim galore_adamw: You need to install `galore_torch`"]),
+        (["lora:4,optim=galore_adamw"], ["projects gradients of matrices; LoRA trains none"]),
+        (["full,optim=sgd,optim_args=momentum=0.9,beta9=1"], ["optim sgd takes no beta9"]),
+        (["full,optim_args=beta1=0.8"], ["adamw_torch_fused takes no beta1 in optim_args"]),
+        (["full,optim=sgd,optim_args=momentum"], ["optim sgd: not enough values to unpack"]),
     ],
 )
 def test_what_is_no_arm_is_one_line_and_leaves_nothing(inside, tiny, words, parts):
@@ -161,6 +167,23 @@ def test_loraplus_trains_b_at_its_ratio_of_as_rate(tiny, tmp_path):
             group = rates[id(parameter)]
             assert group["lr"] == pytest.approx(ratio * run.config.learning_rate)
             assert group["weight_decay"] == 0.25
+
+
+def test_another_optimizer_is_used_recorded_and_compared(tiny, capsys):
+    argv = [*FEW[:-3], "checkpoints=1", "report_to=none", "--model", str(tiny), "--study", "sgd"]
+    word = "full,optim=sgd,optim_args=momentum=0.9,nesterov=true"
+    assert main([*argv, "--adapter", word]) == 0
+    (run,) = [p.parent for p in settings_for(study="sgd").runs_dir.glob("*/run.json")]
+    assert "sgd_momentum-0.9-nesterov-true" in run.name
+    record = json.loads((run / "run.json").read_text())
+    assert record["compared"]["optim_args"] == "momentum=0.9,nesterov=true"
+    state = torch.load(checkpoints(run)[-1] / "optimizer.pt")
+    assert state["param_groups"][0]["nesterov"] and "momentum_buffer" in state["state"][0]
+    for name in ("optim", "optim_args", "optim_target_modules", "loraplus_ratio"):
+        del record["compared"][name]  # as a run of an earlier version, which had AdamW
+    (run / "run.json").write_text(json.dumps(record))
+    assert main([*argv, "--adapter", word]) == 2
+    assert "optim adamw_torch_fused -> sgd" in capsys.readouterr().err
 
 
 def test_what_resumes_pissa_goes_with_the_optimizers_state(tiny):
