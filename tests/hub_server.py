@@ -8,6 +8,7 @@ that it does not know; what a gated repository is, though not its files, it tell
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -21,6 +22,7 @@ from urllib.parse import unquote
 
 TOKEN = "hf_test_token"
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+|[^/]+)(?:/(revision|tree)/(.+))?")
+UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -32,6 +34,7 @@ class Hub:
     root: Path
     gated: Collection[str]
     requests: list[str] = field(default_factory=list)
+    private: set[str] = field(default_factory=set)
 
     def commit(self, repository: str) -> str:
         """The commit of models/<owner>/<name> or datasets/<owner>/<name>: a sha1 of its files."""
@@ -67,6 +70,49 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        """Create a model's repository, or add files to it; needs the token."""
+        address = self.path.partition("?")[0]
+        self.hub.requests.append(f"POST {address}")
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        try:
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                raise Refusal(401, "", "Invalid credentials in Authorization header")
+            answer = self._post(address, body)
+        except Refusal as refusal:
+            status, code, message = refusal.args
+            self._answer(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
+        else:
+            status = 409 if "error" in answer else 200
+            body = json.dumps(answer).encode()
+            self._answer(status, body, {"Content-Type": "application/json"})
+
+    def _post(self, address: str, body: bytes) -> dict[str, object]:
+        if address == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        if address == "/api/repos/create":
+            fields = json.loads(body)
+            name = f"{fields['organization']}/{fields['name']}"
+            folder = self.hub.root / "models" / name
+            if folder.is_dir():
+                return {"error": "You already created it", "url": f"{self.hub.url}/{name}"}
+            folder.mkdir(parents=True)
+            if fields.get("private") or fields.get("visibility") == "private":
+                self.hub.private.add(name)
+            return {"url": f"{self.hub.url}/{name}", "name": name}
+        name, what = UPLOAD.fullmatch(address).groups()
+        folder, commit = self._repository("models", name, "main")
+        if what == "preupload":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            regular = {"uploadMode": "regular", "shouldIgnore": False}
+            return {"files": [{"path": path, **regular} for path in files]}
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                file = line["value"]
+                (folder / file["path"]).write_bytes(base64.b64decode(file["content"]))
+        commit = self.hub.commit(f"models/{name}")
+        return {"commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit}
+
     def _api(self, kind: str, name: str, what: str | None, rest: str | None, deep: bool) -> None:
         revision, _, path = (rest or "main").partition("/")
         folder, commit = self._repository(kind, name, revision, public=what is None)
@@ -77,7 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             files = sorted(p for p in folder.rglob("*") if p.is_file())
             names = [{"rfilename": str(p.relative_to(folder))} for p in files]
-            answer = {"id": name, "sha": commit, "private": False, "siblings": names}
+            private = name in self.hub.private
+            answer = {"id": name, "sha": commit, "private": private, "siblings": names}
         self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _repository(

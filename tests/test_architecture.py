@@ -32,6 +32,7 @@ FLOORS = (
     ("training", "measuring"),
     ("adaptation", "drift", "gradients", "figures", "study"),
     ("report", "retention"),
+    ("publish",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
