@@ -114,11 +114,13 @@ class GradientAnalysis(Analysis):
         fewest = min(map(len, batches.values()))
         batches = {task: all_batches[:fewest] for task, all_batches in batches.items()}
         collate = CompletionCollator(self.tokenizer.pad_token_id)
-        products = gradient_products(model, batches, collate, self.bf16, lambda: self.advance(1))
+        subject, advance = unit.subject.fields, lambda: self.advance(1)
+        rank = subject["rank"] if subject["method"] == "pissa" else 0
+        products = gradient_products(model, batches, collate, self.bf16, advance, rank)
         parameter_set, _ = measured_parameters(model)
         about = {"run": unit.subject.run, "family": unit.family, "step": unit.subject.step}
         about |= {"split": "train", "of": parameter_set, "batch_size": self.options.batch_size}
-        common = {**unit.subject.fields, **about}
+        common = {**subject, **about}
         return Measurement([{**common, **record} for record in conflict_records(products)])
 
     def table(self, records: Iterable[dict[str, Any]]) -> str:

@@ -98,12 +98,15 @@ def gradient_products(
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
     bf16: bool = False,
     progress: Callable[[], Any] = lambda: None,
+    trained_rank: int = 0,
 ) -> Products:
     """The products of the tasks' gradients on each batch.
 
     `batches` maps every task to its batches, the same number for all, each of at least two prepared
-    rows. The loss is the one that is trained: the mean over the rows of each row's mean token loss.
-    No parameter requires a gradient afterwards. Raises UserError if a gradient is not finite.
+    rows. `trained_rank` is that of an adapter that was converted to more (PiSSA's, to A over A0 and
+    B beside -B0): gradients are of the part that was trained. The loss is the one that is trained:
+    the mean over the rows of each row's mean token loss. No parameter requires a gradient
+    afterwards. Raises UserError if a gradient is not finite.
     """
     _, parameters = measured_parameters(model)
     layer_modules = tuple(sorted({layer_module_of(name) for name in parameters}))
@@ -116,7 +119,7 @@ def gradient_products(
             by_half = _zeros(model, len(tasks), 3, len(layer_modules))
             for i, rows in enumerate(rows_by_task):
                 losses = _half_losses(model, rows, collate, bf16)
-                gradients.append(_gradient(parameters, columns, losses, by_half[i]))
+                gradients.append(_gradient(parameters, columns, losses, by_half[i], trained_rank))
             for name in gradients[0]:
                 vectors = [_vector(gradient[name]) for gradient in gradients]
                 for (i, a), (j, b) in combinations_with_replacement(enumerate(vectors), 2):
@@ -153,6 +156,7 @@ def _gradient(
     columns: Mapping[str, int],
     losses: Iterator[torch.Tensor],
     products: torch.Tensor,
+    rank: int,
 ) -> dict[str, torch.Tensor]:
     """The gradient of the sum of two losses; fills `products` (3, layer_modules), see `halves`.
 
@@ -165,6 +169,8 @@ def _gradient(
         def hook(parameter: torch.nn.Parameter) -> None:
             # a weight stored in bf16 has the same gradient, but sums need fp32
             gradient, parameter.grad = parameter.grad.float(), None
+            if rank:
+                gradient = gradient[:rank] if ".lora_A." in name else gradient[:, :rank]
             if name not in first:
                 first[name] = gradient
                 return

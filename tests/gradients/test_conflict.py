@@ -99,6 +99,29 @@ def test_products_are_those_of_gradients_taken_one_row_at_a_time(tiny, adapted):
             )
 
 
+def test_gradients_of_converted_pissa_are_those_of_what_was_trained(tiny, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    modules = ["q_proj", "v_proj"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=modules, init_lora_weights="pissa")
+    model = get_peft_model(load(tiny), config).eval()
+    model.save_pretrained(tmp_path / "initial")
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    converted = PeftModel.from_pretrained(load(tiny), tmp_path / "converted").eval()
+    tasks = {"a": made_up(0), "b": made_up(1)}
+    expected = gradient_products(model, tasks, COLLATE)
+    products = gradient_products(converted, tasks, COLLATE, trained_rank=4)
+    for ours, theirs in ((products.between, expected.between), (products.halves, expected.halves)):
+        assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+    every = gradient_products(converted, tasks, COLLATE).between
+    assert np.abs(every - expected.between).max() > 0.01 * np.abs(every).max()
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_linears_stored_in_bf16_change_nothing_under_autocast(tiny, adapted):
     tasks = {"a": made_up(0), "b": made_up(1)}
