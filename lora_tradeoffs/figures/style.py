@@ -48,8 +48,9 @@ RAMP = {
 }
 DENSE = {"full_qv": "#f0a030", "full": "#b2182b", "adapter": "#01665e"}
 # Of other adapters at the grid's middle rank: lighter below, darker above.
-ADAPTERS = {"dora": "#9354b5", "pissa": "#d4679f", "loraplus": "#5f8a2d", "oft": "#8a5a34"}
+ADAPTERS = {"dora": "#8c06ff", "pissa": "#8c66ff", "loraplus": "#ac7742", "oft": "#8aacfc"}
 GREY = "#6e6e6e"
+ADAPTER_MARKERS = {"dora": "d", "pissa": "p", "loraplus": "<", "oft": ">"}
 RANK_MARKERS = {4: "o", 8: "s", 16: "^", 32: "D", 64: "v"}
 VARIANT_MARKERS = "os^Dv<>phd8"  # drawn open, for arms that are not of the grid
 TARGET_LINES = {"qv": "-", "attention": (0, (5, 1)), "mlp": (0, (3, 1, 1, 1)), "all": (0, (2, 1))}
@@ -85,7 +86,7 @@ def style_of(arm: Arm) -> dict[str, Any]:
     if arm.is_adapter:
         style = {
             "color": rank_colour(arm.rank, arm.method),
-            "marker": RANK_MARKERS.get(arm.rank, "h"),
+            "marker": ADAPTER_MARKERS.get(arm.method) or RANK_MARKERS.get(arm.rank, "h"),
             "linestyle": TARGET_LINES.get(arm.target_modules, "-"),
         }
     elif arm.method == "full_qv":

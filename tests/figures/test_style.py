@@ -89,6 +89,10 @@ def frame(tmp_path):
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
 def test_arms_are_told_apart_by_colour_whatever_the_eye(deficiency):
     assert closest(palette(ARMS).values(), deficiency) > MIN_DISTANCE
+    words = {"dora": 8, "pissa": 8, "loraplus": 8, "oft": 32}
+    adapters = [Arm("lora", 8), *(Arm(*pair) for pair in words.items()), *ARMS[len(GRID) :]]
+    assert closest(palette(adapters).values(), deficiency) > MIN_DISTANCE
+    assert len({style_of(arm)["marker"] for arm in adapters}) == len(adapters)
 
 
 def test_the_check_for_colour_blindness_can_fail():
