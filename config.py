@@ -57,7 +57,7 @@ BENCHMARK_GROUPS = {
     "reasoning": ("gsm8k", "bbh"),
     "instruction": ("ifeval",),
 }
-# The projections of LlamaForCausalLM that each value of --target-modules selects.
+# The projections, named alike in all model families, that each value of --target-modules selects.
 TARGET_MODULES = {
     "qv": ("q_proj", "v_proj"),
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),

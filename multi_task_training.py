@@ -101,7 +101,7 @@ def build_model(base: Base, config: TrainingConfig, bf16: bool, attention: str) 
         model.requires_grad_(False)
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in config.modules:
-                module.requires_grad_(True)
+                module.weight.requires_grad_(True)  # as LoRA, which trains no bias
         return model
     model = get_peft_model(model, adapter_config(config))
     adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())

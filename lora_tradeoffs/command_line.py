@@ -88,7 +88,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, metavar, text in (
         ("--preset", "{study,demo}", "defaults for all else (variable PRESET; default demo)"),
         ("--study", "NAME", "name of the study's folders (STUDY_NAME; default: the preset's name)"),
-        ("--model", "ID_OR_FOLDER", "base model: a LlamaForCausalLM (MODEL_NAME)"),
+        ("--model", "ID_OR_FOLDER", "base model, of a family that README.md names (MODEL_NAME)"),
         ("--data", "SOURCE", "hub, sample, or a folder of <task>/<split>.jsonl (DATA_SOURCE)"),
     ):
         group.add_argument(flag, metavar=metavar, help=text)

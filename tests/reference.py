@@ -55,34 +55,59 @@ class Allocations(TorchDispatchMode):
             self.live -= size
 
 
-# Settings that make every second layer, or each (Mistral's), see eight tokens back alone.
-EIGHT = {"sliding_window": 8}
-WINDOWED = {
-    "Mistral": EIGHT,
-    "Gemma2": {**EIGHT, "head_dim": 8},
-    "Gemma3": {**EIGHT, "head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
-    "Qwen2": {**EIGHT, "use_sliding_window": True, "max_window_layers": 1},
+# What each model family has beside a LLaMA, by model_type: windows of eight tokens in one layer (in
+# Mistral's in each), norms of queries and keys, biases, heads wider than the hidden size's share,
+# scaled ropes, soft caps that change the numbers.
+_WIDE, _WINDOW = {"head_dim": 16}, {"sliding_window": 8}
+_SECOND = {**_WINDOW, "use_sliding_window": True, "max_window_layers": 1}
+_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_ROPE |= {"rope_theta": 1e4, "original_max_position_embeddings": 64}
+MODEL_FIELDS = {
+    "llama": {"attention_bias": True, "rope_parameters": _ROPE},
+    "mistral": {**_WIDE, **_WINDOW},
+    "qwen2": {**_SECOND, "tie_word_embeddings": True},
+    "qwen3": {**_SECOND, **_WIDE, "tie_word_embeddings": True, "attention_bias": True},
+    "gemma2": {
+        **_WIDE,
+        **_WINDOW,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        **_WIDE,
+        **_WINDOW,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "olmo2": {"attention_bias": True},
 }
+WINDOWED = [name for name, fields in MODEL_FIELDS.items() if "sliding_window" in fields]
 
 
-def windowed_model(kind, attention="sdpa", seed=0, vocabulary=40_000):
-    """A two-layer model of a family with sliding attention."""
-    import transformers
+def family_model(model_type, attention=None, seed=0, vocabulary=40_000, **fields):
+    """A two-layer random model of a family, with norms and biases that are not their defaults.
 
-    text = "Text" if kind == "Gemma3" else ""
+    `attention` is used where the family can (Gemma 2 has eager alone); default: the suite's.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from lora_tradeoffs.models.base import default_attention
+
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}{text}Config")(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        **WINDOWED[kind],
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=vocabulary, **sizes, **MODEL_FIELDS[model_type], **fields
     )
-    config._attn_implementation = "eager" if kind == "Gemma2" else attention  # it has no sdpa
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    default = default_attention(config)
+    attention = attention if attention and default == "sdpa" else default
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
 
 
 def subspace_similarities(first, second):

@@ -308,7 +308,7 @@ REFUSED = {
     "another architecture": (
         "study/gpt2 --dry-run",
         {},
-        ("study/gpt2", "GPT2LMHeadModel", "q_proj", "--model"),
+        ("study/gpt2", "GPT2LMHeadModel", "not supported", "--model"),
     ),
 }
 

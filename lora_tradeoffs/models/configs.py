@@ -23,8 +23,19 @@ from lora_tradeoffs.files import COPY, read_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig
 
+# By model_type, the families that are supported, under their names in README.md: each is trained
+# and measured by tests/models/test_families.py.
+MODEL_FAMILIES = {
+    "llama": "LLaMA",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 (text only)",
+    "olmo2": "OLMo 2",
+}
 MOST_LAYERS = 1_000  # building a model of a mistyped number would not end
 # Fields of config.json that this suite sets itself: the attention, for one, may name a repository
 # of kernels, and `transformers_weights` a file.
@@ -60,10 +71,11 @@ def refusing(what: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------- config.json
 
 
-def read_config(folder: Path, name: str | None = None) -> LlamaConfig:
+def read_config(folder: Path, name: str | None = None) -> PreTrainedConfig:
     """The model's configuration, without weights. `name` is what an error calls the folder.
 
-    Raises UserError for one that transformers cannot read, and for a quantised model.
+    Raises UserError for one that transformers cannot read, a model of another family than those
+    supported, a quantised one, and one that is not causal.
     """
     name = name or str(folder)
     if not (folder / "config.json").is_file():
@@ -74,20 +86,26 @@ def read_config(folder: Path, name: str | None = None) -> LlamaConfig:
             f"{name} is quantised (quantization_config in its config.json): give the model in full"
             " precision that it was made from"
         )
+    kind, architectures = fields.get("model_type"), fields.get("architectures")
+    if kind not in list(MODEL_FAMILIES):
+        what = architectures[0] if isinstance(architectures, list) and architectures else kind
+        raise UserError(
+            f"{name} is a {_shown(what)}, which is not supported; give a model of one of these"
+            f" families with --model: {', '.join(MODEL_FAMILIES.values())}"
+        )
     from transformers import CONFIG_MAPPING
 
     fields = {key: value for key, value in fields.items() if key not in OVERRIDDEN}
     with refusing(f"transformers cannot read {name}/config.json"):
-        if fields.get("model_type") not in list(CONFIG_MAPPING):
-            raise ValueError(f"its model_type is {_shown(fields.get('model_type'))}")
-        config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-        layers = getattr(config, "num_hidden_layers", 1)
-        if not 1 <= layers <= MOST_LAYERS:
-            raise ValueError(f"its num_hidden_layers is {layers}")
+        config = CONFIG_MAPPING[kind].from_dict(fields)
+        if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
+            raise ValueError(f"its num_hidden_layers is {config.num_hidden_layers}")
+        if getattr(config, "use_bidirectional_attention", False):  # EmbeddingGemma's
+            raise ValueError("its attention is bidirectional, so it is no causal language model")
     return config
 
 
-def differing_fields(config: LlamaConfig, other: LlamaConfig) -> list[str]:
+def differing_fields(config: PreTrainedConfig, other: PreTrainedConfig) -> list[str]:
     """The fields in which two configurations make the same weights compute differently."""
     first, second = config.to_dict(), other.to_dict()
     names = sorted({*first, *second} - NOT_COMPUTED)

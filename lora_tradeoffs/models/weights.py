@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import UserError
 from lora_tradeoffs.checkpoints import weight_files
-from lora_tradeoffs.files import COPY, read_json
+from lora_tradeoffs.models.configs import read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ BLOCK = 1 << 22  # numbers that a pass over a large tensor holds at once
 
 @dataclass(frozen=True, order=True)
 class Matrix:
-    """A weight matrix of a layer; `name` is that of its module in LlamaForCausalLM."""
+    """A weight matrix of a layer; `name` is that of its module in the model."""
 
     layer: int
     module: str
@@ -56,7 +56,7 @@ def matrix_of(name: str) -> Matrix | None:
 
 
 class Weights:
-    """The tensors of a folder, in one file or several, by their names in LlamaForCausalLM."""
+    """The tensors of a folder, in one file or several, by the names that the model gives them."""
 
     def __init__(self, folder: Path, paths: Sequence[Path] | None = None) -> None:
         """`paths` are the files (default: the folder's `weight_files`).
@@ -92,9 +92,8 @@ class Weights:
 
         Raises UserError if only one is stored, and config.json says that they are two.
         """
-        path = self.folder / "config.json"
-        fields = read_json(path, remedy=COPY) if path.is_file() else {}
-        says_so = fields.get("tie_word_embeddings")
+        has_config = (self.folder / "config.json").is_file()
+        says_so = read_config(self.folder).tie_word_embeddings if has_config else None
         lacks = [name for name in (EMBEDDING, HEAD) if name not in self.shapes]
         if len(lacks) == 1 and says_so is False:
             raise UserError(f"{self.folder} lacks {lacks[0]}, and its config.json does not tie it")

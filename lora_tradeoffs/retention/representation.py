@@ -20,6 +20,7 @@ import numpy as np
 from config import DATA_SEED
 from lora_tradeoffs.data.encoding import bos_ids, text_ids
 from lora_tradeoffs.retention.cka import centred_gram, cka, dealt, hsic_terms, widest
+from lora_tradeoffs.scoring.log_likelihoods import capped
 from lora_tradeoffs.scoring.rows import batches
 
 if TYPE_CHECKING:
@@ -305,7 +306,7 @@ def _divergences(
             rows, best = slice(len(chunk[0])), []
             for states, weight, log_prob in zip(chunk, heads, log_probs, strict=True):
                 _project(states, weight, logits[rows])
-                _finish_logits(tuned.config, logits[rows])
+                capped(tuned.config, logits[rows])
                 best.append(logits[rows].argmax(-1))
                 torch.log_softmax(wide[rows].copy_(logits[rows]), -1, out=log_prob[rows])
             same.append((best[0] == best[1]).cpu().numpy())
@@ -313,14 +314,6 @@ def _divergences(
             torch.sub(base, ratio, out=ratio)
             kl.append(torch.einsum("pv,pv->p", base.exp_(), ratio).cpu().double().numpy())
     return np.concatenate(kl), np.concatenate(same)
-
-
-def _finish_logits(config: Any, logits: torch.Tensor) -> None:
-    """What models of the Gemma, Cohere and Granite families do to the last layer's output."""
-    logits *= getattr(config, "logit_scale", None) or 1.0
-    logits /= getattr(config, "logits_scaling", None) or 1.0
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits.div_(cap).tanh_().mul_(cap)
 
 
 def _project(states: torch.Tensor, head: Any, out: torch.Tensor) -> None:

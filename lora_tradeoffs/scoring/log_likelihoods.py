@@ -139,7 +139,7 @@ def _score_batch(model: Any, head: Any, items: Sequence[Item], branches: bool) -
         values = table[at, token]
         if hidden is not None and logits.dtype != torch.float32:
             # bf16 resolves 1/16 of a logit at best: of two equal ones the first would win
-            values += _logits_of(head, hidden[at], token) - logits[at, token].float()
+            values += _logits_of(model, head, hidden[at], token) - logits[at, token].float()
         log_probs[chunk] = values.cpu().double()
         # max gives the first of ties, as argmax, in half of its time on a CPU
         greedy[chunk] = (table.max(-1).indices[at] == token).cpu()
@@ -174,13 +174,20 @@ def _kept_logits(
     finally:
         handle.remove()
     for chunk in hidden[0].split(_logit_rows(model)):
-        yield head(chunk), chunk
+        yield capped(model.config, head(chunk)), chunk
 
 
-def _logits_of(head: torch.nn.Linear, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def capped(config: Any, logits: torch.Tensor) -> torch.Tensor:
+    """The model's logits from the last layer's output, changed in place: Gemma 2 caps them."""
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits.div_(cap).tanh_().mul_(cap)
+    return logits
+
+
+def _logits_of(model: Any, head: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """One token's logit from each hidden state, in fp32."""
     logits = (hidden.float() * head.weight[tokens].float()).sum(-1)
-    return logits if head.bias is None else logits + head.bias[tokens].float()
+    return capped(model.config, logits)
 
 
 def _logit_rows(model: Any) -> int:
@@ -190,7 +197,7 @@ def _logit_rows(model: Any) -> int:
 
 
 def _last_layer(model: Any, tokens: Sequence[int]) -> Any:
-    """The layer whose output is the logits; None if the model changes it, as by a soft cap.
+    """The layer whose output, `capped`, is the logits; None if the model changes it otherwise.
 
     Found by trying it on a few tokens.
     """
@@ -199,15 +206,15 @@ def _last_layer(model: Any, tokens: Sequence[int]) -> Any:
     head, outputs = model.get_output_embeddings(), []
     if head is None:
         return None
-    handle = head.register_forward_hook(lambda module, args, output: outputs.append(output))
+    handle = head.register_forward_hook(lambda _, args, output: outputs.append(output.clone()))
     try:
         ids = torch.tensor([list(tokens)], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
-    same = len(outputs) == 1 and outputs[0].shape == logits.shape
-    plain = type(head) is torch.nn.Linear  # else an adapter may add to it
-    return head if plain and same and torch.equal(outputs[0], logits) else None
+    plain = type(head) is torch.nn.Linear and head.bias is None  # else an adapter may add to it
+    same = len(outputs) == 1 and torch.equal(capped(model.config, outputs[0]), logits)
+    return head if plain and same else None
 
 
 def _attention_window(model: Any) -> float:

@@ -94,14 +94,17 @@ def expected_cost(
         "full_qv": sum(out * into for out, into in shapes),
     }.get(config.method, low_rank)
     c = model.config
-    weights = 4 * total
+    longest, weights = longest or config.max_length, 4 * total
     if config.is_adapter:
-        # frozen linears are stored in the precision of the computation, lm_head as a copy
+        # frozen linears are stored in the precision of the computation, a tied lm_head as a copy
+        head = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else -1)
         is_stored = bf16 and not reads_base(config)
-        weights += 4 * trainable + is_stored * (2 * c.vocab_size * c.hidden_size - 2 * linear)
-    tokens = config.micro_batch_size * (longest or config.max_length)
-    per_token = ACTIVATION_BYTES[0] * c.hidden_size + ACTIVATION_BYTES[1] * c.intermediate_size
-    if eager:
+        weights += 4 * trainable + is_stored * 2 * (head - linear)
+    tokens = config.micro_batch_size * longest
+    # heads may be wider together than the hidden size (Qwen3)
+    width = max(c.hidden_size, c.num_attention_heads * (getattr(c, "head_dim", None) or 0))
+    per_token = ACTIVATION_BYTES[0] * width + ACTIVATION_BYTES[1] * c.intermediate_size
+    if eager or c._attn_implementation == "eager":
         per_token += EAGER_BYTES * c.num_attention_heads * longest
     activations = tokens * c.num_hidden_layers * per_token * (1 if bf16 else 2)
     if config.activation_checkpointing:

@@ -225,7 +225,8 @@ def _train_locked(run: Run, settings: Settings, setup: TrainingSetup) -> dict[st
 
     config, bf16, device = run.config, run.config.dtype == "bf16", setup.device
     schedule = make_schedule(config, settings, setup.base)
-    attention = pick_attention(config.attention, schedule.lengths, device, bf16)
+    default = setup.architecture.config._attn_implementation
+    attention = pick_attention(config.attention, schedule.lengths, device, bf16, default)
     longest = int(schedule.lengths.max())
     cost = expected_cost(setup.architecture, config, bf16, longest, attention == "eager")
     if not run.is_done:

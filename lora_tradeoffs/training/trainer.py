@@ -242,12 +242,22 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
 
 
-def pick_attention(requested: str, lengths: np.ndarray, device: str, bf16: bool) -> str:
-    """The requested attention; for `auto` the one that trains rows of these lengths faster."""
+def pick_attention(
+    requested: str, lengths: np.ndarray, device: str, bf16: bool, default: str = "sdpa"
+) -> str:
+    """The requested attention; for `auto` the one that trains rows of these lengths faster.
+
+    `default` is the model's `default_attention`. Raises UserError for sdpa where it is eager.
+    """
+    if requested == "sdpa" != default:
+        raise UserError(
+            "this model caps its attention scores, which sdpa cannot do; leave out --set"
+            " attention=sdpa"
+        )
     if requested != "auto":
         return requested
     is_short = np.percentile(lengths, 95) < EAGER_BELOW
-    return "eager" if device == "cpu" and bf16 and is_short else "sdpa"
+    return "eager" if device == "cpu" and bf16 and is_short else default
 
 
 def training_arguments(

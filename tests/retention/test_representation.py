@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from reference import WINDOWED, Allocations, windowed_model
+from reference import MODEL_FIELDS, Allocations, family_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_tradeoffs.retention.cka import MINIBATCH, centred_gram, cka, dealt, hsic_terms
@@ -208,9 +208,9 @@ def test_a_task_is_compared_over_its_whole_answers(base):
     assert mean_kl(drift) == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", WINDOWED)
+@pytest.mark.parametrize("kind", MODEL_FIELDS)
 def test_windows_and_caps_of_other_families_count(kind):
-    windowed = windowed_model(kind, vocabulary=VOCABULARY)
+    windowed = family_model(kind, vocabulary=VOCABULARY)
     tuned, passages = moved(windowed), passages_of(41, 30, 12, 33)
     drift = compare(observe(windowed, passages), tuned)
     kl, agreed, states = dense(windowed, tuned, passages)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import WINDOWED, windowed_model
+from reference import MODEL_FIELDS, family_model
 from support import settings_for
 
 from config import FAMILIES
@@ -52,9 +52,9 @@ def assert_same_text(model, prompt, ours, theirs):
     return False
 
 
-@pytest.mark.parametrize("kind", WINDOWED)
-def test_windowed_attention_generates_as_one_at_a_time(kind):
-    windowed, prompts = windowed_model(kind, vocabulary=500), [[7], *windowed_prompts()]
+@pytest.mark.parametrize("kind", MODEL_FIELDS)
+def test_every_family_generates_as_one_at_a_time(kind):
+    windowed, prompts = family_model(kind, vocabulary=500), [[7], *windowed_prompts()]
     ours = generate_greedily(windowed, prompts, 14, [2], token_budget=150)
     equal = [
         assert_same_text(windowed, prompt, text, plain_generation(windowed, prompt, 14, 2))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import WINDOWED, plain_score, windowed_model
+from reference import MODEL_FIELDS, WINDOWED, family_model, plain_score
 from support import settings_for
 
 from config import FAMILIES
@@ -114,9 +114,9 @@ def test_shared_rows_are_scored_as_the_texts_one_by_one(model):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", WINDOWED)
-def test_a_layers_window_goes_by_the_tokens_of_the_text(kind, attention):
-    windowed = windowed_model(kind, attention)
+@pytest.mark.parametrize("kind", MODEL_FIELDS)
+def test_every_family_is_scored_as_one_continuation_at_a_time(kind, attention):
+    windowed = family_model(kind, attention)
     items = [*random_items(9), *shared_rows([([7, 8, *range(9, 40), k, k + 1], 3) for k in (5, 6)])]
     assert any(item.branches and item.unscored for item in items)
     assert_plain(windowed, items, log_likelihoods(windowed, items, 200))
@@ -126,7 +126,7 @@ def test_a_layers_window_goes_by_the_tokens_of_the_text(kind, attention):
 
 @pytest.mark.parametrize("kind", WINDOWED)
 def test_short_items_of_a_windowed_model_still_share_a_row(kind):
-    windowed, rows = windowed_model(kind), []
+    windowed, rows = family_model(kind), []
     windowed.get_input_embeddings().register_forward_pre_hook(lambda _, args: rows.append(args[0]))
     items = [Item([5, 6, 7], [[8, 9], [10, 11, 12]]), Item([5, 6, 7], [[8, 9], [10] * 7])]
     assert_plain(windowed, items, log_likelihoods(windowed, items, 1))
@@ -134,16 +134,18 @@ def test_short_items_of_a_windowed_model_still_share_a_row(kind):
     assert widths == [9, 4, 6]
 
 
-def test_a_model_that_caps_its_logits_is_scored_by_its_own_logits():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Gemma2Config(vocab_size=40_000, final_logit_softcapping=0.05, **sizes, **heads)
-    capped = Gemma2ForCausalLM(config).eval()
-    items = random_items(6)
-    assert_plain(capped, items, log_likelihoods(capped, items, 100))
+def test_capped_logits_are_computed_a_few_at_a_time_and_in_bf16_still_differ():
+    model, calls = family_model("gemma2"), []
+    model.lm_head.register_forward_hook(lambda _, args, output: calls.append(len(output)))
+    with torch.autocast("cpu", torch.bfloat16):
+        words = [[token] for token in range(1_000, 1_300)]
+        (scores,) = log_likelihoods(model, [Item([9, 120, 4_000], words)])
+        assert calls[1:] == [0, 1]  # the model's own last layer gets nothing
+        rounded = model(torch.tensor([[9, 120, 4_000]])).logits[0, -1, 1_000:1_300]
+    values = torch.tensor([score.log_likelihood for score in scores])
+    assert len(rounded.unique()) < 240 < 295 < len(values.unique())
+    shift = (values - rounded.float()).mean()
+    assert (values - rounded.float() - shift).abs().max() < 0.03  # two steps of bf16
 
 
 def test_batches_are_longest_first_and_within_budget():
