@@ -33,6 +33,7 @@ class Method(typing.NamedTuple):
     label: str  # in figures and tables
     number: str = ""
     fields: tuple[str, ...] = ()
+    rate: float = 1.0  # its default learning rate over LoRA's
 
 
 LORA_FIELDS = ("target_modules", "scaling", "lora_dropout")
@@ -41,7 +42,7 @@ METHODS = {  # in the order of legends
     "dora": Method("DoRA r={}", "rank", LORA_FIELDS),  # Liu et al. 2024, arXiv:2402.09353
     "pissa": Method("PiSSA r={}", "rank", LORA_FIELDS),  # Meng et al. 2024, arXiv:2404.02948
     # Hayou et al. 2024, arXiv:2402.12354
-    "loraplus": Method("LoRA+ r={}", "rank", (*LORA_FIELDS, "loraplus_ratio")),
+    "loraplus": Method("LoRA+ r={}", "rank", (*LORA_FIELDS, "loraplus_ratio"), rate=0.25),
     "oft": Method("OFT b={}", "block size", ("target_modules",)),  # Qiu et al. 2023, 2306.07280
     "full_qv": Method("full qv"),
     "full": Method("full"),
@@ -94,19 +95,23 @@ def lora_scale(rank: int, scaling: str) -> float:
 def default_learning_rate(
     method: str, hidden_size: int, lora_factor: float = 10, rank: int = 0, scaling: str = "2r"
 ) -> float:
-    """5e-5 * (2000 / hidden_size)^0.781; for LoRA times `lora_factor` and (1 + 2 x) / 3.
+    """5e-5 * (2000 / hidden_size)^0.781; for adapters times `lora_factor` and (1 + 2 x) / 3.
 
     The best rate for LoRA is about ten times that for full fine-tuning (fifteen times in runs of
     about 100 steps), so one shared rate would compare rates, not methods. Fitted to Llama and Qwen
     by Schulman et al. 2025, "LoRA Without Regret", at every rank with the scale 32 / rank. At
     another scale, x = 32 / rank / scale is what theirs is greater: with alpha = 2r one rate for
     every rank would make the steps grow with the rank. (1 + 2 x) / 3 gave losses within
-    10 % after 10 and 40 steps (docs/verification.md). Rounded to two digits.
+    10 % after 10 and 40 steps (docs/verification.md). LoRA+'s A has a quarter of it, so that with
+    the ratio 16 LoRA's rate is the geometric mean of A's and B's. Rounded to two digits.
     """
     rate = 5e-5 * (2000 / hidden_size) ** 0.781
-    if "scaling" in METHODS[method].fields and rank > 0:
-        x = CONSTANT_ALPHA / rank / lora_scale(rank, scaling)
-        rate *= lora_factor * (1 + 2 * x) / 3
+    kind = METHODS[method]
+    if kind.number and rank > 0:
+        x = 1.0
+        if "scaling" in kind.fields:
+            x = CONSTANT_ALPHA / rank / lora_scale(rank, scaling)
+        rate *= kind.rate * lora_factor * (1 + 2 * x) / 3
     return float(f"{rate:.1e}")
 
 

@@ -187,6 +187,21 @@ def test_the_family_of_tests_is_that_of_the_plan(adapted, tmp_path):
     assert missing.startswith("similar: not tested: LoRA r=32 and full")
 
 
+def test_every_adapter_of_the_plan_is_tested_against_full(adapted, tmp_path):
+    frame = adapted(lambda rank: -0.05, families=("similar",), arms=("lora_r8", "lora_r64", "full"))
+    planned = {Arm("lora", 8): Arm("lora", 8, "all"), Arm("lora", 64): Arm("dora", 4)}
+    frame = frame.assign(arm=frame["arm"].map(lambda arm: planned.get(arm, arm)))
+    study = StudyRecords(frame, settings=settings_for(study="adapters"))
+    study.adaptation_items = None
+    study.planned_arms = {"similar": {FULL, *planned.values()}, "dissimilar": set()}
+    found = asked(report_findings.findings(study), ADAPTS)
+    tested = [(f.arm, f.verdict) for f in found if f.kind == "confirmatory"]
+    assert sorted(tested) == sorted(
+        (arm, "lower") for arm in ("LoRA r=8 (all)", "DoRA r=4") for _ in FAMILIES["similar"]
+    )
+    assert "DoRA r=4 scores" in " ".join(f.sentence for f in found)
+
+
 def test_no_effect_is_not_distinguishable_with_what_could_have_been_missed(adapted):
     tests = asked(findings(adapted(lambda rank: 0.0, VAGUE), None, None, None, "study"), ADAPTS)
     assert {f.verdict for f in tests} == {"not distinguishable"}
