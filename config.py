@@ -11,17 +11,21 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 
+# The tasks that are trained together. Own families join the built-in ones in a process that meets
+# them: dataset_descriptions.family_of.
 FAMILIES = {
     "similar": ("sst2", "mnli", "qqp"),
     "dissimilar": ("squad_v2", "codexglue", "cnn_dailymail"),
 }
-TASKS = tuple(task for tasks in FAMILIES.values() for task in tasks)
+BUILT_IN_FAMILIES = tuple(FAMILIES)
+TASKS = tuple(task for tasks in FAMILIES.values() for task in tasks)  # the built-in ones
 RANKS = (4, 8, 16, 32, 64)
 GRID = ("full", *(f"lora:{rank}" for rank in RANKS))  # the study's arms
 SPLITS = ("train", "validation", "test")
@@ -79,7 +83,7 @@ GRADIENT_BATCHES = 32  # the fewest on which the study reports gradient conflict
 # a study see the same rows.
 DATA_SEED = 42
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
-RESERVED_STUDIES = ("base", "sample")
+RESERVED_STUDIES = ("base", "sample", "tasks")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 # Control characters, and bytes of a command line or variable that are no UTF-8.
 UNUSABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -153,6 +157,10 @@ PRESETS = {
 }
 
 
+# Called with all settings that are resolved: the task files of their folders become known.
+WHEN_RESOLVED: list[Callable[[Settings], None]] = []
+
+
 @dataclass(frozen=True)
 class Settings:
     """The resolved settings of a command; `sources` says where each value came from."""
@@ -164,6 +172,7 @@ class Settings:
     examples_per_task: int
     eval_examples_per_task: int
     data_dir: Path
+    tasks_dir: Path  # task files of the user's own, <task>.yaml
     output_dir: Path
     sources: dict[str, str] = field(compare=False, default_factory=dict)
 
@@ -184,6 +193,13 @@ class Settings:
     def prepared_dir(self) -> Path:
         """The folder of the study's tokenised data, `data/<study>/`."""
         return self.data_dir / self.study
+
+    @property
+    def data_folder(self) -> Path | None:
+        """The folder that rows are read from; None for the Hub."""
+        if self.data == "hub":
+            return None
+        return ROOT / "data" / "sample" if self.data == "sample" else Path(self.data)
 
     @property
     def logs_dir(self) -> Path:
@@ -256,17 +272,22 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
                     f"{name} is {value!r:.99} ({sources[name]}), and no preset is set: add --preset"
                     " study (full budgets), or --preset demo (a few steps on the sample rows)"
                 )
-    return Settings(
+    data_dir = _folder(look_up("data_dir", "DATA_DIR", ROOT / "data"), "DATA_DIR")
+    settings = Settings(
         preset=preset,
         model=_model_name(model, sources["model"], env_file),
         data=_data_source(data, sources["data"]),
         study=check_study(str(look_up("study", "STUDY_NAME", preset.name)), sources["study"]),
         examples_per_task=count("examples_per_task", "EXAMPLES_PER_TASK"),
         eval_examples_per_task=count("eval_examples_per_task", "EVAL_EXAMPLES_PER_TASK"),
-        data_dir=_folder(look_up("data_dir", "DATA_DIR", ROOT / "data"), "DATA_DIR"),
+        data_dir=data_dir,
+        tasks_dir=_folder(look_up("tasks_dir", "TASKS_DIR", data_dir / "tasks"), "TASKS_DIR"),
         output_dir=_folder(look_up("output_dir", "OUTPUT_DIR", ROOT), "OUTPUT_DIR"),
         sources=sources,
     )
+    for note in WHEN_RESOLVED:
+        note(settings)
+    return settings
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from config import TASKS, UserError, resolve_settings
-from dataset_descriptions import describe
+from dataset_descriptions import describe, preset_family
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
 from lora_tradeoffs.data.preparation import PreparedTask, prepare
 
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "tasks",
         nargs="*",
         metavar="TASK",
-        help=f"tasks to prepare (default all: {' '.join(TASKS)})",
+        help=f"tasks to prepare, also your own (default: {' '.join(TASKS)})",
     )
     add_common_arguments(parser)
     group = parser.add_argument_group("what is prepared")
@@ -102,17 +102,17 @@ def build_parser() -> argparse.ArgumentParser:
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    descriptions = [describe(task) for task in dict.fromkeys(args.tasks or TASKS)]
     if args.limit < 0 or (args.max_length is not None and args.max_length < SHORTEST):
         raise UserError(f"--limit must be 0 or more, --max-length {SHORTEST} or more")
     settings = resolve_settings(args)
+    descriptions = [describe(task) for task in dict.fromkeys(args.tasks or TASKS)]
     print(settings.headline("none"))
     from lora_tradeoffs.models.base import load_tokenizer, prepare_base
 
     tokenizer = load_tokenizer(prepare_base(settings))
     prepared = {}
     for description in descriptions:
-        length = args.max_length or settings.preset.max_length[description.family]
+        length = args.max_length or settings.preset.max_length[preset_family([description.name])]
         rows = settings.examples_per_task, args.limit
         prepared |= prepare(settings, tokenizer, [description], length, *rows, args.overwrite)
     print(table(prepared))

@@ -1,165 +1,45 @@
 """One frozen description per data set: where it comes from, its prompt, answer, metrics, licence.
 
-    python dataset_descriptions.py            # all six
-    python dataset_descriptions.py squad_v2   # one
+    python dataset_descriptions.py                         # the six built-in ones
+    python dataset_descriptions.py squad_v2                # one
+    python dataset_descriptions.py my_task --data FOLDER   # a task of your own, with an example
 
 Every task is text to text: a prompt and a completion. A classification row's completion is a label
 word that is exactly one token with its leading space, so that a label is one logit. No two tasks
-share a label word, so that a habit of answering learned on one is not carried into another.
+share a label word, so that a habit of answering learned on one is not carried into another. A task
+of your own is a task file (docs/tasks.md), without code.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
-import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from config import FAMILIES, SPLITS, TASKS, UserError
-from lora_tradeoffs.command_line import Parser, guarded
+from config import (
+    BUILT_IN_FAMILIES,
+    FAMILIES,
+    TASKS,
+    WHEN_RESOLVED,
+    Settings,
+    UserError,
+    resolve_settings,
+)
+from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
+from lora_tradeoffs.task_description import (
+    UNANSWERABLE,
+    DatasetDescription,
+    EvaluateMetric,
+    Row,
+)
+from lora_tradeoffs.task_yaml import describe_fields, read_task, task_files
 
-Row = dict[str, Any]
+__all__ = ["DESCRIPTIONS", "DatasetDescription", "EvaluateMetric", "Row", "describe"]
+
 FIELD_SEPARATOR, ELEMENT_SEPARATOR = "concode_field_sep", "concode_elem_sep"
-UNANSWERABLE = "unanswerable"
-
-
-class EvaluateMetric(NamedTuple):
-    """A further metric, computed by the library `evaluate` for each item and averaged.
-
-    `path` is what `evaluate.load` takes: the folder or file of a metric script of your own, or a
-    name on the Hub. `key` names the figure in its result; `scale` is that figure's maximum.
-    """
-
-    path: str
-    key: str
-    scale: float = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetDescription:
-    """A data set as a text-to-text task, with everything particular to it: no code names a task.
-
-    A new task is one description in DESCRIPTIONS and its name in a family of config.FAMILIES.
-    """
-
-    name: str
-    title: str
-    # Where rows come from.
-    hub_id: str
-    hub_config: str | None = None
-    hub_splits: dict[str, str]  # our split -> the Hub's; without "validation" it is carved by group
-    columns: dict[str, type]  # fields of a raw row; classification has its class in "label"
-    grouping: tuple[str, ...] = ()  # rows that carving keeps together: see group_rows in splits.py
-    groups: str | None = None  # the grouping in words, part of the fingerprint of prepared rows
-    rows: dict[str, int]  # official sizes
-    licence: str
-    citation: str
-    notes: tuple[str, ...] = ()
-    # What the model reads and writes.
-    template: str  # the prompt, with fields in braces
-    paraphrases: tuple[str, ...] = ()  # other templates, to see how much the wording matters
-    derive: Callable[[Row], dict[str, str]] | None = None  # further fields of a row, by name
-    passage: str | None = None  # the one field that truncation may shorten
-    kind: str = "classification"  # or "answers" (SQuAD v2's), "code", "summary": how it is scored
-    label_names: tuple[str, ...] = ()
-    label_words: tuple[str, ...] = ()  # in the labels' order
-    answer: str | None = None  # the field that is learned, unless it is a label word
-    max_new_tokens: int = 0
-    stop: str = "\n"  # ends a generation as EOS does: an untuned model does not know when to end
-    # How it is measured.
-    metrics: tuple[str, ...] = ("accuracy", "f1")  # the first is the primary metric
-    extra_metrics: tuple[EvaluateMetric, ...] = ()
-    positive_class: int | None = None  # F1 is of this class; None: the mean over all classes
-    item_groups: str | None = None  # items that share this field are resampled together
-    baseline: str = "majority_class"  # a key of BASELINES in adaptation/baselines.py
-    prose: str | None = None  # the field that serves as held-out text
-
-    def __post_init__(self) -> None:
-        """Fill in `groups`. Raises ValueError for a description that contradicts itself."""
-        labelled = self.kind == "classification"
-        if labelled != bool(self.label_words) or len(self.label_words) != len(self.label_names):
-            raise ValueError(f"{self.name}: label words, one a label, are for classification")
-        if not labelled and (self.answer not in self.columns or self.max_new_tokens < 1):
-            raise ValueError(f"{self.name}: kind {self.kind!r} needs answer and max_new_tokens")
-        object.__setattr__(self, "groups", self.groups or " ".join(self.grouping) or None)
-
-    @property
-    def family(self) -> str:
-        """The family that config.FAMILIES has the task in."""
-        for family, tasks in FAMILIES.items():
-            if self.name in tasks:
-                return family
-        raise UserError(f"task {self.name} has no family; add it to FAMILIES in config.py")
-
-    @property
-    def extra_splits(self) -> tuple[str, ...]:
-        """Held-out splits beside our three, such as MNLI's mismatched genres; read with test."""
-        return tuple(split for split in self.hub_splits if split not in SPLITS)
-
-    @property
-    def is_classification(self) -> bool:
-        return self.kind == "classification"
-
-    def fields(self, row: Row) -> dict[str, str]:
-        """The row's texts by field, with the derived ones."""
-        texts = {name: text.strip() for name, text in row.items() if isinstance(text, str)}
-        return {**texts, **(self.derive(row) if self.derive else {})}
-
-    def prompt_parts(self, row: Row) -> tuple[str, str, str]:
-        """The prompt as (head, passage, tail): only the passage may be shortened."""
-        fields = self.fields(row)
-        if self.passage is None:
-            return self.template.format_map(fields), "", ""
-        head, tail = self.template.split("{" + self.passage + "}")
-        return head.format_map(fields), fields[self.passage], tail.format_map(fields)
-
-    def prompt(self, row: Row) -> str:
-        return "".join(self.prompt_parts(row))
-
-    def completion(self, row: Row) -> str:
-        """The text to be learned, with the leading space that parts it from the prompt."""
-        if self.is_classification:
-            return " " + self.label_words[row["label"]]
-        if self.kind == "answers":
-            return " " + (row[self.answer]["text"] or [UNANSWERABLE])[0].strip()
-        return " " + row[self.answer].strip()
-
-    def references(self, row: Row) -> list[str]:
-        """Every text that a generation is scored against; [""] for an unanswerable question."""
-        if self.kind == "answers":
-            return list(row[self.answer]["text"]) or [""]
-        return [self.completion(row).strip()]
-
-    def page(self) -> str:
-        """The description as a readable page."""
-        words = enumerate(zip(self.label_names, self.label_words))
-        parts = {
-            "family": self.family,
-            "Hub": self.hub_id + (f" ({self.hub_config})" if self.hub_config else ""),
-            "official": ", ".join(f"{split} {count:,}" for split, count in self.rows.items()),
-            "splits": self.splits_sentence(),
-            "columns": ", ".join(self.columns),
-            "labels": ", ".join(f"{i} {name} -> {word!r}" for i, (name, word) in words),
-            "answer": "" if self.is_classification else f"{self.answer}, then end of text",
-            "metrics": ", ".join(self.metrics),
-            "licence": self.licence,
-            "cite": self.citation,
-        }
-        wrap = textwrap.TextWrapper(width=96, subsequent_indent=" " * 14)
-        notes = (*(() if "validation" in self.hub_splits else (CARVED,)), *self.notes)
-        pairs = [*parts.items(), *(("note", note) for note in notes)]
-        lines = [f"{self.name}: {self.title}"]
-        lines += [wrap.fill(f"  {key:<10}  {text}") for key, text in pairs if text]
-        return "\n".join([*lines, "  prompt", textwrap.indent(self.template, "    | ")])
-
-    def splits_sentence(self) -> str:
-        """Where each split comes from, in words."""
-        carved = f"validation carved from train by {self.groups or 'row'}"
-        sources = [f"{ours} = official {hub}" for ours, hub in self.hub_splits.items()]
-        return "; ".join(sources + [carved] * ("validation" not in self.hub_splits))
 
 
 def concode_fields(row: Row) -> dict[str, str]:
@@ -174,7 +54,6 @@ def concode_fields(row: Row) -> dict[str, str]:
 
 
 GLUE = "Wang et al. 2018, GLUE, arXiv:1804.07461"
-CARVED = "Official test labels are hidden: test is the official validation split."
 
 DESCRIPTIONS = {
     d.name: d
@@ -344,25 +223,144 @@ DESCRIPTIONS = {
 }
 
 
+# ---------------------------------------------------------------- tasks and families of one's own
+
+_broken: dict[str, str] = {}  # task files that cannot be read: what is wrong, by the task's name
+
+
+def find_tasks(settings: Settings) -> None:
+    """Add the tasks of the settings' task files; a broken file is an error once it is asked for."""
+    for name, path in task_files(settings).items():
+        _broken.pop(name, None)
+        try:
+            DESCRIPTIONS[name] = read_task(path, name)
+        except UserError as error:
+            _broken[name] = str(error)
+
+
+WHEN_RESOLVED.append(find_tasks)
+
+
 def describe(name: str) -> DatasetDescription:
-    """The description of a task. Raises UserError for an unknown one."""
+    """The description of a task. Raises UserError for an unknown one, or a broken task file."""
+    if name in _broken:
+        raise UserError(_broken[name])
     if name not in DESCRIPTIONS:
         close = difflib.get_close_matches(name.lower(), DESCRIPTIONS, n=1)
         meant = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"unknown task {name!r:.80}; {meant}tasks: {', '.join(TASKS)}")
+        raise UserError(
+            f"unknown task {name!r:.80}; {meant}tasks: {', '.join(DESCRIPTIONS)}; one of your own"
+            " needs --data FOLDER with its task.yaml, or TASKS_DIR"
+        )
     return DESCRIPTIONS[name]
+
+
+def ordered(tasks: Iterable[str]) -> tuple[str, ...]:
+    """Tasks in the suite's order, others after them, each once."""
+    names = set(tasks)
+    return (*(task for task in TASKS if task in names), *sorted(names - {*TASKS}))
+
+
+def family_of(tasks: Iterable[str]) -> str:
+    """The family of tasks that are trained together: a built-in one, or one of their own.
+
+    Their own is the family that all their task files name, with all tasks that name it, else these
+    tasks, "sst2+my_task". It joins FAMILIES. Raises UserError for an unknown task.
+    """
+    tasks = ordered(tasks)
+    for family in BUILT_IN_FAMILIES:
+        if set(tasks) <= set(FAMILIES[family]):
+            return family
+    named = {describe(task).own_family for task in tasks}
+    family = named.pop() if len(named) == 1 else None
+    if family is not None:
+        tasks = ordered(name for name, d in DESCRIPTIONS.items() if d.own_family == family)
+    family = family or "+".join(tasks)
+    FAMILIES[family] = tasks
+    return family
+
+
+def named_family(text: str) -> str:
+    """The family that a user names: built-in, a task file's, "a+b" of its tasks, or "name=a+b".
+
+    Raises UserError for one that does not exist.
+    """
+    name, _, members = text.partition("=")
+    if name in BUILT_IN_FAMILIES:
+        return name
+    tasks = ordered(name for name, d in DESCRIPTIONS.items() if d.own_family == text)
+    tasks = tasks or ordered((members or name).split("+"))
+    for task in tasks:
+        describe(task)
+    if not members:
+        return family_of(tasks)
+    FAMILIES[name] = tasks
+    return name
+
+
+def preset_family(tasks: Iterable[str]) -> str:
+    """The built-in family whose values of a preset (lengths, batch sizes, arms) the tasks take.
+
+    Choices are short, as those of the similar tasks; generated text is long.
+    """
+    return BUILT_IN_FAMILIES[not all(describe(task).has_choices for task in tasks)]
+
+
+def own_definitions(families: Iterable[str], tasks: Iterable[str] = ()) -> dict[str, Any]:
+    """`own`, what readers of a study's files need to know of these, unless all are built in."""
+    own = {f: list(FAMILIES[f]) for f in families if f in FAMILIES and f not in BUILT_IN_FAMILIES}
+    names = ordered((*tasks, *(task for members in own.values() for task in members)))
+    written = {n: DESCRIPTIONS[n].definition for n in names if n in DESCRIPTIONS and n not in TASKS}
+    return {"own": {"families": own, "tasks": written}} if own or written else {}
+
+
+def learn(definitions: Mapping[str, Any]) -> None:
+    """Add own families and tasks as a study's files have them; task files that are found win."""
+    for name, fields in definitions.get("tasks", {}).items():
+        if name not in DESCRIPTIONS:
+
+            def error(field: str, reason: str, name: str = name) -> UserError:
+                return UserError(f"the recorded task {name}: {field} {reason}")
+
+            DESCRIPTIONS[name] = describe_fields(name, fields, error)
+    for family, tasks in definitions.get("families", {}).items():
+        FAMILIES.setdefault(family, tuple(tasks))
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+def example(description: DatasetDescription, settings: Settings) -> str:
+    """The first training row of a task of one's own as the model reads it. Raises UserError."""
+    path = description.row_file(settings.data_folder, "train")
+    if path is None:
+        return f"example: python data_preprocessing.py {description.name} reads the Hub's rows"
+    try:
+        with path.open(encoding="utf-8") as file:
+            row = json.loads(file.readline())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}:1: {error}") from None
+    if problem := description.problem(row):
+        raise UserError(f"{path}:1: {problem}")
+    return f"  example    {description.prompt(row)!r}\n  is learned {description.completion(row)!r}"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Print the data sets' descriptions.")
-    parser.add_argument("name", nargs="*", help=f"one or more of {', '.join(TASKS)}; default all")
+    parser.add_argument("name", nargs="*", help=f"{', '.join(TASKS)} (default), or your own")
+    add_common_arguments(parser)
     return parser
 
 
 @guarded
 def main(argv: list[str] | None = None) -> int:
-    names = build_parser().parse_args(argv).name or TASKS
-    print("\n\n".join(describe(name).page() for name in names))
+    args = build_parser().parse_args(argv)
+    settings = resolve_settings(args)
+    for description in map(describe, args.name or TASKS):
+        print(description.page())
+        if description.definition is not None:
+            print(example(description, settings))
+        print()
     return 0
 
 

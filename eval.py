@@ -67,8 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    options = options_from(AdaptationOptions, args)
     settings = resolve_settings(args)
+    options = options_from(AdaptationOptions, args)
     from checkpoint_utils import checkpoint_models
     from lora_tradeoffs.hardware import pick_device
     from lora_tradeoffs.models.base import prepare_base

@@ -22,8 +22,16 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES, GRID, RANKS, TARGET_MODULES, TASKS, Settings, resolve_settings
-from dataset_descriptions import describe
+from config import (
+    BUILT_IN_FAMILIES,
+    FAMILIES,
+    GRID,
+    RANKS,
+    TARGET_MODULES,
+    Settings,
+    resolve_settings,
+)
+from dataset_descriptions import describe, named_family, ordered
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded, seed_number
 from lora_tradeoffs.training.arms import ArmSpec, add_adapter_argument, settable_help
 from lora_tradeoffs.training.learning_rates import FACTORS, sweep
@@ -145,9 +153,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, epilog=settable_help())
     group = parser.add_argument_group("tasks (default: both families)")
     tasks = group.add_mutually_exclusive_group()
-    for family, names in FAMILIES.items():
+    for family in BUILT_IN_FAMILIES:
+        names = FAMILIES[family]
         tasks.add_argument(f"--{family}", action="store_true", help=f"train on {', '.join(names)}")
-    tasks.add_argument("--tasks", nargs="+", metavar="TASK", help="one run on these tasks")
+    text = "one run on these tasks, built-in or of your own (docs/tasks.md)"
+    tasks.add_argument("--tasks", nargs="+", metavar="TASK", help=text)
+    text = "the family that --tasks are a part of, a+b+c or name=a+b+c (default: their own)"
+    group.add_argument("--family", metavar="FAMILY", help=text)
 
     group = parser.add_argument_group("arms (default: full fine-tuning and LoRA at every rank)")
     add = group.add_argument
@@ -211,16 +223,18 @@ def plan(args: argparse.Namespace, settings: Settings, hidden_size: int) -> list
     if factors is not None:
         seeds, factors = args.seed or seeds[:1], factors or FACTORS
     mixes, arms = _task_mixes(args), _arms(args)
-    return plan_runs(settings, hidden_size, mixes, arms, seeds, values, factors, args.swept_rates)
+    family = named_family(args.family) if args.family else ""
+    rates = factors, args.swept_rates
+    return plan_runs(settings, hidden_size, mixes, arms, seeds, values, *rates, family)
 
 
 def _task_mixes(args: argparse.Namespace) -> list[tuple[str, ...]]:
     if args.tasks:
         for task in args.tasks:
             describe(task)
-        return [tuple(t for t in TASKS if t in args.tasks)]
-    families = [family for family in FAMILIES if getattr(args, family)]
-    return [FAMILIES[family] for family in families or FAMILIES]
+        return [ordered(args.tasks)]
+    families = [family for family in BUILT_IN_FAMILIES if getattr(args, family)]
+    return [FAMILIES[family] for family in families or BUILT_IN_FAMILIES]
 
 
 def _arms(args: argparse.Namespace) -> list[ArmSpec]:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import FAMILIES, RANKS, Settings, UserError, resolve_settings
+from config import BUILT_IN_FAMILIES, FAMILIES, RANKS, Settings, UserError, resolve_settings
 from lora_tradeoffs.checkpoints import MANIFEST, checkpoints
 from lora_tradeoffs.command_line import (
     Parser,
@@ -64,7 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     ranks, factors = (" ".join(f"{n:g}" for n in numbers) for numbers in (RANKS, FACTORS))
     group = parser.add_argument_group("the grid of runs (default: the preset's)")
     add = group.add_argument
-    add("--families", nargs="+", choices=FAMILIES, help="families of tasks to train on")
+    text = "families of tasks to train on (default: both), also your task files', or sst2+my_task"
+    add("--families", nargs="+", metavar="FAMILY", help=text)
+    text = "a family of these tasks, built-in or of your own (docs/tasks.md)"
+    add("--tasks", nargs="+", metavar="TASK", help=text)
     add("--ranks", nargs="+", type=int, metavar="R", help=f"LoRA ranks beside full, e.g. {ranks}")
     add("--full-qv", action="store_true", help="also train q_proj and v_proj without LoRA")
     add_adapter_argument(group)
@@ -118,7 +121,8 @@ def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> No
     whole grid, study.json what is derived from it.
     """
     mixes = [run for run in runs if run.config.tasks == FAMILIES[run.config.family]]
-    arms = {f: {planned_arm(run) for run in mixes if run.config.family == f} for f in FAMILIES}
+    families = dict.fromkeys((*BUILT_IN_FAMILIES, *(run.config.family for run in mixes)))
+    arms = {f: {planned_arm(run) for run in mixes if run.config.family == f} for f in families}
     request = {name: getattr(study, name) for name in FIXED}
     request["set"] = [f"{name}={value}" for name, value in study.set.items()]
     path = settings.output_dir / "outputs" / settings.study / "study.json"
@@ -131,7 +135,7 @@ def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> No
         same = [name for name, digest in here if request["digests"].get(name) == digest]
         request |= {name: before[name] for name in same}
     for family, planned in before.get("arms", {}).items():
-        arms[family] |= {Arm(**fields) for fields in planned}
+        arms.setdefault(family, set()).update(Arm(**fields) for fields in planned)
     fixed = [{name: record.get(name) for name in FIXED} for record in (before, request)]
     for record in fixed:
         record["set"] = parse_assignments(record["set"] or ())

@@ -17,10 +17,10 @@ from config import (
     LARGEST_SEED,
     RANKS,
     TARGET_MODULES,
-    TASKS,
     Settings,
     UserError,
 )
+from dataset_descriptions import describe, family_of, preset_family
 
 
 class Method(typing.NamedTuple):
@@ -130,7 +130,7 @@ class TrainingConfig:
     # Records identify model and data by digest and fingerprint, not by these.
     model: str = _field("", "base model", identity=True, operational=True)
     data: str = _field("", "data source", identity=True, operational=True)
-    family: str = _field("", "similar | dissimilar", identity=True)
+    family: str = _field("", "similar | dissimilar | one of its own, a+b", identity=True)
     tasks: tuple[str, ...] = _field((), "tasks that are mixed", identity=True)
     method: str = _field("lora", " | ".join(METHODS), identity=True)
     rank: int = _field(0, "rank, of OFT the size of a block; 0 for dense training", identity=True)
@@ -150,6 +150,7 @@ class TrainingConfig:
     max_length: int = _field(1024, "tokens of prompt and completion; longer passages are cut")
     mixing: str = _field("proportional", "proportional | equal | temperature")
     temperature: float = _field(2.0, "task share ~ rows^(1/temperature), for mixing=temperature")
+    mixing_weights: str = _field("", "the tasks' shares, e.g. sst2:2,my_task:1; empty: by mixing")
     loss_weighting: str = _field("example", "example | token: what weighs the same")
     lora_dropout: float = _field(0.0, "dropout of LoRA's input", short="dropout")
     loraplus_ratio: float = _field(16.0, "LoRA+: rate of B over rate of A", short="ratio")
@@ -188,15 +189,18 @@ class TrainingConfig:
 
     def _problems(self) -> typing.Iterator[str]:
         for task in self.tasks:
-            if task not in TASKS:
-                yield f"unknown task {task!r}; tasks: {', '.join(TASKS)}"
+            describe(task)
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             yield f"tasks are {list(self.tasks)}; name at least one, each once"
-        families = {family for family, names in FAMILIES.items() if set(self.tasks) & set(names)}
-        if families != {self.family}:
+        if not set(self.tasks) <= set(FAMILIES.get(self.family, ())):
             yield (
                 f"tasks {', '.join(self.tasks)} are not all of the family {self.family!r}: "
                 + "; ".join(f"{family} has {', '.join(t)}" for family, t in FAMILIES.items())
+            )
+        if self.mixing_weights and not self.weights:
+            yield (
+                f"mixing_weights is {self.mixing_weights!r:.200}; write a weight for each of"
+                f" the tasks: {','.join(f'{task}:1' for task in self.tasks)}"
             )
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -224,6 +228,18 @@ class TrainingConfig:
         """What `rank` is, for an error: "LoRA rank", "OFT block size"."""
         kind = METHODS[self.method]
         return f"{kind.label.partition(' ')[0]} {kind.number}"
+
+    @property
+    def weights(self) -> list[float]:
+        """mixing_weights in the tasks' order; [] if it is empty or not of these tasks."""
+        try:
+            pairs = [part.split(":") for part in self.mixing_weights.split(",")]
+            weights = {task.strip(): float(number) for task, number in pairs}
+        except ValueError:
+            return []
+        is_usable = set(weights) == set(self.tasks) and len(pairs) == len(weights)
+        in_range = all(0 < weight <= LARGEST_NUMBER for weight in weights.values())
+        return [weights[task] for task in self.tasks] if is_usable and in_range else []
 
     @property
     def alpha(self) -> int:
@@ -260,7 +276,8 @@ class TrainingConfig:
             if f.metadata.get("identity") or f.metadata.get("operational"):
                 continue
             if value != getattr(defaults, f.name):
-                parts.append(_name_part(f, value))
+                shares = "-".join(f"{weight:g}" for weight in self.weights)
+                parts.append(f"mix{shares}" if f.name == "mixing_weights" else _name_part(f, value))
         return "_".join([*parts, f"seed{self.seed}"])
 
     def arm_name(self, defaults: TrainingConfig) -> str:
@@ -313,13 +330,15 @@ def default_config(
     seed: int,
     hidden_size: int,
     scaling: str = "2r",
+    family: str = "",
 ) -> TrainingConfig:
     """The default configuration of an arm under the settings' preset.
 
-    Its learning rate is that for `scaling`, which is not a default.
+    Its learning rate is that for `scaling`, which is not a default. `family` is the tasks' unless
+    they are a part of another.
     """
-    family = next((name for name, names in FAMILIES.items() if set(tasks) & set(names)), "similar")
-    preset = settings.preset
+    preset, family = settings.preset, family or family_of(tasks)
+    kind = preset_family(FAMILIES.get(family, tasks))
     return TrainingConfig(
         model=settings.model,
         data=settings.data,
@@ -332,9 +351,9 @@ def default_config(
             method, hidden_size, preset.lora_rate_factor, rank, scaling
         ),
         epochs=preset.epochs,
-        batch_size=preset.batch_size[family],
-        micro_batch_size=preset.micro_batch_size[family],
-        max_length=preset.max_length[family],
+        batch_size=preset.batch_size[kind],
+        micro_batch_size=preset.micro_batch_size[kind],
+        max_length=preset.max_length[kind],
         examples_per_task=settings.examples_per_task,
         eval_examples_per_task=settings.eval_examples_per_task,
         checkpoints=preset.checkpoints,

@@ -66,11 +66,11 @@ class Engine:
 
 def classify(engine: Engine, task: str, prompts: list[str]) -> list[int]:
     """The label of the highest log-likelihood, by our engine."""
-    from lora_tradeoffs.data.encoding import label_token_ids
+    from lora_tradeoffs.data.encoding import choice_ids
     from lora_tradeoffs.scoring.log_likelihoods import log_likelihoods
     from lora_tradeoffs.scoring.rows import Item
 
-    words = [[token] for token in label_token_ids(engine.tokenizer, describe(task))]
+    words = choice_ids(engine.tokenizer, describe(task))
     scores = log_likelihoods(engine.model, [Item(ids, words) for ids in engine.encode(prompts)])
     return [max(range(len(words)), key=lambda k: row[k].log_likelihood) for row in scores]
 

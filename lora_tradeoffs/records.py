@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from config import DOCUMENTS, FAMILIES, Settings, UserError
+from config import DOCUMENTS, Settings, UserError
+from dataset_descriptions import learn
 from lora_tradeoffs.files import read_head, read_json, read_records, write_records
 from lora_tradeoffs.shapes import NUMBER
 from training_configs import tasks_and_variant
@@ -81,6 +82,8 @@ def metric_scale(metric: str) -> int:
 # ------------------------------------------------------------------------- files of JSON
 
 VALUE = (*NUMBER, type(None))
+# Families and tasks of one's own, as run.json and the documents' meta have them.
+OWN = {"families": {"*": [str]}, "tasks": {"*": dict}}
 UNIT = {
     "request": dict,
     "records": [{"run": str, "step": int, "metric": str, "value": VALUE}],
@@ -88,9 +91,9 @@ UNIT = {
 STUDY = {  # outputs/<study>/study.json; the arms that were planned, by family
     **{"preset": str, "model": str, "data": str},
     "digests?": {"*": str},
-    "arms?": {f"{family}?": [{"method": str, "rank": int, "variant?": str}] for family in FAMILIES},
+    "arms?": {"*": [{"method": str, "rank": int, "variant?": str}]},
 }
-DOCUMENT = {"meta": dict, "records": [{"value?": VALUE}]}
+DOCUMENT = {"meta": {"preset?": str, "own?": OWN}, "records": [{"value?": VALUE}]}
 RUN = {
     "config": {
         **{"family": str, "tasks": [str], "method": str, "rank": int, "alpha": NUMBER},
@@ -103,6 +106,7 @@ RUN = {
     "steps": int,
     "data": {"*": {"fingerprint": str}},
     "environment": {"versions?": dict},
+    "own?": OWN,
 }
 TRAINING = {
     "steps": int,
@@ -115,7 +119,9 @@ TRAINING = {
 def read_run(folder: Path, *needed: str) -> dict[str, Any]:
     """The run.json of a run's folder. Raises UserError if it is damaged or lacks what is needed."""
     remedy = "restore it, or retrain the run with --overwrite"
-    return read_json(folder / "run.json", _with_optional(RUN, needed), remedy)
+    record = read_json(folder / "run.json", _with_optional(RUN, needed), remedy)
+    learn(record.get("own", {}))
+    return record
 
 
 def read_training(folder: Path, *needed: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_a_figure_is_that_of_the_model_asked_row_by_row(folder, tiny):
     from peft import PeftModel
 
     from dataset_descriptions import describe
-    from lora_tradeoffs.data.encoding import label_token_ids
+    from lora_tradeoffs.data.encoding import choice_ids
     from lora_tradeoffs.data.preparation import prepare
 
     settings = settings_for(study=STUDY)
@@ -76,7 +76,7 @@ def test_a_figure_is_that_of_the_model_asked_row_by_row(folder, tiny):
     model = PeftModel.from_pretrained(
         load_base(base), settings.runs_dir / RUN / "checkpoint-6"
     ).eval()
-    ids = label_token_ids(tokenizer, describe("qqp"))
+    ids = [token for (token,) in choice_ids(tokenizer, describe("qqp"))]
     predictions = []
     for row in rows:
         prompt = torch.tensor([row["input_ids"][: row["prompt_length"]]])

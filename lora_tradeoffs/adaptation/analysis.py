@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from config import DATA_SEED, FAMILIES, MID_TRAINING_LIMIT, SPLITS, UserError
+from config import BUILT_IN_FAMILIES, DATA_SEED, FAMILIES, MID_TRAINING_LIMIT, SPLITS, UserError
 from dataset_descriptions import DESCRIPTIONS, describe
 from lora_tradeoffs.data.splits import group_by_key
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
@@ -18,6 +18,7 @@ from lora_tradeoffs.measuring.subjects import Subject, no_arm
 from lora_tradeoffs.records import unit_name
 from lora_tradeoffs.statistics.comparisons import MIN_GROUPS, estimate
 from lora_tradeoffs.tables.scores import adaptation_table
+from lora_tradeoffs.task_description import FEWSHOT
 
 SAMPLES = 8  # items of each unit that are written as text
 SHOT_SEPARATOR = "\n\n"
@@ -70,12 +71,12 @@ class Adaptation(Analysis):
 
     def units(self, subjects: Sequence[Subject]) -> list[TaskUnit]:
         """Validation of every subject, test of those that are final, with the options' variants."""
-        trained = {s.family for s in subjects if s.family} or set(FAMILIES)
+        trained = {s.family for s in subjects if s.family} or set(BUILT_IN_FAMILIES)
         units: dict[str, TaskUnit] = {}
         for subject in subjects:
             families = [subject.family] if subject.family else sorted(trained, reverse=True)
             if self.options.cross_family:
-                families = list(FAMILIES)
+                families = [f for f in FAMILIES if f in trained or f in BUILT_IN_FAMILIES]
             tasks = [task for family in families for task in FAMILIES[family]]
             for task in self.options.tasks or tasks:
                 for unit in self._units_of(subject, task):
@@ -96,13 +97,17 @@ class Adaptation(Analysis):
             for unit in units:
                 yield unit
                 if split == "test":  # and the task's further test splits: MNLI's mismatched genres
-                    further = [s for s in self.task(subject, task).splits if s not in SPLITS]
+                    further = [
+                        s for s in self.task(subject, task).splits if s not in (*SPLITS, FEWSHOT)
+                    ]
                     yield from (dataclasses.replace(unit, split=name) for name in further)
 
     def request(self, unit: TaskUnit) -> dict[str, Any]:
         """What makes two measurements the same, beside the weights."""
         description = describe(unit.task)
         extra = list(map(list, description.extra_metrics))
+        written = description.definition or {}
+        metrics = {n: written[n] for n in ("metric_list", "filter_list") if n in written}
         return {
             "data": self.task(unit.subject, unit.task, unit.prompt).fingerprint,
             "limit": unit.limit,
@@ -110,13 +115,14 @@ class Adaptation(Analysis):
             "precision": self.precision,
             "generation": [description.max_new_tokens, description.stop],
             **({"extra_metrics": extra} if extra else {}),
+            **({"metrics": metrics} if metrics else {}),
         }
 
     def batch_tokens(self, unit: TaskUnit) -> int:
         from lora_tradeoffs.scoring.generation import GENERATION_BUDGET
         from lora_tradeoffs.scoring.log_likelihoods import TOKEN_BUDGET
 
-        budget = TOKEN_BUDGET if describe(unit.task).is_classification else GENERATION_BUDGET
+        budget = TOKEN_BUDGET if describe(unit.task).has_choices else GENERATION_BUDGET
         return budget * (8 if self.device == "cuda" else 1)
 
     def measure(self, model: Any, unit: TaskUnit, batch_tokens: int) -> Measurement:
@@ -178,6 +184,9 @@ class Adaptation(Analysis):
         description = describe(unit.task)
         if description.item_groups is None:
             return None
+        if description.definition is not None:
+            groups = group_by_key(self.rows(unit)["group"][:])
+            return groups if groups.max() + 1 >= MIN_GROUPS else None
         templates = (description.template, *description.paraphrases)
         tail = templates[unit.prompt].split("{" + description.item_groups + "}")[1]
         prompts = self.rows(unit)["prompt"][:]
@@ -190,7 +199,8 @@ class Adaptation(Analysis):
         """Scores of a model's predictions, the share of each class, and some items as text."""
         import torch
 
-        from lora_tradeoffs.adaptation.metrics import score
+        from lora_tradeoffs.adaptation.metrics import correct, score
+        from lora_tradeoffs.statistics.scores import mean_scores
 
         rows, description = self.rows(unit), describe(unit.task)
         prompts = self._prompts(rows, unit)
@@ -202,10 +212,12 @@ class Adaptation(Analysis):
                 " lower --shots"
             )
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            if description.is_classification:
-                predictions = self._classify(model, prompts, description, batch_tokens)
-                references = rows["label"][:]
-                outputs = [description.label_words[p] for p in predictions]
+            if description.has_choices:
+                choices = self._choices(rows, description)
+                of_items = prompts, choices, description, batch_tokens
+                predictions, by_length = self._best_choices(model, *of_items)
+                references, decode = rows["label"][:], self.tokenizer.decode
+                outputs = [decode(c[p]).strip() for c, p in zip(choices, predictions)]
             else:
                 predictions = outputs = self._generate(model, prompts, description, batch_tokens)
                 references = rows["references"][:]
@@ -218,7 +230,10 @@ class Adaptation(Analysis):
             | {"references": row["references"]}
             for row, output in zip(rows.select(range(min(SAMPLES, len(rows)))), outputs)
         ]
-        return score(unit.task, predictions, references), shares, samples
+        scores = score(unit.task, predictions, references)
+        if "acc_norm" in description.metrics:
+            scores.append(mean_scores("acc_norm", correct(by_length, references)))
+        return scores, shares, samples
 
     def baseline(self, unit: TaskUnit) -> tuple[str, list[Any]]:
         """Name and scores of the predictions that need no model, on the unit's items."""
@@ -226,7 +241,7 @@ class Adaptation(Analysis):
         from lora_tradeoffs.adaptation.metrics import score
 
         rows, description = self.rows(unit), describe(unit.task)
-        references = rows["label" if description.is_classification else "references"][:]
+        references = rows["label" if description.has_choices else "references"][:]
         predict = BASELINES[description.baseline]
         task = self.task(unit.subject, unit.task)
         predictions = predict(description, rows, lambda: task.split("train"))
@@ -243,43 +258,65 @@ class Adaptation(Analysis):
 
     def shots_text(self, unit: TaskUnit) -> str:
         """The in-context examples before a prompt, the same for all. Raises UserError for few."""
-        train = self.task(unit.subject, unit.task).split("train")
+        task = self.task(unit.subject, unit.task)
+        train = task.split(FEWSHOT if FEWSHOT in task.splits else "train")
         if unit.shots > len(train):
             raise UserError(f"{unit.task} has {len(train)} train rows: lower --shots {unit.shots}")
         chosen = np.random.default_rng(DATA_SEED).permutation(len(train))[: unit.shots]
         examples = [train[int(i)]["prompt"] + train[int(i)]["completion"] for i in chosen]
         return "".join(example + SHOT_SEPARATOR for example in examples)
 
-    def _classify(
-        self, model: Any, prompts: list[list[int]], description: Any, batch_tokens: int
-    ) -> list[int]:
-        from lora_tradeoffs.data.encoding import label_token_ids
+    def _choices(self, rows: Any, description: Any) -> list[list[list[int]]]:
+        """The tokens of every item's choices."""
+        from lora_tradeoffs.data.encoding import choice_ids
+
+        if "choices" in rows.column_names:
+            return rows["choices"][:]
+        return [choice_ids(self.tokenizer, description)] * len(rows)
+
+    def _best_choices(
+        self,
+        model: Any,
+        prompts: list[list[int]],
+        choices: list[list[list[int]]],
+        description: Any,
+        batch_tokens: int,
+    ) -> tuple[list[int], list[int]]:
+        """Of each item the most likely choice, and that by log-likelihood per character."""
         from lora_tradeoffs.scoring.log_likelihoods import log_likelihoods
         from lora_tradeoffs.scoring.rows import Item
 
-        words = [[i] for i in label_token_ids(self.tokenizer, description)]
-        rows = log_likelihoods(model, [Item(p, words) for p in prompts], batch_tokens)
-        values = np.array([[score.log_likelihood for score in row] for row in rows])
-        if not np.isfinite(values).all():
+        items = [Item(*item) for item in zip(prompts, choices, strict=True)]
+        scored = log_likelihoods(model, items, batch_tokens)
+        values = [np.array([score.log_likelihood for score in row]) for row in scored]
+        if not all(np.isfinite(row).all() for row in values):
             raise UserError(f"{description.name}: the model's logits are not finite")
-        return values.argmax(axis=1).tolist()
+        decode, delimiter = self.tokenizer.decode, description.delimiter
+        by_length = [
+            row / [len(decode(tokens).removeprefix(delimiter)) or 1 for tokens in own]
+            for row, own in zip(values, choices)
+        ]
+        return [int(r.argmax()) for r in values], [int(r.argmax()) for r in by_length]
 
     def _generate(
         self, model: Any, prompts: list[list[int]], description: Any, batch_tokens: int
     ) -> list[str]:
         from lora_tradeoffs.scoring.generation import generate_greedily
 
-        stop, decode = description.stop, self.tokenizer.decode
+        stops, decode = description.stops, self.tokenizer.decode
+        tail = max([8, *(2 + len(stop) for stop in stops)])  # a token is a character or more
 
         def stopped(tokens: list[int]) -> bool:
-            return stop in decode(tokens[-8:]).lstrip()
+            text = decode(tokens[-tail:]).lstrip()
+            return any(stop in text for stop in stops)
 
         eos, most = [self.tokenizer.eos_token_id], description.max_new_tokens
         try:
             outputs = generate_greedily(model, prompts, most, eos, stopped, batch_tokens)
         except FloatingPointError as error:
             raise UserError(f"{description.name}: {error}") from None
-        return [decode(tokens).lstrip().partition(stop)[0].strip() for tokens in outputs]
+        texts = [decode(tokens).lstrip() for tokens in outputs]
+        return [min([t, *(t.partition(s)[0] for s in stops)], key=len).strip() for t in texts]
 
 
 def records_of(

@@ -6,6 +6,7 @@ A DatasetDescription's `baseline` is a key of BASELINES.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,9 +92,17 @@ def _retrieved(description: DatasetDescription, rows: Any, train: Callable[[], A
     return retrieved_code(rows["prompt"][:], examples["prompt"][:], answers)
 
 
+def _majority_answer(
+    description: DatasetDescription, rows: Any, train: Callable[[], Any]
+) -> list[str]:
+    (answer, _), *_ = Counter(train()["completion"][:]).most_common(1)
+    return [answer.strip()] * len(rows)
+
+
 # Each takes the description, prepared rows, and a function that gives the prepared train rows.
 BASELINES: dict[str, Callable[[DatasetDescription, Any, Callable[[], Any]], list]] = {
     "majority_class": lambda description, rows, train: majority_class(rows["label"][:]).tolist(),
+    "majority_answer": _majority_answer,
     "always_abstain": lambda description, rows, train: always_abstain(len(rows)),
     "lead_3": _leads,
     "nearest_description": _retrieved,

@@ -9,12 +9,13 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from config import ROOT, UserError
-from dataset_descriptions import EvaluateMetric, describe
+from dataset_descriptions import DatasetDescription, EvaluateMetric, describe
 from lora_tradeoffs.command_line import is_out_of_memory
 from lora_tradeoffs.statistics.scores import (
     ORDERS,
@@ -24,6 +25,7 @@ from lora_tradeoffs.statistics.scores import (
     mteval_bleu,
     smoothed_bleu,
 )
+from lora_tradeoffs.task_yaml import TEXT_METRICS, text_metrics
 
 ABSTENTIONS = ("", "unanswerable", "no answer")  # as they are after normalisation
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -153,6 +155,30 @@ def summary_scores(
     return [mean_scores(kind, [item[kind].fmeasure for item in items]) for kind in kinds]
 
 
+def text_scores(
+    description: DatasetDescription, predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> list[Scores]:
+    """A task file's metrics of generated text, each after its filters; lm-eval's own, or ours."""
+    from lora_tradeoffs.scoring.lm_eval_text import filtered, metric_values
+
+    scores = []
+    for metric in text_metrics(description.definition):
+        texts, name = filtered(metric.filters, predictions), metric.metric
+        if name not in TEXT_METRICS:
+            values = metric_values(name, metric.arguments, texts, references)
+            scores.append(mean_scores(metric.name, values))
+            continue
+        if name == "f1":
+            ours = answer_scores(texts, references)
+        elif any(len(golds) != 1 for golds in references):
+            raise UserError(f"{description.name}: {name} takes one reference an item")
+        else:
+            scorer = summary_scores if name in ROUGE else code_scores
+            ours = scorer(texts, [text for (text,) in references])
+        scores += [replace(s, name=metric.name) for s in ours if s.name == name]
+    return scores
+
+
 def score(task: str, predictions: Sequence, references: Sequence) -> list[Scores]:
     """All metrics of a task, as its description's `kind` and `extra_metrics` say.
 
@@ -161,12 +187,16 @@ def score(task: str, predictions: Sequence, references: Sequence) -> list[Scores
     summary has not exactly one reference; UserError for an unknown task.
     """
     description = describe(task)
-    if description.is_classification:
+    if description.kind == "choice":
+        scores = [mean_scores("accuracy", correct(predictions, references))]
+    elif description.is_classification:
         positive = description.positive_class
         classes = range(len(description.label_words)) if positive is None else (positive,)
         scores = classification_scores(predictions, references, tuple(classes))
     elif description.kind == "answers":
         scores = answer_scores(predictions, references)
+    elif description.kind == "text":
+        scores = text_scores(description, predictions, references)
     else:
         scorer = {"code": code_scores, "summary": summary_scores}[description.kind]
         scores = scorer(predictions, [text for (text,) in references])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from config import UserError
@@ -17,19 +19,32 @@ def bos_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def label_token_ids(
+def choice_ids(
     tokenizer: PreTrainedTokenizerFast, description: DatasetDescription
-) -> list[int]:
-    """The label words' tokens, in label order. Raises UserError unless each is one other token."""
-    before = description.template.rpartition("}")[2] or "."
-    ids = [continuation_ids(tokenizer, before, " " + word) for word in description.label_words]
-    words = ", ".join(f"{w!r} -> {i}" for w, i in zip(description.label_words, ids, strict=True))
-    if any(len(i) != 1 for i in ids) or len({i[0] for i in ids}) != len(ids):
-        raise UserError(
-            f"{description.name}: the label words are not one distinct token each with this"
-            f" tokenizer ({words}); choose other label_words in dataset_descriptions.py"
-        )
-    return [i[0] for i in ids]
+) -> list[list[int]]:
+    """The label words' tokens, in label order. Raises UserError where two have the same tokens."""
+    before, words = description.template.rpartition("}")[2] or ".", description.label_words
+    ids = _continuations(tokenizer, before, description.delimiter, words)
+    if problem := _same_tokens(words, ids):
+        where = description.source_file or "dataset_descriptions.py"
+        raise UserError(f"{where}: {description.name}: {problem}; choose other words")
+    return ids
+
+
+@functools.lru_cache(64)
+def _continuations(
+    tokenizer: PreTrainedTokenizerFast, before: str, delimiter: str, texts: tuple[str, ...]
+) -> list[list[int]]:
+    return [continuation_ids(tokenizer, before, delimiter + text) for text in texts]
+
+
+def _same_tokens(words: Sequence[str], ids: Sequence[Sequence[int]]) -> str:
+    """Which choices the tokenizer cannot tell apart, in words; "" if there are none."""
+    first: dict[tuple[int, ...], int] = {}
+    for i, tokens in enumerate(ids):
+        if (other := first.setdefault(tuple(tokens), i)) != i:
+            return f"the tokenizer cannot tell the choices {words[other]!r} and {words[i]!r} apart"
+    return ""
 
 
 def text_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -67,11 +82,20 @@ def encode(
     the removed tokens.
     """
     head, passage, tail = description.prompt_parts(row)
-    bos = bos_ids(tokenizer)
-    reserved = 2 if description.is_classification else description.max_new_tokens  # with EOS
+    bos, own, problem = bos_ids(tokenizer), {}, ""
+    reserved = description.max_new_tokens
+    if description.is_classification:
+        reserved = 1 + max(map(len, choice_ids(tokenizer, description)))  # with EOS
+    elif description.kind == "choice":
+        before, choices = (head + passage + tail)[-64:], description.choices(row)
+        own["choices"] = _continuations(tokenizer, before, description.delimiter, choices)
+        reserved = 1 + max(map(len, own["choices"]))
+        problem = _same_tokens(choices, own["choices"])
+    if description.definition is not None and description.item_groups:
+        own["group"] = description.group(row)
     room = max_length - len(bos) - reserved
     prompt_ids = text_ids(tokenizer, head + passage + tail)
-    whole, problem = len(prompt_ids), ""
+    whole = len(prompt_ids)
     while len(prompt_ids) > room:
         shorter = _shorten(tokenizer, head, passage, len(prompt_ids) - room)
         if not shorter:
@@ -88,12 +112,13 @@ def encode(
         "prompt": prompt,
         "completion": completion,
         "references": description.references(row),
-        "label": row["label"] if description.is_classification else -1,
+        "label": description.label(row) if description.has_choices else -1,
         "input_ids": ids,
         "prompt_length": len(bos) + len(prompt_ids),
         "length": len(ids),
         "cut": whole - len(prompt_ids),
         "problem": problem or _answer_cut(description, row, passage),
+        **own,
     }
 
 

@@ -20,18 +20,19 @@ import numpy as np
 
 from config import DATA_SEED, Settings, UserError
 from dataset_descriptions import DatasetDescription, Row, describe
-from lora_tradeoffs.data.encoding import bos_ids, encode, label_token_ids
+from lora_tradeoffs.data.encoding import bos_ids, choice_ids, encode
 from lora_tradeoffs.data.sources import (
     VALIDATION_ROWS,
     benchmark_texts,
     read_folder,
     read_hub,
+    row_files,
     row_text,
-    source_folder,
     source_identity,
 )
 from lora_tradeoffs.data.splits import overlap
 from lora_tradeoffs.files import read_json, remove_partial, written_whole
+from lora_tradeoffs.task_yaml import TEXT_METRICS, text_metrics
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -125,12 +126,14 @@ class Preparation:
         limit: int,
     ):
         self.description = describe(task) if isinstance(task, str) else task
-        self.tokenizer, self.source = tokenizer, source_folder(settings)
+        self.tokenizer, self.source = tokenizer, settings.data_folder
         self.max_length, self.cap, self.limit = max_length, examples_per_task, limit
+        is_own = self.description.definition is not None
+        fields = (*ROW_FIELDS, "choice_list", "delimiter") if is_own else ROW_FIELDS
         made_from = {
             "format": FORMAT,
             "source": source_identity(self.source, self.description),
-            "description": {name: getattr(self.description, name) for name in ROW_FIELDS},
+            "description": {name: getattr(self.description, name) for name in fields},
             "tokenizer": _tokenizer_digest(tokenizer),
             "max_length": max_length,
             "examples_per_task": examples_per_task,
@@ -154,7 +157,7 @@ class Preparation:
         from filelock import FileLock
 
         if self.description.is_classification:
-            label_token_ids(self.tokenizer, self.description)
+            choice_ids(self.tokenizer, self.description)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder.parent / ".lock"):
             if overwrite:
@@ -168,16 +171,20 @@ class Preparation:
 
     def _make(self, folder: Path) -> dict[str, Any]:
         """Write every split into the folder; the report."""
-        if self.source is None:
+        if self.description.kind == "text":  # before anything is trained for them
+            check_metrics(self.description)
+        is_hub = row_files(self.source, self.description) is None
+        if is_hub:
             splits, made = read_hub(self.description, self.limit, self.cap)
-            recipe = self.description.splits_sentence()
         else:
             splits, made = read_folder(self.source, self.description, self.limit, self.cap), {}
-            recipe = "the folder's three splits as they are"
+        recipe = "the folder's three splits as they are"
+        if is_hub or self.description.definition is not None:
+            recipe = self.description.splits_sentence()
         recipe += f"; at most {self.cap:,} train rows, drawn with seed {DATA_SEED}"
         report = {
             "task": self.description.name,
-            "source": "hub" if self.source is None else str(self.source),
+            "source": "hub" if is_hub else str(self.source or self.description.source_file),
             "recipe": recipe,
             "revision": made.get("revision"),
             "max_length": self.max_length,
@@ -233,6 +240,21 @@ class Preparation:
             num_proc=processes if processes > 1 else None,
             desc=f"{description.name} {split}",
         )
+
+
+def check_metrics(description: DatasetDescription) -> None:
+    """Raise UserError for a metric or filter of the task file that lm-eval does not have."""
+    from lora_tradeoffs.scoring.lm_eval_text import filtered, metric_values
+
+    for metric in text_metrics(description.definition):
+        try:
+            texts = filtered(metric.filters, ["a"])
+            if metric.metric not in TEXT_METRICS:
+                metric_values(metric.metric, metric.arguments, texts, [["a"]])
+            elif metric.arguments:
+                raise UserError(f"{metric.metric} takes no {', '.join(metric.arguments)}")
+        except UserError as error:
+            raise UserError(f"{description.source_file}: {metric.name}: {error}") from None
 
 
 def _summary(data: Dataset, description: DatasetDescription) -> dict[str, Any]:

@@ -6,10 +6,11 @@ the Hub's official data are dropped and counted.
 
 from __future__ import annotations
 
+import itertools
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import BENCHMARKS, DATA_SEED, ROOT, SPLITS, Settings, UserError
+from config import BENCHMARKS, DATA_SEED, SPLITS, Settings, UserError
 from dataset_descriptions import DESCRIPTIONS, DatasetDescription, Row
 from lora_tradeoffs.data.splits import carve, draw, group_rows
 from lora_tradeoffs.files import file_sha256, json_digest
@@ -31,24 +32,36 @@ MOST_LEVELS = 50  # of nesting in a row: what handles it recurses
 PROSE = "prose"  # a folder's own held-out text, one "page" a line
 
 
-def source_folder(settings: Settings) -> Path | None:
-    """The folder that rows are read from; None for the Hub."""
-    if settings.data == "hub":
-        return None
-    return ROOT / "data" / "sample" if settings.data == "sample" else Path(settings.data)
+def row_files(source: Path | None, description: DatasetDescription) -> dict[str, Path] | None:
+    """The files of a task's splits, in the data folder or where its task file says.
+
+    None for rows on the Hub. Raises UserError for a task that has neither.
+    """
+    own = description.hub_splits if description.definition is not None else ()
+    splits = own or (*SPLITS, *description.extra_splits)
+    paths = {split: description.row_file(source, split) for split in splits}
+    if all(paths.values()):
+        return paths
+    if not description.hub_id:
+        raise UserError(
+            f"{description.source_file}: no rows; put <split>.jsonl into FOLDER/{description.name}/"
+            " and give --data FOLDER, or name dataset_path"
+        )
+    return None
 
 
 def source_identity(source: Path | None, description: DatasetDescription) -> Any:
-    """The data set's name on the Hub, or the contents of a folder's files.
+    """The data set's name on the Hub, or the contents of its files and of the benchmarks'.
 
     Rows of the Hub are not compared with newer ones: a study keeps those that it has.
     """
-    if source is None:
+    files = row_files(source, description)
+    if files is None:
         return [description.hub_id, description.hub_config]
-    names = [f"{description.name}/{split}.jsonl" for split in (*SPLITS, *description.extra_splits)]
-    names += [f"{name}/{benchmark.split}.jsonl" for name, benchmark in BENCHMARKS.items()]
-    paths = [source / name for name in names if (source / name).is_file()]
-    return [[str(p.relative_to(source)), file_sha256(p)] for p in paths]
+    names = [f"{name}/{benchmark.split}.jsonl" for name, benchmark in BENCHMARKS.items()]
+    paths = {f"{description.name}/{path.name}": path for path in files.values()}
+    paths |= {name: source / name for name in names if source is not None}
+    return [[name, file_sha256(path)] for name, path in paths.items() if path.is_file()]
 
 
 def source_digest(source: Path) -> str:
@@ -59,6 +72,8 @@ def source_digest(source: Path) -> str:
 
 def row_problem(description: DatasetDescription, row: Row) -> str | None:
     """What is wrong with a raw row, in words, or None."""
+    if description.definition is not None:
+        return description.problem(row)
     for column, kind in description.columns.items():
         if column not in row:
             return f"field {column!r} is missing (fields: {', '.join(description.columns)})"
@@ -91,16 +106,16 @@ def _answers_problem(description: DatasetDescription, row: Row) -> str | None:
 
 
 def read_folder(
-    folder: Path, description: DatasetDescription, limit: int = 0, cap: int = 0
+    folder: Path | None, description: DatasetDescription, limit: int = 0, cap: int = 0
 ) -> dict[str, list]:
-    """Rows of <folder>/<task>/<split>.jsonl by split, every line checked.
+    """Rows of <folder>/<task>/<split>.jsonl, or of the task's own files, by split, all checked.
 
-    Of train the `cap` rows (0: all) that `draw` chooses are held in memory. Raises UserError with
-    file and line for what is wrong, and for a row that is in two splits.
+    Of train the `cap` rows (0: all) that `draw` chooses are held in memory; where validation has to
+    be carved from train, all are. Raises UserError with file and line for what is wrong, and for a
+    row that is in two splits.
     """
-    names = (*SPLITS, *description.extra_splits)
-    paths = {name: folder / description.name / f"{name}.jsonl" for name in names}
-    problem = partial(row_problem, description)
+    paths = row_files(folder, description)
+    problem, carved = partial(row_problem, description), "validation" not in paths
     with readable(train := paths.pop("train")), train.open("rb") as file:
         count = sum(1 for _ in file)
     drawn = draw(min(limit or count, count), cap)
@@ -116,9 +131,24 @@ def read_folder(
     for number, row in enumerate(iterate_jsonl(train, problem, limit), 1):
         if first := lines.get(row_text(description, row)):
             raise _in_two_splits(*first, train, number)
-        if drawn[number - 1]:
+        if drawn[number - 1] or carved:
             splits["train"].append(row)
+    if carved:
+        mask = validation_mask(description, splits["train"])
+        splits["validation"] = [*itertools.compress(splits["train"], mask)]
+        rest = [*itertools.compress(splits["train"], ~mask)]
+        splits["train"] = [*itertools.compress(rest, draw(len(rest), cap))]
+        if not splits["validation"]:
+            raise UserError(
+                f"{train}: too few rows to carve validation from: name validation_split"
+            )
     return splits
+
+
+def validation_mask(description: DatasetDescription, train: Sequence[Row]) -> np.ndarray:
+    """Which train rows become validation where the official split is needed as test."""
+    groups = group_rows(description, train)
+    return carve(groups, min(VALIDATION_ROWS, len(train) // 10), DATA_SEED)
 
 
 def _in_two_splits(path: Path, number: int, other: Path, line: int) -> UserError:
@@ -210,14 +240,15 @@ def read_hub(
         made["dropped"]["train"]["recurs in a held-out split"] = int(np.sum(~is_new))
         train = train.select(np.flatnonzero(is_new))
     if "validation" not in splits:
-        groups = group_rows(description, train)
-        mask = carve(groups, min(VALIDATION_ROWS, len(train) // 10), DATA_SEED)
+        mask = validation_mask(description, train)
         splits["validation"] = list(train.select(np.flatnonzero(mask)))
         train = train.select(np.flatnonzero(~mask))
     splits["train"] = list(train.select(np.flatnonzero(draw(len(train), cap))))
     for split in SPLITS:
         if not splits[split]:
-            raise UserError(f"{description.name}: no row is left in {split}; raise --limit")
+            reasons = made["dropped"].get(split)
+            advice = max(reasons, key=reasons.get) if reasons else "raise --limit"
+            raise UserError(f"{description.name}: no row is left in {split}; {advice}")
     return {split: splits[split] for split in (*SPLITS, *description.extra_splits)}, made
 
 
@@ -237,10 +268,7 @@ def load_hub_split(hub_id: str, config: str | None, split: str, task: str) -> tu
 
 def row_text(description: DatasetDescription, row: Row) -> str:
     """What makes a row the same row: the fields of its prompt, without the template's words."""
-    fields = (name for name, kind in description.columns.items() if kind is str)
-    return "\n".join(
-        " ".join(row[name].split()) for name in fields if f"{{{name}}}" in description.template
-    )
+    return "\n".join(" ".join(str(row.get(name)).split()) for name in description.prompt_fields)
 
 
 def benchmark_texts(source: Path | None) -> dict[str, list[str]]:
@@ -264,7 +292,7 @@ def held_out_texts(settings: Settings, limit: int = 0) -> dict[str, list[str]]:
     From a folder: the first two of these and its own prose, which comes between them, since a
     model may be trained on the task. Raises UserError if a folder has none.
     """
-    source, texts = source_folder(settings), {}
+    source, texts = settings.data_folder, {}
     fields = {name: benchmark.text for name, benchmark in BENCHMARKS.items() if benchmark.text}
     hub = {name: BENCHMARKS[name][:3] for name in fields}
     fields[PROSE] = "page"

@@ -66,6 +66,8 @@ def group_rows(description: DatasetDescription, rows: Sequence[Row]) -> np.ndarr
     if not description.grouping:
         return np.arange(len(rows))
     method, *names = description.grouping
+    if description.definition is not None:
+        return group_by_key(map(description.group, rows))
     fields = map(description.fields, rows)
     if method == "connected":
         return group_by_connection(tuple(texts[name] for name in names) for texts in fields)

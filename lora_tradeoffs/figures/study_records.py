@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import DOCUMENTS, INTRUDER_K, PRESETS, Settings
+from config import DOCUMENTS, FAMILIES, INTRUDER_K, PRESETS, Settings
+from dataset_descriptions import preset_family
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.results import Results, adaptation_items, retention_items
 from lora_tradeoffs.records import MEAN, OVERALL, STUDY, Record
@@ -105,9 +106,13 @@ class StudyRecords:
         path = self.folder("study") / "study.json" if self.settings else None
         planned = read_json(path, STUDY).get("arms") if path and path.is_file() else None
         if planned is None:
+            arms = PRESETS[self.preset].arms
             return {
-                family: {Arm(arm.method, arm.rank) for arm in map(ArmSpec.parse, words)}
-                for family, words in PRESETS[self.preset].arms.items()
+                family: {
+                    Arm(arm.method, arm.rank)
+                    for arm in map(ArmSpec.parse, arms[preset_family(tasks)])
+                }
+                for family, tasks in FAMILIES.items()
             }
         arms = {family: {Arm(**fields) for fields in arms} for family, arms in planned.items()}
         return {f: {arm.without(self.shared_words) for arm in of} for f, of in arms.items()}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from config import DATA_SEED, FAMILIES, GRADIENT_BATCHES, UserError
+from config import BUILT_IN_FAMILIES, DATA_SEED, FAMILIES, GRADIENT_BATCHES, UserError
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.records import read_run, unit_name
@@ -66,7 +66,9 @@ class GradientAnalysis(Analysis):
                 units += [GradientUnit(subject, subject.family, tasks)] if len(tasks) > 1 else []
                 continue
             foreign = subject.checkpoint is not None
-            families = [f for f in FAMILIES if all_families or foreign or f in trained]
+            both = BUILT_IN_FAMILIES if all_families or foreign else ()
+            families = [f for f in FAMILIES if f in both or f in trained]
+            families = [f for f in families if len(FAMILIES[f]) > 1]
             units += [GradientUnit(subject, family, FAMILIES[family]) for family in families]
         return units
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import MID_TRAINING_LIMIT, Settings, UserError
-from dataset_descriptions import describe
+from dataset_descriptions import describe, own_definitions, preset_family
 from lora_tradeoffs.files import read_records, written_whole
 from lora_tradeoffs.measuring.results import Results
-from lora_tradeoffs.measuring.subjects import Subject, own_settings, weights_of
+from lora_tradeoffs.measuring.subjects import Subject, own_settings, study_families, weights_of
 from lora_tradeoffs.models.base import Base, load_tokenizer
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Analysis:
         from lora_tradeoffs.data.preparation import prepare
 
         description = describe(name)
-        default = self.settings.preset.max_length[description.family]
+        default = self.settings.preset.max_length[preset_family([name])]
         length = subject.max_lengths.get(name, default)
         if (name, prompt, length) not in self._tasks:
             if prompt:
@@ -225,7 +225,9 @@ def run(
         print(f"warning: {message}", file=sys.stderr)
     errors = measure_all(analysis, to_run, models) if to_run else []
     with results.joining():
-        path = results.join(analysis.name, analysis.meta(), analysis.derived_records())
+        used = study_families(analysis.settings), {getattr(unit, "task", "") for unit in units}
+        meta = analysis.meta() | own_definitions(*used)
+        path = results.join(analysis.name, meta, analysis.derived_records())
     print(analysis.table(read_records(path)))
     for label, output in {"records": path, **analysis.outputs()}.items():
         print(f"{label}: {output}")

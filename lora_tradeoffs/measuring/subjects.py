@@ -156,6 +156,15 @@ def trained_lengths(settings: Settings) -> dict[str, int]:
     return {task: found.pop() for task, found in known.items() if len(found) == 1}
 
 
+def study_families(settings: Settings) -> list[str]:
+    """The families of the study's runs."""
+    families: dict[str, None] = {}
+    for path in sorted(settings.runs_dir.glob("*/run.json")):
+        with suppress(UserError):
+            families[read_run(path.parent, "config")["config"]["family"]] = None
+    return list(families)
+
+
 def _trained(run: str, folder: Path, base: Base) -> tuple[dict[str, Any], dict[str, Any]]:
     """The columns about a run's training, and its run.json.
 

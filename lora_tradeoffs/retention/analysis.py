@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from config import FAMILIES, MID_TRAINING_LIMIT, Settings, UserError
-from dataset_descriptions import describe
+from dataset_descriptions import describe, ordered
 from lora_tradeoffs.adaptation.analysis import SAMPLES, Adaptation, AdaptationOptions
 from lora_tradeoffs.data.encoding import bos_ids
-from lora_tradeoffs.data.sources import source_folder
 from lora_tradeoffs.files import json_digest, read_json
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject
@@ -84,7 +83,7 @@ class Retention(Analysis):
         limit: int,
     ) -> Iterator[RetentionUnit]:
         """Adaptation as it is and at every scale, benchmarks and held-out text at every scale."""
-        trained = [task for family in FAMILIES if family in families for task in FAMILIES[family]]
+        trained = ordered(task for f in FAMILIES if f in families for task in FAMILIES[f])
         few = self.options.limit or MID_TRAINING_LIMIT
         for t in (1.0, *scales):
             yield from (RetentionUnit(subject, "adaptation", task, few, 0, t) for task in trained)
@@ -155,7 +154,7 @@ class Retention(Analysis):
         and a folder's rows are older: whoever only asks what is pending need not load the tasks,
         which takes seconds. Of rows on the Hub only loading them tells whether they are new."""
         path = self.results.unit_file(unit.name)
-        folder = source_folder(self.settings)
+        folder = self.settings.data_folder
         if not self.trusts_records or folder is None or not path.is_file():
             return None
         unit_shape = {"request": {"benchmark?": {"*": dict}}}

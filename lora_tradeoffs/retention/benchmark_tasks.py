@@ -16,7 +16,7 @@ from typing import Any
 from config import Settings, UserError
 from dataset_descriptions import Row
 from lora_tradeoffs.command_line import is_out_of_memory
-from lora_tradeoffs.data.sources import read_jsonl, source_folder
+from lora_tradeoffs.data.sources import read_jsonl
 from lora_tradeoffs.hub import hub_errors
 from lora_tradeoffs.retention.benchmark_checks import (
     cause_of,
@@ -160,7 +160,7 @@ class TaskLoader:
         for leaf in leaves:
             if self.index[leaf].cfg.get("unsafe_code"):  # its own code would fetch more at loading
                 raise refusal(leaf, "runs the code that the model writes")
-        source = source_folder(settings)
+        source = settings.data_folder
         if source is None:
             _ask_hub({self.index[leaf].cfg.get("dataset_path"): leaf for leaf in leaves})
             return

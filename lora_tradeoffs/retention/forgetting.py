@@ -213,12 +213,13 @@ def _shared_items(scores: Scores, base: Record, request: Record) -> Scores:
 
 
 def _mean_adaptation(model: DataFrame) -> list[Record]:
-    """A model's mean over each family whose tasks it has, BLEU in hundredths."""
-    by_task = model.set_index("task")["record"]
+    """A run's mean over its family's tasks, the base's over those of each; BLEU in hundredths."""
+    by_task, own = model.set_index("task")["record"], model.iloc[0]["family"]
+    is_base = model.iloc[0]["run"] == "base"
     return [
-        _mean_record([by_task[task] for task in family], "adaptation")
-        for family in FAMILIES.values()
-        if set(family) <= set(by_task.index)
+        _mean_record([by_task[task] for task in tasks], "adaptation") | {"family": family}
+        for family, tasks in FAMILIES.items()
+        if (is_base or family == own) and set(tasks) <= set(by_task.index)
     ]
 
 

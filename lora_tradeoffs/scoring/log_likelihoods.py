@@ -43,6 +43,12 @@ def label_predictions(logits: torch.Tensor, label_token_ids: list[int]) -> torch
     return logits[:, label_token_ids].argmax(dim=-1)
 
 
+def best_continuations(scores: Sequence[Sequence[Score]]) -> list[int]:
+    """Of each item the continuation with the highest log-likelihood, the first of several."""
+    values = ([score.log_likelihood for score in row] for row in scores)
+    return [row.index(max(row)) for row in values]
+
+
 def completion_losses(
     logits: torch.Tensor, labels: torch.Tensor, ignored: int = -100
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -184,15 +184,17 @@ def items(name: str, settings: Settings) -> int:
 
     Of a folder the lines of the file, else the official number.
     """
-    from lora_tradeoffs.data.sources import source_folder
-
-    source, benchmark = source_folder(settings), BENCHMARKS.get(name)
-    if source is not None:
-        split = benchmark.split if benchmark else "test"
-        with suppress(OSError), (source / name / f"{split}.jsonl").open("rb") as file:
+    source, benchmark = settings.data_folder, BENCHMARKS.get(name)
+    if benchmark:
+        path = source and source / name / f"{benchmark.split}.jsonl"
+    else:
+        path = describe(name).row_file(source, "test")
+    if path is not None:
+        with suppress(OSError), path.open("rb") as file:
             return sum(1 for _ in file)
         return 0
     if benchmark:
         return benchmark.items
     description = describe(name)
-    return description.rows["test" if description.hub_splits["test"] == "test" else "validation"]
+    split = "test" if description.hub_splits["test"] == "test" else "validation"
+    return description.rows.get(split, 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from config import Settings
+from config import FAMILIES, Settings, UserError
+from dataset_descriptions import family_of, preset_family
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, Step, Sweep
 from lora_tradeoffs.study.study_file import StudyPlan
 from lora_tradeoffs.training import plan
@@ -36,15 +37,17 @@ def plan_runs(study: StudyPlan, settings: Settings, hidden_size: int) -> list[Ru
     runs: dict[str, Run] = {}
     is_swept = study.learning_rates == "swept"
     for tasks, arms in study.mixes.items():
-        mixes = {tasks: study.values}
+        mixes, family = {tasks: study.values}, family_of(tasks)
         if study.single_task_controls:
             controls = plan.control_values(settings, tasks, study.values)
             mixes |= {(task,): study.values | own for task, own in controls.items()}
         for seed in study.seeds:
             for mix, values in mixes.items():
-                what = [mix], arms, [seed], values
-                planned = plan.plan_runs(settings, hidden_size, *what, swept_rates=is_swept)
-                runs |= {run.name: run for run in planned}
+                what = {"swept_rates": is_swept, "family": family}
+                planned = plan.plan_runs(settings, hidden_size, [mix], arms, [seed], values, **what)
+                for run in planned:
+                    if runs.setdefault(run.name, run).config.family != family:
+                        raise UserError(f"{run.name} would be of two families; use two studies")
     return list(runs.values())
 
 
@@ -114,13 +117,14 @@ def _analyses(
     """
     steps: list[Step] = []
     families = list(dict.fromkeys(run.config.family for run in runs))
+    kinds = {family: preset_family(FAMILIES[family]) for family in families}
     for stage in (stage for stage in ANALYSES if stage in study.measure):
         by_family = settings.data == "sample" and any(
-            (stage, f) in SAMPLE_OPTIONS for f in families
+            (stage, kind) in SAMPLE_OPTIONS for kind in kinds.values()
         )
         for family in families if by_family else [None]:
             members = [run for run in runs if family in (None, run.config.family)]
-            options = analysis_options(study, stage, family)
+            options = analysis_options(study, stage, kinds.get(family))
             name = f"{stage}{suffix}" + (f"-{family}" if by_family and not suffix else "")
             # drift spreads matrices over the cores by itself
             shards = 1 if stage == "drift" or suffix else min(workers, len(members))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config import ROOT, Settings, UserError
-from dataset_descriptions import describe
+from dataset_descriptions import preset_family
 from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.records import read_run, units_of
 from lora_tradeoffs.shapes import NUMBER
@@ -208,7 +208,7 @@ class DoneTests:
             if step.stage == "prepare":
                 caps = self.settings.preset.max_length, self.settings.examples_per_task
                 return all(
-                    self._prepared((task,), caps[0][describe(task).family], caps[1], 0)
+                    self._prepared((task,), caps[0][preset_family([task])], caps[1], 0)
                     for task in step.tasks
                 )
             if step.stage == "sweep" and not all(map(step.sweep.has_chosen, step.planned_runs)):

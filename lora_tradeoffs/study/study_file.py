@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from config import FAMILIES, LARGEST_SEED, TASKS, Preset, Settings, UserError
+from config import BUILT_IN_FAMILIES, FAMILIES, LARGEST_SEED, Preset, Settings, UserError
+from dataset_descriptions import named_family, ordered, preset_family
 from lora_tradeoffs.files import written_whole
 from lora_tradeoffs.shapes import NUMBER, shape_problem
 from lora_tradeoffs.study.steps import ANALYSES
@@ -162,7 +163,7 @@ class StudyPlan:
         return replace(
             self,
             arms=arms,
-            families=[family for family in FAMILIES if family in arms],
+            families=[f for f in FAMILIES if f in arms and not self.tasks],
             seeds=list(dict.fromkeys([*before.seeds, *self.seeds])),
             single_task_controls=self.single_task_controls or before.single_task_controls,
             hypotheses=before.hypotheses
@@ -177,15 +178,14 @@ def _arms_by_key(
     if "families" in given and "tasks" in given:
         raise UserError("families and tasks are both given: leave one out")
     if "tasks" in given:
-        place = {task: i for i, task in enumerate(TASKS)}
-        tasks = dict.fromkeys(sorted(given["tasks"], key=lambda t: place.get(t, len(place))))
-        values["tasks"] = list(tasks)
-        keys = ["+".join(tasks)]
+        tasks = ordered(given["tasks"])
+        values["tasks"], mixes = list(tasks), {"+".join(tasks): tasks}
     else:
-        keys = values["families"] = list(dict.fromkeys(given.get("families", FAMILIES)))
-        if unknown := sorted({*keys} - {*FAMILIES}):
-            raise UserError(f"families: {unknown[0]} is none; families: {', '.join(FAMILIES)}")
-    default = {key: [*preset.arms.get(key, preset.arms["similar"])] for key in keys}
+        families = map(named_family, given.get("families", BUILT_IN_FAMILIES))
+        mixes = {family: FAMILIES[family] for family in families}
+        values["families"] = list(mixes)
+    keys = list(mixes)
+    default = {key: [*preset.arms[preset_family(tasks)]] for key, tasks in mixes.items()}
     arms = given.get("arms", default)
     if isinstance(arms, list):
         arms = dict.fromkeys(keys, arms)
@@ -278,7 +278,7 @@ def write_study_file(path: Path, plan: StudyPlan) -> None:
 
 def fields_of_flags(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """The fields that run_study.py's flags set, but for those of SETTINGS."""
-    names = ("families", "seeds", "max_steps", "items", "single_task_controls")
+    names = ("families", "tasks", "seeds", "max_steps", "items", "single_task_controls")
     given = {name: getattr(args, name) for name in (*names, "measure_then_delete")}
     given["set"] = parse_assignments(args.set)
     given["dtype"] = None if args.dtype == "auto" else args.dtype
@@ -287,8 +287,10 @@ def fields_of_flags(args: argparse.Namespace, settings: Settings) -> dict[str, A
     extra = ["full_qv"] * args.full_qv
     given["arms"] = words + extra if words else None
     if extra and not words:
-        arms = settings.preset.arms
-        given["arms"] = {f: [*arms[f], *extra] for f in args.families or FAMILIES}
+        values: dict[str, Any] = {}
+        of_mix = {k: v for k, v in given.items() if k in ("families", "tasks") and v}
+        arms = _arms_by_key(of_mix, values, settings.preset)
+        given["arms"] = {key: [*words, *extra] for key, words in arms.items()}
     if args.lr_sweep is not None:
         given["learning_rates"] = {"sweep": args.lr_sweep or list(FACTORS)}
     if args.scale_update:

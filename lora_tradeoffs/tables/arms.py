@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import total_ordering
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES, RANKS, TARGET_MODULES
+from config import BUILT_IN_FAMILIES, FAMILIES, RANKS, TARGET_MODULES
 from dataset_descriptions import DESCRIPTIONS
 from training_configs import METHODS as TRAINED
 from training_configs import Method, rate_name
@@ -118,16 +118,16 @@ def arm_of(record: Mapping[str, Any]) -> Arm:
         return Arm(method, shots=shots, prompt=prompt)
     tasks, variant, rate = record["tasks"], record["variant"], record.get("learning_rate") or 0.0
     is_ours = bool(tasks)
-    task = DESCRIPTIONS.get(record.get("task", ""))
-    is_other = task is not None and record.get("family", task.family) != task.family
+    task, family = record.get("task", ""), record.get("family")
+    is_other = task in DESCRIPTIONS and family and task not in FAMILIES.get(family, ())
     return Arm(
         method,
         rank=int(record["rank"]) if METHODS[method].number else 0,
         target_modules=target_modules_name(record) if METHODS[method].number else "qv",
         variant=variant.replace("_", " ") if is_ours else "",
         run="" if is_ours else variant,
-        tasks="" if tasks in FAMILIES else tasks,
-        trained_on=str(record["family"]) if is_other else "",
+        tasks="" if tasks == family or tasks in BUILT_IN_FAMILIES else tasks,
+        trained_on=str(family) if is_other else "",
         learning_rate=rate if is_ours and rate_name(rate) in run.split("_") else 0.0,
         shots=shots,
         prompt=prompt,

@@ -97,7 +97,7 @@ def gain_costs(
     gain over the family, and are left out.
     """
     costs = cost_table(runs_dir)
-    costs = costs[costs["tasks"].isin(FAMILIES)].drop(columns="arm")
+    costs = costs[costs["tasks"] == costs["family"]].drop(columns="arm")
     gain = gains(retention, adaptation).rename(columns={"value": "gain"})
     gain = gain[gain["update_scale"] == 1].drop(columns="family")
     points = gain.merge(costs, on="run")

@@ -13,12 +13,12 @@ from __future__ import annotations
 import itertools
 import math
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES, PRESETS, SPLITS, TASKS, UserError
-from dataset_descriptions import DESCRIPTIONS
+from config import BUILT_IN_FAMILIES, FAMILIES, PRESETS, SPLITS, UserError
+from dataset_descriptions import DESCRIPTIONS, learn, ordered
 from lora_tradeoffs.files import read_head, read_records
 from lora_tradeoffs.records import (
     DOCUMENT,
@@ -92,7 +92,8 @@ def load_records(path: Path, keep: Callable[[Record], bool] | None = None) -> Da
             f" (studies that have one: {', '.join(others) or 'none'})"
         )
     remedy = f"{command} writes it anew"
-    meta = read_head(path, {"meta": {"preset?": str}}, remedy)["meta"]
+    meta = read_head(path, {"meta": DOCUMENT["meta"]}, remedy)["meta"]
+    learn(meta.get("own", {}))
     numbered = enumerate(read_records(path, DOCUMENT["records"][0], remedy))
     rows = (row for row in numbered if keep is None or keep(row[1]))
     parts, problem = [], _meta_problem(meta)
@@ -108,7 +109,7 @@ def load_records(path: Path, keep: Callable[[Record], bool] | None = None) -> Da
         problem = _contradiction(frame)
     if problem:
         raise UserError(f"{path}: {problem}; edited by hand? {command} writes it anew")
-    frame = frame.reset_index(drop=True)
+    frame = _in_every_family(frame).reset_index(drop=True)
     for name, default in OPTIONAL.items():
         frame[name] = frame[name].fillna(default) if name in frame else default
     for name in (*NUMBERS, "low", "high", "stderr"):
@@ -132,6 +133,23 @@ def _joined(parts: list[DataFrame]) -> DataFrame:
         filled = [column for column in values if column.notna().any()] or values
         columns[name] = pd.concat(filled).reindex(numbers)
     return pd.DataFrame(columns, index=numbers)
+
+
+def _in_every_family(frame: DataFrame) -> DataFrame:
+    """The frame with the base's and baselines' rows of a task once for each family of the runs that
+    has the task, and not of another family."""
+    import pandas as pd
+
+    families = [f for f in FAMILIES if f in set(frame["family"][is_trained(frame)])]
+    if {*families} <= {*BUILT_IN_FAMILIES}:
+        return frame
+    of_task = {task: [f for f in families if task in FAMILIES[f]] for task in DESCRIPTIONS}
+    is_shared = ~is_trained(frame) & frame["task"].map(of_task).map(bool, na_action="ignore").eq(
+        True
+    )
+    shared = frame[is_shared]
+    copies = shared.assign(family=shared["task"].map(of_task)).explode("family")
+    return pd.concat([frame[~is_shared], copies])
 
 
 def _meta_problem(meta: dict[str, Any]) -> str:
@@ -192,12 +210,6 @@ def is_demo(frame: DataFrame) -> bool:
     return meta.get("preset") == "demo" or bool((frame.get("preset") == "demo").any())
 
 
-def ordered(tasks: Iterable[str]) -> list[str]:
-    """Tasks in the suite's order, others after them."""
-    names = set(tasks)
-    return [task for task in TASKS if task in names] + sorted(names - set(TASKS))
-
-
 def in_order(table: DataFrame, *columns: str) -> DataFrame:
     """The table sorted by the columns: families and tasks in the suite's order, arms as in legends.
 
@@ -207,7 +219,7 @@ def in_order(table: DataFrame, *columns: str) -> DataFrame:
     def sort_key(values: Series) -> Series:
         if values.name not in ("family", "task"):
             return values
-        names = ordered(values) if values.name == "task" else [*FAMILIES, *sorted(set(values))]
+        names = [*FAMILIES, *sorted(set(values))] if values.name == "family" else ordered(values)
         return values.map(names.index)
 
     return table.sort_values([*columns], key=sort_key, kind="stable", ignore_index=True)
@@ -326,7 +338,7 @@ def gaps(frame: DataFrame, tested: bool = True) -> list[str]:
     frame = frame.drop_duplicates(["run", "step", "split", "family", "arm"])
     sentences, runs = [], frame[is_trained(frame)]
     words = shared_words([frame])
-    for family in FAMILIES:
+    for family in (f for f in FAMILIES if f in BUILT_IN_FAMILIES or f in set(runs["family"])):
         ended = last_checkpoints(runs[runs["family"] == family])
         if ended.empty:
             sentences.append(f"{family}: no run that is measured at its end")

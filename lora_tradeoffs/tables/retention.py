@@ -230,7 +230,7 @@ def retention_gaps(retention: DataFrame, adaptation: DataFrame | None = None) ->
 
 def _is_control(frame: DataFrame) -> Any:
     """A mask: the rows of runs that were trained on a part of a family."""
-    return ~frame["tasks"].isin(["", *FAMILIES])
+    return (frame["tasks"] != "") & (frame["tasks"] != frame["family"])
 
 
 def family_means(adaptation: DataFrame) -> DataFrame:
@@ -238,11 +238,13 @@ def family_means(adaptation: DataFrame) -> DataFrame:
     every task that the base has.
     """
     import numpy as np
+    import pandas as pd
 
     rows = scores(adaptation)
     rows = rows[(rows["split"] == "validation") & (rows["shots"] == 0) & (rows["prompt"] == 0)]
-    family = rows["task"].map({task: d.family for task, d in DESCRIPTIONS.items()})
-    rows = rows[(rows["method"] != "baseline") & (rows["family"] == family)].copy()
+    pairs = zip(rows["family"], rows["task"])
+    is_own = pd.Series([task in FAMILIES.get(f, ()) for f, task in pairs], rows.index, bool)
+    rows = rows[(rows["method"] != "baseline") & is_own].copy()
     rows[ESTIMATE] = rows[ESTIMATE].div(rows["metric"].map(metric_scale).astype(float), axis=0)
     tasks = rows[rows["method"] == "base"].groupby("family")["task"].nunique()
     groups = rows.groupby(["run", "family", "method", "step"])

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES, INTRUDER_EPSILON, INTRUDER_K, TASKS
-from dataset_descriptions import describe
+from config import FAMILIES, INTRUDER_EPSILON, INTRUDER_K
+from dataset_descriptions import describe, ordered
 from lora_tradeoffs.records import BOTH, MEAN, OVERALL, TEXT
 from lora_tradeoffs.tables.retention import retained
 
@@ -47,7 +47,9 @@ def adaptation_table(records: Iterable[dict[str, Any]]) -> str:
     cells += (scores["value"] == best).map({True: "*", False: " "})
     cells += is_validation.map({True: " v", False: "  "})
     scores = scores.assign(cell=cells, column=scores["task"] + " " + scores["metric"])
-    titles = [f"{task} {metric}" for task in TASKS for metric in describe(task).metrics]
+    titles = [
+        f"{task} {metric}" for task in ordered(rows["task"]) for metric in describe(task).metrics
+    ]
     titles = [title for title in titles if title in set(scores["column"])]
     note = "value +- standard error over items; v: validation, else test; *: highest on its split"
     return "\n".join([_as_text(scores, order, titles), *_prompt_lines(rows), note])

@@ -54,9 +54,9 @@ class ArmSpec:
             raise UserError(f"arm {word!r:.80}: {name} has no rank; write {name}")
         assignments = [] if match["modules"] is None else [f"target_modules={match['modules']}"]
         for part in (match["fields"] or "").split(",") if match["fields"] else ():
-            # two fields of an optimizer hold commas themselves
+            # some values hold commas themselves
             is_more = part.partition("=")[0] not in settable_fields()
-            if is_more and assignments and assignments[-1].startswith("optim_"):
+            if is_more and assignments and assignments[-1].startswith(("optim_", "mixing_")):
                 assignments[-1] += f",{part}"
             else:
                 assignments.append(part)

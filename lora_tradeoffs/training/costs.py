@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import UserError
+from dataset_descriptions import preset_family
 from training_configs import TrainingConfig
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def expected_cost(
     activations = tokens * c.num_hidden_layers * per_token * (1 if bf16 else 2)
     if config.activation_checkpointing:
         activations //= c.num_hidden_layers
-    supervised = config.micro_batch_size * (2 if config.family == "similar" else 128)
+    supervised = config.micro_batch_size * (2 if preset_family(config.tasks) == "similar" else 128)
     logits = LOGIT_BYTES * supervised * c.vocab_size
     memory = PROCESS_BYTES + weights + 12 * trainable + activations + logits
     saved = 4 * (trainable if config.is_adapter else total)

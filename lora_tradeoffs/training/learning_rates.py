@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import FAMILIES, Settings, UserError
+from config import BUILT_IN_FAMILIES, FAMILIES, Settings, UserError
+from dataset_descriptions import family_of
 from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.shapes import NUMBER
 from lora_tradeoffs.training.arms import ArmSpec
@@ -279,8 +280,10 @@ def chosen_rate(run: Run) -> float:
 def run_options(run: Run) -> dict[str, Any]:
     """The options of multi_task_training.py that say which tasks and which arm a run has."""
     config = run.config
-    is_family = config.tasks == FAMILIES[config.family]
+    is_family = config.tasks == FAMILIES[config.family] and config.family in BUILT_IN_FAMILIES
     options: dict[str, Any] = {config.family: True} if is_family else {"tasks": config.tasks}
+    if family_of(config.tasks) != config.family:
+        options["family"] = f"{config.family}={'+'.join(FAMILIES[config.family])}"
     return options | {"adapter": str(ArmSpec.of(config, run.default))}
 
 

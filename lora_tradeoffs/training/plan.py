@@ -29,13 +29,15 @@ def plan_runs(
     values: Mapping[str, Any],
     sweep: Sequence[float] | None = None,
     swept_rates: bool = False,
+    family: str = "",
 ) -> list[Run]:
     """A run for every task mix, arm and seed, in this order.
 
     `values` replace fields of TrainingConfig, and an arm's own beat them; a field that belongs to
     some of the arms is left out for the others. With `sweep`, factors of the default learning rate,
     every run is planned at each of these rates; with `swept_rates`, at the rate that a sweep chose.
-    Raises UserError for a combination that is not allowed.
+    `family` is the mixes' own unless they are parts of another. Raises UserError for a combination
+    that is not allowed.
     """
     has_rate = any("learning_rate" in given for given in (values, *(arm.values for arm in arms)))
     if has_rate and (sweep is not None or swept_rates):
@@ -50,8 +52,9 @@ def plan_runs(
             own = arm.own(values, arms)
             scaling = own.get("scaling", "2r")
             for seed in dict.fromkeys(seeds):
-                method = arm.method, arm.rank
-                default = default_config(settings, tasks, *method, seed, hidden_size, scaling)
+                default = default_config(
+                    *(settings, tasks, arm.method, arm.rank, seed, hidden_size, scaling, family)
+                )
                 config = dataclasses.replace(default, **own)
                 name = config.run_name(default)
                 if (other := planned.setdefault(name, arm)) is not arm:
@@ -81,13 +84,11 @@ def check_arms(runs: Sequence[Run], model: PreTrainedModel, device: str) -> None
 
 def expected_rows(config: TrainingConfig, settings: Settings) -> list[int]:
     """Train rows by task, before any is read: line counts, or the data sets' official sizes."""
-    from lora_tradeoffs.data.sources import source_folder
-
-    source, rows = source_folder(settings), []
+    rows = []
     for task in config.tasks:
-        count = describe(task).rows["train"]
-        if source is not None:
-            with contextlib.suppress(OSError), (source / task / "train.jsonl").open("rb") as file:
+        count = describe(task).rows.get("train", config.examples_per_task)
+        if path := describe(task).row_file(settings.data_folder, "train"):
+            with contextlib.suppress(OSError), path.open("rb") as file:
                 count = sum(1 for _ in file)
         rows.append(min(count, config.examples_per_task, config.limit or count))
     return rows
@@ -109,11 +110,12 @@ def control_values(
     """
     dense = {name: value for name, value in values.items() if name not in ADAPTER_FIELDS}
     mixed = dataclasses.replace(default_config(settings, tasks, "full", 0, 0, 2048), **dense)
-    if not mixed.max_steps and mixed.mixing == "proportional":
+    if not mixed.max_steps and mixed.mixing == "proportional" and not mixed.weights:
         return {task: {} for task in tasks}
-    shares = task_shares(expected_rows(mixed, settings), mixed.mixing, mixed.temperature)
+    rows, own = expected_rows(mixed, settings), {"mixing_weights": ""} if mixed.weights else {}
+    shares = task_shares(rows, mixed.mixing, mixed.temperature, mixed.weights)
     steps = [max(1, round(expected_steps(mixed, settings) * share)) for share in shares]
-    return {task: {"max_steps": n} for task, n in zip(tasks, steps, strict=True)}
+    return {task: {"max_steps": n, **own} for task, n in zip(tasks, steps, strict=True)}
 
 
 def print_plan(

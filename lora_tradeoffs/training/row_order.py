@@ -16,11 +16,13 @@ import numpy as np
 WINDOW = 50
 
 
-def task_shares(rows: Sequence[int], mixing: str, temperature: float = 1.0) -> np.ndarray:
-    """Each task's share of the examples, shape (tasks,), sum 1, from its number of rows."""
+def task_shares(
+    rows: Sequence[int], mixing: str, temperature: float = 1.0, weights: Sequence[float] = ()
+) -> np.ndarray:
+    """Each task's share of the examples, shape (tasks,), sum 1: by `weights`, else by its rows."""
     exponent = {"proportional": 1.0, "equal": 0.0, "temperature": 1 / temperature}[mixing]
-    weights = np.asarray(rows, float) ** exponent
-    return weights / weights.sum()
+    shares = np.asarray(weights or np.asarray(rows, float) ** exponent, float)
+    return shares / shares.sum()
 
 
 def steps_for(rows: Sequence[int], epochs: float, batch_size: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from config import Settings
+from dataset_descriptions import own_definitions
 from lora_tradeoffs.models.base import same_base
 from training_configs import TrainingConfig
 
@@ -30,6 +31,7 @@ def run_record(name: str, default_rate: float, base: Base, schedule: Schedule) -
         "checkpoint_steps": schedule.checkpoint_steps,
         "task_weights": _task_weights(schedule),
         "data": {task: prepared.report for task, prepared in schedule.prepared.items()},
+        **own_definitions([config.family]),
     }
 
 
@@ -83,7 +85,7 @@ def different_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def newer_fields(compared: Mapping[str, Any]) -> dict[str, Any]:
     """Fields that a record of an earlier version lacks: it ran as their defaults say."""
-    names = ("loraplus_ratio", "optim", "optim_args", "optim_target_modules")
+    names = ("mixing_weights", "loraplus_ratio", "optim", "optim_args", "optim_target_modules")
     defaults = {name: TrainingConfig.__dataclass_fields__[name].default for name in names}
     return {name: value for name, value in defaults.items() if name not in compared}
 

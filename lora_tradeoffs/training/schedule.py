@@ -50,17 +50,16 @@ class Schedule:
             sample = sample[: self.config.eval_examples_per_task]
             sample = sample[np.argsort(np.array(rows["length"])[sample])]
             columns = ["input_ids", "prompt_length", "label"]
+            columns += ["choices"] * ("choices" in rows.column_names)
             by_task[task] = rows.select_columns(columns).select(sample)
         return by_task
 
-    def label_ids(self) -> dict[str, list[int]]:
-        """The tokens of the label words of every classification task."""
-        from lora_tradeoffs.data.encoding import label_token_ids
+    def label_ids(self) -> dict[str, list[list[int]]]:
+        """The tokens of the choices of every task that has some; [] where each row has its own."""
+        from lora_tradeoffs.data.encoding import choice_ids
 
         descriptions = [describe(task) for task in self.prepared]
-        return {
-            d.name: label_token_ids(self.tokenizer, d) for d in descriptions if d.is_classification
-        }
+        return {d.name: choice_ids(self.tokenizer, d) for d in descriptions if d.has_choices}
 
 
 def make_schedule(config: TrainingConfig, settings: Settings, base: Base) -> Schedule:
@@ -74,7 +73,7 @@ def make_schedule(config: TrainingConfig, settings: Settings, base: Base) -> Sch
     )
     lengths = [np.array(prepared[task].split("train")["length"]) for task in config.tasks]
     rows = [len(task_lengths) for task_lengths in lengths]
-    shares = task_shares(rows, config.mixing, config.temperature)
+    shares = task_shares(rows, config.mixing, config.temperature, config.weights)
     steps = config.max_steps or steps_for(rows, config.epochs, config.batch_size)
     if steps * config.batch_size > MOST_ROWS:
         raise UserError(

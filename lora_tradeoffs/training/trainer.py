@@ -31,7 +31,14 @@ from lora_tradeoffs.checkpoints import (
 )
 from lora_tradeoffs.data.collator import IGNORED, CompletionCollator
 from lora_tradeoffs.files import read_json
-from lora_tradeoffs.scoring.log_likelihoods import completion_losses, label_predictions, mean_by_row
+from lora_tradeoffs.scoring.log_likelihoods import (
+    best_continuations,
+    completion_losses,
+    label_predictions,
+    log_likelihoods,
+    mean_by_row,
+)
+from lora_tradeoffs.scoring.rows import Item
 from lora_tradeoffs.shapes import NUMBER
 from training_configs import TrainingConfig
 
@@ -66,14 +73,14 @@ class CompletionLoss:
 class MultiTaskTrainer(Trainer):
     """A Trainer with CompletionLoss, and a validation per task in place of Trainer's.
 
-    `eval_dataset` maps each task to its validation rows, `label_ids` each classification task to
-    the tokens of its label words.
+    `eval_dataset` maps each task to its validation rows, `label_ids` each task with choices to
+    their tokens ([]: they are in the rows).
     """
 
     def __init__(
         self,
         config: TrainingConfig,
-        label_ids: dict[str, list[int]],
+        label_ids: dict[str, list[list[int]]],
         pad_token_id: int,
         **kwargs: Any,
     ) -> None:
@@ -129,10 +136,24 @@ class MultiTaskTrainer(Trainer):
             sums[2] += len(items)
             if task in self.label_ids:
                 first = torch.searchsorted(row, torch.arange(len(items), device=row.device))
-                predicted = label_predictions(logits[first], self.label_ids[task]).tolist()
+                predicted = self._predictions(items, logits[first], self.label_ids[task])
                 sums[1] += sum(p == r["label"] for p, r in zip(predicted, items))
         sums = self.accelerator.reduce(sums.to(self.args.device, self._sum_dtype()), "sum")
         return tuple(sums.tolist())
+
+    def _predictions(
+        self, items: list[dict[str, Any]], logits: torch.Tensor, choices: list[list[int]]
+    ) -> list[int]:
+        """The most likely choice of each item; `logits` are those of the token after its prompt."""
+        if choices and all(len(tokens) == 1 for tokens in choices):
+            return label_predictions(logits, [token for (token,) in choices]).tolist()
+        asked = [
+            Item(i["input_ids"][: i["prompt_length"]], i.get("choices") or choices) for i in items
+        ]
+        with self.accelerator.autocast():
+            return best_continuations(
+                log_likelihoods(self.accelerator.unwrap_model(self.model), asked)
+            )
 
     def _sum_dtype(self) -> torch.dtype:
         return torch.float32 if self.args.device.type == "mps" else torch.float64

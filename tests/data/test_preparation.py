@@ -16,7 +16,7 @@ import data_preprocessing
 from config import FAMILIES, TASKS, UserError
 from dataset_descriptions import DESCRIPTIONS, describe
 from lora_tradeoffs.data import preparation
-from lora_tradeoffs.data.encoding import bos_ids, encode, label_token_ids
+from lora_tradeoffs.data.encoding import bos_ids, choice_ids, encode
 from lora_tradeoffs.data.preparation import prepare
 from lora_tradeoffs.data.sources import read_folder, read_jsonl
 
@@ -48,8 +48,8 @@ def test_a_row_is_bos_once_prompt_completion_and_eos(any_tokenizer, task):
 
 @pytest.mark.parametrize("task", FAMILIES["similar"])
 def test_every_label_word_is_one_token_of_its_own(any_tokenizer, task):
-    ids = label_token_ids(any_tokenizer, describe(task))
-    assert len(set(ids)) == len(describe(task).label_words)
+    ids = choice_ids(any_tokenizer, describe(task))
+    assert len({token for (token,) in ids}) == len(describe(task).label_words)
 
 
 def test_prompt_and_completion_tokenise_apart_as_they_do_together(any_tokenizer):
@@ -365,13 +365,13 @@ def test_the_script_refuses_in_one_line(inside, tmp_path, smollm2):
     assert_one_line_error(run("--study", "../up"), "study is '../up'")
 
 
-def test_label_words_that_are_not_single_tokens_are_refused(tokenizer):
+def test_label_words_of_the_same_tokens_are_refused_and_longer_ones_are_not(tokenizer):
     changed = {**vars(describe("sst2")), "label_words": ("unanswerable", "positive")}
-    with pytest.raises(UserError, match="label words are not one distinct token"):
-        label_token_ids(tokenizer, type(describe("sst2"))(**changed))
+    first, second = choice_ids(tokenizer, type(describe("sst2"))(**changed))
+    assert len(first) > 1 == len(second)
     changed["label_words"] = ("positive", "positive")
-    with pytest.raises(UserError, match="label words are not one distinct token"):
-        label_token_ids(tokenizer, type(describe("sst2"))(**changed))
+    with pytest.raises(UserError, match="cannot tell the choices 'positive' and 'positive' apart"):
+        choice_ids(tokenizer, type(describe("sst2"))(**changed))
 
 
 def test_lengths_of_real_rows_leave_little_to_cut(real_data, tokenizer):

@@ -8,7 +8,7 @@ from support import settings_for
 from config import FAMILIES
 from dataset_descriptions import describe
 from lora_tradeoffs.data.collator import IGNORED, CompletionCollator
-from lora_tradeoffs.data.encoding import encode, label_token_ids, text_ids
+from lora_tradeoffs.data.encoding import choice_ids, encode, text_ids
 from lora_tradeoffs.data.sources import read_jsonl
 from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.scoring.log_likelihoods import (
@@ -186,7 +186,7 @@ def test_classification_is_the_argmax_that_training_sees(
     description = describe(task)
     rows = read_jsonl(Path(real_data) / task / "validation.jsonl", limit=count)
     encoded = [encode(tokenizer, description, row, 256) for row in rows]
-    ids = label_token_ids(tokenizer, description)
+    ids = [token for (token,) in choice_ids(tokenizer, description)]
     items = [Item(e["input_ids"][: e["prompt_length"]], [[i] for i in ids]) for e in encoded]
     scores = log_likelihoods(smollm2_model, items)
     ours = [max(range(len(ids)), key=lambda k: row[k].log_likelihood) for row in scores]
