@@ -10,16 +10,14 @@ import argparse
 import functools
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 
-# The tasks that are trained together. Own families join the built-in ones in a process that meets
-# them: dataset_descriptions.family_of.
+# Tasks that are trained together; families of one's own join (dataset_descriptions.family_of).
 FAMILIES = {
     "similar": ("sst2", "mnli", "qqp"),
     "dissimilar": ("squad_v2", "codexglue", "cnn_dailymail"),
@@ -259,14 +257,8 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
     model = str(look_up("model", "MODEL_NAME", preset.model))
     data = str(look_up("data", "DATA_SOURCE", preset.data))
     if sources["preset"] == "default":  # the demo's rows and steps are meant for its own model
-        for name, value, is_hub in (
-            (
-                "model",
-                model,
-                model != EMBEDDED_MODEL and not typed_path(model, sources["model"]).exists(),
-            ),
-            ("data", data, data == "hub"),
-        ):
+        is_other = model != EMBEDDED_MODEL and not typed_path(model, sources["model"]).exists()
+        for name, value, is_hub in (("model", model, is_other), ("data", data, data == "hub")):
             if is_hub:
                 raise UserError(
                     f"{name} is {value!r:.99} ({sources[name]}), and no preset is set: add --preset"
@@ -369,21 +361,3 @@ def _folder(value: object, variable: str) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError(f"{variable} is {str(value)!r}, which is a file; allowed: a folder")
     return path
-
-
-def _missing_package(kind: type, error: Any, traceback: Any) -> None:
-    """Python's excepthook, with one line for a package that is missing or too old."""
-    cause = error
-    while cause.__cause__ and not getattr(cause, "name", None):  # transformers' own has none
-        cause = cause.__cause__
-    package = (getattr(cause, "name", None) or "config").partition(".")[0]
-    is_ours = (ROOT / package).is_dir() or (ROOT / f"{package}.py").is_file()
-    is_command = ROOT in Path(sys.argv[0]).resolve().parents  # not a script of the user's own
-    if not isinstance(cause, ImportError) or is_ours or not is_command:
-        return sys.__excepthook__(kind, error, traceback)
-    reason = cause.msg if type(cause) is ImportError else f"the package {package} is missing"
-    print(f"error: {reason}; pip install -r requirements.txt", file=sys.stderr)
-    sys.exit(2)
-
-
-sys.excepthook = _missing_package

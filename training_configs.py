@@ -20,7 +20,7 @@ from config import (
     Settings,
     UserError,
 )
-from dataset_descriptions import describe, family_of, preset_family
+from dataset_descriptions import family_of, preset_family
 
 
 class Method(typing.NamedTuple):
@@ -188,20 +188,14 @@ class TrainingConfig:
                 yield f"{name} is {value!r}; allowed: {kind.__name__}"
 
     def _problems(self) -> typing.Iterator[str]:
-        for task in self.tasks:
-            describe(task)
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             yield f"tasks are {list(self.tasks)}; name at least one, each once"
         if not set(self.tasks) <= set(FAMILIES.get(self.family, ())):
-            yield (
-                f"tasks {', '.join(self.tasks)} are not all of the family {self.family!r}: "
-                + "; ".join(f"{family} has {', '.join(t)}" for family, t in FAMILIES.items())
-            )
+            of = "; ".join(f"{family} has {', '.join(t)}" for family, t in FAMILIES.items())
+            yield f"tasks {', '.join(self.tasks)} are not all of the family {self.family!r}: {of}"
         if self.mixing_weights and not self.weights:
-            yield (
-                f"mixing_weights is {self.mixing_weights!r:.200}; write a weight for each of"
-                f" the tasks: {','.join(f'{task}:1' for task in self.tasks)}"
-            )
+            form = ",".join(f"{task}:1" for task in self.tasks)
+            yield f"mixing_weights is {self.mixing_weights!r:.99}; weigh each task, as in {form}"
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 yield f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
@@ -233,13 +227,11 @@ class TrainingConfig:
     def weights(self) -> list[float]:
         """mixing_weights in the tasks' order; [] if it is empty or not of these tasks."""
         try:
-            pairs = [part.split(":") for part in self.mixing_weights.split(",")]
-            weights = {task.strip(): float(number) for task, number in pairs}
-        except ValueError:
+            named = dict(part.split(":") for part in self.mixing_weights.split(","))
+            weights = [float(named.pop(task)) for task in self.tasks]
+        except (ValueError, KeyError):
             return []
-        is_usable = set(weights) == set(self.tasks) and len(pairs) == len(weights)
-        in_range = all(0 < weight <= LARGEST_NUMBER for weight in weights.values())
-        return [weights[task] for task in self.tasks] if is_usable and in_range else []
+        return weights if not named and all(0 < w <= LARGEST_NUMBER for w in weights) else []
 
     @property
     def alpha(self) -> int:
@@ -276,8 +268,7 @@ class TrainingConfig:
             if f.metadata.get("identity") or f.metadata.get("operational"):
                 continue
             if value != getattr(defaults, f.name):
-                shares = "-".join(f"{weight:g}" for weight in self.weights)
-                parts.append(f"mix{shares}" if f.name == "mixing_weights" else _name_part(f, value))
+                parts.append(_name_part(f, value))
         return "_".join([*parts, f"seed{self.seed}"])
 
     def arm_name(self, defaults: TrainingConfig) -> str:
@@ -334,8 +325,7 @@ def default_config(
 ) -> TrainingConfig:
     """The default configuration of an arm under the settings' preset.
 
-    Its learning rate is that for `scaling`, which is not a default. `family` is the tasks' unless
-    they are a part of another.
+    Its learning rate is that for `scaling`. `family` is the tasks' unless they are part of another.
     """
     preset, family = settings.preset, family or family_of(tasks)
     kind = preset_family(FAMILIES.get(family, tasks))

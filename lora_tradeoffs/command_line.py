@@ -12,9 +12,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from config import LARGEST_NUMBER, LARGEST_SEED, UNUSABLE, UserError
+from config import LARGEST_NUMBER, LARGEST_SEED, ROOT, UNUSABLE, UserError
 
 # What to do about an error of the system, by its number.
 SYSTEM_ADVICE = {
@@ -174,3 +175,21 @@ def _discard_unwritable_output() -> None:
         except OSError:
             os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def _missing_package(kind: type, error: Any, traceback: Any) -> None:
+    """Python's excepthook, with one line for a package that is missing or too old."""
+    cause = error
+    while cause.__cause__ and not getattr(cause, "name", None):  # transformers' own has none
+        cause = cause.__cause__
+    package = (getattr(cause, "name", None) or "config").partition(".")[0]
+    is_ours = (ROOT / package).is_dir() or (ROOT / f"{package}.py").is_file()
+    is_command = ROOT in Path(sys.argv[0]).resolve().parents  # not a script of the user's own
+    if not isinstance(cause, ImportError) or is_ours or not is_command:
+        return sys.__excepthook__(kind, error, traceback)
+    reason = cause.msg if type(cause) is ImportError else f"the package {package} is missing"
+    print(f"error: {reason}; pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
+
+sys.excepthook = _missing_package

@@ -53,6 +53,20 @@ def studies(workspace):
             shutil.rmtree(study)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built_in_tasks():
+    """Tasks and families of one's own that a module's tests add are unknown to the next."""
+    import config
+    import dataset_descriptions as d
+
+    registries = d.DESCRIPTIONS, config.FAMILIES, d._broken
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, contents in zip(registries, before):
+        registry.clear()
+        registry.update(contents)
+
+
 @pytest.fixture(scope="session")
 def real_data():
     """The folder of real rows, from the variable REAL_DATA."""

@@ -12,7 +12,7 @@ from config import PRESETS, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = (
-    *("PRESET", "MODEL_NAME", "DATA_SOURCE", "STUDY_NAME", "DATA_DIR", "OUTPUT_DIR"),
+    *("PRESET", "MODEL_NAME", "DATA_SOURCE", "STUDY_NAME", "DATA_DIR", "TASKS_DIR", "OUTPUT_DIR"),
     *("HF_TOKEN", "HF_USERNAME", "EXAMPLES_PER_TASK", "EVAL_EXAMPLES_PER_TASK"),
 )
 

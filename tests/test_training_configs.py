@@ -127,7 +127,7 @@ def test_alpha_and_scale():
     [
         ({"rank": 0}, "LoRA rank is 0"),
         ({"tasks": ("sst2", "squad_v2")}, "not all of the family"),
-        ({"tasks": ("sst3",)}, "unknown task 'sst3'"),
+        ({"tasks": ("sst3",)}, "tasks sst3 are not all of the family"),
         ({"tasks": ()}, "name at least one"),
         ({"method": "qlora"}, "method is 'qlora'; allowed: lora, dora, pissa,"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; allowed: 1e-12 to 1,000,000,000,000"),

@@ -144,11 +144,9 @@ def _in_every_family(frame: DataFrame) -> DataFrame:
     if {*families} <= {*BUILT_IN_FAMILIES}:
         return frame
     of_task = {task: [f for f in families if task in FAMILIES[f]] for task in DESCRIPTIONS}
-    is_shared = ~is_trained(frame) & frame["task"].map(of_task).map(bool, na_action="ignore").eq(
-        True
-    )
-    shared = frame[is_shared]
-    copies = shared.assign(family=shared["task"].map(of_task)).explode("family")
+    known = [task for task, having in of_task.items() if having]
+    is_shared = ~is_trained(frame) & frame["task"].isin(known)
+    copies = frame[is_shared].assign(family=frame["task"].map(of_task)).explode("family")
     return pd.concat([frame[~is_shared], copies])
 
 
