@@ -14,6 +14,7 @@ from lora_tradeoffs.tables.frames import (
     scores,
     summarise,
     unfinished,
+    with_families,
 )
 
 if TYPE_CHECKING:
@@ -83,6 +84,6 @@ def _primary_scores(frame: DataFrame) -> DataFrame:
     """Primary metrics with the description's own prompt and no in-context examples, by task in the
     suite's order, with the labels of their axes."""
     rows = scores(frame)
-    rows = rows[(rows["shots"] == 0) & (rows["prompt"] == 0)]
+    rows = with_families(rows[(rows["shots"] == 0) & (rows["prompt"] == 0)])
     labels = rows["metric"].map(lambda metric: METRIC_LABELS.get(metric, metric))
     return in_order(rows.assign(label=labels), "task")

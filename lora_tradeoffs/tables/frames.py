@@ -136,8 +136,7 @@ def _joined(parts: list[DataFrame]) -> DataFrame:
 
 
 def _in_every_family(frame: DataFrame) -> DataFrame:
-    """The frame with the base's and baselines' rows of a task once for each family of the runs that
-    has the task, and not of another family."""
+    """The frame, base and baselines having a task in each family of the runs that has it."""
     import pandas as pd
 
     families = [f for f in FAMILIES if f in set(frame["family"][is_trained(frame)])]
@@ -230,6 +229,16 @@ def scores(frame: DataFrame) -> DataFrame:
     return frame[frame["metric"] == frame["task"].map(first)].dropna(subset=["value"])
 
 
+def with_families(rows: DataFrame) -> DataFrame:
+    """The rows, titled "family: task" where runs of several families that have a task are."""
+    is_own = [task in FAMILIES.get(f, ()) for f, task in zip(rows["family"], rows["task"])]
+    own = rows[is_own]
+    counts = own[is_trained(own)].groupby("task")["family"].nunique()
+    shared = own[own["task"].isin(counts.index[counts > 1])]
+    titles = shared["family"] + ": " + shared["task"]
+    return rows.assign(task=titles.reindex(rows.index).fillna(rows["task"]))
+
+
 def is_trained(frame: DataFrame) -> Any:
     """A mask: the rows of runs, not of the base or a baseline."""
     return ~frame["method"].isin(["base", "baseline"])
@@ -304,9 +313,10 @@ def score_table(frame: DataFrame) -> DataFrame:
 
     cells: dict[Any, dict[str, str]] = {}
     rows = last_checkpoints(scores(frame))
-    table = summarise(rows[rows["prompt"] == 0], by=("split",))
+    table = summarise(with_families(rows[rows["prompt"] == 0]), by=("split",))
     for row in table.sort_values("split").itertuples():  # test before validation
-        digits = 1 if metric_scale(DESCRIPTIONS[row.task].metrics[0]) == 100 else 3
+        task = row.task.rpartition(" ")[2]
+        digits = 1 if metric_scale(DESCRIPTIONS[task].metrics[0]) == 100 else 3
         text = f"{row.value:.{digits}f}"
         text += "" if math.isnan(row.stderr) else f" ± {row.stderr:.{digits}f}"
         text += f" ({row.seeds} seeds)" if row.seeds > 1 else ""
