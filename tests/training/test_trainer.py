@@ -116,7 +116,7 @@ def test_validation_equals_one_row_at_a_time(base, tmp_path):
     model = build_model(base, config, bf16=False, attention="sdpa").eval()
     trainer = MultiTaskTrainer(
         config,
-        {"sst2": ids},
+        {"sst2": [[i] for i in ids]},
         2,
         model=model,
         args=training_arguments(config, tmp_path, 1, False, "cpu", 1),
