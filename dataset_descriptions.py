@@ -272,10 +272,8 @@ def family_of(tasks: Iterable[str]) -> str:
         if set(tasks) <= set(FAMILIES[family]):
             return family
     named = {describe(task).own_family for task in tasks}
-    family = named.pop() if len(named) == 1 else None
-    if family is not None:
-        tasks = ordered(name for name, d in DESCRIPTIONS.items() if d.own_family == family)
-    family = family or "+".join(tasks)
+    family = (named.pop() if len(named) == 1 else None) or "+".join(tasks)
+    tasks = ordered(n for n, d in DESCRIPTIONS.items() if d.own_family == family) or tasks
     FAMILIES[family] = tasks
     return family
 
@@ -289,6 +287,9 @@ def named_family(text: str) -> str:
     if name in BUILT_IN_FAMILIES:
         return name
     tasks = ordered(name for name, d in DESCRIPTIONS.items() if d.own_family == text)
+    if not tasks and text not in DESCRIPTIONS and "+" not in text:
+        known = ", ".join(BUILT_IN_FAMILIES)
+        raise UserError(f"families: {text:.80} is none; families: {known}, or tasks as in a+b")
     tasks = tasks or ordered((members or name).split("+"))
     for task in tasks:
         describe(task)
@@ -331,10 +332,10 @@ def learn(definitions: Mapping[str, Any]) -> None:
 
 
 def example(description: DatasetDescription, settings: Settings) -> str:
-    """The first training row of a task of one's own as the model reads it. Raises UserError."""
+    """The first training row of a task of one's own as the model reads it."""
     path = description.row_file(settings.data_folder, "train")
     if path is None:
-        return f"example: python data_preprocessing.py {description.name} reads the Hub's rows"
+        return f"  example    python data_preprocessing.py {description.name} reads the Hub's rows"
     try:
         with path.open(encoding="utf-8") as file:
             row = json.loads(file.readline())

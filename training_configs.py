@@ -323,12 +323,10 @@ def default_config(
     scaling: str = "2r",
     family: str = "",
 ) -> TrainingConfig:
-    """The default configuration of an arm under the settings' preset.
-
-    Its learning rate is that for `scaling`. `family` is the tasks' unless they are part of another.
-    """
+    """The default configuration of an arm by the preset; the tasks may be part of a `family`."""
     preset, family = settings.preset, family or family_of(tasks)
     kind = preset_family(FAMILIES.get(family, tasks))
+    rate = default_learning_rate(method, hidden_size, preset.lora_rate_factor, rank, scaling)
     return TrainingConfig(
         model=settings.model,
         data=settings.data,
@@ -337,9 +335,7 @@ def default_config(
         method=method,
         rank=rank,
         seed=seed,
-        learning_rate=default_learning_rate(
-            method, hidden_size, preset.lora_rate_factor, rank, scaling
-        ),
+        learning_rate=rate,
         epochs=preset.epochs,
         batch_size=preset.batch_size[kind],
         micro_batch_size=preset.micro_batch_size[kind],
