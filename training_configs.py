@@ -225,13 +225,14 @@ class TrainingConfig:
 
     @property
     def weights(self) -> list[float]:
-        """mixing_weights in the tasks' order; [] if it is empty or not of these tasks."""
+        """mixing_weights in the order of the tasks; [] if it is empty, or not of the family."""
         try:
             named = dict(part.split(":") for part in self.mixing_weights.split(","))
-            weights = [float(named.pop(task)) for task in self.tasks]
+            weights = [float(named[task]) for task in self.tasks]
         except (ValueError, KeyError):
             return []
-        return weights if not named and all(0 < w <= LARGEST_NUMBER for w in weights) else []
+        is_known = {*named} <= {*FAMILIES.get(self.family, ())}
+        return weights if is_known and 0 < min(weights) <= max(weights) <= LARGEST_NUMBER else []
 
     @property
     def alpha(self) -> int:

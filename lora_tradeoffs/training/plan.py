@@ -112,10 +112,10 @@ def control_values(
     mixed = dataclasses.replace(default_config(settings, tasks, "full", 0, 0, 2048), **dense)
     if not mixed.max_steps and mixed.mixing == "proportional" and not mixed.weights:
         return {task: {} for task in tasks}
-    rows, own = expected_rows(mixed, settings), {"mixing_weights": ""} if mixed.weights else {}
+    rows = expected_rows(mixed, settings)
     shares = task_shares(rows, mixed.mixing, mixed.temperature, mixed.weights)
     steps = [max(1, round(expected_steps(mixed, settings) * share)) for share in shares]
-    return {task: {"max_steps": n, **own} for task, n in zip(tasks, steps, strict=True)}
+    return {task: {"max_steps": n} for task, n in zip(tasks, steps, strict=True)}
 
 
 def print_plan(
