@@ -3,6 +3,7 @@
     python retention_eval.py                                  # all runs of the study
     python retention_eval.py --tasks commonsense gsm8k boolq
     python retention_eval.py --checkpoints last --scale-update
+    python retention_eval.py --checkpoints last --shrink-intruders
 
 The base and every checkpoint are measured on benchmarks of lm-evaluation-harness, on the
 log-likelihood of held-out text, and on the distance of predictions and hidden states from the
@@ -22,7 +23,7 @@ from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.measuring.loop import add_analysis_arguments, options_from, run
 from lora_tradeoffs.measuring.subjects import find_subjects
 from lora_tradeoffs.retention.analysis import Retention
-from lora_tradeoffs.retention.units import SCALES, RetentionOptions
+from lora_tradeoffs.retention.units import FACTORS, SCALES, RetentionOptions
 
 DEFAULTS = RetentionOptions()
 
@@ -62,6 +63,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="also measure adaptation and retention of the last checkpoint with its update"
         f" multiplied by T (without T: {' '.join(f'{t:g}' for t in SCALES)})",
+    )
+    group.add_argument(
+        "--shrink-intruders",
+        nargs="*",
+        type=float,
+        metavar="L",
+        help="also measure adaptation and retention of the last checkpoint with the singular values"
+        " of its intruder dimensions multiplied by L, and as a control those of as many other"
+        f" directions (without L: {' '.join(f'{t:g}' for t in FACTORS)})",
     )
     return parser
 

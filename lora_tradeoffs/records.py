@@ -58,6 +58,11 @@ PRIMARY = ("acc_norm", "acc", "log_likelihood")
 # The tasks of records over several: all held-out text that a run was not trained on, the benchmarks
 # on which the base is above chance, and all benchmarks (MEAN, below).
 HELD_OUT, ABOVE_CHANCE = "text", "mean_above_chance"
+# Records of a checkpoint of which some singular directions were shrunk have columns of their own:
+# `shrunk` says which directions, `shrink` is the factor of their singular values.
+INTRUDERS, CONTROL, CHECKPOINT = "intruders", "control", "checkpoint"
+LEARNED = "adaptation"  # the task of a mean over the trained tasks, beside outcomes of forgetting
+AS_MEASURED = {"update_scale": 1.0, "shrunk": "", "shrink": 1.0}  # of the checkpoint as it is
 
 
 def primary(metrics: Iterable[str]) -> str:

@@ -105,6 +105,23 @@ def kept(run, task, metric, value, family="similar", half=0.02, **others):
     return own | {"update_scale": 1.0} | over | others
 
 
+def shrunk_study(effect, seeds=(42, 43, 44), directions=9):
+    """What is lost where intruders are shrunk: `effect` more than with the control, by task."""
+    kinds = ("intruders", "control"), ("intruders", "checkpoint"), ("control", "checkpoint")
+    pairs = dict(zip(kinds, (1, 2, 1)))
+    for i, seed in enumerate(seeds):
+        run = f"similar_lora_r8_seed{seed}"
+        for factor in (0.0, 0.5):
+            own = {"seed": seed, "shrink": factor}
+            about = own | {"shrunk": "intruders", "directions": directions}
+            yield kept(run, "intruders", "intruders", 3.0, **about)
+            for (kind, against), share in pairs.items():
+                for task, lost in effect.items():
+                    value = (1 - factor) * (share * lost + 1e-4 * i)
+                    about = own | {"shrunk": kind, "against": against, "half": 1e-3}
+                    yield kept(run, task, "shrink_effect", value, **about)
+
+
 def retention_study(
     seeds=(42,), grid=GRID, points=5, families=tuple(FAMILIES), scales=SCALES, half=0.02
 ):

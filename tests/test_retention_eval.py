@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import ROOT, assert_one_line_error, settings_for
 
+from lora_tradeoffs.checkpoints import write_manifest
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.retention.forgetting import derived_records
@@ -111,6 +112,73 @@ def test_scaled_updates_lie_between_base_and_checkpoint(folder):
     assert set(records.update_scale) == {0.5, 1.0, 1.5}
     pairs = records[records.metric == "matched_forgetting"]
     assert set(pairs.run) | set(pairs.other_run) == {RUN, FULL}
+
+
+@pytest.fixture(scope="module")
+def shrunk(folder, model):
+    """The study's last checkpoints in another one, LoRA's update large enough for intruders."""
+    other = settings_for(study="shrunk")
+    for run in (RUN, FULL):
+        shutil.copytree(settings_for(study=STUDY).runs_dir / run, other.runs_dir / run)
+    last = other.runs_dir / RUN / "checkpoint-6"
+    weights = load_file(last / "adapter_model.safetensors")
+    torch.manual_seed(0)
+    for name in weights:
+        weights[name] = torch.randn_like(weights[name]) / 8
+    save_file(weights, last / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_manifest(last, step=6)
+    argv = [*model[:2], "--study", "shrunk", *FEW, "--checkpoints", "last"]
+    assert main([*argv, "--shrink-intruders", "0", "1", "--scale-update", "0.5"]) == 0
+    return other.output_dir / "outputs" / "shrunk"
+
+
+def test_shrunk_intruders_are_counted_and_compared_with_control_and_checkpoint(shrunk):
+    records, results = records_in(shrunk), Results(shrunk)
+    changed = records[records.shrunk.notna()]
+    assert set(changed.shrunk) == {"intruders", "control"} and set(changed.shrink) == {0}
+    counts = changed[(changed.metric == "intruders") & (changed.run == RUN)].set_index("shrunk")
+    assert counts.directions.nunique() == 1 and counts.directions.iloc[0] > 0
+    assert counts.value["intruders"] < counts.directions.iloc[0] <= counts.value["control"]
+    effects = changed[(changed.metric == "shrink_effect") & (changed.run == RUN)]
+    keys = ["shrunk", "against", "task"]
+    assert not effects.duplicated(keys).any()
+    value = effects.set_index(keys).value
+
+    def log_likelihood(unit):
+        scores = results.items(unit)["log_likelihood"]
+        return scores.statistics[:, 0].sum() / scores.statistics[:, 1].sum()
+
+    texts = ("text_cnn_dailymail", "text_prose")
+    parts = {"checkpoint": "", "intruders": "-intruders0", "control": "-control0"}
+    kept = {
+        name: np.mean([log_likelihood(f"{RUN}-6{part}-{text}") for text in texts])
+        for name, part in parts.items()
+    }
+    for one, other in (("intruders", "control"), ("control", "checkpoint")):
+        assert value[one, other, "text"] == pytest.approx(kept[other] - kept[one])
+    assert {"mean", "text", "adaptation"} <= set(effects.task)
+    assert value["intruders", "checkpoint", "text"] != 0
+
+
+def test_a_checkpoint_without_intruders_keeps_its_scores(shrunk):
+    records = records_in(shrunk)
+    changed = records[(records.run == FULL) & records.shrunk.notna()]
+    assert set(changed[changed.metric == "intruders"].value) == {0}
+    assert set(changed[changed.metric == "shrink_effect"].value) == {0}
+    plain = records[(records.run == FULL) & records.shrunk.isna() & (records.update_scale == 1)]
+    columns = ["metric", "task", "value", "n"]
+    for kind in ("intruders", "control"):
+        scores = changed[(changed.shrunk == kind) & changed.metric.isin(["acc", "log_likelihood"])]
+        same = plain[plain.metric.isin(["acc", "log_likelihood"]) & plain.task.isin(scores.task)]
+        both = [part.sort_values(columns)[columns].to_numpy() for part in (scores, same)]
+        assert (both[0] == both[1]).all() and len(both[0])
+
+
+def test_shrunk_directions_enter_no_other_table_or_figure(shrunk):
+    from lora_tradeoffs.figures.study_records import StudyRecords
+
+    study = StudyRecords.load(settings_for(study="shrunk"))
+    assert "shrunk" not in study.retention or study.retention.shrunk.isna().all()
 
 
 def test_what_is_there_is_not_measured_again(folder, model, capsys):

@@ -35,6 +35,7 @@ from lora_tradeoffs.tables.scores import drift_table
 
 if TYPE_CHECKING:
     from lora_tradeoffs.drift.matrix import BaseSpectra, MatrixDrift
+    from lora_tradeoffs.drift.shrinking import Directions
     from lora_tradeoffs.models.adapters import Adapter, MergedAdapter
 
 TOP_K = (4, 8, 16, 32, 64, 128, 256)
@@ -135,6 +136,21 @@ class DriftAnalysis(Analysis):
             squares = self._squares(model, drifts, pool)
         self.methods.update(drift.method for drift in drifts.values())
         return CheckpointDrift(drifts, squares, model.is_low_rank)
+
+    def directions(self, checkpoint: Any) -> dict[str, Directions]:
+        """The intruders of every matrix that is measured, and their control, by its module's name.
+
+        Raises UserError as `measure` does.
+        """
+        from lora_tradeoffs.drift.shrinking import directions
+
+        def of_matrix(matrix: Matrix) -> Directions:
+            return directions(checkpoint, matrix, self.spectra)
+
+        with worker_threads(self.options.workers or default_workers()) as pool:
+            matrices = self._matrices(checkpoint)
+            by_matrix = _by_item(pool, of_matrix, matrices, lambda matrix: matrix.label)
+        return {matrix.name: of for matrix, of in by_matrix.items()}
 
     def _squares(
         self,

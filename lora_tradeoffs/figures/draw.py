@@ -28,6 +28,7 @@ FIGURES: dict[str, tuple[Callable[[StudyRecords], Any], ...]] = {
         retention.forgetting_by_rank,
         retention.learning_forgetting_plane,
         retention.matched_forgetting,
+        retention.shrunk_intruders,
         retention.cka_by_layer,
     ),
     "drift": (

@@ -6,8 +6,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_tradeoffs.figures import marks
-from lora_tradeoffs.figures.panels import Panels, dotted, figure_of, interval_notes, require
+from lora_tradeoffs.figures.panels import (
+    NothingToDraw,
+    Panels,
+    dotted,
+    figure_of,
+    interval_notes,
+    require,
+)
 from lora_tradeoffs.figures.style import GREY, METRIC_LABELS, style_of
+from lora_tradeoffs.records import CHECKPOINT, CONTROL, HELD_OUT, LEARNED, MEAN
 from lora_tradeoffs.tables.arms import BASE, Arm
 from lora_tradeoffs.tables.frames import in_order, is_trained, last_checkpoints, unfinished
 from lora_tradeoffs.tables.retention import (
@@ -20,6 +28,7 @@ from lora_tradeoffs.tables.retention import (
     plane_points,
     plane_table,
     retained,
+    shrink_effects,
 )
 
 if TYPE_CHECKING:
@@ -79,6 +88,32 @@ def matched_forgetting(study: StudyRecords, frame: DataFrame) -> Figure:
         " benchmarks, text: over held-out text."
     )
     return _by_rank(frame, rows, "difference in forgetting", about)
+
+
+@figure_of("retention")
+def shrunk_intruders(study: StudyRecords, frame: DataFrame) -> Figure:
+    """What is lost where singular values of intruder dimensions, or of a control, are shrunk."""
+    if study.shrunk is None:
+        raise NothingToDraw("no shrunk intruder dimensions (--shrink-intruders)")
+    rows = shrink_effects(study.shrunk, CONTROL, CHECKPOINT)
+    rows = rows[rows["task"].isin([LEARNED, MEAN, HELD_OUT])]
+    require(rows, "no last checkpoint has intruder dimensions")
+    is_difference = rows["against"] == CONTROL
+    column = (rows["shrunk"] + " shrunk").mask(is_difference, "intruders minus control")
+    rows = rows.assign(row=rows["family"] + ", " + rows["task"], column=column)
+    rows = rows.sort_values("column", key=lambda c: c.eq("intruders minus control"), kind="stable")
+    panels = Panels.grid(rows, "row", "column", size=(2.2, 1.8), share_y="row")
+    means = marks.curves(panels, "shrink", start=None, spread=0.02)
+    for ax in panels.axes.values():
+        ax.axhline(0.0, **marks.ZERO)
+    panels.label("factor of the singular values", lambda row: f"lost: {row}")
+    about = (
+        "Last checkpoint; factor 1 is the checkpoint. Above the dashed line: more is forgotten than"
+        " by the checkpoint (mean: over the benchmarks, text: held-out text, nats a token), or the"
+        " score on the trained tasks' validation rows (adaptation) is lower. The control shrinks as"
+        " many other directions of the nearest singular values."
+    )
+    return panels.finish(frame, [about, *interval_notes(means)])
 
 
 def _by_rank(

@@ -52,6 +52,7 @@ def _is_conflict_shown(record: Record) -> bool:
 
 # No figure or table shows the other records, which are most of all.
 SHOWN = {"drift": _is_drift_shown, "gradients": _is_conflict_shown}
+FRAMES = (*DOCUMENTS, "shrunk")
 
 
 @dataclass
@@ -66,6 +67,7 @@ class StudyRecords:
     retention: DataFrame | None = None
     drift: DataFrame | None = None
     gradients: DataFrame | None = None
+    shrunk: DataFrame | None = None  # of retention: of checkpoints with shrunk directions
     rates: Sequence[Mapping[str, Any]] = ()
     settings: Settings | None = None
     at_all_rates: dict[str, DataFrame | None] = field(default_factory=dict)
@@ -78,6 +80,11 @@ class StudyRecords:
             name: load_records(path, SHOWN.get(name)) if path.is_file() else None
             for name, path in paths.items()
         }
+        frames["shrunk"] = None
+        if (frame := frames["retention"]) is not None and "shrunk" in frame:
+            is_shrunk = frame["shrunk"].notna()
+            frames["shrunk"] = frame[is_shrunk]
+            frames["retention"] = frame[~is_shrunk].dropna(axis="columns", how="all")
         frames = {n: None if f is None or f.empty else f for n, f in frames.items()}
         rates = read_rates(settings.runs_dir)
         chosen = {n: None if f is None else at_chosen_rates(f, rates) for n, f in frames.items()}
@@ -86,7 +93,7 @@ class StudyRecords:
     @cached_property
     def shared_words(self) -> set[str]:
         """What the variants of all runs say ("steps40"): it sets no arms apart."""
-        frames = (getattr(self, name) for name in DOCUMENTS)
+        frames = (getattr(self, name) for name in FRAMES)
         return shared_words(frame for frame in frames if frame is not None)
 
     @cached_property
@@ -94,8 +101,8 @@ class StudyRecords:
         """The same, the arms without the fields that all runs share, which become a note."""
         if not self.shared_words:
             return self
-        frames = with_plain_arms(*(getattr(self, name) for name in DOCUMENTS))
-        return replace(self, **dict(zip(DOCUMENTS, frames)))
+        frames = with_plain_arms(*(getattr(self, name) for name in FRAMES))
+        return replace(self, **dict(zip(FRAMES, frames)))
 
     @cached_property
     def planned_arms(self) -> dict[str, set[Arm]]:

@@ -8,8 +8,9 @@ does not undo all that such an adapter changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from config import UserError
 from lora_tradeoffs.checkpoints import Checkpoint, check_whole
@@ -23,6 +24,9 @@ from lora_tradeoffs.models.base import (
 )
 from lora_tradeoffs.models.configs import is_low_rank, read_adapter_config, read_config
 from lora_tradeoffs.models.weights import EMBEDDING, HEAD, FullCheckpoint, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def checkpoint_models(
@@ -166,6 +170,34 @@ def scaled_updates(
             yield t, model
     finally:
         set_scale(1)
+
+
+@contextmanager
+def with_added(model: Any, changes: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[Any]:
+    """The model with L R^T added to the weights of modules, given as L and R by the module's name.
+
+    The product is applied to the modules' inputs in fp32 (in fp64 if the model is), so no weight is
+    copied, and afterwards the model is the same bit for bit.
+    """
+    import torch
+
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    base = getattr(model, "get_base_model", lambda: model)()
+
+    def adding(left: Tensor, right: Tensor) -> Callable[..., Tensor]:
+        left, right = (side.to(model.device, dtype) for side in (left, right))
+
+        def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+            with torch.autocast(output.device.type, enabled=False):
+                return output + (args[0].to(dtype) @ right @ left.T).to(output.dtype)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, change in changes.items():
+            handle = base.get_submodule(name).register_forward_hook(adding(*change))
+            stack.callback(handle.remove)
+        yield model
 
 
 def _adapter_scale(base: Base, checkpoint: Checkpoint, model: Any) -> Callable[[float], None]:

@@ -13,7 +13,7 @@ step of the correction finds with 80 % power. The demo has no findings.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from config import FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.figures.study_records import StudyRecords
-from lora_tradeoffs.records import HELD_OUT, MEAN
+from lora_tradeoffs.records import CONTROL, HELD_OUT, LEARNED, MEAN
 from lora_tradeoffs.report.arm_tests import (
     ALPHA,
     Outcome,
@@ -55,6 +55,7 @@ from lora_tradeoffs.report.wording import (
     MISSING,
     NOTE,
     RANK,
+    SHRUNK,
     TRANSFER,
     Finding,
     SentenceTemplates,
@@ -72,7 +73,7 @@ from lora_tradeoffs.statistics.seed_intervals import BOTH, SEEDS, compare_over_s
 from lora_tradeoffs.tables.arms import FULL, Arm
 from lora_tradeoffs.tables.learning_rates import searched_arm
 from lora_tradeoffs.tables.predictors import PREDICTORS
-from lora_tradeoffs.tables.retention import at_chance, matched, mean_forgetting
+from lora_tradeoffs.tables.retention import at_chance, matched, mean_forgetting, shrink_effects
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -103,6 +104,7 @@ def findings(study: StudyRecords) -> list[Finding]:
     else:
         results += _forgets(study.retention, study.retention_items, plan)
         results += _matched(study.retention, plan)
+        results += _shrunk(study.shrunk, study.retention)
     results += _rank(study, words)
     results += _transfer(study.transfer)
     if study.retention is not None:
@@ -173,19 +175,53 @@ def _matched(retention: DataFrame, plan: Plan) -> list[Finding]:
     if not groups:
         reason = f"fewer than {MIN_SEEDS} seeds of each arm with scaled updates"
         return [_missing(MATCHED, reason)]
+    where = {o: f"{FORGOTTEN[o].format(', '.join(names))} {EQUAL_SCORES}" for o in FORGOTTEN}
+    return _over_seeds(
+        MATCHED,
+        {key: by_arm[key] for key in groups},
+        lambda arm, outcome: SentenceTemplates.forgets(arm, where[outcome]),
+    )
+
+
+def _shrunk(shrunk: DataFrame | None, retention: DataFrame) -> list[Finding]:
+    """What is lost more by shrinking the intruders than by the control, at the least factor."""
+    if shrunk is None:
+        reason = "no intruders were shrunk (python retention_eval.py --shrink-intruders)"
+        return [_missing(SHRUNK, reason)]
+    rows = shrink_effects(shrunk, CONTROL)
+    if rows.empty:
+        return [_missing(SHRUNK, "no last checkpoint has intruder dimensions")]
+    factor, names = rows["shrink"].min(), ", ".join(at_chance(retention))
+    where = {outcome: text.format(names) for outcome, text in FORGOTTEN.items()} | {LEARNED: ""}
+    rows = rows[(rows["shrink"] == factor) & rows["task"].isin(where)]
+    by_arm = dict(iter(rows.groupby(["family", "arm", "task"])))
+    groups = {key: part for key, part in by_arm.items() if len(part) >= MIN_SEEDS}
+    if not groups:
+        reason = f"fewer than {MIN_SEEDS} seeds of each arm with intruders (the figure"
+        return [_missing(SHRUNK, f"{reason} shrunk_intruders shows each checkpoint)")]
+    return _over_seeds(
+        SHRUNK,
+        groups,
+        lambda arm, outcome: SentenceTemplates.shrinks(arm, factor, where[outcome]),
+    )
+
+
+def _over_seeds(
+    question: str,
+    groups: Mapping[tuple[str, Arm, str], DataFrame],
+    sentences: Callable[[Arm, str], SentenceTemplates],
+) -> list[Finding]:
+    """Tests over seeds of differences that are records already, by family, arm and outcome."""
     contrasts = []
-    for family, arm, outcome in groups:
-        differences = by_arm[family, arm, outcome]
+    for (family, arm, outcome), differences in groups.items():
         # each seed's error over items stands for what the seeds share of it: never too narrow
         variance = float((differences["stderr"] ** 2).fillna(0).mean())
         comparison = compare_over_seeds(
             differences["value"].to_numpy(), variance, 1 - ALPHA / len(groups)
         )
         result = Contrast(comparison, tuple(differences["seed"]), BOTH if variance else SEEDS)
-        where = f"{FORGOTTEN[outcome].format(', '.join(names))} {EQUAL_SCORES}"
-        sentences = SentenceTemplates.forgets(arm, where)
-        contrasts.append(TestedContrast(family, arm, outcome, result, sentences))
-    return corrected_findings(EXPLORATORY, MATCHED, contrasts)
+        contrasts.append(TestedContrast(family, arm, outcome, result, sentences(arm, outcome)))
+    return corrected_findings(EXPLORATORY, question, contrasts)
 
 
 def _rank(study: StudyRecords, words: set[str]) -> list[Finding]:

@@ -25,6 +25,7 @@ FORGOTTEN = {  # what each outcome of forgetting is over; {} stands for the benc
     ABOVE_CHANCE: "(mean over the benchmarks without {}, where the base is at chance)",
     HELD_OUT: "on held-out text (nats a token)",
 }
+SHRUNK = "Does shrinking intruder dimensions undo forgetting, and what does it cost?"
 EQUAL_SCORES = "where both score the same on validation"
 RANK = "Does the rank matter?"
 TRANSFER = "Do the tasks help or disturb each other?"
@@ -97,6 +98,23 @@ class SentenceTemplates(NamedTuple):
             f"{arm} forgets {{}} less than full fine-tuning {where}",
             f"{arm} and full fine-tuning are not distinguishable in what they forget {where}:"
             " difference {}",
+        )
+
+    @classmethod
+    def shrinks(cls, arm: str, factor: float, where: str = "") -> SentenceTemplates:
+        """Of forgetting `where`, or without it of the score on the trained tasks."""
+        what = f"{arm} with its intruder dimensions multiplied by {factor:g}"
+        than = "than with as many other directions"
+        if where:
+            higher, lower = (f"forgets {{}} {word} {than} {where}" for word in ("more", "less"))
+        else:
+            where = "on the trained tasks (validation)"
+            higher, lower = (f"scores {{}} {word} {than} {where}" for word in ("lower", "higher"))
+        return cls(
+            f"{what} {higher}",
+            f"{what} {lower}",
+            f"{what} and with as many other directions are not distinguishable {where}: {{}} more"
+            " is lost",
         )
 
     @classmethod

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from config import FAMILIES, MID_TRAINING_LIMIT, Settings, UserError
+from config import (
+    FAMILIES,
+    INTRUDER_EPSILON,
+    INTRUDER_K,
+    MID_TRAINING_LIMIT,
+    Settings,
+    UserError,
+)
 from dataset_descriptions import describe, ordered
 from lora_tradeoffs.adaptation.analysis import SAMPLES, Adaptation, AdaptationOptions
 from lora_tradeoffs.data.encoding import bos_ids
@@ -15,7 +23,7 @@ from lora_tradeoffs.files import json_digest, read_json
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.records import TEXT
+from lora_tradeoffs.records import INTRUDERS, TEXT
 from lora_tradeoffs.retention.forgetting import derived_records
 from lora_tradeoffs.retention.scores import (
     Record,
@@ -47,6 +55,9 @@ class Retention(Analysis):
         # of the base, by family or task, and by max_length
         self._passages: dict[Any, dict[str, list[Any]]] = {}
         self._references: dict[Any, Any] = {}
+        # of the checkpoint: directions to shrink, and what its variants share if it has none
+        self._shrunk: Any = None
+        self._unshrunk: dict[Any, Measurement] = {}
 
     # ------------------------------------------------------------------------------ units
 
@@ -54,43 +65,48 @@ class Retention(Analysis):
         """Every measurement that the options ask for, the base's first."""
         options, units = self.options, []
         tasks = self._expanded_tasks()
-        scaled = (
-            [s for s in subjects if _can_be_scaled(s)] if options.scale_update is not None else []
-        )
-        if options.scale_update is not None and len(subjects) > 1 and not scaled:
-            raise UserError(
-                "--scale-update needs the last checkpoint of a run of this suite, and none of the"
-                " chosen checkpoints is one"
-            )
+        last = [s for s in subjects if s.checkpoint is not None and s.is_last]
+        scaled = [s for s in last if s.family is not None]  # else it has no tasks to adapt to
+        for flag, which in (("scale_update", scaled), ("shrink_intruders", last)):
+            if getattr(options, flag) is not None and len(subjects) > 1 and not which:
+                raise UserError(
+                    f"--{flag.replace('_', '-')} needs the last checkpoint of a run, and none of"
+                    " the chosen checkpoints is one"
+                )
         for subject in subjects:
             limit = options.limit or (0 if subject.is_measured_in_full else MID_TRAINING_LIMIT)
             units += [RetentionUnit(subject, "benchmark", t, limit, n) for t, n in tasks.items()]
             units += [RetentionUnit(subject, "text", TEXT + source) for source in self.texts()]
             if subject.checkpoint is not None:
                 units.append(RetentionUnit(subject, "drift", "drift"))
-            if subject in scaled:
-                units += self._scaled_units(subject, {subject.family}, options.scales, tasks, limit)
-            elif subject.checkpoint is None:
-                units += self._scaled_units(subject, {s.family for s in scaled}, [], tasks, limit)
+            if options.scaled + options.shrunk:
+                if subject in last:
+                    variants = (options.scaled if subject in scaled else []) + options.shrunk
+                    units += self._variant_units(subject, {subject.family}, variants, tasks, limit)
+                elif subject.checkpoint is None:
+                    families = {s.family for s in scaled}
+                    units += self._variant_units(subject, families, [], tasks, limit)
         return units
 
-    def _scaled_units(
+    def _variant_units(
         self,
         subject: Subject,
         families: set,
-        scales: Sequence[float],
+        variants: Sequence[dict[str, Any]],
         tasks: dict[str, int],
         limit: int,
     ) -> Iterator[RetentionUnit]:
-        """Adaptation as it is and at every scale, benchmarks and held-out text at every scale."""
+        """Adaptation of the subject as it is, and all measurements of its variants."""
         trained = ordered(task for f in FAMILIES if f in families for task in FAMILIES[f])
         few = self.options.limit or MID_TRAINING_LIMIT
-        for t in (1.0, *scales):
-            yield from (RetentionUnit(subject, "adaptation", task, few, 0, t) for task in trained)
-        for t in scales:
+        for v in ({}, *variants):
+            yield from (RetentionUnit(subject, "adaptation", t, few, **v) for t in trained)
+        for v in variants:
             for task, shots in tasks.items():
-                yield RetentionUnit(subject, "benchmark", task, limit, shots, t)
-            yield from (RetentionUnit(subject, "text", TEXT + s, scale=t) for s in self.texts())
+                yield RetentionUnit(subject, "benchmark", task, limit, shots, **v)
+            yield from (RetentionUnit(subject, "text", TEXT + s, **v) for s in self.texts())
+            if "shrunk" in v:
+                yield RetentionUnit(subject, INTRUDERS, INTRUDERS, **v)
 
     def _expanded_tasks(self) -> dict[str, int]:
         """The options' tasks with their examples in the prompt, each of lm-eval's tags, or groups
@@ -145,6 +161,8 @@ class Retention(Analysis):
         if unit.kind == "adaptation":
             grouped = {"grouped": True} if describe(unit.task).item_groups else {}
             return request | self.adaptation.request(unit.as_task) | grouped
+        if unit.kind == INTRUDERS:
+            return {"k": INTRUDER_K, "eps": INTRUDER_EPSILON}
         passages = self.passages(unit.subject)
         read = [(name, [[*p.tokens], [*p.compared]]) for name, of in passages.items() for p in of]
         return request | {"passages": json_digest(read)}
@@ -167,10 +185,10 @@ class Retention(Analysis):
     # ------------------------------------------------------------------------ measurements
 
     def batch_tokens(self, unit: RetentionUnit) -> int:
-        """0 for drift: its minibatches are those in which the base was observed."""
+        """0 without batches, and for drift: its own are those in which the base was observed."""
         from lora_tradeoffs.retention.shared_prefix_lm import default_batch_tokens
 
-        if unit.kind == "drift":
+        if unit.kind in ("drift", INTRUDERS):
             return 0
         if unit.kind == "adaptation":
             return self.adaptation.batch_tokens(unit.as_task)
@@ -198,17 +216,40 @@ class Retention(Analysis):
     def variants(
         self, model: Any, checkpoint: Any, units: list[RetentionUnit]
     ) -> Iterator[tuple[RetentionUnit, Any]]:
-        """The units of the checkpoint as it is, then those of its scaled updates."""
+        """The units of the checkpoint as it is, then those of its variants."""
         from lora_tradeoffs.models.checkpoint_models import scaled_updates
+        from lora_tradeoffs.retention.shrunk import Shrunk
 
-        yield from ((unit, model) for unit in units if unit.scale == 1)
+        by_variant: dict[Any, list[RetentionUnit]] = {}
+        for unit in units:
+            by_variant.setdefault(unit.variant, []).append(unit)
+        self._shrunk = None
+        if any(unit.shrunk for unit in units):
+            self._shrunk, self._unshrunk = Shrunk(self.settings, self.base, checkpoint), {}
+        yield from ((unit, model) for unit in by_variant.get((1.0, "", 1.0), ()))
         scales = sorted({unit.scale for unit in units} - {1.0})
         if scales:
             for t, scaled in scaled_updates(self.base, checkpoint, model, scales):
-                yield from ((unit, scaled) for unit in units if unit.scale == t)
+                yield from ((unit, scaled) for unit in by_variant[t, "", 1.0])
+        for (_, shrunk, factor), own_units in by_variant.items():
+            if shrunk:
+                with self._shrunk.applied(model, shrunk, factor):
+                    yield from ((unit, model) for unit in own_units)
 
     def measure(self, model: Any, unit: RetentionUnit, batch_tokens: int) -> Measurement:
         """Raises UserError for a model that gives no finite numbers."""
+        if unit.kind == INTRUDERS:
+            return Measurement([self._shrunk.record(unit)])
+        is_changed = self._shrunk is None or self._shrunk.has_intruders or unit.scale != 1
+        if is_changed or unit.kind == "drift":
+            return self._measure(model, unit, batch_tokens)
+        key = unit.kind, unit.task, unit.limit, unit.shots
+        if key not in self._unshrunk:
+            self._unshrunk[key] = self._measure(model, unit, batch_tokens)
+        same = self._unshrunk[key]
+        return replace(same, records=[record | unit.fields for record in same.records])
+
+    def _measure(self, model: Any, unit: RetentionUnit, batch_tokens: int) -> Measurement:
         try:
             if unit.kind == "benchmark":
                 return self._measure_benchmark(model, unit, batch_tokens)
@@ -308,8 +349,3 @@ class Retention(Analysis):
                 " the same flags"
             )
         return messages
-
-
-def _can_be_scaled(subject: Subject) -> bool:
-    """Whether it is a last checkpoint, and its run has tasks on which its adaptation shows."""
-    return subject.checkpoint is not None and subject.is_last and subject.family is not None

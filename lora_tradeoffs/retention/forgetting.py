@@ -20,7 +20,12 @@ import numpy as np
 from config import FAMILIES
 from lora_tradeoffs.records import (
     ABOVE_CHANCE,
+    AS_MEASURED,
+    CHECKPOINT,
+    CONTROL,
     HELD_OUT,
+    INTRUDERS,
+    LEARNED,
     MEAN,
     TEXT,
     metric_scale,
@@ -45,8 +50,9 @@ if TYPE_CHECKING:
 
     from lora_tradeoffs.measuring.results import Results
 
-KEY = ["run", "step", "update_scale"]  # a model: a checkpoint with its update scaled
+KEY = ["run", "step", *AS_MEASURED]  # a model: a checkpoint, or a variant of it
 Z = 1.959964  # of a normal 95 % interval
+SHRINK_PAIRS = ((INTRUDERS, CONTROL), (INTRUDERS, CHECKPOINT), (CONTROL, CHECKPOINT))
 
 
 def derived_records(results: Results) -> tuple[list[Record], list[str]]:
@@ -72,7 +78,8 @@ def derived_records(results: Results) -> tuple[list[Record], list[str]]:
                     for outcome, tasks in _outcomes(base).items()
                 ]
         more, names = _forgetting(results, benchmarks)
-        records += more + _matched(results, pd.concat([benchmarks, others]))
+        every = pd.concat([benchmarks, others])
+        records += more + _matched(results, every) + _shrink_effects(results, every)
         uncompared += names
     return records, uncompared
 
@@ -95,7 +102,7 @@ def _primary_records(results: Results) -> DataFrame:
         request = {k: v for k, v in document["request"].items() if k != "weights"}
         # what cannot be guessed (text, perplexity tasks) has another scale: not in the mean
         is_benchmark = record.get("chance") is not None
-        rows.append([*map(record.get, fields), unit, record, request, is_benchmark])
+        rows.append([*map((AS_MEASURED | record).get, fields), unit, record, request, is_benchmark])
     columns = [*fields, "unit", "record", "request", "is_benchmark"]
     return pd.DataFrame(rows, columns=columns).astype({"is_benchmark": bool})
 
@@ -266,6 +273,30 @@ def _without_figures(record: Record) -> Record:
     return {name: v for name, v in record.items() if name not in dropped}
 
 
+def _shrink_effects(results: Results, units: DataFrame) -> list[Record]:
+    """What is lost by shrinking the intruders, against their control, and what by shrinking either,
+    against the checkpoint: what is forgotten more, and scores on the trained tasks (LEARNED)."""
+    records = []
+    base = units[_is_base(units)].drop_duplicates("task", keep="last")
+    for (run, step, _), at in units[units["shrunk"] != ""].groupby(["run", "step", "shrink"]):
+        own = units[(units["run"] == run) & (units["step"] == step) & (units["shrunk"] == "")]
+        models = dict(iter(at.groupby("shrunk"))) | {CHECKPOINT: own[own["update_scale"] == 1]}
+        about = at.iloc[0]["record"]
+        outcomes = _outcomes(base, about["tasks"]) | {LEARNED: FAMILIES.get(about["family"], ())}
+        for kind, other in SHRINK_PAIRS:
+            pairs = models.get(kind, at[:0]).merge(
+                models.get(other, at[:0]), on="task", suffixes=("", "_base")
+            )
+            pairs = [pair for pair in pairs.itertuples() if pair.request == pair.request_base]
+            compared = {pair.task: (pair.record, _compare(results, pair)[0]) for pair in pairs}
+            compared = {task: parts for task, parts in compared.items() if parts[1]}
+            for outcome, tasks in outcomes.items():
+                if tasks and compared.keys() >= set(tasks):
+                    lost = _mean_forgetting(outcome, [compared[task] for task in tasks])
+                    records.append(lost | {"metric": "shrink_effect", "against": other})
+    return records
+
+
 # ------------------------------------------------------------------------ matched forgetting
 
 
@@ -275,6 +306,7 @@ def _matched(results: Results, units: DataFrame) -> list[Record]:
     The interval is over items: it is about these runs.
     """
     records = []
+    units = units[units["shrunk"] == ""]
     base = units[_is_base(units)]
     scaled = units[(units["update_scale"] != 1) & units["family"].isin(FAMILIES)]
     for family, of_family in scaled.groupby("family"):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from config import BENCHMARK_GROUPS, CHOICE_BENCHMARKS, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.adaptation.analysis import TaskUnit
 from lora_tradeoffs.measuring.subjects import Subject
-from lora_tradeoffs.records import Record, unit_name
+from lora_tradeoffs.records import CONTROL, INTRUDERS, Record, unit_name
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # of --scale-update without values
+FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of --shrink-intruders without values
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class RetentionOptions:
     limit: int | None = None
     documents: int | None = None  # of each held-out text; None: the preset's
     scale_update: tuple[float, ...] | None = None  # (): SCALES
+    shrink_intruders: tuple[float, ...] | None = None  # (): FACTORS
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
@@ -34,30 +37,52 @@ class RetentionOptions:
             raise UserError("--num-fewshot must be 0 or more")
         tasks = (task for name in self.tasks for task in BENCHMARK_GROUPS.get(name, (name,)))
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(tasks)))
-        for t in self.scale_update or ():
-            if not math.isfinite(t) or not 0 <= t <= 10:
-                raise UserError(f"--scale-update {t:g}: write numbers from 0 to 10")
+        for flag in ("scale_update", "shrink_intruders"):
+            for t in getattr(self, flag) or ():
+                if not math.isfinite(t) or not 0 <= t <= 10:
+                    name = flag.replace("_", "-")
+                    raise UserError(f"--{name} {t:g}: write numbers from 0 to 10")
 
     @property
-    def scales(self) -> list[float]:
+    def scaled(self) -> list[dict[str, Any]]:
         """The scales that are measured: 0 is the base, 1 the checkpoint itself."""
-        return sorted({*(self.scale_update or SCALES)} - {0.0, 1.0})
+        if self.scale_update is None:
+            return []
+        return [{"scale": t} for t in sorted({*(self.scale_update or SCALES)} - {0.0, 1.0})]
+
+    @property
+    def shrunk(self) -> list[dict[str, Any]]:
+        """The factors that are measured, of the intruders and of the control; 1: the checkpoint."""
+        if self.shrink_intruders is None:
+            return []
+        factors = sorted({*(self.shrink_intruders or FACTORS)} - {1.0})
+        return [{"shrunk": s, "shrink": f} for f in factors for s in (INTRUDERS, CONTROL)]
 
 
 @dataclass(frozen=True)
 class RetentionUnit:
-    """One measurement: a subject, its update scaled, on a benchmark, a text, or for its drift."""
+    """One measurement: a subject, maybe changed, on a benchmark, a text, or for its drift.
+
+    `scale` multiplies its update; of directions that are `shrunk`, `shrink` is the factor.
+    """
 
     subject: Subject
-    kind: str  # benchmark | text | drift | adaptation
+    kind: str  # benchmark | text | drift | adaptation | intruders
     task: str
     limit: int = 0
     shots: int = 0
     scale: float = 1.0
+    shrunk: str = ""
+    shrink: float = 1.0
+
+    @property
+    def variant(self) -> tuple[float, str, float]:
+        return self.scale, self.shrunk, self.shrink
 
     @property
     def name(self) -> str:
         scale = f"x{self.scale:g}" if self.scale != 1 else ""
+        scale += f"{self.shrunk}{self.shrink:g}" if self.shrunk else ""
         shots = f"{self.shots}shot" if self.shots else ""
         return unit_name(self.subject.run, self.subject.step, scale, self.task, shots)
 
@@ -67,7 +92,8 @@ class RetentionUnit:
         s = self.subject
         family = s.family or (describe(self.task).family if self.kind == "adaptation" else "both")
         fields = {**s.fields, "run": s.run, "family": family, "step": s.step}
-        return {**fields, "shots": self.shots, "prompt": 0, "update_scale": self.scale}
+        fields |= {"shots": self.shots, "prompt": 0, "update_scale": self.scale}
+        return fields | ({"shrunk": self.shrunk, "shrink": self.shrink} if self.shrunk else {})
 
     @property
     def as_task(self) -> TaskUnit:

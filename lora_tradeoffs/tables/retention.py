@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from config import BENCHMARKS, FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.records import HELD_OUT as TEXT
-from lora_tradeoffs.records import MEAN, PRIMARY, metric_scale, primary
+from lora_tradeoffs.records import INTRUDERS, MEAN, PRIMARY, metric_scale, primary
 from lora_tradeoffs.tables.arms import FULL
 from lora_tradeoffs.tables.frames import (
     gaps,
@@ -201,6 +201,14 @@ def matched(frame: DataFrame) -> DataFrame:
     references = {f: FULL if FULL in arms else max(arms) for f, arms in others.items()}
     reference = rows["family"].map(references)
     return rows[(rows["other"] == reference) & (rows["arm"] != reference)]
+
+
+def shrink_effects(shrunk: DataFrame, *against: str) -> DataFrame:
+    """Rows of what was lost by shrinking directions, of runs that have intruders."""
+    counts = shrunk[shrunk["metric"] == INTRUDERS]
+    have_intruders = set(counts[counts["directions"] > 0]["run"])
+    rows = shrunk[(shrunk["metric"] == "shrink_effect") & shrunk["run"].isin(have_intruders)]
+    return rows[rows["against"].isin(against)].dropna(subset=["value"])
 
 
 def _both_ways(*names: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES, INTRUDER_EPSILON, INTRUDER_K
 from dataset_descriptions import describe, ordered
-from lora_tradeoffs.records import BOTH, MEAN, OVERALL, TEXT
+from lora_tradeoffs.records import BOTH, CONTROL, INTRUDERS, MEAN, OVERALL, TEXT
 from lora_tradeoffs.tables.retention import retained
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def retention_table(records: Iterable[dict[str, Any]]) -> str:
     """
     import pandas as pd
 
-    frame = pd.DataFrame(records)
+    records = list(records)
+    frame = pd.DataFrame(record for record in records if not record.get("shrunk"))
     shots = frame["shots"].map(lambda n: f" ({n:.0f} shots)" if n else "")
     frame["task"] += shots
     rows = _last_checkpoints(frame)
@@ -95,7 +96,28 @@ def retention_table(records: Iterable[dict[str, Any]]) -> str:
         " the paired test, uncorrected; text: nats per token"
     )
     table = _as_text(cells, frame["run"].unique(), tasks)
-    return "\n".join([table, *_retention_notes(frame, losses), note])
+    return "\n".join([table, *_retention_notes(frame, losses), note, *_shrink_notes(records)])
+
+
+def _shrink_notes(records: list[dict[str, Any]]) -> list[str]:
+    """A line for each checkpoint and factor: the intruders left, and what their shrinking cost."""
+    notes: dict[str, None] = {}
+    shrunk = [record for record in records if record.get("shrunk") == INTRUDERS]
+    for count in (record for record in shrunk if record["metric"] == INTRUDERS):
+        run, factor, directions = count["run"], count["shrink"], count["directions"]
+        if not directions:
+            notes[f"{run}: no intruder dimensions, so nothing was shrunk"] = None
+            continue
+        keys = {"run": run, "shrink": factor, "metric": "shrink_effect", "against": CONTROL}
+        effects = [record for record in shrunk if keys.items() <= record.items()]
+        lost = [
+            f"{r['task']} {r['value']:+.3f}"
+            + ("" if r["stderr"] is None else f" +- {r['stderr']:.3f}")
+            for r in effects
+        ]
+        note = f"{run}: {directions} intruders x {factor:g}, {count['value']} are left;"
+        notes[f"{note} lost more than with the control: {', '.join(lost) or 'unknown'}"] = None
+    return list(notes)
 
 
 def _retention_notes(frame: DataFrame, losses: DataFrame) -> list[str]:

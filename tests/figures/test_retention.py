@@ -16,7 +16,15 @@ from figure_checks import (
     panel,
     says_nothing,
 )
-from synthetic_records import GRID, kept, record, retention_study, study, write_study
+from synthetic_records import (
+    GRID,
+    kept,
+    record,
+    retention_study,
+    shrunk_study,
+    study,
+    write_study,
+)
 
 from lora_tradeoffs.figures.draw import FIGURES as ALL
 from lora_tradeoffs.figures.panels import DEMO_NOTE
@@ -26,6 +34,7 @@ from lora_tradeoffs.figures.retention import (
     learning_forgetting_plane,
     matched_forgetting,
     retention_curves,
+    shrunk_intruders,
 )
 from lora_tradeoffs.figures.style import save
 from lora_tradeoffs.tables.frames import load_records
@@ -392,7 +401,9 @@ def test_the_demo_says_that_it_is_one(draw, frame):
 def test_no_text_overlaps_another_or_leaves_the_figure(draw, families, frame):
     records = retention_study(seeds=(42, 43, 44), families=families)
     records = [r for r in records if "r16" not in r["run"] or r["run"].endswith("42")]
-    assert_texts_are_apart(drawn(draw, retention=frame(records, preset="demo")))
+    retention = frame(records, preset="demo")
+    shrunk = frame([*shrunk_study({"mean": -0.04, "text": 0.01, "adaptation": 0.02})])
+    assert_texts_are_apart(drawn(draw, retention=retention, shrunk=shrunk))
 
 
 def test_a_script_saves_them_all(frame, tmp_path):
@@ -428,3 +439,19 @@ def test_records_survive_json_without_the_optional_fields(tmp_path):
     for draw in FIGURES:
         figure = drawn(draw, retention=load_records(path))
         assert content(figure) == content(drawn(draw, retention=whole)) and "†" not in notes(figure)
+
+
+def test_shrunk_directions_are_shown_beside_their_control_and_their_difference(frame):
+    records = frame([*shrunk_study({"mean": -0.04, "text": 0.01, "adaptation": 0.02})])
+    figure = drawn(shrunk_intruders, retention=records, shrunk=records)
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles[:3] == ["intruders shrunk", "control shrunk", "intruders minus control"]
+    drawn_values = [lines(ax, "LoRA r=8")[0].get_ydata() for ax in figure.axes]
+    by_row = {ax.get_ylabel(): i for i, ax in enumerate(figure.axes) if ax.get_ylabel()}
+    first = by_row["lost: similar, mean"]
+    for values, lost in zip(drawn_values[first : first + 3], (-0.08, -0.04, -0.04)):
+        assert values.tolist() == pytest.approx([lost + 1e-4, (lost + 1e-4) / 2])
+    assert_texts_are_apart(figure)
+    without = frame([*shrunk_study({"mean": 0.0}, directions=0)])
+    assert says_nothing(drawn(shrunk_intruders, retention=without, shrunk=without))
+    assert says_nothing(drawn(shrunk_intruders, retention=without))

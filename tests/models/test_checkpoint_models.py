@@ -14,7 +14,7 @@ from support import ROOT, settings_for
 from config import UserError
 from lora_tradeoffs.checkpoints import Checkpoint, checkpoints_in, write_manifest
 from lora_tradeoffs.models.base import load_base, prepare_base
-from lora_tradeoffs.models.checkpoint_models import checkpoint_models, scaled_updates
+from lora_tradeoffs.models.checkpoint_models import checkpoint_models, scaled_updates, with_added
 
 PROMPT = torch.tensor([[5, 17, 400, 23]])
 
@@ -245,6 +245,25 @@ def test_a_scaled_update_that_is_left_early_is_whole_again(base, tmp_path):
             for _ in scaled_updates(base, checkpoint, model, [0, 0.5]):
                 raise KeyboardInterrupt
         assert torch.equal(logits_of(model), whole)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_what_is_added_to_weights_acts_as_dense_weights_and_leaves_no_trace(base, tmp_path, kind):
+    (make_adapter if kind == "adapter" else make_full)(base, tmp_path / kind, seed=1)
+    _, model = models_of(base, tmp_path / kind)
+    model, generator = model.double(), torch.Generator().manual_seed(0)
+    before, changes = logits_of(model), {}
+    for name, rows in (("model.layers.0.self_attn.q_proj", 32), ("model.layers.1.mlp.up_proj", 64)):
+        sides = [torch.randn(n, 3, generator=generator).double() / 9 for n in (rows, 32)]
+        changes[name] = tuple(sides)
+    with pytest.raises(KeyboardInterrupt), with_added(model, changes) as changed:
+        added = logits_of(changed)
+        raise KeyboardInterrupt
+    assert torch.equal(logits_of(model), before) and not torch.equal(added, before)
+    dense = model.merge_and_unload() if kind == "adapter" else model
+    for name, (left, right) in changes.items():
+        dense.get_submodule(name).weight.data += left @ right.T
+    assert torch.allclose(logits_of(dense), added, atol=1e-12)
 
 
 def test_updates_that_cannot_be_scaled_are_refused(base, tmp_path):

@@ -11,14 +11,22 @@ import pytest
 from scipy.stats import t, ttest_rel
 from support import settings_for
 from synthetic_effects import ARMS, Bench, arm_fields, write_scored
-from synthetic_records import kept, record, write_study
+from synthetic_records import kept, record, shrunk_study, write_study
 
 from config import FAMILIES
 from lora_tradeoffs.figures.study_records import StudyRecords
 from lora_tradeoffs.measuring.results import adaptation_items, retention_items
 from lora_tradeoffs.report import findings as report_findings
 from lora_tradeoffs.report.findings import as_markdown, as_table
-from lora_tradeoffs.report.wording import ADAPTS, FORGETS, GOES_WITH, MATCHED, RANK, TRANSFER
+from lora_tradeoffs.report.wording import (
+    ADAPTS,
+    FORGETS,
+    GOES_WITH,
+    MATCHED,
+    RANK,
+    SHRUNK,
+    TRANSFER,
+)
 from lora_tradeoffs.statistics.contrasts import WeightedScores, by_seed, contrast
 from lora_tradeoffs.tables.arms import FULL, Arm
 from lora_tradeoffs.tables.frames import load_records
@@ -343,6 +351,24 @@ def test_matched_forgetting_is_told_in_either_direction(kept_frame, sign, word):
     assert {f.over for f in found} == {"seeds and items"}
     without = asked(findings(None, kept_frame(lambda rank: 0.05), None, None, "study"), MATCHED)
     assert [f.kind for f in without] == ["missing"] and "--scale-update" in without[0].sentence
+
+
+@pytest.mark.parametrize("sign, words", [(1, ("more", "lower")), (-1, ("less", "higher"))])
+def test_shrunk_intruders_are_told_in_either_direction(kept_frame, tmp_path, sign, words):
+    records = list(shrunk_study(dict.fromkeys(("mean", "text", "adaptation"), sign * 0.05)))
+    study = StudyRecords(retention=kept_frame(lambda rank: 0.05))
+    study.shrunk, study.preset = load_records(write_study(tmp_path, records, "study")), "study"
+    study.adaptation_items = study.retention_items = None
+    found = {f.about: f for f in asked(report_findings.findings(study), SHRUNK)}
+    more, lower = words
+    start = "similar: LoRA r=8 with its intruder dimensions multiplied by 0"
+    assert f"{start} forgets 0.050 {more} than with as many other" in found["mean"].sentence
+    assert "on held-out text" in found["text"].sentence
+    assert f"{start} scores 0.050 {lower} than" in found["adaptation"].sentence
+    assert {f.over for f in found.values()} == {"seeds and items"}
+    study.shrunk = None
+    (without,) = asked(report_findings.findings(study), SHRUNK)
+    assert without.kind == "missing" and "--shrink-intruders" in without.sentence
 
 
 @pytest.mark.parametrize("sign, word", [(1, "rises"), (-1, "falls")])
