@@ -127,8 +127,9 @@ def shrunk(folder, model):
         weights[name] = torch.randn_like(weights[name]) / 8
     save_file(weights, last / "adapter_model.safetensors", metadata={"format": "pt"})
     write_manifest(last, step=6)
-    argv = [*model[:2], "--study", "shrunk", *FEW, "--checkpoints", "last"]
-    assert main([*argv, "--shrink-intruders", "0", "1", "--scale-update", "0.5"]) == 0
+    few = [*FEW, "--tasks", "hellaswag", "--documents", "4", "--checkpoints", "last"]
+    argv = [*model[:2], "--study", "shrunk", *few, "--scale-update", "0.5"]
+    assert main([*argv, "--shrink-intruders", "0", "1"]) == 0
     return other.output_dir / "outputs" / "shrunk"
 
 
@@ -413,6 +414,7 @@ def test_bad_input_is_one_line(folder, model, inside):
     assert_one_line_error(run("--limit", "0"), "--limit must be 1 or more")
     assert_one_line_error(run("--documents", "0"), "--documents must be 1 or more")
     assert_one_line_error(run("--scale-update", "nan"), "--scale-update")
+    assert_one_line_error(run("--shrink-intruders", "-1"), "--shrink-intruders -1: write numbers")
     assert_one_line_error(run("--runs", "none"), "no run 'none'")
     scaled = run("--runs", RUN, "--checkpoints", "3", "--scale-update")
     assert_one_line_error(scaled, "none of the chosen checkpoints is one")
