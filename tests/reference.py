@@ -78,6 +78,7 @@ MODEL_FIELDS = {
         **_WIDE,
         **_WINDOW,
         "query_pre_attn_scalar": 16,
+        "attention_bias": True,
         "layer_types": ["full_attention", "sliding_attention"],
     },
     "olmo2": {"attention_bias": True},
