@@ -30,7 +30,7 @@ from lora_tradeoffs.command_line import (
     seed_number,
 )
 from lora_tradeoffs.files import read_json, write_json
-from lora_tradeoffs.records import DOCUMENT, STUDY, run_fields
+from lora_tradeoffs.records import DOCUMENT, STUDY
 from lora_tradeoffs.study.plan import plan_runs, plan_steps
 from lora_tradeoffs.study.processes import StepRunner
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
@@ -43,7 +43,7 @@ from lora_tradeoffs.study.study_file import (
     read_study_file,
     write_study_file,
 )
-from lora_tradeoffs.tables.arms import Arm, arm_of
+from lora_tradeoffs.tables.arms import Arm, arm_of_config
 from lora_tradeoffs.training.arms import add_adapter_argument, settable_help
 from lora_tradeoffs.training.learning_rates import FACTORS
 from lora_tradeoffs.training.plan import check_arms
@@ -122,7 +122,10 @@ def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> No
     """
     mixes = [run for run in runs if run.config.tasks == FAMILIES[run.config.family]]
     families = dict.fromkeys((*BUILT_IN_FAMILIES, *(run.config.family for run in mixes)))
-    arms = {f: {planned_arm(run) for run in mixes if run.config.family == f} for f in families}
+    arms = {
+        f: {arm_of_config(r.name, r.config) for r in mixes if r.config.family == f}
+        for f in families
+    }
     request = {name: getattr(study, name) for name in FIXED}
     request["set"] = [f"{name}={value}" for name, value in study.set.items()]
     path = settings.output_dir / "outputs" / settings.study / "study.json"
@@ -157,12 +160,6 @@ def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> No
         write_json(path, request)
     if not plan_file.is_file() or plan_file.read_text(encoding="utf-8") != study.text():
         write_study_file(plan_file, study)
-
-
-def planned_arm(run: Run) -> Arm:
-    """The arm by which the report knows the run."""
-    record = run.config.record() | {"run": run.name, "task": ""}
-    return arm_of(record | run_fields(run.name, record))
 
 
 def _arm_fields(arm: Arm) -> dict[str, Any]:

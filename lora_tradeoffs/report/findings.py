@@ -2,12 +2,13 @@
 
     print(as_markdown(findings(StudyRecords.load(settings))))
 
-Confirmatory is one family of tests, fixed beforehand: LoRA at each rank of the study's plan against
-full fine-tuning, on each task's primary metric, last checkpoint, test; paired over at least three
-seeds, corrected by Holm over all of them, also those that could not be made. All else is
-exploratory, and corrected within its question. Tests of several arms share one error where their
-variances allow it. `detectable` is the difference that a test at the first, strictest
-step of the correction finds with 80 % power. The demo has no findings.
+Confirmatory is one family of tests, fixed beforehand: the primary hypotheses of the study's file
+(hypotheses.py); if it has none, LoRA at each rank of the study's plan against full fine-tuning, on
+each task's primary metric, last checkpoint, test; paired over at least three seeds, corrected by
+Holm over all of them, also those that could not be made. All else is exploratory, and corrected
+within its question. Tests of several arms share one error where their variances allow it.
+`detectable` is the difference that a test at the first, strictest step of the correction finds
+with 80 % power. The demo has no findings.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from lora_tradeoffs.report.compared_rows import (
     score_parts,
     slope_weights,
 )
+from lora_tradeoffs.report.hypotheses import PRIMARY, hypothesis_findings
 from lora_tradeoffs.report.wording import (
     ADAPTS,
     ALL_RUNS,
@@ -91,14 +93,18 @@ def findings(study: StudyRecords) -> list[Finding]:
     """
     if study.preset == "demo":
         return [Finding(MISSING, "", DEMO)]
-    results, words, plan = [], study.shared_words, study.planned_arms
+    asked, words, plan = hypothesis_findings(study), study.shared_words, study.planned_arms
+    results = list(asked)
     if words:
         results.append(Finding(NOTE, "", ALL_RUNS.format(" ".join(sorted(words)))))
         study = study.plain
     if study.adaptation is None:
         results.append(_missing(ADAPTS, "adaptation is not measured (python eval.py)"))
     else:
-        results += _adapts(study.adaptation, study.adaptation_items, plan)
+        # a study has one confirmatory family: its own hypotheses, if it has some
+        is_primary = any(finding.question == PRIMARY for finding in asked)
+        kind = EXPLORATORY if is_primary else CONFIRMATORY
+        results += _adapts(study.adaptation, study.adaptation_items, plan, kind)
     if study.retention is None:
         results.append(_missing(FORGETS, "retention is not measured (python retention_eval.py)"))
     else:
@@ -133,8 +139,10 @@ def as_markdown(results: Sequence[Finding]) -> str:
 # ----------------------------------------------------------------------------- the questions
 
 
-def _adapts(adaptation: DataFrame, items: Items | None, plan: Plan) -> list[Finding]:
-    """The confirmatory family: the plan's arms by the tasks of their family, tested or not."""
+def _adapts(
+    adaptation: DataFrame, items: Items | None, plan: Plan, kind: str = CONFIRMATORY
+) -> list[Finding]:
+    """The plan's arms by the tasks of their family, tested or not."""
     rows = last_test_scores(adaptation)
     outcomes = []
     for family, task in ((name, task) for name in plan for task in FAMILIES[name]):
@@ -142,7 +150,7 @@ def _adapts(adaptation: DataFrame, items: Items | None, plan: Plan) -> list[Find
         sentences = partial(SentenceTemplates.scores, task=task, metric=metric)
         parts = partial(score_parts, rows, family, [task])
         outcomes.append(Outcome(family, task, parts, sentences, items))
-    return against_full(CONFIRMATORY, ADAPTS, outcomes, plan, FULL_TESTED)
+    return against_full(kind, ADAPTS, outcomes, plan, FULL_TESTED)
 
 
 def _forgets(retention: DataFrame, items: Items | None, plan: Plan) -> list[Finding]:

@@ -94,6 +94,7 @@ def contrast(
     items: Items | None = None,
     level: float = LEVEL,
     error: PooledError | None = None,
+    shift: float = 0.0,
 ) -> Contrast:
     """The mean over tasks of each task's weighted sum, with the test that its seeds allow.
 
@@ -101,7 +102,8 @@ def contrast(
     items, about these runs alone. Two seeds, one without items, or scores of a task that are over
     different numbers of items: the value, and nan for all else. `level` is that of the test whose
     detectable difference is computed, `error` that of one run's `weighted_scores`. Several tasks
-    are averaged on a scale of 0 to 1, and have the same arms and weights.
+    are averaged on a scale of 0 to 1, and have the same arms and weights. Over seeds, the test is
+    that of the value minus `shift`.
     """
     seeds, differences = shared_seeds(tasks), weighted_scores(tasks).sum(axis=0)
     squares = sum(s.weight**2 for s in tasks[0])
@@ -117,7 +119,7 @@ def contrast(
         variance = _shared_variance(weights, columns) if paired else 0.0
         freedom = error.freedom if error else len(seeds) - 1
         pooled = (error.variance * squares / len(seeds), freedom) if error else None
-        comparison = compare_over_seeds(differences, variance, level, pooled)
+        comparison = compare_over_seeds(differences - shift, variance, level, pooled)
         return Contrast(comparison, seeds, BOTH if variance else SEEDS, freedom)
     if len(seeds) == 1 and paired:
         return Contrast(_over_items(weights, outcomes[0], differences[0], level), seeds, ITEMS)

@@ -25,7 +25,16 @@ from training_configs import CHOICES, parse_assignments
 
 # Also settings of every command: a flag beats the file, which beats the environment.
 SETTINGS = ("preset", "study", "model", "data", "examples_per_task", "eval_examples_per_task")
-HYPOTHESIS = {"contrast": [str], "outcome": str, "test": str, "family?": str, "margin?": NUMBER}
+HYPOTHESIS = {
+    **{"contrast": [str], "outcome": str, "test": str, "name?": str, "family?": str},
+    **{"margin?": NUMBER, "primary?": bool},
+}
+# Outcomes of a hypothesis beside a task's name: whether more of it is better.
+OUTCOMES = {
+    "score": True,
+    **dict.fromkeys(("forgetting", "text lost", "matched forgetting", "matched text lost"), False),
+    **dict.fromkeys(("size", "rho", "intruders", "rotation", "kl_tasks", "kl_text"), False),
+}
 TESTS = ("difference", "superiority", "non-inferiority", "equivalence")
 SHAPE = {
     **dict.fromkeys(("preset?", "study?", "model?", "data?", "dtype?"), str),
@@ -65,7 +74,7 @@ class StudyPlan:
     set: Mapping[str, Any] = field(default_factory=dict)
     measure: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     measure_then_delete: bool = False
-    hypotheses: tuple[Mapping[str, Any], ...] = ()  # kept with the study; nothing tests them yet
+    hypotheses: tuple[Mapping[str, Any], ...] = ()  # see report/hypotheses.py
 
     @classmethod
     def of(cls, given: Mapping[str, Any], settings: Settings) -> StudyPlan:
@@ -114,6 +123,12 @@ class StudyPlan:
         planned = {word for words in self.arms.values() for word in words}
         if len(words) != 2 or not {*words} <= planned:
             raise UserError(f"hypotheses: contrast {words} must be two of the study's arms")
+        outcomes = [*OUTCOMES, *(task for tasks in self.mixes for task in tasks)]
+        if hypothesis["outcome"] not in outcomes:
+            raise UserError(
+                f"hypotheses: outcome is {hypothesis['outcome']!r:.60}; allowed:"
+                f" {', '.join(outcomes)}"
+            )
         if test not in TESTS:
             raise UserError(f"hypotheses: test is {test!r}; allowed: {', '.join(TESTS)}")
         if test in TESTS[2:] and not hypothesis.get("margin", 0) > 0:

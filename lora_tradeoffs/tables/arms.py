@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from config import BUILT_IN_FAMILIES, FAMILIES, RANKS, TARGET_MODULES
 from dataset_descriptions import DESCRIPTIONS
+from lora_tradeoffs.records import run_fields
 from training_configs import METHODS as TRAINED
-from training_configs import Method, rate_name
+from training_configs import Method, TrainingConfig, rate_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -132,6 +133,12 @@ def arm_of(record: Mapping[str, Any]) -> Arm:
         shots=shots,
         prompt=prompt,
     )
+
+
+def arm_of_config(run: str, config: TrainingConfig) -> Arm:
+    """The arm of a run of this name and configuration."""
+    record = config.record() | {"run": run, "task": ""}
+    return arm_of(record | run_fields(run, record))
 
 
 def arms_of(frame: DataFrame) -> list[Arm]:

@@ -175,12 +175,23 @@ def pareto_front(gain: Sequence[float], forgetting: Sequence[float]) -> np.ndarr
 
 
 def matched(frame: DataFrame) -> DataFrame:
-    """Forgetting of every arm minus that of a family's reference where both score the same: over
-    the benchmarks (task MEAN, ABOVE_CHANCE) and over held-out text (task TEXT).
+    """The rows of `matched_pairs` in which the other arm is the family's reference: full
+    fine-tuning, else the last arm of the legend."""
+    rows = matched_pairs(frame)
+    if rows.empty:
+        return rows
+    others = rows.groupby("family")["other"].unique()
+    references = {f: FULL if FULL in arms else max(arms) for f, arms in others.items()}
+    reference = rows["family"].map(references)
+    return rows[(rows["other"] == reference) & (rows["arm"] != reference)]
 
-    The reference, `other`, is full fine-tuning, else the last arm of the legend. Runs of different
-    seeds are not compared (those of one seed saw the same batches), except for runs from
-    elsewhere. Of several scores at which two runs were compared, the highest counts.
+
+def matched_pairs(frame: DataFrame) -> DataFrame:
+    """Forgetting of every arm minus that of every `other` where both score the same: over the
+    benchmarks (task MEAN, ABOVE_CHANCE) and over held-out text (task TEXT).
+
+    Runs of different seeds are not compared (those of one seed saw the same batches), except for
+    runs from elsewhere. Of several scores at which two runs were compared, the highest counts.
     """
     import pandas as pd
 
@@ -196,11 +207,7 @@ def matched(frame: DataFrame) -> DataFrame:
     rows = pd.concat([rows, turned]).sort_values("score", kind="stable")
     rows = rows.drop_duplicates(["family", "task", "run", "other_run"], keep="last")
     is_foreign = (rows["tasks"] == "") | (rows["other_tasks"] == "")
-    rows = rows[(rows["seed"] == rows["other_seed"]) | is_foreign]
-    others = rows.groupby("family")["other"].unique()
-    references = {f: FULL if FULL in arms else max(arms) for f, arms in others.items()}
-    reference = rows["family"].map(references)
-    return rows[(rows["other"] == reference) & (rows["arm"] != reference)]
+    return rows[(rows["seed"] == rows["other_seed"]) | is_foreign]
 
 
 def shrink_effects(shrunk: DataFrame, *against: str) -> DataFrame:

@@ -1,0 +1,138 @@
+"""Hypotheses of a study's file: each test against SciPy's, and what is said where there is none."""
+
+import numpy as np
+import pytest
+import yaml
+from scipy.stats import ttest_rel
+from support import settings_for
+from synthetic_effects import ARMS
+from synthetic_records import kept, record, write_study
+
+from config import FAMILIES, UserError
+from lora_tradeoffs.figures.study_records import StudyRecords
+from lora_tradeoffs.report.findings import findings
+from lora_tradeoffs.report.hypotheses import OTHERS, PRIMARY, arm_of_word, hypothesis_findings
+from lora_tradeoffs.report.wording import ADAPTS
+from lora_tradeoffs.statistics.comparisons import holm
+from lora_tradeoffs.study.study_file import StudyPlan
+from lora_tradeoffs.tables.frames import load_records
+from lora_tradeoffs.training.arms import ArmSpec
+from lora_tradeoffs.training.plan import plan_runs
+
+SEEDS = range(42, 48)
+PAIR = {"contrast": ["lora:8", "full"], "family": "similar"}
+
+
+@pytest.fixture
+def made(tmp_path, workspace):
+    """A study of two arms and six seeds, its values by outcome and arm, and its file's writer."""
+    rng, scores, lost = np.random.default_rng(3), [], []
+    values = {name: {} for name in ("score", "text lost", "matched text lost")}
+    for arm, better in (("lora_r8", 0.01), ("full", 0.0)):
+        method, rank = ARMS[arm]
+        value = {t: 0.6 + better + rng.normal(0, 0.01, len(SEEDS)) for t in FAMILIES["similar"]}
+        values["score"][arm] = np.mean([*value.values()], axis=0)
+        values["text lost"][arm] = 0.2 - better + rng.normal(0, 0.01, len(SEEDS))
+        values["matched text lost"][arm] = 0.2 - better + rng.normal(0, 0.01, len(SEEDS))
+        for i, seed in enumerate(SEEDS):
+            run, own = f"similar_{arm}_seed{seed}", {"method": method, "rank": rank, "seed": seed}
+            scores += [record(run, t, v[i], split="test", **own) for t, v in value.items()]
+            at = values["text lost"][arm][i]
+            lost.append(kept(run, "text", "forgetting", at, over="text_prose", **own))
+            if rank:
+                other = {"other_run": f"similar_full_seed{seed}", "score": 0.6}
+                at = values["matched text lost"][arm][i]
+                lost.append(kept(run, "text", "matched_forgetting", at, half=0.0, **own, **other))
+    values["matched text lost"]["full"] = np.zeros(len(SEEDS))
+    settings = settings_for(preset="study", study="hypotheses")
+    study = StudyRecords(
+        load_records(write_study(tmp_path, scores, "study")),
+        load_records(write_study(tmp_path, lost, "study", script="retention")),
+        settings=settings,
+    )
+    study.adaptation_items = study.retention_items = None
+
+    def write(*hypotheses, **others):
+        path = study.folder("study") / "study.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fields = {"families": ["similar"], "arms": ["lora:8", "full"]} | others
+        path.write_text(yaml.safe_dump(fields | {"hypotheses": list(hypotheses)}))
+        return study
+
+    return write, {name: (of["lora_r8"], of["full"]) for name, of in values.items()}
+
+
+@pytest.mark.parametrize(
+    "outcome, sign", [("score", 1), ("text lost", -1), ("matched text lost", -1)]
+)
+@pytest.mark.parametrize("margin", [0.005, 0.03])
+def test_every_test_is_scipys_paired_t(made, outcome, sign, margin):
+    """`sign`: LoRA is better where the difference has it."""
+    write, values = made
+    first, second = values[outcome]
+    better = "greater" if sign > 0 else "less"
+    p = {
+        "difference": ttest_rel(first, second).pvalue,
+        "superiority": ttest_rel(first - sign * margin, second, alternative=better).pvalue,
+        "non-inferiority": ttest_rel(first + sign * margin, second, alternative=better).pvalue,
+        "equivalence": max(
+            ttest_rel(first + margin, second, alternative="greater").pvalue,
+            ttest_rel(first - margin, second, alternative="less").pvalue,
+        ),
+    }
+    asked = [PAIR | {"outcome": outcome, "test": test, "margin": margin} for test in p]
+    found = hypothesis_findings(write(*asked))
+    assert [f.p_value for f in found] == pytest.approx([*p.values()], rel=1e-6, abs=1e-12)
+    assert [f.corrected for f in found] == pytest.approx([*holm([*p.values()])], rel=1e-6)
+    assert [f.effect for f in found] == pytest.approx([np.mean(first - second)] * 4)
+    for finding in found:
+        assert finding.verdict == ("shown" if finding.corrected < 0.05 else "not shown")
+        assert finding.kind == "confirmatory" and finding.seeds == len(SEEDS)
+    # the other way round it is the same statement about the other arm
+    turned = PAIR | {"contrast": ["full", "lora:8"], "outcome": outcome, "test": "superiority"}
+    expected = ttest_rel(second, first, alternative=better).pvalue
+    if not outcome.startswith("matched"):
+        assert hypothesis_findings(write(turned))[0].p_value == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_cannot_be_tested_counts_in_the_correction_and_says_why(made):
+    write, _ = made
+    known = PAIR | {"outcome": "score", "test": "difference", "name": "Adaptation"}
+    alone = hypothesis_findings(write(known))[0]
+    others = [
+        PAIR | {"outcome": "forgetting", "test": "difference"},
+        PAIR | {"outcome": "intruders", "test": "difference"},
+        {"contrast": ["lora:4", "full"], "outcome": "score", "test": "difference"},
+        PAIR | {"outcome": "text lost", "test": "difference", "primary": False},
+    ]
+    found = hypothesis_findings(write(known, *others))
+    assert found[0].corrected == pytest.approx(min(1, 4 * alone.p_value))
+    assert [f.kind for f in found] == ["confirmatory", *["missing"] * 3, "exploratory"]
+    assert "Adaptation: " in found[0].sentence and "H2: " in found[1].sentence
+    assert "0 seeds" in found[3].sentence and "python svd_analysis.py" in found[2].sentence
+    assert found[4].corrected == found[4].p_value and found[4].question == OTHERS
+
+
+def test_hypotheses_take_the_place_of_the_confirmatory_family(made):
+    write, _ = made
+    study = write(PAIR | {"outcome": "score", "test": "difference"})
+    kinds = {f.question: f.kind for f in findings(study) if f.kind.endswith("ory")}
+    assert kinds[PRIMARY] == "confirmatory" and kinds[ADAPTS] == "exploratory"
+    study = write()
+    kinds = {f.question: f.kind for f in findings(study) if f.kind.endswith("ory")}
+    assert PRIMARY not in kinds and kinds[ADAPTS] == "confirmatory"
+
+
+@pytest.mark.parametrize("word", ["full_qv", "lora:8@all", "lora:8,scaling=constant", "dora:4"])
+def test_a_word_is_the_arm_of_the_runs_that_it_makes(word):
+    settings, tasks = settings_for(preset="demo"), FAMILIES["similar"]
+    runs = plan_runs(settings, 576, [tasks], [ArmSpec.parse(word)], [42], {})
+    from lora_tradeoffs.tables.arms import arm_of_config
+
+    assert arm_of_word(word, tasks, settings) == arm_of_config(runs[0].name, runs[0].config)
+
+
+def test_an_unknown_outcome_is_refused():
+    wrong = PAIR | {"outcome": "luck", "test": "difference"}
+    with pytest.raises(UserError, match="outcome is 'luck'; allowed: score, forgetting"):
+        StudyPlan.of({"hypotheses": [wrong]}, settings_for(preset="study"))
