@@ -44,7 +44,7 @@ from lora_tradeoffs.statistics.contrasts import (
 )
 from lora_tradeoffs.statistics.pooled_error import pooled_errors
 from lora_tradeoffs.statistics.seed_intervals import BOTH, SEEDS, compare_over_seeds
-from lora_tradeoffs.study.study_file import OUTCOMES, read_study_file
+from lora_tradeoffs.study.study_file import OUTCOMES, StudyPlan, read_study_file
 from lora_tradeoffs.tables.arms import Arm, arm_of_config
 from lora_tradeoffs.tables.predictors import PREDICTORS
 from lora_tradeoffs.tables.retention import matched_pairs
@@ -114,13 +114,12 @@ def hypotheses(study: StudyRecords) -> list[Hypothesis]:
     path = study.folder("study") / "study.yaml" if study.settings else None
     if path is None or not path.is_file():
         return []
-    fields, found = read_study_file(path), []
-    of_study = fields.get("families", [*FAMILIES])
-    of_study = ["+".join(fields["tasks"])] if "tasks" in fields else of_study
-    for number, entry in enumerate(fields.get("hypotheses", ()), 1):
-        families = [entry["family"]] if "family" in entry else of_study
+    plan, found = StudyPlan.of(read_study_file(path), study.settings), []
+    mixes = dict(zip(plan.arms, plan.mixes))
+    for number, entry in enumerate(plan.hypotheses, 1):
+        families = [entry["family"]] if "family" in entry else [*mixes]
         for family in families:
-            tasks = FAMILIES.get(family, tuple(family.split("+")))
+            tasks = mixes[family]
             arms = [arm_of_word(word, tasks, study.settings) for word in entry["contrast"]]
             arms = [arm.without(study.shared_words) for arm in arms]
             name = entry.get("name", f"H{number}") + f" ({family})" * (len(families) > 1)

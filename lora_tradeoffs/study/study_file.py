@@ -123,6 +123,8 @@ class StudyPlan:
         planned = {word for words in self.arms.values() for word in words}
         if len(words) != 2 or not {*words} <= planned:
             raise UserError(f"hypotheses: contrast {words} must be two of the study's arms")
+        if hypothesis.get("family", next(iter(self.arms))) not in self.arms:
+            raise UserError(f"hypotheses: family {hypothesis['family']!r:.60} is not trained")
         outcomes = [*OUTCOMES, *(task for tasks in self.mixes for task in tasks)]
         if hypothesis["outcome"] not in outcomes:
             raise UserError(

@@ -55,7 +55,7 @@ def made(tmp_path, workspace):
     def write(*hypotheses, **others):
         path = study.folder("study") / "study.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        fields = {"families": ["similar"], "arms": ["lora:8", "full"]} | others
+        fields = {"families": ["similar"], "arms": ["lora:4", "lora:8", "full"]} | others
         path.write_text(yaml.safe_dump(fields | {"hypotheses": list(hypotheses)}))
         return study
 

@@ -138,7 +138,7 @@ def test_a_grid_that_grows_is_one_file(tiny, tmp_path):
             ["hypotheses: contrast ['dora:4', 'pissa:4'] must be two of the study's arms"],
         ),
         (
-            {"hypotheses": [{"contrast": ["dora:4", "full"], "outcome": "a", "test": "t"}]},
+            {"hypotheses": [{"contrast": ["dora:4", "full"], "outcome": "score", "test": "t"}]},
             ["test is 't'; allowed: difference"],
         ),
         (
@@ -148,7 +148,7 @@ def test_a_grid_that_grows_is_one_file(tiny, tmp_path):
         (
             {
                 "hypotheses": [
-                    {"contrast": ["dora:4", "full"], "outcome": "a", "test": "equivalence"}
+                    {"contrast": ["dora:4", "full"], "outcome": "score", "test": "equivalence"}
                 ]
             },
             ["equivalence needs a margin above 0"],
