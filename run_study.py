@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     ranks, factors = (" ".join(f"{n:g}" for n in numbers) for numbers in (RANKS, FACTORS))
     group = parser.add_argument_group("the grid of runs (default: the preset's)")
     add = group.add_argument
-    text = "families of tasks to train on (default: both), also your task files', or sst2+my_task"
+    text = "families to train on (default: both), also those of your task files, or tasks as in a+b"
     add("--families", nargs="+", metavar="FAMILY", help=text)
     text = "a family of these tasks, built-in or of your own (docs/tasks.md)"
     add("--tasks", nargs="+", metavar="TASK", help=text)

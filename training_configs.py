@@ -150,7 +150,7 @@ class TrainingConfig:
     max_length: int = _field(1024, "tokens of prompt and completion; longer passages are cut")
     mixing: str = _field("proportional", "proportional | equal | temperature")
     temperature: float = _field(2.0, "task share ~ rows^(1/temperature), for mixing=temperature")
-    mixing_weights: str = _field("", "the tasks' shares, e.g. sst2:2,my_task:1; empty: by mixing")
+    mixing_weights: str = _field("", "the tasks' shares, as in task:2,other:1; empty: by mixing")
     loss_weighting: str = _field("example", "example | token: what weighs the same")
     lora_dropout: float = _field(0.0, "dropout of LoRA's input", short="dropout")
     loraplus_ratio: float = _field(16.0, "LoRA+: rate of B over rate of A", short="ratio")

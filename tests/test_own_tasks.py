@@ -397,3 +397,44 @@ def test_weights_of_other_tasks_are_refused(rows, inside):
     for weights in ("sst2:2", "sst2:2,sky:0", "sst2:2,sky", "sst2:1,sky:1,mnli:1"):
         process = inside(train, *flags, "--dry-run", "--set", f"mixing_weights={weights}")
         assert_one_line_error(process, f"mixing_weights is '{weights}'", "sst2:1,sky:1")
+
+
+@pytest.mark.slow
+def test_a_family_of_ones_own_is_a_study_like_the_built_in_ones(rows, tiny):
+    """Forgetting, drift, gradients, figures and findings, read from the documents alone."""
+    import gradient_conflict
+    import retention_eval
+    import svd_analysis
+    from lora_tradeoffs.figures.draw import FIGURES
+    from lora_tradeoffs.figures.study_records import StudyRecords
+    from lora_tradeoffs.report.findings import findings
+
+    sample = Path(__file__).parent.parent / "data" / "sample"
+    for name in ("hellaswag", "arc_challenge", "winogrande"):
+        shutil.copytree(sample / name, rows / name, dirs_exist_ok=True)
+    own = ["--model", str(tiny), "--data", str(rows), "--study", "family", "--preset", "study"]
+    arms = ["--lora", "4", "--full-finetune", "--seed", "42", "43", "44", "--max-steps", "2"]
+    short = ["--dtype", "fp32", "--set", "checkpoints=1", "batch_size=4", "micro_batch_size=4"]
+    assert train(["--tasks", "sst2", "sky", *arms, *short, *own]) == 0
+    measured = [*own, "--no-figures"]
+    assert evaluation.main([*measured, "--shots", "0", "--limit", "40", "--dtype", "fp32"]) == 0
+    few = ["--limit", "8", "--documents", "2", "--dtype", "fp32"]
+    assert retention_eval.main([*measured, *few, "--scale-update", "0.5"]) == 0
+    assert svd_analysis.main([*measured, "--top-k", "4"]) == 0
+    batches = ["--batches", "2", "--batch-size", "2", "--dtype", "fp32"]
+    assert gradient_conflict.main([*measured, *batches]) == 0
+
+    dataset_descriptions.DESCRIPTIONS.pop("sky")
+    FAMILIES.pop("sst2+sky")
+    records = StudyRecords.load(settings_for(study="family", preset="study", data="sample"))
+    for name in ("adaptation", "retention", "drift", "gradients"):
+        frame = getattr(records, name)
+        assert "sst2+sky" in set(frame["family"]), name
+    confirmed = [f for f in findings(records) if f.family == "sst2+sky"]
+    assert {"sst2", "sky"} <= {f.about for f in confirmed if f.kind == "confirmatory"}
+    points = records.checkpoints
+    assert set(points["family"]) == {"sst2+sky"} and points["gain"].notna().all()
+    for group, figures in FIGURES.items():
+        if group not in ("learning rates", "transfer"):
+            for figure in figures:
+                figure(records.plain)

@@ -145,8 +145,9 @@ def _in_every_family(frame: DataFrame) -> DataFrame:
     of_task = {task: [f for f in families if task in FAMILIES[f]] for task in DESCRIPTIONS}
     known = [task for task, having in of_task.items() if having]
     is_shared = ~is_trained(frame) & frame["task"].isin(known)
-    copies = frame[is_shared].assign(family=frame["task"].map(of_task)).explode("family")
-    return pd.concat([frame[~is_shared], copies])
+    shared = frame[is_shared]
+    copies = shared.assign(family=shared["task"].map(of_task)).explode("family")
+    return pd.concat([frame[~is_shared], copies]).astype({"family": frame["family"].dtype})
 
 
 def _meta_problem(meta: dict[str, Any]) -> str:
