@@ -52,18 +52,25 @@ def timed(function: Callable, *arguments: Any) -> tuple[float, Any]:
 
 
 def evaluate_with_lm_eval(
-    task: Any, tokenizer: Any, model: Any, batch_size: int, bf16: bool = False, **options: Any
+    task: Any,
+    tokenizer: Any,
+    model: Any,
+    batch_size: int,
+    num_fewshot: int = 0,
+    bf16: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """lm-eval's results for a loaded task by its own model class, without examples in the prompt.
+    """lm-eval's results for a loaded task by its own model class.
 
     `simple_evaluate` would also read the definitions of all tasks and describe the machine.
     """
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from lora_tradeoffs.retention.benchmarks import quiet_lm_eval
+    from lora_tradeoffs.retention.benchmarks import SHOT_SEED, quiet_lm_eval
 
-    task.set_config("num_fewshot", 0)
+    task.set_config("num_fewshot", num_fewshot)
+    task.set_fewshot_seed(SHOT_SEED)
     loaded = {"tasks": {task.task_name: task}, "groups": {}, "group_map": {}}
     with quiet_lm_eval():
         peer = HFLM(

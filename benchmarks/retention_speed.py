@@ -3,9 +3,10 @@
     python -m benchmarks.retention_speed --data FOLDER --json FILE
 
 SmolLM2-135M, fp32 (or --dtype bf16: autocast), one process, in turn (ours, lm-eval's, ours ...),
-each from the task's name to its scores; acc, acc_norm and standard errors must be equal in fp32.
+each from the task's name to its scores; in fp32 scores, standard errors and texts must be equal.
 
-    ours     requests with a common prefix share a row, longest first, logits where they are scored
+    ours     requests with a common prefix share a row, longest first, logits where they are scored;
+             a generated answer ends at its own stop string, and the next prompt takes its place
     lm-eval  its evaluate with HFLM, at its best batch size of 8, 16 and 32, found beforehand on the
              same items; its index of all tasks, which takes seconds to read, is not read
 """
@@ -30,29 +31,36 @@ from config import UserError
 from lora_tradeoffs.command_line import guarded, positive_int
 
 BATCH_SIZES = (8, 16, 32)
-# Items of each benchmark; --quick takes an eighth.
-ITEMS = {"hellaswag": 96, "arc_challenge": 192, "winogrande": 384}
+# Items of each benchmark, and examples in its prompt; --quick takes an eighth of the items.
+ITEMS = {
+    "hellaswag": (96, 0),
+    "arc_challenge": (192, 0),
+    "winogrande": (384, 0),
+    "gsm8k": (100, 4),
+}
 
 
 def our_scores(settings: Any, tokenizer: Any, model: Any, name: str, limit: int, bf16: bool) -> Any:
     from lora_tradeoffs.retention.benchmarks import Benchmarks
 
-    (result,) = Benchmarks(settings, tokenizer, [name], 0, limit).measure(model, bf16=bf16)
-    return result.metrics | {f"{m}_stderr": value for m, value in result.stderrs.items()}
+    benchmarks = Benchmarks(settings, tokenizer, [name], ITEMS[name][1], limit)
+    (result,) = benchmarks.measure(model, bf16=bf16)
+    return result.metrics, result.stderrs, [answer["output"] for answer in result.answers]
 
 
 def lm_eval_scores(
     settings: Any, tokenizer: Any, model: Any, name: str, limit: int, bf16: bool, batch_size: int
-) -> dict[str, float]:
+) -> Any:
     """The same by lm-eval's own model class; the task is loaded over the same rows."""
     from lora_tradeoffs.retention.benchmark_tasks import TaskLoader
-    from lora_tradeoffs.retention.benchmarks import quiet_lm_eval
+    from lora_tradeoffs.retention.benchmarks import figures_by_metric, quiet_lm_eval, texts_of
 
     with quiet_lm_eval():
-        task = TaskLoader(settings, [name], 0).load()["tasks"][name]
-    results = evaluate_with_lm_eval(task, tokenizer, model, batch_size, limit=limit, bf16=bf16)
-    scores = results["results"][name]
-    return {key.removesuffix(",none"): v for key, v in scores.items() if key.endswith(",none")}
+        task = TaskLoader(settings, [name], ITEMS[name][1]).load()["tasks"][name]
+    sides = (task, tokenizer, model, batch_size, ITEMS[name][1])
+    results = evaluate_with_lm_eval(*sides, bf16=bf16, limit=limit)
+    texts = [answer["output"] for answer in texts_of(results["samples"][name])]
+    return *figures_by_metric(results["results"][name]), texts
 
 
 def measure(
@@ -71,13 +79,13 @@ def measure(
     for number in tqdm(range(args.pairs), desc=name):
         our_seconds, scores = timed(our_scores, *shared, limit, bf16)
         peer_seconds, peer_scores = timed(lm_eval_scores, *shared, limit, bf16, best)
-        is_equal = all(scores[key] == peer_scores[key] for key in scores)
+        is_equal = scores == peer_scores
         if not is_equal and not bf16:
-            raise UserError(f"{name}: the scores differ, {scores} and {peer_scores}")
+            raise UserError(f"{name}: scores or texts differ, {scores[:2]} and {peer_scores[:2]}")
         rows.append(
             {"benchmark": name, "pair": number, "items": limit, "dtype": args.dtype}
             | {"ours_seconds": our_seconds, "lm_eval_seconds": peer_seconds}
-            | {"lm_eval_batch_size": best, "equal": is_equal, "figures": scores}
+            | {"lm_eval_batch_size": best, "equal": is_equal, "figures": scores[0]}
         )
     return rows
 
@@ -91,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--items", type=positive_int, metavar="N", help="at most N items of each benchmark"
     )
+    parser.add_argument(
+        "--benchmarks", nargs="+", choices=ITEMS, default=list(ITEMS), help="which (default: all)"
+    )
     args = parser.parse_args(argv)
     settings = benchmark_settings(args)
     from importlib.metadata import version
@@ -101,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     base = prepare_base(settings)
     tokenizer, model = load_tokenizer(base), load_base(base).eval()
     rows = []
-    for name, count in ITEMS.items():
+    for name in args.benchmarks:
+        count = ITEMS[name][0]
         limit = min(count // 8 if args.quick else count, args.items or count)
         rows += measure(settings, tokenizer, model, name, limit, args)
     ratios = ratios_of(rows, "benchmark", "lm_eval_seconds")

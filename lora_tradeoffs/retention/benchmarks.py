@@ -215,7 +215,7 @@ class Benchmarks:
         return [self._result(lm, report, name, tasks) for name, tasks in wanted]
 
     def _result(self, lm: Any, report: Any, name: str, tasks: list[str]) -> BenchmarkResult:
-        metrics, stderrs = _figures(report["results"][name])
+        metrics, stderrs = figures_by_metric(report["results"][name])
         samples = [_by_filter(report["samples"][task]) for task in tasks]
         parts = [self._items(task, own) for task, own in zip(tasks, samples, strict=True)]
         shared = set.intersection(*(set(items) for items, _, _ in parts))
@@ -237,7 +237,7 @@ class Benchmarks:
             stderrs=stderrs,
             items=items,
             log_likelihoods=[row for _, rows, _ in parts for row in rows],
-            answers=[answer for own in samples for answer in _answers(own)],
+            answers=[answer for task in tasks for answer in texts_of(report["samples"][task])],
             n=len(guesses),
             chance=float(guesses.mean()),
             truncated=len(cut),
@@ -288,12 +288,11 @@ def _by_filter(samples: list[dict]) -> dict[str, list[dict]]:
     return by_filter
 
 
-def _answers(samples: dict[str, list[dict]]) -> list[dict[str, str]]:
+def texts_of(samples: list[dict]) -> list[dict[str, str]]:
     """What was asked, answered and expected, of documents that were answered in text."""
-    rows = next(iter(samples.values()))
     return [
         {"prompt": s["arguments"][0][0], "output": s["resps"][0][0], "target": str(s["target"])}
-        for s in rows
+        for s in next(iter(_by_filter(samples).values()))
         if isinstance(s["resps"][0][0], str)
     ]
 
@@ -309,7 +308,7 @@ def _forget_responses(task: Any, **_: Any) -> None:
         instance.resps, instance.filtered_resps = [], {}
 
 
-def _figures(results: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+def figures_by_metric(results: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """lm-eval's figures and standard errors by `_label`."""
     keys = [key for key in results if "," in key]
     filters = {key.partition(",")[2] for key in keys}
