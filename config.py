@@ -172,6 +172,9 @@ class Settings:
     data_dir: Path
     tasks_dir: Path  # task files of the user's own, <task>.yaml
     output_dir: Path
+    # Prompts are plain text, or turns of the tokenizer's chat template after a system message.
+    apply_chat_template: bool = False
+    system_instruction: str = ""
     sources: dict[str, str] = field(compare=False, default_factory=dict)
 
     @property
@@ -214,7 +217,7 @@ class Settings:
             for name in ("model", "data", "study")
         ]
         line = f"preset {self.preset.name} ({self.sources['preset']}) | {' | '.join(parts)}"
-        line += f" | device {device}"
+        line += " | chat template" * self.apply_chat_template + f" | device {device}"
         if self.preset.name == "demo":
             line += (
                 "\nThis is the demo: a small instruct model trained for a few steps, not evidence."
@@ -251,6 +254,11 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
         )
     preset = PRESETS[preset_name]
 
+    chat = getattr(args, "apply_chat_template", False)
+    system = getattr(args, "system_instruction", None) or ""
+    if system and not chat:
+        raise UserError("--system-instruction needs --apply-chat-template: plain text has no turns")
+
     def count(name: str, variable: str) -> int:
         return _count(look_up(name, variable, getattr(preset, name)), variable)
 
@@ -275,6 +283,8 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
         data_dir=data_dir,
         tasks_dir=_folder(look_up("tasks_dir", "TASKS_DIR", data_dir / "tasks"), "TASKS_DIR"),
         output_dir=_folder(look_up("output_dir", "OUTPUT_DIR", ROOT), "OUTPUT_DIR"),
+        apply_chat_template=chat,
+        system_instruction=system,
         sources=sources,
     )
     for note in WHEN_RESOLVED:

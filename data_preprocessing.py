@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     print(settings.headline("none"))
     from lora_tradeoffs.models.base import load_tokenizer, prepare_base
 
-    tokenizer = load_tokenizer(prepare_base(settings))
+    tokenizer = load_tokenizer(prepare_base(settings), settings)
     prepared = {}
     for description in descriptions:
         length = args.max_length or settings.preset.max_length[preset_family([description.name])]

@@ -19,7 +19,7 @@ from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
 from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.measuring.loop import add_analysis_arguments, options_from, run
-from lora_tradeoffs.measuring.subjects import find_subjects, no_runs
+from lora_tradeoffs.measuring.subjects import find_subjects, in_trained_form, no_runs
 
 DEFAULTS = AdaptationOptions()
 
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    settings = resolve_settings(args)
+    settings = in_trained_form(resolve_settings(args), args.runs)
     options = options_from(AdaptationOptions, args)
     from checkpoint_utils import checkpoint_models
     from lora_tradeoffs.hardware import pick_device

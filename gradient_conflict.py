@@ -20,7 +20,7 @@ from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
 from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.gradients.analysis import GradientAnalysis, GradientOptions, single_task_runs
 from lora_tradeoffs.measuring.loop import add_analysis_arguments, options_from, run
-from lora_tradeoffs.measuring.subjects import find_subjects
+from lora_tradeoffs.measuring.subjects import find_subjects, in_trained_form
 
 DEFAULTS = GradientOptions()
 
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     options = options_from(GradientOptions, args)
-    settings = resolve_settings(args)
+    settings = in_trained_form(resolve_settings(args), args.runs)
     from checkpoint_utils import checkpoint_models
     from lora_tradeoffs.hardware import pick_device
     from lora_tradeoffs.models.base import prepare_base

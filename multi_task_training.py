@@ -33,6 +33,7 @@ from config import (
 )
 from dataset_descriptions import describe, named_family, ordered
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded, seed_number
+from lora_tradeoffs.measuring.subjects import check_trained_form
 from lora_tradeoffs.training.arms import ArmSpec, add_adapter_argument, settable_help
 from lora_tradeoffs.training.learning_rates import FACTORS, sweep
 from lora_tradeoffs.training.plan import check_arms, plan_runs, print_plan
@@ -247,8 +248,10 @@ def _arms(args: argparse.Namespace) -> list[ArmSpec]:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = resolve_settings(args)
+    check_trained_form(settings)
     plan(args, settings, hidden_size=2048)  # reports bad flags before anything is loaded
     from lora_tradeoffs.hardware import pick_device, pick_precision
+    from lora_tradeoffs.models import base as models
     from lora_tradeoffs.models.base import empty_model, prepare_base, read_model_config
 
     device = pick_device()
@@ -265,6 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         base = prepare_base(settings)
+        models.load_tokenizer(base, settings)  # refuses a chat that it has no template for
         setup = TrainingSetup(base, architecture, device, build_model, build_trainer)
 
         def train_run(run: Run) -> None:

@@ -21,7 +21,7 @@ from config import BENCHMARK_GROUPS, resolve_settings
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
 from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.measuring.loop import add_analysis_arguments, options_from, run
-from lora_tradeoffs.measuring.subjects import find_subjects
+from lora_tradeoffs.measuring.subjects import find_subjects, in_trained_form
 from lora_tradeoffs.retention.analysis import Retention
 from lora_tradeoffs.retention.units import FACTORS, SCALES, RetentionOptions
 
@@ -48,6 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="show N in-context examples before every question (default: as many as lm-eval's"
         " definition of the task says, which is 0 for most)",
+    )
+    group.add_argument(
+        "--fewshot-as-multiturn",
+        action=argparse.BooleanOptionalAction,
+        help="with --apply-chat-template: make every in-context example two turns (default), or put"
+        " all of them into the question's",
     )
     group.add_argument(
         "--documents",
@@ -80,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     options = options_from(RetentionOptions, args)
-    settings = resolve_settings(args)
+    settings = in_trained_form(resolve_settings(args), args.runs)
     from checkpoint_utils import checkpoint_models
     from lora_tradeoffs.hardware import pick_device
     from lora_tradeoffs.models.base import prepare_base

@@ -240,12 +240,12 @@ def unmeasured_runs(
 ) -> set[str]:
     """Names of these runs, and "base", of which the stage's analysis has a measurement pending."""
     from lora_tradeoffs.measuring.loop import pending
-    from lora_tradeoffs.measuring.subjects import find_subjects
+    from lora_tradeoffs.measuring.subjects import find_subjects, in_trained_form
     from lora_tradeoffs.models.base import prepare_base
 
     analysis_class, options_class = classes_of(stage)
     fields = {name: value for name, value in options.items() if name != "checkpoints"}
-    base = prepare_base(settings)
+    settings, base = in_trained_form(settings, runs), prepare_base(settings)
     analysis = analysis_class(settings, base, options_class(**fields))
     analysis.trusts_records = True
     subjects = find_subjects(settings, base, runs, options.get("checkpoints", ("all",)))

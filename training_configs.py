@@ -134,6 +134,8 @@ class TrainingConfig:
     tasks: tuple[str, ...] = _field((), "tasks that are mixed", identity=True)
     method: str = _field("lora", " | ".join(METHODS), identity=True)
     rank: int = _field(0, "rank, of OFT the size of a block; 0 for dense training", identity=True)
+    apply_chat_template: bool = _field(False, "prompts are turns of a chat", identity=True)
+    system_instruction: str = _field("", "the chat's system message", identity=True)
     seed: int = _field(42, "of the adapter's start, the dropout and the row order", identity=True)
     target_modules: str = _field("qv", f"adapted projections: {' | '.join(TARGET_MODULES)}")
     scaling: str = _field(
@@ -331,6 +333,8 @@ def default_config(
     return TrainingConfig(
         model=settings.model,
         data=settings.data,
+        apply_chat_template=settings.apply_chat_template,
+        system_instruction=settings.system_instruction,
         family=family,
         tasks=tasks,
         method=method,

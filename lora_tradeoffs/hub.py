@@ -42,7 +42,7 @@ def fetch_model(settings: Settings, folder: Path) -> dict[str, Any]:
             settings.model,
             revision=revision,
             local_dir=folder,
-            allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES],
+            allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES, "chat_template.jinja"],
         )
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return {"source": settings.model, "revision": revision}

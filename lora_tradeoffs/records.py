@@ -104,6 +104,7 @@ RUN = {
         **{"family": str, "tasks": [str], "method": str, "rank": int, "alpha": NUMBER},
         **{"scaling": str, "target_modules": str, "learning_rate": NUMBER, "seed": int},
         **{"max_length?": int, "batch_size?": int},
+        **{"apply_chat_template?": bool, "system_instruction?": str},
     },
     "task_weights": {"*": {"examples": NUMBER}},
     "compared": dict,

@@ -27,7 +27,7 @@ ROOT_FOLDERS = {
 FLOORS = (
     ("command_line", "shapes", "task_description"),
     ("task_yaml",),
-    ("files", "hub", "hardware"),
+    ("chat", "files", "hub", "hardware"),
     ("checkpoints", "records"),
     ("scoring", "statistics"),
     ("data", "models", "tables"),

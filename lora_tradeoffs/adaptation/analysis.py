@@ -21,7 +21,6 @@ from lora_tradeoffs.tables.scores import adaptation_table
 from lora_tradeoffs.task_description import FEWSHOT
 
 SAMPLES = 8  # items of each unit that are written as text
-SHOT_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,7 @@ class Adaptation(Analysis):
             "generation": [description.max_new_tokens, description.stop],
             **({"extra_metrics": extra} if extra else {}),
             **({"metrics": metrics} if metrics else {}),
+            **self.form_request,
         }
 
     def batch_tokens(self, unit: TaskUnit) -> int:
@@ -248,23 +248,22 @@ class Adaptation(Analysis):
         return description.baseline, score(unit.task, predictions, references)
 
     def _prompts(self, rows: Any, unit: TaskUnit) -> list[list[int]]:
-        from lora_tradeoffs.data.encoding import bos_ids, text_ids
+        from lora_tradeoffs.data.encoding import prompt_ids
 
         if unit.shots:
-            bos, start = bos_ids(self.tokenizer), self.shots_text(unit)
-            return [bos + text_ids(self.tokenizer, start + prompt) for prompt in rows["prompt"][:]]
+            shots = self.shots(unit)
+            return [prompt_ids(self.tokenizer, prompt, shots) for prompt in rows["prompt"][:]]
         ids, starts = rows["input_ids"][:], rows["prompt_length"][:]
         return [row[:start] for row, start in zip(ids, starts, strict=True)]
 
-    def shots_text(self, unit: TaskUnit) -> str:
+    def shots(self, unit: TaskUnit) -> list[tuple[str, str]]:
         """The in-context examples before a prompt, the same for all. Raises UserError for few."""
         task = self.task(unit.subject, unit.task)
         train = task.split(FEWSHOT if FEWSHOT in task.splits else "train")
         if unit.shots > len(train):
             raise UserError(f"{unit.task} has {len(train)} train rows: lower --shots {unit.shots}")
         chosen = np.random.default_rng(DATA_SEED).permutation(len(train))[: unit.shots]
-        examples = [train[int(i)]["prompt"] + train[int(i)]["completion"] for i in chosen]
-        return "".join(example + SHOT_SEPARATOR for example in examples)
+        return [(train[int(i)]["prompt"], train[int(i)]["completion"]) for i in chosen]
 
     def _choices(self, rows: Any, description: Any) -> list[list[list[int]]]:
         """The tokens of every item's choices."""
@@ -301,6 +300,7 @@ class Adaptation(Analysis):
     def _generate(
         self, model: Any, prompts: list[list[int]], description: Any, batch_tokens: int
     ) -> list[str]:
+        from lora_tradeoffs.data.encoding import end_id
         from lora_tradeoffs.scoring.generation import generate_greedily
 
         stops, decode = description.stops, self.tokenizer.decode
@@ -310,7 +310,8 @@ class Adaptation(Analysis):
             text = decode(tokens[-tail:]).lstrip()
             return any(stop in text for stop in stops)
 
-        eos, most = [self.tokenizer.eos_token_id], description.max_new_tokens
+        eos = {self.tokenizer.eos_token_id, end_id(self.tokenizer)}
+        most = description.max_new_tokens
         try:
             outputs = generate_greedily(model, prompts, most, eos, stopped, batch_tokens)
         except FloatingPointError as error:

@@ -1,16 +1,20 @@
-"""Prompt and completion to tokens: BOS as the tokenizer has it, EOS at the end, truncation."""
+"""Prompt and completion to tokens: as plain text or turns, BOS once, EOS at the end, truncation."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from config import UserError
 from dataset_descriptions import DatasetDescription, Row
+from lora_tradeoffs.chat import form_of, turn_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+SHOT_SEPARATOR = "\n\n"  # between in-context examples in plain text
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -35,7 +39,7 @@ def choice_ids(
 def _continuations(
     tokenizer: PreTrainedTokenizerFast, before: str, delimiter: str, texts: tuple[str, ...]
 ) -> list[list[int]]:
-    return [continuation_ids(tokenizer, before, delimiter + text) for text in texts]
+    return [completion_ids(tokenizer, before, delimiter + text) for text in texts]
 
 
 def _same_tokens(words: Sequence[str], ids: Sequence[Sequence[int]]) -> str:
@@ -68,6 +72,37 @@ def continuation_ids(
     return joint[len(start) :]
 
 
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, examples: Sequence[tuple[str, str]] = ()
+) -> list[int]:
+    """A prompt's tokens in the tokenizer's form, with BOS if it or the chat template has one.
+
+    `examples`, prompts with their completions, come before it: as text, or as turns.
+    """
+    bos = bos_ids(tokenizer)
+    if form_of(tokenizer) is None:
+        shots = "".join(asked + answer + SHOT_SEPARATOR for asked, answer in examples)
+        return [*bos, *text_ids(tokenizer, shots + prompt)]
+    ids = turn_ids(tokenizer, [*itertools.chain(*examples), prompt])
+    return ids if ids[: len(bos)] == bos else [*bos, *ids]
+
+
+def completion_ids(tokenizer: PreTrainedTokenizerFast, before: str, completion: str) -> list[int]:
+    """Tokens of a completion after a prompt that ends with the text `before`.
+
+    An assistant's turn begins without the blank that parts a completion from a plain prompt.
+    """
+    if form := form_of(tokenizer):
+        before, completion = form.tail, form.lead + completion.lstrip()
+    return continuation_ids(tokenizer, before, completion)
+
+
+def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token that ends every completion: EOS, or that of the chat template."""
+    form = form_of(tokenizer)
+    return form.end_id if form else tokenizer.eos_token_id
+
+
 def encode(
     tokenizer: PreTrainedTokenizerFast,
     description: DatasetDescription,
@@ -82,7 +117,7 @@ def encode(
     the removed tokens.
     """
     head, passage, tail = description.prompt_parts(row)
-    bos, own, problem = bos_ids(tokenizer), {}, ""
+    own, problem = {}, ""
     reserved = description.max_new_tokens
     if description.is_classification:
         reserved = 1 + max(map(len, choice_ids(tokenizer, description)))  # with EOS
@@ -93,19 +128,18 @@ def encode(
         problem = _same_tokens(choices, own["choices"])
     if description.definition is not None and description.item_groups:
         own["group"] = description.group(row)
-    room = max_length - len(bos) - reserved
-    prompt_ids = text_ids(tokenizer, head + passage + tail)
-    whole = len(prompt_ids)
-    while len(prompt_ids) > room:
-        shorter = _shorten(tokenizer, head, passage, len(prompt_ids) - room)
+    room = max_length - reserved
+    asked = prompt_ids(tokenizer, head + passage + tail)
+    whole = len(asked)
+    while len(asked) > room:
+        shorter = _shorten(tokenizer, head, passage, len(asked) - room)
         if not shorter:
             problem = "does not fit without its passage"
             break
         passage = shorter
-        prompt_ids = text_ids(tokenizer, head + passage + tail)
+        asked = prompt_ids(tokenizer, head + passage + tail)
     prompt, completion = head + passage + tail, description.completion(row)
-    completion_ids = continuation_ids(tokenizer, prompt, completion)
-    ids = [*bos, *prompt_ids, *completion_ids, tokenizer.eos_token_id]
+    ids = [*asked, *completion_ids(tokenizer, prompt, completion), end_id(tokenizer)]
     if len(ids) > max_length:
         problem = problem or "its answer does not fit"
     return {
@@ -114,9 +148,9 @@ def encode(
         "references": description.references(row),
         "label": description.label(row) if description.has_choices else -1,
         "input_ids": ids,
-        "prompt_length": len(bos) + len(prompt_ids),
+        "prompt_length": len(asked),
         "length": len(ids),
-        "cut": whole - len(prompt_ids),
+        "cut": whole - len(asked),
         "problem": problem or _answer_cut(description, row, passage),
         **own,
     }

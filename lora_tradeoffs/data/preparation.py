@@ -20,7 +20,8 @@ import numpy as np
 
 from config import DATA_SEED, Settings, UserError
 from dataset_descriptions import DatasetDescription, Row, describe
-from lora_tradeoffs.data.encoding import bos_ids, choice_ids, encode
+from lora_tradeoffs.chat import form_of
+from lora_tradeoffs.data.encoding import bos_ids, choice_ids, encode, end_id
 from lora_tradeoffs.data.sources import (
     VALIDATION_ROWS,
     benchmark_texts,
@@ -221,7 +222,7 @@ class Preparation:
                 " max_length"
             )
         last = {ids[-1] for ids in data["input_ids"]}
-        assert last == {self.tokenizer.eos_token_id}, "every completion ends in EOS"
+        assert last == {end_id(self.tokenizer)}, "every completion ends"
         disable_progress_bars()
         data.remove_columns(["problem", "cut"]).save_to_disk(str(folder / split))
         enable_progress_bars()
@@ -283,5 +284,7 @@ def _lengths(tokens: np.ndarray) -> dict[str, float]:
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, bos_ids(tokenizer)]
+    if form := form_of(tokenizer):
+        special.append(form.request)
     text = tokenizer.backend_tokenizer.to_str() + json.dumps(special)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe, own_definitions, preset_family
+from lora_tradeoffs.chat import form_of
 from lora_tradeoffs.files import read_records, written_whole
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.measuring.subjects import Subject, own_settings, study_families, weights_of
@@ -112,8 +113,11 @@ class Analysis:
             lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in result.samples)
             with written_whole(path) as temporary:
                 temporary.write_text("".join(lines), encoding="utf-8")
-        parts = (result.records, result.scores, result.groups)
-        self.results.write(unit.name, self.full_request(unit), *parts, batch_tokens)
+        request, records = self.full_request(unit), result.records
+        if "chat_template" in request:
+            records = [{**r, "chat_template": request["chat_template"]} for r in records]
+        parts = (records, result.scores, result.groups)
+        self.results.write(unit.name, request, *parts, batch_tokens)
 
     def derived_records(self) -> Iterable[dict[str, Any]]:
         """Records that compare units; made before the join, while no other process joins."""
@@ -137,6 +141,12 @@ class Analysis:
     def full_request(self, unit: Any) -> dict[str, Any]:
         """What makes two measurements the same, the weights included."""
         return {**self.request(unit), **weights_of(unit.subject, self.base)}
+
+    @property
+    def form_request(self) -> dict[str, Any]:
+        """What the request of a unit with prompts says of their form; nothing of plain text."""
+        form = form_of(self.tokenizer)
+        return form.request if form else {}
 
     def measure_in_memory(self, model: Any, unit: Any) -> tuple[Any, int]:
         """A unit's result and its `batch_tokens`, halved each time the memory runs out.
@@ -174,7 +184,7 @@ class Analysis:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.base)
+        return load_tokenizer(self.base, self.settings)
 
     def task(self, subject: Subject, name: str, prompt: int = 0) -> Any:
         """The prepared rows of a task, as long as the subject was trained on.

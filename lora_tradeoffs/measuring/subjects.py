@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,54 @@ def find_subjects(
     return subjects
 
 
+def in_trained_form(settings: Settings, runs: Sequence[str] | None = None) -> Settings:
+    """The settings, asking as the runs were trained: in plain text, or by the chat template.
+
+    Base and checkpoints are so asked in the same form. Runs of no run.json are asked as the
+    settings say. Raises UserError for runs that differ, or that differ from the flags.
+    """
+    forms: dict[tuple[bool, str], str] = {}
+    for _, folder in _run_folders(runs, settings):
+        if record_file := _record_file(folder):
+            config = read_run(record_file.parent, "config")["config"]
+            form = config.get("apply_chat_template", False), config.get("system_instruction", "")
+            forms[form] = folder.name
+    asked = settings.apply_chat_template, settings.system_instruction
+    if asked != (False, ""):
+        forms.setdefault(asked, "the flags")
+    if len(forms) > 1:
+        said = [f"{_form_name(*form)} ({whose})" for form, whose in forms.items()]
+        raise UserError(
+            f"prompts are {said[0]} and {said[1]}: give runs of one form with --runs, or another"
+            " --study"
+        )
+    chat, system = next(iter(forms), asked)
+    return replace(settings, apply_chat_template=chat, system_instruction=system)
+
+
+def check_trained_form(settings: Settings) -> None:
+    """Raise UserError if the study's runs were trained in another form than a new one would be."""
+    trained = in_trained_form(settings)
+    if settings != trained:
+        system = trained.system_instruction
+        system = system and f" --system-instruction {system!r}"
+        raise UserError(
+            f"the runs of study {settings.study!r} were trained on turns of a chat: add"
+            f" --apply-chat-template{system}, or give another --study"
+        )
+
+
+def _form_name(chat: bool, system: str) -> str:
+    after = f" after {system!r:.40}" if system else ""
+    return f"turns of a chat{after}" if chat else "plain text"
+
+
+def _record_file(folder: Path) -> Path | None:
+    """The run.json of a run's folder or checkpoint; None of a run from elsewhere."""
+    files = (parent / "run.json" for parent in (folder, folder.parent))
+    return next((path for path in files if path.is_file()), None)
+
+
 def _check_name(folders: dict[str, Path], checkpoint: Checkpoint, settings: Settings) -> None:
     """Note the run's folder. Raises UserError if another run has its name, and so its records."""
     folder = checkpoint.folder
@@ -170,8 +218,7 @@ def _trained(run: str, folder: Path, base: Base) -> tuple[dict[str, Any], dict[s
 
     Of a run from elsewhere, what its adapter's configuration says, and nothing.
     """
-    files = (parent / "run.json" for parent in (folder, folder.parent))
-    record_file = next((path for path in files if path.is_file()), None)
+    record_file = _record_file(folder)
     if record_file is None:
         return {**_foreign(folder), "variant": run}, {}
     record = read_run(record_file.parent, "base", "config", "steps")

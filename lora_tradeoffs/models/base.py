@@ -22,6 +22,7 @@ from unittest.mock import patch
 from filelock import FileLock
 
 from config import EMBEDDED_MODEL, Settings, UserError
+from lora_tradeoffs.chat import chat_form
 from lora_tradeoffs.checkpoints import FILES_SHAPE, weight_files
 from lora_tradeoffs.files import file_record, file_sha256, read_json, write_json, written_whole
 from lora_tradeoffs.hub import TOKENIZER_FILES, check_hub_id, fetch_config, fetch_model
@@ -97,8 +98,11 @@ def base_is_here(settings: Settings) -> bool:
     return stored or Path(settings.model).expanduser().is_dir()
 
 
-def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
-    """The base's tokenizer. Raises UserError if it has no end-of-text token."""
+def load_tokenizer(base: Base, settings: Settings | None = None) -> PreTrainedTokenizerFast:
+    """The base's tokenizer, with the chat form of the settings (see chat.py).
+
+    Raises UserError if it has no end-of-text token, or no chat template where one is needed.
+    """
     tokenizer = _read_tokenizer(base.folder)
     vocabulary = read_config(base.folder).vocab_size
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -106,6 +110,8 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerFast:
         raise UserError(f"the tokenizer of {base.name} has no end-of-text token of the model's")
     if pad is None or pad >= vocabulary:  # added without an embedding
         tokenizer.pad_token = tokenizer.eos_token  # labels come from spans, so EOS stays learned
+    if settings is not None and settings.apply_chat_template:
+        tokenizer.chat_form = chat_form(tokenizer, base.name, settings.system_instruction)
     return tokenizer
 
 

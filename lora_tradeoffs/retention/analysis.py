@@ -48,6 +48,8 @@ class Retention(Analysis):
 
     def __init__(self, settings: Settings, base: Base, options: RetentionOptions) -> None:
         super().__init__(settings, base, options)
+        if options.fewshot_as_multiturn is not None and not settings.apply_chat_template:
+            raise UserError("--fewshot-as-multiturn needs --apply-chat-template")
         self.adaptation = Adaptation(settings, base, AdaptationOptions(dtype=options.dtype))
         self.uncompared: list[str] = []  # units that differ in more than weights from the base's
         self._benchmarks: dict[tuple[str, int], Any] = {}
@@ -130,8 +132,9 @@ class Retention(Analysis):
         from lora_tradeoffs.retention.benchmarks import Benchmarks
 
         if (task, limit) not in self._benchmarks:
+            options = self.options.num_fewshot, limit, self.options.fewshot_as_multiturn
             self._benchmarks[task, limit] = Benchmarks(
-                self.settings, self.tokenizer, [task], self.options.num_fewshot, limit
+                self.settings, self.tokenizer, [task], *options
             )
         return self._benchmarks[task, limit]
 
@@ -152,7 +155,7 @@ class Retention(Analysis):
         if unit.kind == "benchmark":
             identities = self._recorded_identities(unit)
             identities = identities or self.benchmarks(unit.task, unit.limit).identities
-            return request | {"benchmark": identities}
+            return request | {"benchmark": identities} | self._benchmark_form
         if unit.kind == "text":
             bos = {"bos": 1} if bos_ids(self.tokenizer) else {}  # older measurements had two
             return (
@@ -167,6 +170,11 @@ class Retention(Analysis):
         read = [(name, [[*p.tokens], [*p.compared]]) for name, of in passages.items() for p in of]
         return request | {"passages": json_digest(read)}
 
+    @property
+    def _benchmark_form(self) -> dict[str, Any]:
+        turns = self.options.fewshot_as_multiturn is not False
+        return self.form_request and {**self.form_request, "fewshot_as_multiturn": turns}
+
     def _recorded_identities(self, unit: RetentionUnit) -> dict[str, Any] | None:
         """With `trusts_records` the identities in the unit's file, if lm-eval is the same version
         and a folder's rows are older: whoever only asks what is pending need not load the tasks,
@@ -176,11 +184,15 @@ class Retention(Analysis):
         if not self.trusts_records or folder is None or not path.is_file():
             return None
         unit_shape = {"request": {"benchmark?": {"*": dict}}}
-        identities = read_json(path, unit_shape)["request"].get("benchmark", {})
+        request = read_json(path, unit_shape)["request"]
+        identities = request.get("benchmark", {})
         files = (folder / unit.task).glob("*.jsonl")
         is_newer = any(file.stat().st_mtime_ns > path.stat().st_mtime_ns for file in files)
         versions = {identity.get("lm_eval") for identity in identities.values()}
-        return None if is_newer or versions != {version("lm_eval")} else identities
+        if is_newer or versions != {version("lm_eval")}:
+            return None
+        form = {k: request[k] for k in ("chat_template", *self._benchmark_form) if k in request}
+        return identities if form == self._benchmark_form else None
 
     # ------------------------------------------------------------------------ measurements
 

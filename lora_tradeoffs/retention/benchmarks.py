@@ -22,11 +22,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from config import Settings, UserError
+from lora_tradeoffs.chat import form_of
 from lora_tradeoffs.data.encoding import text_ids
 from lora_tradeoffs.retention.benchmark_tasks import LocalBenchmark, TaskLoader
 
@@ -119,9 +121,10 @@ def quiet_lm_eval() -> Iterator[None]:
 class Benchmarks:
     """lm-eval tasks by name, loaded and tokenised once, measured on many models.
 
-    `num_fewshot` is the number of examples in the prompt (None: what each definition says), `limit`
-    (0: all) the first documents of each. Raises UserError for an unknown name, a task that this
-    suite cannot ask, a missing package or data, and bad rows of a folder.
+    Prompts have the form of the tokenizer: plain text, or turns of its chat template, examples too
+    unless `fewshot_as_multiturn` is False. `num_fewshot` is the number of examples (None: what each
+    definition says), `limit` (0: all) the first documents of each. Raises UserError for an unknown
+    name, a task that this suite cannot ask, a missing package or data, and bad rows of a folder.
     """
 
     def __init__(
@@ -131,8 +134,19 @@ class Benchmarks:
         names: Sequence[str],
         num_fewshot: int | None = None,
         limit: int = 0,
+        fewshot_as_multiturn: bool | None = None,
     ):
         self.tokenizer, self.limit = tokenizer, limit or None
+        self.form: dict[str, Any] = {}  # what identifies the form of the prompts
+        self.chat_options: dict[str, Any] = {}  # of lm-eval's `build_all_requests`
+        if form := form_of(tokenizer):
+            self.form = form.request | {"fewshot_as_multiturn": fewshot_as_multiturn is not False}
+            self.chat_options = {
+                "apply_chat_template": True,
+                "chat_template": functools.partial(_chat_text, tokenizer),
+                "system_instruction": form.system or None,
+                "fewshot_as_multiturn": self.form["fewshot_as_multiturn"],
+            }
         self.encoded: dict[Any, Any] = {}  # tokens by context, and by context and continuation
         self.lengths: dict[str, int] = {}  # tokens of a perplexity task's document
         self.other_shots: dict[str, tuple[int, int]] = {}  # the definition's, and those shown
@@ -157,7 +171,7 @@ class Benchmarks:
         task.set_fewshot_seed(SHOT_SEED)
         try:
             with quiet_lm_eval():
-                task.build_all_requests(limit=self.limit)
+                task.build_all_requests(limit=self.limit, **self.chat_options)
         except (AssertionError, ValueError) as error:
             if not shots:
                 raise
@@ -179,6 +193,7 @@ class Benchmarks:
             "items": len({i.doc_id for i in task.instances}),
             "num_fewshot": task.get_config("num_fewshot"),
             "shots_from": local.shots_from if local else None,
+            **self.form,
         }
 
     @property
@@ -278,6 +293,14 @@ class Benchmarks:
             if metric in sample:
                 counts[key] = sample[metric][1]
         return counts
+
+
+def _chat_text(tokenizer: Any, history: list[dict], **options: Any) -> str:
+    """The chat template's text, as HFLM has it: without a system message that it refuses."""
+    from lm_eval.models.huggingface import HFLM
+
+    lm = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+    return HFLM.apply_chat_template(lm, history, **options)
 
 
 def _by_filter(samples: list[dict]) -> dict[str, list[dict]]:

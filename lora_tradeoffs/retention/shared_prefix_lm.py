@@ -21,6 +21,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from config import UserError
+from lora_tradeoffs.chat import form_of
 from lora_tradeoffs.data.encoding import bos_ids, text_ids
 from lora_tradeoffs.scoring.generation import GENERATION_BUDGET, generate_greedily
 from lora_tradeoffs.scoring.log_likelihoods import TOKEN_BUDGET, log_likelihoods
@@ -52,7 +53,7 @@ class SharedPrefixLM(HFLM):
         encoded: dict[Any, Any] | None = None,
     ):
         super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
-        self.bos = bos_ids(tokenizer)
+        self.bos, self.chat_form = bos_ids(tokenizer), form_of(tokenizer)
         default = default_batch_tokens(self.device.type)
         self.token_budget = token_budget or default
         # half the batch for scores is half the batch for answers
@@ -67,10 +68,15 @@ class SharedPrefixLM(HFLM):
     ) -> list[int]:
         """The text's tokens, after BOS if the tokenizer adds it and `add_special_tokens` is None.
 
-        EOS is never added: what follows the text is scored.
+        EOS is never added: what follows the text is scored. A chat's text has special tokens, with
+        BOS perhaps among them.
         """
-        bos = self.bos if add_special_tokens is None else []
-        return [*bos, *text_ids(self.tokenizer, string)]
+        if self.chat_form is None:
+            ids = text_ids(self.tokenizer, string)
+        else:
+            ids = self.tokenizer(string, add_special_tokens=False).input_ids
+        begun = add_special_tokens is not None or (self.chat_form and ids[:1] == self.bos)
+        return ids if begun else [*self.bos, *ids]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, after a single BOS, in windows that score a token once."""
@@ -174,6 +180,10 @@ class SharedPrefixLM(HFLM):
         return [postprocess_generated_text(self.tok_decode(o), stops, None) for o in outputs]
 
     def _end_ids(self) -> set[int]:
-        """What ends a generation: EOS, and the tokens that the model's own configuration names."""
+        """What ends a generation: EOS, the tokens that the model's own configuration names, and the
+        chat template's end of a turn.
+        """
         configured = self.model.generation_config.eos_token_id
-        return {self.eot_token_id, *np.atleast_1d([] if configured is None else configured)}
+        turn = [self.chat_form.end_id] if self.chat_form else []
+        ends = np.atleast_1d([] if configured is None else configured).tolist()
+        return {self.eot_token_id, *turn, *ends}

@@ -22,6 +22,7 @@ class RetentionOptions:
 
     tasks: tuple[str, ...] = CHOICE_BENCHMARKS  # lm-eval's names, or those of BENCHMARK_GROUPS
     num_fewshot: int | None = None  # None: as lm-eval's definitions say
+    fewshot_as_multiturn: bool | None = None  # None: with a chat template
     limit: int | None = None
     documents: int | None = None  # of each held-out text; None: the preset's
     scale_update: tuple[float, ...] | None = None  # (): SCALES

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from inspect import signature
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ def generate_greedily(
     model: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    eos_token_ids: Sequence[int],
+    eos_token_ids: Collection[int],
     stopped: Callable[[list[int]], bool] = lambda tokens: False,
     token_budget: int = GENERATION_BUDGET,
     most_rows: int = 1_000,

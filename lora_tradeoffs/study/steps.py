@@ -125,7 +125,9 @@ def command_line(step: Step, settings: Settings) -> list[str]:
     names = ("preset", "study", "model", "data")
     values = (settings.preset.name, settings.study, settings.model, settings.data)
     tasks = step.tasks if step.stage == "prepare" else []
-    return [*head, *tasks, *flags(options), *flags(dict(zip(names, values)))]
+    chat = {"apply_chat_template": settings.apply_chat_template or None}
+    chat |= {"system_instruction": settings.system_instruction or None}
+    return [*head, *tasks, *flags(options), *flags(dict(zip(names, values)) | chat)]
 
 
 # -------------------------------------------------------------------------- how steps ended
@@ -265,7 +267,7 @@ class DoneTests:
     def _tokenizer(self) -> Any:
         from lora_tradeoffs.models.base import load_tokenizer
 
-        return load_tokenizer(self._base)
+        return load_tokenizer(self._base, self.settings)
 
     def _prepared(self, tasks: tuple[str, ...], *limits: int) -> dict[str, Any] | None:
         """The tasks' prepared data, if they and the base are there already."""

@@ -85,7 +85,8 @@ def different_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def newer_fields(compared: Mapping[str, Any]) -> dict[str, Any]:
     """Fields that a record of an earlier version lacks: it ran as their defaults say."""
-    names = ("mixing_weights", "loraplus_ratio", "optim", "optim_args", "optim_target_modules")
+    names = ["mixing_weights", "loraplus_ratio", "optim", "optim_args", "optim_target_modules"]
+    names += ["apply_chat_template", "system_instruction"]
     defaults = {name: TrainingConfig.__dataclass_fields__[name].default for name in names}
     return {name: value for name, value in defaults.items() if name not in compared}
 

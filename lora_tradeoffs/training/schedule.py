@@ -67,7 +67,7 @@ def make_schedule(config: TrainingConfig, settings: Settings, base: Base) -> Sch
     from lora_tradeoffs.data.preparation import prepare
     from lora_tradeoffs.models.base import load_tokenizer
 
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, settings)
     prepared = prepare(
         settings, tokenizer, config.tasks, config.max_length, config.examples_per_task, config.limit
     )
