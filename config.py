@@ -254,7 +254,7 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
         )
     preset = PRESETS[preset_name]
 
-    chat = getattr(args, "apply_chat_template", False)
+    chat = bool(getattr(args, "apply_chat_template", None))
     system = getattr(args, "system_instruction", None) or ""
     if system and not chat:
         raise UserError("--system-instruction needs --apply-chat-template: plain text has no turns")

@@ -251,8 +251,12 @@ def main(argv: list[str] | None = None) -> int:
     check_trained_form(settings)
     plan(args, settings, hidden_size=2048)  # reports bad flags before anything is loaded
     from lora_tradeoffs.hardware import pick_device, pick_precision
-    from lora_tradeoffs.models import base as models
-    from lora_tradeoffs.models.base import empty_model, prepare_base, read_model_config
+    from lora_tradeoffs.models.base import (
+        empty_model,
+        load_tokenizer,
+        prepare_base,
+        read_model_config,
+    )
 
     device = pick_device()
     if is_main():
@@ -268,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         base = prepare_base(settings)
-        models.load_tokenizer(base, settings)  # refuses a chat that it has no template for
+        load_tokenizer(base, settings)  # refuses a chat that it has no template for
         setup = TrainingSetup(base, architecture, device, build_model, build_trainer)
 
         def train_run(run: Run) -> None:

@@ -53,7 +53,10 @@ from training_configs import parse_assignments
 
 PLANE = "learning_forgetting_plane.png"
 # What makes a study the same one; the grid itself may grow.
-FIXED = ("preset", "model", "data", "max_steps", "set", "dtype", "items", "measure_then_delete")
+FIXED = (
+    *("preset", "model", "data", "max_steps", "set", "dtype", "items", "measure_then_delete"),
+    *("apply_chat_template", "system_instruction"),  # older studies have none
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -139,7 +142,7 @@ def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> No
         request |= {name: before[name] for name in same}
     for family, planned in before.get("arms", {}).items():
         arms.setdefault(family, set()).update(Arm(**fields) for fields in planned)
-    fixed = [{name: record.get(name) for name in FIXED} for record in (before, request)]
+    fixed = [{name: record.get(name) or None for name in FIXED} for record in (before, request)]
     for record in fixed:
         record["set"] = parse_assignments(record["set"] or ())
     if changes := changed(*fixed):

@@ -93,8 +93,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         ("--data", "SOURCE", "hub, sample, or a folder of <task>/<split>.jsonl (DATA_SOURCE)"),
     ):
         group.add_argument(flag, metavar=metavar, help=text)
-    text = "put prompts as turns of the tokenizer's chat template, in training and in measuring"
-    group.add_argument("--apply-chat-template", action="store_true", help=f"{text} alike")
+    text = "put prompts as turns of the tokenizer's chat template, in training and measuring alike"
+    group.add_argument("--apply-chat-template", action="store_true", default=None, help=text)
     text = "the chat's system message (default: the template's own)"
     group.add_argument("--system-instruction", metavar="TEXT", help=text)
 

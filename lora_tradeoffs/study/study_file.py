@@ -24,7 +24,10 @@ from lora_tradeoffs.training.learning_rates import FACTORS, rates_around
 from training_configs import CHOICES, parse_assignments
 
 # Also settings of every command: a flag beats the file, which beats the environment.
-SETTINGS = ("preset", "study", "model", "data", "examples_per_task", "eval_examples_per_task")
+SETTINGS = (
+    *("preset", "study", "model", "data", "examples_per_task", "eval_examples_per_task"),
+    *("apply_chat_template", "system_instruction"),
+)
 HYPOTHESIS = {
     **{"contrast": [str], "outcome": str, "test": str, "name?": str, "family?": str},
     **{"margin?": NUMBER, "primary?": bool},
@@ -39,6 +42,7 @@ TESTS = ("difference", "superiority", "non-inferiority", "equivalence")
 SHAPE = {
     **dict.fromkeys(("preset?", "study?", "model?", "data?", "dtype?"), str),
     **dict.fromkeys(("examples_per_task?", "eval_examples_per_task?", "max_steps?", "items?"), int),
+    **{"system_instruction?": str, "apply_chat_template?": bool},
     **dict.fromkeys(("single_task_controls?", "measure_then_delete?"), bool),
     **{"families?": [str], "tasks?": [str], "arms?": (list, dict), "seeds?": [int]},
     **{"learning_rates?": (str, dict), "set?": {"*": (str, bool, *NUMBER)}},
@@ -62,6 +66,8 @@ class StudyPlan:
     data: str
     examples_per_task: int
     eval_examples_per_task: int
+    apply_chat_template: bool
+    system_instruction: str
     arms: Mapping[str, Sequence[str]]
     seeds: Sequence[int]
     families: Sequence[str] = ()
