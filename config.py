@@ -172,8 +172,7 @@ class Settings:
     data_dir: Path
     tasks_dir: Path  # task files of the user's own, <task>.yaml
     output_dir: Path
-    # Prompts are plain text, or turns of the tokenizer's chat template after a system message.
-    apply_chat_template: bool = False
+    apply_chat_template: bool = False  # else prompts are plain text
     system_instruction: str = ""
     sources: dict[str, str] = field(compare=False, default_factory=dict)
 
@@ -254,11 +253,6 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
         )
     preset = PRESETS[preset_name]
 
-    chat = bool(getattr(args, "apply_chat_template", None))
-    system = getattr(args, "system_instruction", None) or ""
-    if system and not chat:
-        raise UserError("--system-instruction needs --apply-chat-template: plain text has no turns")
-
     def count(name: str, variable: str) -> int:
         return _count(look_up(name, variable, getattr(preset, name)), variable)
 
@@ -283,8 +277,8 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
         data_dir=data_dir,
         tasks_dir=_folder(look_up("tasks_dir", "TASKS_DIR", data_dir / "tasks"), "TASKS_DIR"),
         output_dir=_folder(look_up("output_dir", "OUTPUT_DIR", ROOT), "OUTPUT_DIR"),
-        apply_chat_template=chat,
-        system_instruction=system,
+        apply_chat_template=bool(getattr(args, "apply_chat_template", None)),
+        system_instruction=getattr(args, "system_instruction", None) or "",
         sources=sources,
     )
     for note in WHEN_RESOLVED:

@@ -76,7 +76,9 @@ RANGES = {
     (1e-12, LARGEST_NUMBER): ("learning_rate",),
     (0, 0.999): ("lora_dropout", "warmup"),
 }
-CONSTANT_ALPHA = 32  # what alpha = 2r gives at the grid's middle rank
+OF_SETTINGS = ["model", "data", "apply_chat_template", "system_instruction"]
+OF_SETTINGS += ["examples_per_task", "eval_examples_per_task"]
+CONSTANT_ALPHA = 32  # alpha = 2r at rank 16
 # A constant over sqrt(rank), as in Kalajdzievski 2023, arXiv:2312.03732: alpha = 2r over sqrt(rank)
 # would grow with the rank. All three scalings have the scale 2 at rank 16.
 RSLORA_ALPHA = 8
@@ -331,10 +333,7 @@ def default_config(
     kind = preset_family(FAMILIES.get(family, tasks))
     rate = default_learning_rate(method, hidden_size, preset.lora_rate_factor, rank, scaling)
     return TrainingConfig(
-        model=settings.model,
-        data=settings.data,
-        apply_chat_template=settings.apply_chat_template,
-        system_instruction=settings.system_instruction,
+        **{name: getattr(settings, name) for name in OF_SETTINGS},
         family=family,
         tasks=tasks,
         method=method,
@@ -345,8 +344,6 @@ def default_config(
         batch_size=preset.batch_size[kind],
         micro_batch_size=preset.micro_batch_size[kind],
         max_length=preset.max_length[kind],
-        examples_per_task=settings.examples_per_task,
-        eval_examples_per_task=settings.eval_examples_per_task,
         checkpoints=preset.checkpoints,
     )
 
@@ -360,9 +357,7 @@ def parse_assignments(
     assignments: typing.Iterable[str], where: str = "--set"
 ) -> dict[str, typing.Any]:
     """Parse `field=value` pairs. Raises UserError for an unknown field or a wrong type."""
-    settable = settable_fields()
-    types = typing.get_type_hints(TrainingConfig)
-    values = {}
+    settable, types, values = settable_fields(), typing.get_type_hints(TrainingConfig), {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or name not in settable:

@@ -12,7 +12,7 @@ import eval as adaptation
 import retention_eval as retention
 from dataset_descriptions import describe
 from lora_tradeoffs.chat import chat_form
-from lora_tradeoffs.data.encoding import encode, end_id, prompt_ids
+from lora_tradeoffs.data.encoding import choice_ids, encode, end_id, prompt_ids
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.models.base import load_base, load_tokenizer, prepare_base
 from lora_tradeoffs.retention.benchmarks import Benchmarks
@@ -99,10 +99,9 @@ def test_what_looks_like_a_special_token_in_a_row_is_text(chats):
 
 
 def test_a_label_word_follows_the_assistants_turn_without_a_blank(chat):
-    from lora_tradeoffs.data import encoding
 
-    ids = getattr(encoding, "choice_ids", encoding.label_token_ids)(chat, describe("sst2"))
-    assert chat.decode([*ids[0]] if isinstance(ids[0], list) else [ids[0]]) == "negative"
+    ids = choice_ids(chat, describe("sst2"))
+    assert [chat.decode(i) for i in ids] == ["negative", "positive"]
     encoded = encode(chat, describe("sst2"), {"sentence": "fine", "label": 1}, 256)
     answer = encoded["input_ids"][encoded["prompt_length"] :]
     assert chat.decode(answer) == "positive<|im_end|>"
@@ -177,8 +176,8 @@ def test_a_chat_needs_a_template_and_a_system_message_a_chat(tiny, tmp_path, ins
     assert_one_line_error(inside(train, "--tasks", "sst2", "--lora", "4", *flags), says)
     assert_one_line_error(inside(retention.main, *flags, *SHORT), says)
     assert not (settings_for(study="no-template").runs_dir).exists()
-    system = ["--study", "none", "--system-instruction", SYSTEM]
-    assert_one_line_error(inside(adaptation.main, *system), "needs --apply-chat-template")
+    system = ["--model", str(tiny), "--study", "none", "--system-instruction", SYSTEM]
+    assert_one_line_error(inside(retention.main, *system, *SHORT), "needs --apply-chat-template")
     turns = ["--model", str(tiny), "--fewshot-as-multiturn", "--study", "none"]
     assert_one_line_error(inside(retention.main, *turns), "needs --apply-chat-template")
     template = "{% for m in messages %}{{ raise_exception('no ' + m.role) if m.role == 'system' }}"

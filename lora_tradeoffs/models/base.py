@@ -112,6 +112,8 @@ def load_tokenizer(base: Base, settings: Settings | None = None) -> PreTrainedTo
         tokenizer.pad_token = tokenizer.eos_token  # labels come from spans, so EOS stays learned
     if settings is not None and settings.apply_chat_template:
         tokenizer.chat_form = chat_form(tokenizer, base.name, settings.system_instruction)
+    elif settings is not None and settings.system_instruction:
+        raise UserError("--system-instruction needs --apply-chat-template: plain text has no turns")
     return tokenizer
 
 
