@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from support import DEMO, ROOT, assert_one_line_error
 
-from config import DOCUMENTS
+from config import DOCUMENTS, FAMILIES
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.study.study_file import StudyPlan, read_study_file
 from run_study import build_parser, check_study, checked_runs, main, read_plan
@@ -74,6 +75,14 @@ def test_what_is_measured_rates_and_hypotheses_are_in_the_file(tiny, tmp_path):
     retention = steps[3].options
     assert (retention["documents"], retention["scale_update"]) == (2, (0.5,))
     assert steps[1].options["lr_sweep"] == (0.5, 1)
+
+
+def test_the_example_of_the_docs_is_a_study(tmp_path):
+    (block,) = re.findall(r"```yaml\n(study: .*?)```", (ROOT / "docs/study.md").read_text(), re.S)
+    (tmp_path / "study.yaml").write_text(block)
+    study, _ = parsed(tmp_path / "study.yaml")
+    assert [str(arm) for arm in study.mixes[FAMILIES["similar"]]] == study.arms["similar"]
+    assert study.hypotheses[0]["contrast"] == ["lora:8", "full"] and len(study.arms["similar"]) == 5
 
 
 def test_tasks_are_a_mix_of_their_own(tiny, tmp_path):
@@ -199,7 +208,10 @@ def values(output, study):
 
 @pytest.mark.slow
 def test_a_study_of_four_arms_is_killed_resumed_reported_and_replayed(workspace, tiny, tmp_path):
-    path = study_file(tmp_path, tiny)
+    last = {"checkpoints": ["last"]}
+    measure = {"evaluate": last, "retention": last | {"tasks": ["hellaswag"], "documents": 1}}
+    measure |= {"drift": last | {"top_k": [4]}, "gradients": last}
+    path = study_file(tmp_path, tiny, items=2, measure=measure)
     command = [sys.executable, str(ROOT / "run_study.py"), str(path)]
     study = subprocess.Popen(command, cwd=ROOT, env={**DEMO, **os.environ})
     deadline = time.monotonic() + 120
