@@ -361,7 +361,7 @@ def test_the_dry_run_of_a_new_study_says_when_the_time_is_known(workspace, measu
     ("arguments", "parts"),
     [
         (["--only", "evaluation"], ("--only", "evaluate")),
-        (["--families", "other"], ("--families", "similar")),
+        (["--families", "other"], ("families: other", "similar")),
         (["--ranks", "0"], ("rank", "at least 1")),
         (["--ranks", "4096"], ("4096", "allowed")),
         (["--workers", "0"], ("--workers", "1 or more")),
