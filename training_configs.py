@@ -1,7 +1,7 @@
 """TrainingConfig: the defaults, help texts, checks, names and records of training runs.
 
-The study's grid is {similar, dissimilar} x {full, LoRA 4, 8, 16, 32, 64}. LoRA, other adapters and
-full fine-tuning run the same code and differ only in their configuration.
+The study's grid is {similar, dissimilar} x {full, LoRA 4, 8, 16, 32, 64}. All arms run the same
+code and differ only in their configuration.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from dataset_descriptions import family_of, preset_family
 class Method(typing.NamedTuple):
     """A way to train, as arms name it; an adapter has a number: its rank, or its size of blocks.
 
-    `fields` are those of TrainingConfig that belong to it. What PEFT is told for an adapter stands
-    in multi_task_training.py.
+    `fields` are those of TrainingConfig that belong to it.
     """
 
     label: str  # in figures and tables
@@ -37,7 +36,8 @@ class Method(typing.NamedTuple):
 
 
 LORA_FIELDS = ("target_modules", "scaling", "lora_dropout")
-METHODS = {  # in the order of legends
+# In the order of legends; what PEFT is told for an adapter stands in multi_task_training.py.
+METHODS = {
     "lora": Method("LoRA r={}", "rank", LORA_FIELDS),
     "dora": Method("DoRA r={}", "rank", LORA_FIELDS),  # Liu et al. 2024, arXiv:2402.09353
     "pissa": Method("PiSSA r={}", "rank", LORA_FIELDS),  # Meng et al. 2024, arXiv:2404.02948
@@ -110,9 +110,8 @@ def default_learning_rate(
     rate = 5e-5 * (2000 / hidden_size) ** 0.781
     kind = METHODS[method]
     if kind.number and rank > 0:
-        x = 1.0
-        if "scaling" in kind.fields:
-            x = CONSTANT_ALPHA / rank / lora_scale(rank, scaling)
+        has_scale = "scaling" in kind.fields
+        x = CONSTANT_ALPHA / rank / lora_scale(rank, scaling) if has_scale else 1
         rate *= kind.rate * lora_factor * (1 + 2 * x) / 3
     return float(f"{rate:.1e}")
 
@@ -205,7 +204,7 @@ class TrainingConfig:
                 yield f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
         if self.is_adapter and self.rank < 1:
             yield f"{self.rank_name} is {self.rank}; allowed: at least 1 (the study's: {RANKS})"
-        if self.rank and not self.is_adapter:
+        elif self.rank and not self.is_adapter:
             yield f"rank is {self.rank}, and {self.method} has none"
         for name in ADAPTER_FIELDS:
             default = TrainingConfig.__dataclass_fields__[name].default
@@ -224,8 +223,7 @@ class TrainingConfig:
     @property
     def rank_name(self) -> str:
         """What `rank` is, for an error: "LoRA rank", "OFT block size"."""
-        kind = METHODS[self.method]
-        return f"{kind.label.partition(' ')[0]} {kind.number}"
+        return f"{METHODS[self.method].label.partition(' ')[0]} {METHODS[self.method].number}"
 
     @property
     def weights(self) -> list[float]:
