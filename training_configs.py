@@ -1,7 +1,6 @@
 """TrainingConfig: the defaults, help texts, checks, names and records of training runs.
 
-The study's grid is {similar, dissimilar} x {full, LoRA 4, 8, 16, 32, 64}. All arms run the same
-code and differ only in their configuration.
+The study's grid is {similar, dissimilar} x {full, LoRA 4, 8, 16, 32, 64}; its arms share their code.
 """
 
 from __future__ import annotations
@@ -110,8 +109,7 @@ def default_learning_rate(
     rate = 5e-5 * (2000 / hidden_size) ** 0.781
     kind = METHODS[method]
     if kind.number and rank > 0:
-        has_scale = "scaling" in kind.fields
-        x = CONSTANT_ALPHA / rank / lora_scale(rank, scaling) if has_scale else 1
+        x = CONSTANT_ALPHA / rank / lora_scale(rank, scaling) if "scaling" in kind.fields else 1
         rate *= kind.rate * lora_factor * (1 + 2 * x) / 3
     return float(f"{rate:.1e}")
 
@@ -207,8 +205,8 @@ class TrainingConfig:
         elif self.rank and not self.is_adapter:
             yield f"rank is {self.rank}, and {self.method} has none"
         for name in ADAPTER_FIELDS:
-            default = TrainingConfig.__dataclass_fields__[name].default
-            if name not in METHODS[self.method].fields and getattr(self, name) != default:
+            is_set = getattr(self, name) != getattr(TrainingConfig, name)
+            if is_set and name not in METHODS[self.method].fields:
                 of = ", ".join(m for m, kind in METHODS.items() if name in kind.fields)
                 yield f"{name} belongs to {of}; leave it out for {self.method}"
         for (low, high), names in RANGES.items():
@@ -239,8 +237,7 @@ class TrainingConfig:
     @property
     def alpha(self) -> int:
         """LoRA's alpha; 0 for a method without B A."""
-        has_alpha = "scaling" in METHODS[self.method].fields
-        return lora_alpha(self.rank, self.scaling) if has_alpha else 0
+        return lora_alpha(self.rank, self.scaling) * ("scaling" in METHODS[self.method].fields)
 
     @property
     def scale(self) -> float:
