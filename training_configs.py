@@ -1,6 +1,6 @@
 """TrainingConfig: the defaults, help texts, checks, names and records of training runs.
 
-The study's grid is {similar, dissimilar} x {full, LoRA 4, 8, 16, 32, 64}; its arms share their code.
+The study's grid is {similar, dissimilar} x {full, LoRA 4, 8, 16, 32, 64}; arms share their code.
 """
 
 from __future__ import annotations
