@@ -29,6 +29,7 @@ from config import (
     RANKS,
     TARGET_MODULES,
     Settings,
+    UserError,
     resolve_settings,
 )
 from dataset_descriptions import describe, named_family, ordered
@@ -153,12 +154,11 @@ def build_trainer(
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, epilog=settable_help())
     group = parser.add_argument_group("tasks (default: both families)")
-    tasks = group.add_mutually_exclusive_group()
     for family in BUILT_IN_FAMILIES:
-        names = FAMILIES[family]
-        tasks.add_argument(f"--{family}", action="store_true", help=f"train on {', '.join(names)}")
+        text = f"train on {', '.join(FAMILIES[family])}; both flags: each family in runs of its own"
+        group.add_argument(f"--{family}", action="store_true", help=text)
     text = "one run on these tasks, built-in or of your own (docs/tasks.md)"
-    tasks.add_argument("--tasks", nargs="+", metavar="TASK", help=text)
+    group.add_argument("--tasks", nargs="+", metavar="TASK", help=text)
     text = "the family that --tasks are a part of, a+b+c or name=a+b+c (default: their own)"
     group.add_argument("--family", metavar="FAMILY", help=text)
 
@@ -230,11 +230,13 @@ def plan(args: argparse.Namespace, settings: Settings, hidden_size: int) -> list
 
 
 def _task_mixes(args: argparse.Namespace) -> list[tuple[str, ...]]:
+    families = [family for family in BUILT_IN_FAMILIES if getattr(args, family)]
+    if args.tasks and families:
+        raise UserError(f"--tasks is not allowed with --{families[0]}: leave one out")
     if args.tasks:
         for task in args.tasks:
             describe(task)
         return [ordered(args.tasks)]
-    families = [family for family in BUILT_IN_FAMILIES if getattr(args, family)]
     return [FAMILIES[family] for family in families or BUILT_IN_FAMILIES]
 
 
