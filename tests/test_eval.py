@@ -228,7 +228,7 @@ def test_checkpoints_from_elsewhere_are_fractions_of_their_last(folder, model, t
     shutil.copy(run / "checkpoint-3" / "adapter_model.safetensors", broken)
     argv = [*model[:2], "--study", "elsewhere", "--runs", str(foreign), "--tasks", "sst2"]
     assert main([*argv, "--shots", "0", "--limit", "4", "--splits", "validation"]) == 1
-    assert "checkpoint-2 is" in capsys.readouterr().err
+    assert "checkpoint-2 cannot be loaded: it has no target_modules" in capsys.readouterr().err
     place = settings_for().output_dir / "performance_analysis" / "elsewhere"
     found = records_in(place).query("run == 'mine' and metric == 'accuracy'")
     assert dict(zip(found.step, found.fraction)) == {3: 0.5, 6: 1.0}

@@ -39,6 +39,7 @@ def checkpoint_models(
     half-written or does not fit the base, the UserError that says so takes the model's place, and
     the others follow.
 
+    >>> from pathlib import Path
     >>> from checkpoint_utils import checkpoint_models, checkpoints_in, find_base
     >>> selected = checkpoints_in(Path("models/demo/similar_lora_r8_seed42"))
     >>> for checkpoint, model in checkpoint_models(find_base(), selected):
@@ -128,6 +129,7 @@ def checkpoint_weights(
     The weights are verified and read when they are used. A checkpoint that is broken or does not
     fit the base comes with the UserError that says so instead.
 
+    >>> from pathlib import Path
     >>> from checkpoint_utils import checkpoint_weights, checkpoints_in, find_base
     >>> selected = checkpoints_in(Path("models/demo/similar_lora_r8_seed42"))
     >>> for checkpoint, weights in checkpoint_weights(find_base(), selected):

@@ -121,7 +121,7 @@ class Published:
         frame = load_records(path, lambda record: (record["run"], record["step"]) == about)
         is_plain = (frame["update_scale"] == 1) & (frame["shots"] == 0) & (frame["prompt"] == 0)
         plain = frame[is_plain]
-        return list(plain[choose(plain)].itertuples(index=False))
+        return [] if plain.empty else list(plain[choose(plain)].itertuples(index=False))
 
     @cached_property
     def scores(self) -> list[Any]:

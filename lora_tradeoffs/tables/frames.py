@@ -232,8 +232,10 @@ def scores(frame: DataFrame) -> DataFrame:
 
 def with_families(rows: DataFrame) -> DataFrame:
     """The rows, titled "family: task" where runs of several families that have a task are."""
+    import numpy as np
+
     is_own = [task in FAMILIES.get(f, ()) for f, task in zip(rows["family"], rows["task"])]
-    own = rows[is_own]
+    own = rows[np.array(is_own, dtype=bool)]  # of no row a list would choose columns
     counts = own[is_trained(own)].groupby("task")["family"].nunique()
     shared = own[own["task"].isin(counts.index[counts > 1])]
     titles = shared["family"] + ": " + shared["task"]

@@ -87,7 +87,7 @@ def test_a_control_takes_its_share_of_the_mixed_runs_rows(tiny, flags):
         ("--single-task-controls", "--full-qv", "--set", "checkpoints=2", "warmup=0.1"),
         ("--measure-then-delete", "--dtype", "bf16", "--scale-update"),
         ("--workers", "2", "--items", "8", "--lr-sweep", "1", "2", "--seeds", "42", "43"),
-        ("--data", "hub", "--preset", "study"),
+        ("--data", "hub", "--preset", "study", "--ranks", "4", "8"),
     ],
 )
 def test_every_command_line_is_one_that_its_script_accepts(planned, flags):
