@@ -12,26 +12,30 @@ from __future__ import annotations
 
 import itertools
 import math
-import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import BUILT_IN_FAMILIES, FAMILIES, PRESETS, SPLITS, UserError
+from config import BUILT_IN_FAMILIES, FAMILIES, SPLITS, UserError
 from dataset_descriptions import DESCRIPTIONS, learn, ordered
 from lora_tradeoffs.files import read_head, read_records
 from lora_tradeoffs.records import (
     DOCUMENT,
-    OLD_VERSIONS,
     OVERALL,
-    RECORD_VERSION,
-    TRAINED,
     Record,
     metric_scale,
     read_run,
     updated,
 )
-from lora_tradeoffs.tables.arms import FULL, GRID, METHODS, arms_of, shared_words
+from lora_tradeoffs.tables.arms import FULL, GRID, arms_of, shared_words
+from lora_tradeoffs.tables.documents import (
+    NUMBERS,
+    OPTIONAL,
+    TEXTS,
+    contradiction,
+    meta_problem,
+    record_problem,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -55,23 +59,6 @@ RUN_COLUMNS = {
     **{f"environment.versions.{name}": name for name in ("torch", "transformers")},
 }
 PART = 20_000  # records that are Python objects at a time
-TEXTS = ("run", "family", "method", "split", "task", "metric")
-NUMBERS = ("rank", "seed", "step", "fraction", "value")
-NEVER_NULL = ("run", "method", "metric", "rank", "seed", "step")
-# What a measurement gives: two records that differ in nothing else are of one measurement.
-FIGURES = (
-    *("value", "stderr", "low", "high", "n", "p_value", "test", "detectable", "chance"),
-    *("at_chance", "truncated", "forgotten", "gained", "random", "over"),
-    *("defined", "scale", "other_scale", "reason"),
-)
-OPTIONAL = {
-    **dict.fromkeys(("low", "high", "stderr", "n"), math.nan),
-    "shots": 0,
-    "prompt": 0,
-    "update_scale": 1.0,
-    "learning_rate": 0.0,
-    "target_modules": "",
-}
 
 
 def load_records(path: Path, keep: Callable[[Record], bool] | None = None) -> DataFrame:
@@ -96,17 +83,17 @@ def load_records(path: Path, keep: Callable[[Record], bool] | None = None) -> Da
     learn(meta.get("own", {}))
     numbered = enumerate(read_records(path, DOCUMENT["records"][0], remedy))
     rows = (row for row in numbered if keep is None or keep(row[1]))
-    parts, problem = [], _meta_problem(meta)
+    parts, problem = [], meta_problem(meta)
     while not problem and (part := dict(itertools.islice(rows, PART))):
         frame = pd.DataFrame(part.values(), index=part)
-        problem = _problem(part, frame)
+        problem = record_problem(part, frame)
         if not problem and "variant" not in frame:
             frame = pd.DataFrame(map(updated, part.values()), index=part)
         parts.append(frame)
     if not problem:
         empty = pd.DataFrame(columns=[*TEXTS, *NUMBERS, "tasks", "variant"])
         frame = _joined(parts or [empty])
-        problem = _contradiction(frame)
+        problem = contradiction(frame)
     if problem:
         raise UserError(f"{path}: {problem}; edited by hand? {command} writes it anew")
     frame = _in_every_family(frame).reset_index(drop=True)
@@ -148,58 +135,6 @@ def _in_every_family(frame: DataFrame) -> DataFrame:
     shared = frame[is_shared]
     copies = shared.assign(family=shared["task"].map(of_task)).explode("family")
     return pd.concat([frame[~is_shared], copies]).astype({"family": frame["family"].dtype})
-
-
-def _meta_problem(meta: dict[str, Any]) -> str:
-    version = meta.get("record_version", 1)
-    if version not in (RECORD_VERSION, *OLD_VERSIONS):
-        return f"record version {version!r}, this suite reads {RECORD_VERSION}"
-    return "" if meta.get("preset") in PRESETS else f"preset is {meta.get('preset')!r}"
-
-
-def _problem(records: dict[int, Record], frame: DataFrame) -> str:
-    """A field or type that no script writes, in records by their number; "" if there is none."""
-    import numpy as np
-
-    required = {*TEXTS, *NUMBERS}
-    for number, record in records.items():
-        if missing := required - record.keys():
-            return f"record {number} lacks {', '.join(sorted(missing))}"
-    types: dict[str, Any] = dict.fromkeys(("target_modules", "tasks", "variant", *TEXTS), str)
-    types = dict.fromkeys((*NUMBERS, *OPTIONAL), (int, float)) | types
-    for name in filter(types.get, frame):
-        wrong = frame[name].isna() & (name in NEVER_NULL)
-        if name == "method":
-            wrong |= ~frame[name].isin(METHODS)
-        dtype = frame[name].dtype
-        if not (dtype == "str" if types[name] is str else dtype.kind in "iuf"):
-            values = frame[name].dropna()
-            right = [isinstance(v, types[name]) and not isinstance(v, bool) for v in values]
-            wrong[values.index] |= ~np.array(right, dtype=bool)
-        if wrong.any():
-            number = wrong.idxmax()
-            return f"{name} of record {number} is {reprlib.repr(records[number].get(name))}"
-    return ""
-
-
-def _contradiction(frame: DataFrame) -> str:
-    """Two records of one measurement, or of one run as two arms; "" if there are none."""
-    arms = frame[["run", *(name for name in (*TRAINED, "variant") if name in frame)]]
-    try:
-        arms = arms.drop_duplicates()
-        repeated = frame.duplicated([name for name in frame if name not in FIGURES])
-    except TypeError:
-        return "a record holds a list or an object"
-    if (changed := arms["run"].duplicated()).any():
-        run = arms["run"][changed].iloc[0]
-        first, other = arms[arms["run"] == run].iloc[:2].to_dict("records")
-        fields = [f"{n} {first[n]!r} and {other[n]!r}" for n in first if first[n] != other[n]]
-        return f"run {run} has {', '.join(fields)} in records {arms.index[changed][0]} and before"
-    if repeated.any():
-        row = frame[repeated].iloc[0]
-        about = f"{row['metric']} on {row['task']} of {row['run']} at step {row['step']}"
-        return f"record {repeated.idxmax()} repeats an earlier one ({about})"
-    return ""
 
 
 def is_demo(frame: DataFrame) -> bool:

@@ -70,10 +70,11 @@ def test_any_document_is_read_or_named(workspace, example):
 
 @pytest.mark.parametrize(
     "damage",
-    [{"meta": META | {"preset": []}}, {"records": [{"tasks": {}}]}, {"records": [{"variant": {}}]}],
+    [{"meta": META | {"preset": []}}, {"records": [{"tasks": {}}]}, {"records": [{"variant": {}}]}]
+    + [{"records": [{name: 10**400}]} for name in ("learning_rate", "step", "value")],
     ids=str,
 )
-def test_an_object_in_place_of_a_name_is_one_line(workspace, damage):
+def test_what_no_script_writes_is_one_line(workspace, damage):
     document = json.loads(json.dumps(DOCUMENTS["adaptation"]))
     document["meta"] = damage.get("meta", META)
     for record, changes in zip(document["records"], damage.get("records", ())):
