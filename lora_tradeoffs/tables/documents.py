@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TEXTS = ("run", "family", "method", "split", "task", "metric")
 NUMBERS = ("rank", "seed", "step", "fraction", "value")
 LARGEST_FLOAT = sys.float_info.max
-NEVER_NULL = ("run", "method", "metric", "rank", "seed", "step")
+NEVER_NULL = ("run", "method", "metric", "task", "split", "rank", "seed", "step")
 # What a measurement gives: two records that differ in nothing else are of one measurement.
 FIGURES = (
     *("value", "stderr", "low", "high", "n", "p_value", "test", "detectable", "chance"),

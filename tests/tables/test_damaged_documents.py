@@ -71,7 +71,8 @@ def test_any_document_is_read_or_named(workspace, example):
 @pytest.mark.parametrize(
     "damage",
     [{"meta": META | {"preset": []}}, {"records": [{"tasks": {}}]}, {"records": [{"variant": {}}]}]
-    + [{"records": [{name: 10**400}]} for name in ("learning_rate", "step", "value")],
+    + [{"records": [{name: 10**400}]} for name in ("learning_rate", "step", "value")]
+    + [{"records": [{"task": None}]}],
     ids=str,
 )
 def test_what_no_script_writes_is_one_line(workspace, damage):
