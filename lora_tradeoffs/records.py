@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,15 +146,20 @@ def _with_optional(shape: dict[str, Any], needed: Collection[str]) -> dict[str, 
 def units_of(runs: Collection[str], records: Path) -> list[str]:
     """Names of the units in a folder of records that are of one of the runs.
 
-    A unit's name may begin like that of another run, so its records say whose it is.
+    A unit's name may begin like that of another run, so its records say whose it is. Of a damaged
+    file the name has to: <run>-<step>-<what>, where what was measured begins with no digit.
     """
     prefixes = tuple(f"{run}-" for run in runs)
-    return [
-        path.stem
-        for path in sorted(records.glob("*.json"))
-        if path.name.startswith(prefixes)
-        and {record["run"] for record in read_json(path, UNIT)["records"]} & {*runs}
-    ]
+
+    def is_theirs(path: Path) -> bool:
+        try:
+            return bool({record["run"] for record in read_json(path, UNIT)["records"]} & {*runs})
+        except UserError:
+            rests = [path.stem[len(p) :] for p in prefixes if path.stem.startswith(p)]
+            return any(re.match(r"\d+(-\D|$)", rest) for rest in rests)
+
+    paths = sorted(records.glob("*.json"))
+    return [path.stem for path in paths if path.name.startswith(prefixes) and is_theirs(path)]
 
 
 def forget(settings: Settings, run: str) -> int:
