@@ -153,27 +153,26 @@ def build_trainer(
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, epilog=settable_help())
-    group = parser.add_argument_group("tasks (default: both families)")
+    add = parser.add_argument_group("tasks (default: both families)").add_argument
     for family in BUILT_IN_FAMILIES:
         text = f"train on {', '.join(FAMILIES[family])}; both flags: each family in runs of its own"
-        group.add_argument(f"--{family}", action="store_true", help=text)
+        add(f"--{family}", action="store_true", help=text)
     text = "one run on these tasks, built-in or of your own (docs/tasks.md)"
-    group.add_argument("--tasks", nargs="+", metavar="TASK", help=text)
+    add("--tasks", nargs="+", metavar="TASK", help=text)
     text = "the family that --tasks are a part of, a+b+c or name=a+b+c (default: their own)"
-    group.add_argument("--family", metavar="FAMILY", help=text)
+    add("--family", metavar="FAMILY", help=text)
 
     group = parser.add_argument_group("arms (default: full fine-tuning and LoRA at every rank)")
     add = group.add_argument
     ranks = " ".join(map(str, RANKS))
     add("--lora", nargs="+", type=int, metavar="R", help=f"LoRA at these ranks, e.g. {ranks}")
     add("--full-finetune", action="store_true", help="train all weights")
-    dense_qv = "train q_proj and v_proj without low-rank factors"
-    add("--full-qv", action="store_true", help=dense_qv)
+    text = "train q_proj and v_proj without low-rank factors"
+    add("--full-qv", action="store_true", help=text)
     add_adapter_argument(group)
 
     add_common_arguments(parser)
-    run = parser.add_argument_group("runs")
-    add = run.add_argument
+    add = (run := parser.add_argument_group("runs")).add_argument
     add(
         "--seed",
         nargs="+",
