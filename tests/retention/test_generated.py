@@ -1,6 +1,5 @@
 """Benchmarks that are answered in text: lm-eval's texts and scores, and what cannot be asked."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -216,13 +215,6 @@ def test_a_package_that_a_benchmark_lacks_is_named(tmp_path, monkeypatch):
         load(tmp_path, "ifeval")
 
 
-needs_ifeval = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("langdetect", "immutabledict"))),
-    reason="lm_eval[ifeval] is not installed",
-)
-
-
-@needs_ifeval
 def test_nltk_data_that_is_missing_is_named(tmp_path, monkeypatch):
     import nltk
 
@@ -233,7 +225,6 @@ def test_nltk_data_that_is_missing_is_named(tmp_path, monkeypatch):
         load(tmp_path, "ifeval")
 
 
-@needs_ifeval
 def test_ifeval_is_scored_by_lm_evals_own_checks(tmp_path, tiny_model, tokenizer):
     rows = [INSTRUCTION | {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}] * 3
     write_benchmark(tmp_path, "ifeval", "train", rows)
