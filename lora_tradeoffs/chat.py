@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from config import UserError
+from lora_tradeoffs.command_line import reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -71,8 +72,8 @@ def chat_form(tokenizer: PreTrainedTokenizerFast, name: str, system: str) -> Cha
         answered = rendered(tokenizer, [*turns, ("assistant", MARK.format(1))], False)
     except Exception as error:  # a template may raise anything
         advice = ": leave --system-instruction out" if system else ""
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"the chat template of {name} fails ({reason:.160}){advice}") from None
+        failed = f"the chat template of {name} fails ({reason_of(error):.160}){advice}"
+        raise UserError(failed) from None
     special = _special(tokenizer)
     before, _, after = answered.partition(MARK.format(1))
     lead = before.removeprefix(prompt) if before.startswith(prompt) else ""

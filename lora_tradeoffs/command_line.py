@@ -105,6 +105,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
+def reason_of(error: Exception) -> str:
+    """An error of foreign code in one line: its kind, and its message's first line.
+
+    Raises it again if the memory ran out, which says nothing of that code.
+    """
+    if is_out_of_memory(error):
+        raise error
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def system_error(error: BaseException | None) -> OSError | None:
     """The operating system's error behind an exception: a full disk, a folder without permission.
 

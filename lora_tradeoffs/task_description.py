@@ -321,10 +321,12 @@ def template_fields(template: str) -> tuple[str, ...]:
 def render(name: str, template: str, row: Row) -> str:
     """The template with the row's fields, as lm-eval renders it, in Jinja's sandbox.
 
-    Raises ValueError, naming the task file's field, for whatever it raises.
+    Raises ValueError, naming the task file's field, for whatever it raises but a lack of memory.
     """
     try:
         return compiled(template).render(row)
+    except MemoryError:
+        raise
     except Exception as error:  # a template may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{name} fails: {reason:.200}") from None

@@ -16,7 +16,11 @@ import eval as evaluate
 import multi_task_training
 import retention_eval
 import svd_analysis
+from config import EMBEDDED_MODEL
 from lora_tradeoffs import publish
+from lora_tradeoffs.checkpoints import Checkpoint
+from lora_tradeoffs.command_line import reason_of
+from lora_tradeoffs.report.model_card import Published, without_paths
 
 STUDY = "publish"
 RUN = "similar_lora_r4_steps2_limit16_checkpoints1_seed42"
@@ -142,3 +146,25 @@ def test_a_damaged_checkpoint_is_not_published(shared, served, inside):
     assert_one_line_error(inside(publish.main, *argv), "adapter_model.safetensors is corrupt")
     assert not served.requests
     shutil.rmtree(runs / "damaged")
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "base"),
+    [
+        ("me/llama", "me/llama", "me/llama"),
+        ("models/mine", "/somewhere/models/mine", None),  # a folder, typed relative to another
+        ("/somewhere/mine", "/somewhere/mine", None),
+        (EMBEDDED_MODEL, "a file", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ],
+)
+def test_a_folder_is_not_taken_for_a_repository_of_the_hub(model, source, base):
+    published = Published(settings_for(study=STUDY), Checkpoint("run", 2, Path("nowhere")))
+    record = {"config": {"model": model}, "base": {"source": source}}
+    vars(published)["record"] = without_paths(record)
+    assert published.base == base
+
+
+def test_memory_that_ran_out_is_no_fault_of_foreign_code():
+    assert reason_of(ValueError("one\ntwo")) == "ValueError: one"
+    with pytest.raises(MemoryError):
+        reason_of(MemoryError())

@@ -16,7 +16,7 @@ import numpy as np
 
 from config import ROOT, UserError
 from dataset_descriptions import DatasetDescription, EvaluateMetric, describe
-from lora_tradeoffs.command_line import is_out_of_memory
+from lora_tradeoffs.command_line import reason_of
 from lora_tradeoffs.statistics.scores import (
     ORDERS,
     Scores,
@@ -225,10 +225,8 @@ def evaluate_scores(
             result = module.compute(predictions=[prediction], references=[reference])
             values.append(float(result[metric.key]) / metric.scale)
     except Exception as error:  # a script may raise anything
-        if is_out_of_memory(error):
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{task}: metric {metric.path} of `evaluate` failed: {reason}") from error
+        failed = f"{task}: metric {metric.path} of `evaluate` failed: {reason_of(error)}"
+        raise UserError(failed) from error
     outside = [value for value in values if not 0 <= value <= 1]
     if outside:
         raise UserError(

@@ -93,7 +93,11 @@ class Published:
     def base(self) -> str | None:
         """The base's name on the Hub; None for a folder of the user's."""
         model = self.record["config"]["model"]
-        return EMBEDDED_ON_THE_HUB if model == EMBEDDED_MODEL else model if "/" in model else None
+        if model == EMBEDDED_MODEL:
+            return EMBEDDED_ON_THE_HUB
+        # of a folder, which may be typed as a/b, the source is an absolute path
+        is_hub = "/" in model and self.record["base"].get("source") == model
+        return model if is_hub else None
 
     @property
     def command(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from config import UserError
+from lora_tradeoffs.command_line import reason_of
 
 Filters = Sequence[tuple[str, Mapping[str, Any]]]  # each one's name and arguments
 
@@ -63,5 +64,4 @@ def filtered(filters: Filters, texts: Sequence[str]) -> list[str]:
 
 
 def _failed(what: str, name: str, error: Exception) -> UserError:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return UserError(f"{what} {name} failed ({reason:.200})")
+    return UserError(f"{what} {name} failed ({reason_of(error):.200})")
