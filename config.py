@@ -207,7 +207,9 @@ class Settings:
 
     def document(self, analysis: str) -> Path:
         """The path of the document that an analysis (a key of DOCUMENTS) writes for the study."""
-        return self.output_dir / DOCUMENTS[analysis].format(study=self.study)
+        path = self.output_dir / DOCUMENTS[analysis].format(study=self.study)
+        packed = path.with_suffix(".json.gz")
+        return packed if packed.is_file() and not path.is_file() else path
 
     def headline(self, device: str) -> str:
         """The line that every command prints first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import secrets
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -108,7 +110,7 @@ def read_head(path: Path, shape: Shape = dict, remedy: str = DELETE) -> dict[str
     """What stands before the records in a file of `write_records`. Raises UserError as `read_json`
     does.
     """
-    with path.open(encoding="utf-8") as file, _damage(path, remedy):
+    with _open(path) as file, _damage(path, remedy):
         head = json.loads(_read_to_records(file)[0])
     check_shape(path, head, shape, remedy)
     return head
@@ -120,7 +122,7 @@ def read_records(path: Path, shape: Shape = dict, remedy: str = DELETE) -> Itera
     Raises UserError as `read_json` does, where the damage begins.
     """
     decode = json.JSONDecoder().raw_decode
-    with path.open(encoding="utf-8") as file, _damage(path, remedy):
+    with _open(path) as file, _damage(path, remedy):
         text, position, number = _read_to_records(file)[1], 0, 0
         while True:
             position = SEPARATOR.match(text, position).end()
@@ -144,11 +146,17 @@ def read_records(path: Path, shape: Shape = dict, remedy: str = DELETE) -> Itera
             raise ValueError("something stands after the records")
 
 
+def _open(path: Path) -> TextIO:
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")
+
+
 @contextmanager
 def _damage(path: Path, remedy: str) -> Iterator[None]:
     """Raise UserError where the file is no JSON of records."""
     try:
         yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged: {error}; {remedy}") from None
     except (IndexError, ValueError, RecursionError) as error:
         read_json(path, {"records": [object]}, remedy)  # says what is wrong
         raise UserError(f"{path} is damaged: {error}; {remedy}") from None

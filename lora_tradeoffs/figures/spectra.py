@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import INTRUDER_EPSILON, RANKS
@@ -73,13 +74,10 @@ def similarity_matrices(study: StudyRecords, frame: DataFrame) -> Figure:
     """|<u0_i, u_j>| of the matrix where the strongest rank has its least familiar vector."""
     import pandas as pd
 
-    tables = {r: (_spectra(study, r), _similarities(study, r)) for r in contrasted_runs(frame)}
-    tables = {run: pair for run, pair in tables.items() if pair[0] is not None and pair[1]}
+    tables, layers = shown_similarities(study, frame)
     if not tables:
         missing = "no similarities of a last checkpoint; python svd_analysis.py makes them"
         raise NothingToDraw(missing)
-    strongest, _ = tables[max(tables, key=lambda run: run.rank)]
-    layers = {module: _least_familiar_layer(strongest, module) for module in MODULES}
     rows = []
     for run, (spectra, matrices) in tables.items():
         for module, layer in layers.items():
@@ -87,8 +85,8 @@ def similarity_matrices(study: StudyRecords, frame: DataFrame) -> Figure:
                 continue
             of_layer = spectra[(spectra["module"] == module) & (spectra["layer"] == layer)]
             title = f"{MODULES[module]}, layer {layer}\nbase, $i$"
-            names = [n for n in matrices if n.endswith(f".{module}") and f".{layer}." in n]
-            rows.append(of_layer.assign(row=title, arm=run.arm, name=names[0], run=run.run))
+            name = next(n for n in matrices if _is_of(n, module, layer))
+            rows.append(of_layer.assign(row=title, arm=run.arm, name=name, run=run.run))
     matrices = {run.run: matrices for run, (_, matrices) in tables.items()}
     panels = Panels.grid(pd.concat(rows), "row", "arm", size=(2.1, 2.1), share_x="none")
     for _, ax, spectra in panels:
@@ -102,6 +100,27 @@ def similarity_matrices(study: StudyRecords, frame: DataFrame) -> Figure:
         f" is below {INTRUDER_EPSILON}. Last checkpoints of {', '.join(matrices)}."
     )
     return panels.finish(frame, [about], kind=None)
+
+
+def shown_similarities(
+    study: StudyRecords, frame: DataFrame
+) -> tuple[dict[Any, tuple[DataFrame, dict[str, Any]]], dict[str, int | None]]:
+    """The spectra and matrices of cosines of the contrasted runs, and the layer shown of each
+    module; of the matrices those of these layers alone."""
+    tables = {r: (_spectra(study, r), _similarities(study, r)) for r in contrasted_runs(frame)}
+    tables = {run: pair for run, pair in tables.items() if pair[0] is not None and pair[1]}
+    if not tables:
+        return {}, {}
+    strongest, _ = tables[max(tables, key=lambda run: run.rank)]
+    layers = {module: _least_familiar_layer(strongest, module) for module in MODULES}
+    for run, (spectra, matrices) in tables.items():
+        shown = {n: m for n, m in matrices.items() if any(_is_of(n, *x) for x in layers.items())}
+        tables[run] = spectra, shown
+    return tables, layers
+
+
+def _is_of(matrix: str, module: str, layer: int | None) -> bool:
+    return matrix.endswith(f".{module}") and f".{layer}." in matrix
 
 
 def _similarity(ax: Axes, matrix: Any, spectra: DataFrame) -> None:
@@ -204,15 +223,23 @@ def contrasted_runs(frame: DataFrame) -> list[Any]:
     return list(last.loc[best, ["run", "step", "arm", "rank"]].itertuples(index=False))
 
 
+def spectra_file(folder: Path, run: Any) -> Path:
+    return folder / "spectra" / f"{unit_name(run.run, run.step)}.parquet"
+
+
+def similarities_file(folder: Path, run: Any) -> Path:
+    return folder / "similarities" / f"{unit_name(run.run, run.step)}.safetensors"
+
+
 def _spectra(study: StudyRecords, run: Any) -> DataFrame | None:
     import pandas as pd
 
-    path = study.folder("drift") / "spectra" / f"{unit_name(run.run, run.step)}.parquet"
+    path = spectra_file(study.folder("drift"), run)
     return pd.read_parquet(path) if path.is_file() else None
 
 
 def _similarities(study: StudyRecords, run: Any) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
-    path = study.folder("drift") / "similarities" / f"{unit_name(run.run, run.step)}.safetensors"
+    path = similarities_file(study.folder("drift"), run)
     return {n: m.astype(float) for n, m in load_file(path).items()} if path.is_file() else {}

@@ -2,7 +2,8 @@
 
 A unit is one measurement of one checkpoint by one script. `records/<unit>.json` holds its request
 (what identifies the measurement) and its flat records; `items/<unit>.parquet` holds the per-item
-statistics behind them, for paired tests.
+statistics behind them, for paired tests. A study that was packed (report/pack.py) has the items of
+several units in one `items.parquet`, and no records but the document's.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ from lora_tradeoffs.records import (
 if TYPE_CHECKING:
     from lora_tradeoffs.statistics.contrasts import Items
     from lora_tradeoffs.statistics.scores import Scores
+
+
+PACKED_ITEMS = "items.parquet"
 
 
 class Results:
@@ -128,17 +132,22 @@ class Results:
         from lora_tradeoffs.statistics.comparisons import grouped
         from lora_tradeoffs.statistics.scores import AGGREGATES, Scores
 
-        path = self.items_file(unit)
-        if not path.is_file():
+        path, packed = self.items_file(unit), self.folder / PACKED_ITEMS
+        of_unit = None
+        if packed.is_file():
+            path, of_unit = packed, [("unit", "==", unit)]
+        elif not path.is_file():
             if "items" in _read(self.unit_file(unit)):
                 raise UserError(f"{path} is missing; measure {unit} again")
             return {}
         scores = {}
         try:
-            for name, rows in pd.read_parquet(path).groupby("metric", sort=False):
+            table = pd.read_parquet(path, filters=of_unit)
+            for name, rows in table.groupby("metric", sort=False):
                 aggregate = AGGREGATES[rows["aggregate"].iloc[0]]
                 values = Scores(name, np.stack(rows["statistics"]), aggregate)
-                scores[name] = grouped(values, rows["group"]) if "group" in rows else values
+                has_groups = "group" in rows and rows["group"].notna().all()
+                scores[name] = grouped(values, rows["group"]) if has_groups else values
         except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are such
             if system_error(error):
                 raise
@@ -231,19 +240,25 @@ def _check_version(path: Path, version: Any, folder: Path) -> None:
 # ---------------------------------------------------------------------------- per-item readers
 
 
+def adaptation_unit(row: Any) -> str:
+    """The unit of a record of adaptation, as a row of its frame."""
+    return unit_name(row.run, row.step, row.task, row.split)
+
+
+def retention_unit(row: Any) -> str:
+    """The unit of a benchmark's record, as a row of its frame."""
+    shots = f"{row.shots:.0f}shot" if row.shots else ""
+    return unit_name(row.run, row.step, row.task, shots)
+
+
 def adaptation_items(results: Results) -> Items:
     """A reader of the per-item statistics of a record of adaptation."""
-    return _reader(results, lambda row: unit_name(row.run, row.step, row.task, row.split))
+    return _reader(results, adaptation_unit)
 
 
 def retention_items(results: Results) -> Items:
     """A reader of the per-item statistics of a benchmark's record."""
-
-    def unit(row: Any) -> str:
-        shots = f"{row.shots:.0f}shot" if row.shots else ""
-        return unit_name(row.run, row.step, row.task, shots)
-
-    return _reader(results, unit)
+    return _reader(results, retention_unit)
 
 
 def _reader(results: Results, unit_of: Callable[[Any], str]) -> Items:

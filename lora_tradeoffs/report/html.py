@@ -1,6 +1,7 @@
 """The report: plot_results.ipynb executed on a study, as a single self-contained HTML page.
 
     python -m lora_tradeoffs.report.html --study NAME
+    python -m lora_tradeoffs.report.html --from FOLDER      # of a study that --pack has packed
 
 Writes outputs/<study>/report.html and the tables and figures that it shows. run_study.py ends with
 it.
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from config import ROOT, Settings, UserError, resolve_settings
+from config import ROOT, Settings, UserError, resolve_settings, typed_path
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
 from lora_tradeoffs.files import written_whole
 
@@ -149,6 +150,10 @@ def write_report(settings: Settings, pdf: bool = False) -> Path:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Write the report of a study from what the scripts measured.")
     add_common_arguments(parser)
+    text = "read a packed study (--pack), and nothing else; the report is written into it"
+    parser.add_argument("--from", dest="packed", metavar="FOLDER", help=text)
+    text = "copy what the report is made of to FOLDER, a few MB, and write the report there"
+    parser.add_argument("--pack", metavar="FOLDER", help=text)
     parser.add_argument("--pdf", action="store_true", help="also save figures as PDF")
     return parser
 
@@ -156,8 +161,20 @@ def build_parser() -> argparse.ArgumentParser:
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    settings = resolve_settings(args)
-    print(settings.headline("none"), flush=True)
+    from lora_tradeoffs.report.pack import pack, packed_settings
+
+    if args.packed:
+        settings = packed_settings(typed_path(args.packed, "--from").resolve(), args.study)
+        print(f"study {settings.study} in {settings.output_dir}", flush=True)
+    else:
+        settings = resolve_settings(args)
+        print(settings.headline("none"), flush=True)
+    if args.pack:
+        folder = typed_path(args.pack, "--pack").resolve()
+        pack(settings, folder)
+        settings = packed_settings(folder, settings.study)
+        size = sum(p.stat().st_size for p in folder.glob(f"*/{settings.study}/**/*") if p.is_file())
+        print(f"packed: {folder} ({size / 1e6:.1f} MB without the report and its figures)")
     print(f"report: {write_report(settings, args.pdf)}")
     return 0
 

@@ -169,12 +169,7 @@ class StudyPlan:
 
     def text(self) -> str:
         """The file that repeats the study."""
-        import yaml
-
-        body = yaml.safe_dump(
-            self.record(), sort_keys=False, default_flow_style=None, width=96, allow_unicode=True
-        )
-        return HEAD + body
+        return file_text(self.record())
 
     def extended(self, before: StudyPlan) -> StudyPlan:
         """The plan of a study that had another grid before: with the arms and seeds of both."""
@@ -292,6 +287,14 @@ def read_study_file(path: Path) -> dict[str, Any]:
     with naming(path):
         check_shape(given)
     return given
+
+
+def file_text(given: Mapping[str, Any]) -> str:
+    """The fields of a study as a file."""
+    import yaml
+
+    style = {"sort_keys": False, "default_flow_style": None, "width": 96, "allow_unicode": True}
+    return HEAD + yaml.safe_dump(dict(given), **style)
 
 
 def write_study_file(path: Path, plan: StudyPlan) -> None:

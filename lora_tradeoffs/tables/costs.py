@@ -10,6 +10,7 @@ other hardware are other quantities: `device` stands in every row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def cost_table(runs_dir: Path) -> DataFrame:
     `seconds` are those of training, without validation and saving; `tokens` all that were trained
     on (prompts and completions, without padding); `peak_memory_bytes` allocated on the GPU, on a
     CPU resident. `checkpoint_bytes` are the weights of one checkpoint, `disk_bytes` all files of
-    the run. Raises UserError for a file that is damaged.
+    the run's checkpoints, by their manifests. Raises UserError for a file that is damaged.
     """
     import pandas as pd
 
@@ -45,8 +46,9 @@ def cost_table(runs_dir: Path) -> DataFrame:
     for folder in sorted(path.parent for path in runs_dir.glob("*/training.json")):
         record, training = read_run(folder, "config"), read_training(folder)
         row = training | _who(folder.name, record["config"])
-        row["checkpoint_bytes"] = _weight_bytes(folder)
-        row["disk_bytes"] = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        files = [m["files"] for m in map(_manifest, checkpoints(folder)) if m]
+        row["checkpoint_bytes"] = _bytes(files[-1:], ".safetensors") or None
+        row["disk_bytes"] = _bytes(files)
         row["device"] = record.get("environment", {}).get("device_name")
         rows.append(row)
     table = pd.DataFrame(rows, columns=[*COLUMNS, "base_parameters"])
@@ -118,9 +120,7 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
     return read_manifest(checkpoint) if (checkpoint / MANIFEST).is_file() else {}
 
 
-def _weight_bytes(folder: Path) -> int | None:
-    """Bytes of the weights of the last checkpoint, by its manifest; None if it does not say."""
-    manifests = [*filter(None, map(_manifest, checkpoints(folder)))]
-    files = manifests[-1]["files"] if manifests else {}
-    sizes = [entry["size"] for name, entry in files.items() if name.endswith(".safetensors")]
-    return sum(sizes) or None
+def _bytes(manifests: Sequence[Mapping[str, Any]], suffix: str = "") -> int:
+    """Bytes of the files that manifests list, of those with the suffix."""
+    files = ((n, entry) for files in manifests for n, entry in files.items())
+    return sum(entry["size"] for name, entry in files if name.endswith(suffix))

@@ -63,8 +63,10 @@ def page(workspace, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OUTPUT_DIR", str(folder))
         patch.setenv("PRESET", "demo")
-        assert report.main(["--preset", "demo", "--study", "demo"]) == 0
-    path = folder / "outputs" / "demo" / "report.html"
+        # the report of the packed study has all figures of the study itself
+        packed = folder / "packed"
+        assert report.main(["--preset", "demo", "--study", "demo", "--pack", str(packed)]) == 0
+    path = packed / "outputs" / "demo" / "report.html"
     return path.read_text(encoding="utf-8"), path
 
 
