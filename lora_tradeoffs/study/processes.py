@@ -92,7 +92,7 @@ class StepRunner:
         log, command = self.logs / f"{step.name}.log", command_line(step, self.settings)
         with log.open("a", encoding="utf-8") as file:
             file.write(f"\n$ python {' '.join(command)}\n")
-        environment = {**os.environ, **self.environments[slot]}
+        environment = {**os.environ, **budgets(self.settings), **self.environments[slot]}
         process = context.Process(target=run_script, args=(command, log, environment))
         process.start()
         results = count_results(step, self.settings)
@@ -155,6 +155,12 @@ def _exit_with_parent() -> None:
     """End at once when the study does: a killed study leaves no process that still writes."""
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def budgets(settings: Settings) -> dict[str, str]:
+    """The variables of the settings that no script has a flag for, as the study resolved them."""
+    names = ("examples_per_task", "eval_examples_per_task")
+    return {name.upper(): str(getattr(settings, name)) for name in names}
 
 
 def worker_environments(workers: int) -> list[dict[str, str]]:

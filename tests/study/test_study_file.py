@@ -211,7 +211,9 @@ def test_a_study_of_four_arms_is_killed_resumed_reported_and_replayed(workspace,
     last = {"checkpoints": ["last"]}
     measure = {"evaluate": last, "retention": last | {"tasks": ["hellaswag"], "documents": 1}}
     measure |= {"drift": last | {"top_k": [4]}, "gradients": last}
-    path = study_file(tmp_path, tiny, items=2, measure=measure)
+    budget = {"examples_per_task": 40, "eval_examples_per_task": 5}
+    of_set = {"checkpoints": 2, "report_to": "none"}
+    path = study_file(tmp_path, tiny, items=2, measure=measure, set=of_set, **budget)
     command = [sys.executable, str(ROOT / "run_study.py"), str(path)]
     study = subprocess.Popen(command, cwd=ROOT, env={**DEMO, **os.environ})
     deadline = time.monotonic() + 120
@@ -221,6 +223,8 @@ def test_a_study_of_four_arms_is_killed_resumed_reported_and_replayed(workspace,
     study.send_signal(signal.SIGKILL)
     study.wait()
     assert main([str(path)]) == 0
+    for run in workspace.glob("models/filed/*/run.json"):  # the file's, not the environment's
+        assert read_json(run)["config"].items() >= budget.items()
     report = (workspace / "outputs" / "filed" / "report.html").read_text()
     assert all(label in report for label in ("LoRA r=8 (all)", "DoRA r=4", "LoRA r=8"))
     numbers = values(workspace, "filed")
