@@ -57,7 +57,6 @@ CHOICES = {
     "schedule": ("linear", "cosine", "constant_with_warmup"),
     "dtype": ("auto", "bf16", "fp32"),
     "attention": ("auto", "eager", "sdpa"),
-    "report_to": ("tensorboard", "wandb", "none"),
 }
 # The allowed values of numbers, both ends included. The order of the rows is laid out beforehand: a
 # typing error in the steps must not take all memory.
@@ -173,7 +172,7 @@ class TrainingConfig:
     attention: str = _field("auto", "auto | eager | sdpa", operational=True)
     activation_checkpointing: bool = _field(False, "less memory, more time", operational=True)
     logging_steps: int = _field(10, "steps between two points of the loss curve", operational=True)
-    report_to: str = _field("tensorboard", "tensorboard | wandb | none", operational=True)
+    report_to: str = _field("tensorboard", "trackers, as wandb,mlflow; or none", operational=True)
 
     def __post_init__(self) -> None:
         for messages in (self._wrong_types, self._problems):

@@ -27,7 +27,7 @@ ROOT_FOLDERS = {
 FLOORS = (
     ("command_line", "shapes", "task_description"),
     ("task_yaml",),
-    ("chat", "files", "hub", "hardware"),
+    ("chat", "files", "hub", "hardware", "trackers"),
     ("checkpoints", "records"),
     ("scoring", "statistics"),
     ("data", "models", "tables"),

@@ -24,6 +24,7 @@ from config import MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe, own_definitions, preset_family
 from lora_tradeoffs.chat import form_of
 from lora_tradeoffs.files import read_records, written_whole
+from lora_tradeoffs.measuring.reported import report_scores
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.measuring.subjects import Subject, own_settings, study_families, weights_of
 from lora_tradeoffs.models.base import Base, load_tokenizer
@@ -238,6 +239,7 @@ def run(
         used = study_families(analysis.settings), {getattr(unit, "task", "") for unit in units}
         meta = analysis.meta() | own_definitions(*used)
         path = results.join(analysis.name, meta, analysis.derived_records())
+    report_scores(analysis.settings, analysis.name, path)
     print(analysis.table(read_records(path)))
     for label, output in {"records": path, **analysis.outputs()}.items():
         print(f"{label}: {output}")

@@ -78,7 +78,7 @@ class StudyReport:
         shown = frame.rename(index=plain) if index else frame
         if "arm" in frame:
             shown = shown.assign(arm=frame["arm"].map(plain))
-        styled = shown.style.format(_cell, na_rep="")
+        styled = shown.style.set_uuid(name).format(_cell, na_rep="")
         styled.format_index(_cell).format_index(_cell, axis="columns")
         display(styled if index else styled.hide(axis="index"))
         if words and not shown.equals(frame):

@@ -71,10 +71,14 @@ def plan_runs(
 
 
 def check_arms(runs: Sequence[Run], model: PreTrainedModel, device: str) -> None:
-    """Raise UserError for an arm that the model, an architecture without weights, cannot have."""
+    """Raise UserError for an arm that the model, an architecture without weights, cannot have,
+    and for a tracker that is not installed."""
+    from lora_tradeoffs.trackers import tracker_names
     from lora_tradeoffs.training.costs import trainable_shapes
     from lora_tradeoffs.training.trainer import check_optimizer
 
+    for report_to in {run.config.report_to for run in runs}:
+        tracker_names(report_to)
     arms = {(run.arm, run.config.tasks): run.config for run in runs}
     for config in arms.values():
         trainable_shapes(model, config)

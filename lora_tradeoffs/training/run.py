@@ -192,7 +192,10 @@ def train(
             if overwrite and is_main():
                 shutil.rmtree(run.folder)
                 run.folder.mkdir()
-            return _train_locked(run, settings, setup)
+            from lora_tradeoffs.trackers import tracked_run
+
+            with tracked_run(settings.study, run.name, settings.logs_dir / run.name):
+                return _train_locked(run, settings, setup)
     except Timeout:
         raise UserError(f"{run.name} is being trained by another process") from None
     except Exception as error:
@@ -219,6 +222,7 @@ def _remove_incomplete(run: Run) -> None:
 
 def _train_locked(run: Run, settings: Settings, setup: TrainingSetup) -> dict[str, Any] | None:
     from lora_tradeoffs.hardware import describe_environment, peak_memory, reset_peak_memory
+    from lora_tradeoffs.trackers import track
     from lora_tradeoffs.training.costs import check_room, expected_cost
     from lora_tradeoffs.training.run_record import run_record, shares_line
     from lora_tradeoffs.training.trainer import pick_attention, training_arguments
@@ -232,8 +236,8 @@ def _train_locked(run: Run, settings: Settings, setup: TrainingSetup) -> dict[st
     if not run.is_done:
         check_room(cost, run.folder, device)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.logs_dir / run.name)
     arguments = training_arguments(config, run.folder, schedule.steps, bf16, device, world_size)
+    track(arguments, settings.study, run.name, config.record())
     record = run_record(run.name, run.default.learning_rate, setup.base, schedule)
     record["environment"] = describe_environment(device, bf16, attention, world_size)
     with arguments.main_process_first(desc="looking for checkpoints"):

@@ -40,6 +40,7 @@ from lora_tradeoffs.scoring.log_likelihoods import (
 )
 from lora_tradeoffs.scoring.rows import Item
 from lora_tradeoffs.shapes import NUMBER
+from lora_tradeoffs.trackers import TrackedArguments
 from training_configs import TrainingConfig
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ def pick_attention(
 
 def training_arguments(
     config: TrainingConfig, run_dir: Path, steps: int, bf16: bool, device: str, world_size: int
-) -> TrainingArguments:
+) -> TrackedArguments:
     """Trainer's arguments. Raises UserError if the batch cannot be divided among the devices."""
     micro = min(config.micro_batch_size, max(1, config.batch_size // world_size))
     accumulation, rest = divmod(config.batch_size, micro * world_size)
@@ -292,7 +293,7 @@ def training_arguments(
             f"batch_size {config.batch_size} is not a multiple of micro_batch_size {micro} times"
             f" {world_size} device(s); change one with --set"
         )
-    arguments = TrainingArguments(
+    arguments = TrackedArguments(
         output_dir=str(run_dir),
         max_steps=steps,
         num_train_epochs=1,
@@ -318,7 +319,6 @@ def training_arguments(
         save_strategy="no",  # RunCallback saves and validates
         eval_strategy="no",
         eval_on_start=True,
-        report_to=config.report_to,
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
     )
