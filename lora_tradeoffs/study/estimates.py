@@ -152,14 +152,18 @@ def detectable_differences(study: StudyPlan, settings: Settings, runs: Sequence[
     from lora_tradeoffs.statistics.seed_intervals import detectable
 
     tasks = list(dict.fromkeys(task for run in runs for task in run.config.tasks))
-    counts = {name: items(name, settings) for name in (*tasks, *CHOICE_BENCHMARKS)}
+    asked = study.measure.get("retention", {}).get("tasks", CHOICE_BENCHMARKS)
+    measured = {"evaluate": tasks, "retention": [name for name in asked if name in BENCHMARKS]}
     parts = []
-    for name, count in counts.items():
-        if count:
-            count = min(count, study.items or count)
+    for stage, names in measured.items():
+        limit = study.measure.get(stage, {}).get("limit", study.items)
+        for name in names if stage in study.measure else ():
+            if not (count := items(name, settings)):
+                continue
+            count = min(count, limit or count)
             parts.append(f"{name} {detectable_over_items((0.5 / count) ** 0.5):.3f} ({count:,})")
     what = "smallest detectable difference between two"
-    lines = [f"{what} checkpoints (items): {', '.join(parts)}"]
+    lines = [f"{what} checkpoints (items): {', '.join(parts) or 'unknown'}"]
     seeds = len({run.config.seed for run in runs})
     if seeds < MIN_SEEDS:
         lines.append(f"{what} methods: none with {seeds} seed(s); it takes {MIN_SEEDS}")
@@ -168,11 +172,13 @@ def detectable_differences(study: StudyPlan, settings: Settings, runs: Sequence[
         mixes = [r for r in mixes if r.config.is_adapter]
         compared = list({(r.config.family, r.arm): r.config.family for r in mixes}.values())
         tests = sum(len(FAMILIES[family]) for family in compared)
+        if study.hypotheses:
+            tests = sum(h.get("primary", True) for h in study.hypotheses)
         pooled = 1 + min(map(compared.count, compared), default=0)
         freedom = (seeds - 1) * (pooled - 1 if pooled >= MIN_ARMS else 1)
         level = 1 - (1 - LEVEL) / max(tests, 1)
         lines.append(
-            f"{what} methods, with {seeds} seeds and {tests} tests:"
+            f"{what} methods, with {seeds} seeds and {tests} test{'s' * (tests != 1)}:"
             f" {detectable(2 / seeds, freedom, level=level):.1f} standard deviations of a score"
             f" from seed to seed ({freedom} degrees of freedom, if the arms vary alike)"
         )

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 
 import pytest
 from support import ROOT
@@ -13,7 +14,7 @@ from lora_tradeoffs.adaptation.analysis import AdaptationOptions
 from lora_tradeoffs.drift.analysis import DriftOptions
 from lora_tradeoffs.gradients.analysis import GradientOptions
 from lora_tradeoffs.retention.analysis import RetentionOptions
-from lora_tradeoffs.study.estimates import training_need
+from lora_tradeoffs.study.estimates import detectable_differences, training_need
 from lora_tradeoffs.study.plan import SAMPLE_OPTIONS, plan_steps
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, command_line
 from lora_tradeoffs.training.learning_rates import Search, search_records, write_rates
@@ -169,3 +170,15 @@ def test_a_sweep_is_planned_at_the_rates_that_are_known(planned):
         (r.config.seed, r.config.learning_rate) for r in steps["drift"].runs if r.arm == arm
     ]
     assert sorted(measured) == [(42, rate) for rate in sorted(tried)] + [(43, 2 * default)]
+
+
+def test_what_a_study_could_detect_counts_what_it_measures_and_tests(planned):
+    study, settings, runs, _ = planned("--families", "similar", "--seeds", "1", "2", "3")
+    one = {"contrast": ["lora:8", "full"], "outcome": "score", "test": "difference"}
+    measure = {"evaluate": {"limit": 3}, "retention": {"tasks": ["hellaswag"], "limit": 2}}
+    study = dataclasses.replace(study, measure=measure, hypotheses=(one, one | {"primary": False}))
+    items, seeds = detectable_differences(study, settings, runs)
+    assert re.findall(r"(\w+) [\d.]+ \((\d+)\)", items) == [
+        *(("sst2", "3"), ("mnli", "3"), ("qqp", "3"), ("hellaswag", "2"))
+    ]
+    assert "3 seeds and 1 test:" in seeds
