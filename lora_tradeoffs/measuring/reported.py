@@ -30,8 +30,8 @@ def curve_name(analysis: str, r: Record) -> str:
     )
     if not is_point:
         return ""
-    pair = "+".join(dict.fromkeys(filter(None, (r["task"], r.get("other")))))
-    parts = [analysis, r["split"], pair, r.get("module"), r.get("of"), r.get("side"), r["metric"]]
+    pair = "+".join(dict.fromkeys(filter(None, (r.get("task"), r.get("other")))))
+    parts = [analysis, r.get("split"), pair, *map(r.get, ("module", "of", "side", "metric"))]
     parts += [f"{word}{r[word]}" for word in ("shots", "prompt") if r.get(word)]
     return "eval_" + "/".join(filter(None, parts))
 
