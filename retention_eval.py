@@ -23,7 +23,7 @@ from lora_tradeoffs.figures.draw import draw
 from lora_tradeoffs.measuring.loop import add_analysis_arguments, options_from, run
 from lora_tradeoffs.measuring.subjects import find_subjects, in_trained_form
 from lora_tradeoffs.retention.analysis import Retention
-from lora_tradeoffs.retention.units import FACTORS, SCALES, RetentionOptions
+from lora_tradeoffs.retention.units import FACTORS, SCALE_MEASURE, SCALES, RetentionOptions
 
 DEFAULTS = RetentionOptions()
 
@@ -35,11 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     groups = "; ".join(f"{name} = {' '.join(tasks)}" for name, tasks in BENCHMARK_GROUPS.items())
     group.add_argument(
         "--tasks",
-        nargs="+",
+        nargs="*",
         default=["commonsense"],
         metavar="TASK",
         help="lm-eval tasks to measure (multiple choice, perplexity, or text that is generated), or"
-        f" groups of them: {groups} (default: commonsense)",
+        f" groups of them: {groups} (default: commonsense; without TASK: none)",
     )
     group.add_argument(
         "--num-fewshot",
@@ -69,6 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="also measure adaptation and retention of the last checkpoint with its update"
         f" multiplied by T (without T: {' '.join(f'{t:g}' for t in SCALES)})",
+    )
+    group.add_argument(
+        "--scale-measure",
+        nargs="+",
+        choices=SCALE_MEASURE,
+        default=DEFAULTS.scale_measure,
+        help="what --scale-update measures (default: all). Without `score`, only the validation"
+        " loss of the trained tasks is measured: nothing is generated",
     )
     group.add_argument(
         "--shrink-intruders",

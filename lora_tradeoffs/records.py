@@ -52,6 +52,13 @@ def updated(record: Record) -> Record:
     return record | {"tasks": tasks, "variant": variant}
 
 
+# ------------------------------------------------------------------------------- adaptation
+
+# A row's mean negative log-likelihood over its completion's tokens and EOS, in nats: the mean over
+# rows is the validation loss of training. Recorded of the validation split, without examples in the
+# prompt.
+LOSS = "loss"
+
 # -------------------------------------------------------------------------------- retention
 
 TEXT = "text_"  # before a source of held-out text
@@ -62,6 +69,8 @@ HELD_OUT, ABOVE_CHANCE = "text", "mean_above_chance"
 # Records of a checkpoint of which some singular directions were shrunk have columns of their own:
 # `shrunk` says which directions, `shrink` is the factor of their singular values.
 INTRUDERS, CONTROL, CHECKPOINT = "intruders", "control", "checkpoint"
+# Forgetting where two runs have learned as much, by what is equal on validation: score or LOSS.
+MATCHED = {"score": "matched_forgetting", "loss": "loss_matched_forgetting"}
 LEARNED = "adaptation"  # the task of a mean over the trained tasks, beside outcomes of forgetting
 AS_MEASURED = {"update_scale": 1.0, "shrunk": "", "shrink": 1.0}  # of the checkpoint as it is
 

@@ -10,9 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import ROOT, assert_one_line_error, settings_for
 
+from config import DATA_SEED
 from eval import main
+from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions, TaskUnit
 from lora_tradeoffs.adaptation.metrics import accuracy
+from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.results import Results
+from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.records import RECORD_VERSION
 from multi_task_training import main as train
@@ -358,3 +362,39 @@ def test_results_of_another_version_are_left_alone(folder, model, capsys):
         assert "record version 0" in capsys.readouterr().err
         assert path.read_text() == old
     path.write_text(text)
+
+
+def test_validation_loss_is_trainings_and_plain_transformers(folder, model, tiny):
+    """Over the same rows the run's own validation; by row the loss of Transformers."""
+    from peft import PeftModel
+
+    argv = [*model, "--runs", RUN, "--checkpoints", "last", "--cross-family", "--shots", "0"]
+    argv += ["--tasks", "codexglue", "--splits", "validation", "--limit", "3"]
+    assert main([*argv, "--dtype", "fp32"]) == 0
+    records = records_in(folder)
+    losses = records[(records.metric == "loss") & (records.run == RUN) & (records.step == 6)]
+    assert set(records[records.metric == "loss"].split) == {"validation"}
+    assert set(records[records.metric == "loss"].shots) == {0}
+    value = losses.set_index("task").value
+    run = settings_for(study=STUDY).runs_dir / RUN
+    count = read_json(run / "run.json")["config"]["eval_examples_per_task"]
+    validated = read_json(run / "training.json")["validation"][-1]
+    for task in ("sst2", "mnli", "qqp"):
+        items = Results(folder).items(f"{RUN}-6-{task}-validation")["loss"].items
+        rows = np.random.default_rng(DATA_SEED).permutation(len(items))[:count]
+        assert items[rows].mean() == pytest.approx(validated[f"eval_{task}_loss"], abs=2e-5)
+        assert items.mean() == pytest.approx(value[task])
+    base = prepare_base(settings_for(model=str(tiny)))
+    tuned = PeftModel.from_pretrained(load_base(base), run / "checkpoint-6").eval()
+    for task, limit in (("qqp", 0), ("codexglue", 3)):
+        unit = TaskUnit(Subject("base", 0, None, {}, None, True, True), "validation", task, limit)
+        rows = Adaptation(settings_for(study=STUDY), base, AdaptationOptions()).rows(unit)
+        expected = []
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            labels = ids.clone()
+            labels[:, : row["prompt_length"]] = -100
+            with torch.no_grad():
+                expected.append(tuned(ids, labels=labels).loss.item())
+        items = Results(folder).items(f"{RUN}-6-{task}-validation")["loss"].items
+        assert items == pytest.approx(np.array(expected), abs=2e-5)

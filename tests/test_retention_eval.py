@@ -13,7 +13,7 @@ from support import ROOT, assert_one_line_error, settings_for
 from lora_tradeoffs.checkpoints import write_manifest
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.results import Results
-from lora_tradeoffs.retention.forgetting import derived_records
+from lora_tradeoffs.retention.derived import derived_records
 from lora_tradeoffs.retention.scores import at_chance
 from lora_tradeoffs.statistics.scores import Scores, mean
 from multi_task_training import main as train
@@ -414,12 +414,42 @@ def test_bad_input_is_one_line(folder, model, inside):
     assert_one_line_error(run("--limit", "0"), "--limit must be 1 or more")
     assert_one_line_error(run("--documents", "0"), "--documents must be 1 or more")
     assert_one_line_error(run("--scale-update", "nan"), "--scale-update")
+    of_text = run("--scale-update", "--scale-measure", "text")
+    assert_one_line_error(of_text, "--scale-measure", "needs score or loss")
     assert_one_line_error(run("--shrink-intruders", "-1"), "--shrink-intruders -1: write numbers")
     assert_one_line_error(run("--runs", "none"), "no run 'none'")
     scaled = run("--runs", RUN, "--checkpoints", "3", "--scale-update")
     assert_one_line_error(scaled, "none of the chosen checkpoints is one")
     empty = ["--data", str(ROOT / "tests")]
     assert_one_line_error(run(*empty), "hellaswag needs its split validation")
+
+
+def test_a_scale_can_be_measured_on_loss_and_text_alone(folder, model):
+    """Without a benchmark, and without a score: the scales that have more keep it."""
+    argv = [*model, "--checkpoints", "last", "--tasks", "--scale-update", "0.25"]
+    assert main([*argv, "--scale-measure", "loss", "text", *FEW]) == 0
+    new = {path.stem.split("x0.25-")[1] for path in folder.glob("records/*x0.25*")}
+    assert new == {"sst2", "mnli", "qqp", "text_prose", "text_cnn_dailymail"}
+    records = records_in(folder)
+    of_loss = records[records.metric == "loss"]
+    assert set(of_loss[of_loss.run == RUN].update_scale) == {0.25, 0.5, 1.0, 1.5}
+    assert set(of_loss.task) == {"sst2", "mnli", "qqp"} and (of_loss.value > 0).all()
+    matched = records[records.metric == "loss_matched_forgetting"].set_index("task")
+    assert {"mean", "text"} <= set(matched.index)
+    curves = {}
+    for run in (RUN, FULL):
+        loss = of_loss[of_loss.run.isin([run, "base"])].assign(t=lambda r: r.update_scale)
+        loss.loc[loss.run == "base", "t"] = 0
+        lost = records[(records.metric == "forgetting") & (records.task == "text")]
+        lost = lost[(lost.run == run) & (lost.step == 6)].set_index("update_scale").value
+        curves[run] = loss.groupby("t").value.mean(), lost
+    row = matched.loc["text"]
+    assert row.loss == pytest.approx(max(loss.min() for loss, _ in curves.values()))
+    forgotten = [
+        np.interp(t, [0, *curves[run][1].index.sort_values()], [0, *curves[run][1].sort_index()])
+        for run, t in ((row.run, row.scale), (row.other_run, row.other_scale))
+    ]
+    assert row.value == pytest.approx(forgotten[0] - forgotten[1], abs=1e-6)
 
 
 def test_results_are_strict_json(folder):

@@ -55,6 +55,11 @@ class TaskUnit:
     limit: int = 0  # 0: all items
     shots: int = 0
     prompt: int = 0  # 0: the description's template, k: its k-th paraphrase
+    loss_only: bool = False  # nothing is generated
+
+    @property
+    def has_loss(self) -> bool:
+        return self.split == "validation" and not self.shots
 
     @property
     def name(self) -> str:
@@ -115,6 +120,7 @@ class Adaptation(Analysis):
             "generation": [description.max_new_tokens, description.stop],
             **({"extra_metrics": extra} if extra else {}),
             **({"metrics": metrics} if metrics else {}),
+            **({"loss_only": True} if unit.loss_only else {}),
             **self.form_request,
         }
 
@@ -196,10 +202,19 @@ class Adaptation(Analysis):
     def scores(
         self, model: Any, unit: TaskUnit, batch_tokens: int
     ) -> tuple[list[Any], dict[str, float], list[dict]]:
-        """Scores of a model's predictions, the share of each class, and some items as text."""
+        """Scores of a model's predictions, the share of each class, and some items as text.
+
+        On validation the scores end with LOSS; of a unit that is `loss_only` it is all.
+        """
         import torch
 
         from lora_tradeoffs.adaptation.metrics import correct, score
+        from lora_tradeoffs.adaptation.predictions import (
+            best_choices,
+            completion_loss,
+            continuation_scores,
+            generated_texts,
+        )
         from lora_tradeoffs.statistics.scores import mean_scores
 
         rows, description = self.rows(unit), describe(unit.task)
@@ -211,16 +226,22 @@ class Adaptation(Analysis):
                 f"prompt and answer take {longest:,} tokens, and the model reads {window:,}:"
                 " lower --shots"
             )
+        choices = self._choices(rows, description) if description.has_choices else [[]] * len(rows)
+        completions = self._completions(rows) if unit.has_loss else []
+        asked = [[*c, tokens] for c, tokens in zip(choices, completions)] or choices
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            of_items = description, batch_tokens
+            values = continuation_scores(model, prompts, asked, *of_items) if any(asked) else []
+            losses = completion_loss(values, completions)
+            if unit.loss_only:
+                return losses, {}, []
             if description.has_choices:
-                choices = self._choices(rows, description)
-                of_items = prompts, choices, description, batch_tokens
-                predictions, by_length = self._best_choices(model, *of_items)
+                predictions, by_length = best_choices(values, choices, description, self.tokenizer)
                 references, decode = rows["label"][:], self.tokenizer.decode
                 outputs = [decode(c[p]).strip() for c, p in zip(choices, predictions)]
             else:
-                predictions = outputs = self._generate(model, prompts, description, batch_tokens)
-                references = rows["references"][:]
+                predictions = generated_texts(model, prompts, *of_items, self.tokenizer)
+                references, outputs = rows["references"][:], predictions
         shares = {
             f"share_{name}": float(np.mean(np.array(predictions) == i))
             for i, name in enumerate(description.label_names)
@@ -233,7 +254,7 @@ class Adaptation(Analysis):
         scores = score(unit.task, predictions, references)
         if "acc_norm" in description.metrics:
             scores.append(mean_scores("acc_norm", correct(by_length, references)))
-        return scores, shares, samples
+        return scores + losses, shares, samples
 
     def baseline(self, unit: TaskUnit) -> tuple[str, list[Any]]:
         """Name and scores of the predictions that need no model, on the unit's items."""
@@ -273,51 +294,10 @@ class Adaptation(Analysis):
             return rows["choices"][:]
         return [choice_ids(self.tokenizer, description)] * len(rows)
 
-    def _best_choices(
-        self,
-        model: Any,
-        prompts: list[list[int]],
-        choices: list[list[list[int]]],
-        description: Any,
-        batch_tokens: int,
-    ) -> tuple[list[int], list[int]]:
-        """Of each item the most likely choice, and that by log-likelihood per character."""
-        from lora_tradeoffs.scoring.log_likelihoods import log_likelihoods
-        from lora_tradeoffs.scoring.rows import Item
-
-        items = [Item(*item) for item in zip(prompts, choices, strict=True)]
-        scored = log_likelihoods(model, items, batch_tokens)
-        values = [np.array([score.log_likelihood for score in row]) for row in scored]
-        if not all(np.isfinite(row).all() for row in values):
-            raise UserError(f"{description.name}: the model's logits are not finite")
-        decode, delimiter = self.tokenizer.decode, description.delimiter
-        by_length = [
-            row / [len(decode(tokens).removeprefix(delimiter)) or 1 for tokens in own]
-            for row, own in zip(values, choices)
-        ]
-        return [int(r.argmax()) for r in values], [int(r.argmax()) for r in by_length]
-
-    def _generate(
-        self, model: Any, prompts: list[list[int]], description: Any, batch_tokens: int
-    ) -> list[str]:
-        from lora_tradeoffs.data.encoding import end_id
-        from lora_tradeoffs.scoring.generation import generate_greedily
-
-        stops, decode = description.stops, self.tokenizer.decode
-        tail = max([8, *(2 + len(stop) for stop in stops)])  # a token is a character or more
-
-        def stopped(tokens: list[int]) -> bool:
-            text = decode(tokens[-tail:]).lstrip()
-            return any(stop in text for stop in stops)
-
-        eos = {self.tokenizer.eos_token_id, end_id(self.tokenizer)}
-        most = description.max_new_tokens
-        try:
-            outputs = generate_greedily(model, prompts, most, eos, stopped, batch_tokens)
-        except FloatingPointError as error:
-            raise UserError(f"{description.name}: {error}") from None
-        texts = [decode(tokens).lstrip() for tokens in outputs]
-        return [min([t, *(t.partition(s)[0] for s in stops)], key=len).strip() for t in texts]
+    def _completions(self, rows: Any) -> list[list[int]]:
+        """The tokens of every item's completion as training has them, with EOS."""
+        ids, starts = rows["input_ids"][:], rows["prompt_length"][:]
+        return [row[start:] for row, start in zip(ids, starts, strict=True)]
 
 
 def records_of(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_tradeoffs.records import LOSS
 from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
 from lora_tradeoffs.statistics.contrasts import Items, WeightedScores, by_seed
 from lora_tradeoffs.tables.arms import GRID, Arm
@@ -23,6 +24,12 @@ def last_test_scores(adaptation: DataFrame) -> DataFrame:
     rows = rows[(rows["shots"] == 0) & (rows["prompt"] == 0)]
     rows = last_checkpoints(rows)
     return rows[rows["split"] == "test"]
+
+
+def last_losses(adaptation: DataFrame) -> DataFrame:
+    """Validation losses of the last checkpoints, the plain prompt."""
+    rows = adaptation[(adaptation["metric"] == LOSS) & (adaptation["prompt"] == 0)]
+    return last_checkpoints(rows)
 
 
 def rows_of(rows: DataFrame, arm: Arm) -> dict[int, Any]:

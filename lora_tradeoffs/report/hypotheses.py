@@ -21,6 +21,7 @@ from lora_tradeoffs.records import HELD_OUT, MEAN
 from lora_tradeoffs.report.arm_tests import ALPHA, Parts
 from lora_tradeoffs.report.compared_rows import (
     forgetting_parts,
+    last_losses,
     last_test_scores,
     rows_of,
     score_parts,
@@ -178,7 +179,7 @@ def _finding(h: Hypothesis, at: Shifted | str, p: float, corrected: float, tests
 
 def _tested(study: StudyRecords, h: Hypothesis) -> Shifted | str:
     """The hypothesis' contrast, less a shift; or why there is none."""
-    if h.outcome.startswith("matched "):
+    if " at equal " in h.outcome:
         return _matched(study, h)
     outcome = _parts(study, h)
     if isinstance(outcome, str):
@@ -209,11 +210,15 @@ def _too_few(h: Hypothesis, seeds: Sequence[int]) -> str:
 
 def _parts(study: StudyRecords, h: Hypothesis) -> tuple[Callable[..., Parts], object] | str:
     """What makes a contrast's parts of weights by arm, and its items; or why nothing does."""
-    if h.outcome == "score" or h.outcome in DESCRIPTIONS:
+    if h.outcome in ("score", "validation loss", *DESCRIPTIONS):
         if study.adaptation is None:
             return "adaptation is not measured (python eval.py)"
-        tasks = FAMILIES[h.family] if h.outcome == "score" else [h.outcome]
-        rows = last_test_scores(study.adaptation)
+        tasks = [h.outcome] if h.outcome in DESCRIPTIONS else FAMILIES[h.family]
+        is_loss = h.outcome == "validation loss"
+        rows = (last_losses if is_loss else last_test_scores)(study.adaptation)
+        if rows.empty:
+            what = "the validation loss" if is_loss else "the test split"
+            return f"{what} is not measured (python eval.py --overwrite)"
         return partial(score_parts, rows, h.family, tasks), study.adaptation_items
     if study.retention is None:
         return "retention is not measured (python retention_eval.py)"
@@ -233,15 +238,23 @@ def _by_arm(rows: DataFrame, weights: dict[Arm, float]) -> Parts:
 
 
 def _matched(study: StudyRecords, h: Hypothesis) -> Shifted | str:
-    """Forgetting where both score the same on validation, from scaled updates."""
-    rows = None if study.retention is None else matched_pairs(study.retention)
+    """Forgetting where both have the same score or loss on validation, from scaled updates.
+
+    Seeds at which the curves do not meet are no random ones: without them nothing is tested.
+    """
+    outcome, _, equal = h.outcome.partition(" at equal ")
+    rows = None if study.retention is None else matched_pairs(study.retention, equal)
     if rows is None or rows.empty:
-        return "no updates were scaled (python retention_eval.py --scale-update)"
+        reason = f"no {equal} of scaled updates is measured"
+        return f"{reason} (python retention_eval.py --scale-update --overwrite)"
     rows = rows[(rows["family"] == h.family) & (rows["arm"] == h.first)]
-    rows = rows[rows["other"] == h.second]
-    rows = rows[rows["task"] == FORGOTTEN[h.outcome.removeprefix("matched ")]]
+    rows = rows[(rows["other"] == h.second) & (rows["task"] == FORGOTTEN[outcome])]
     if problem := _too_few(h, list(rows["seed"])):
         return problem
+    apart = rows[rows["value"].isna()]
+    if len(apart):
+        reasons = "; ".join(f"seed {row.seed}: {row.reason}" for row in apart.itertuples())
+        return f"the curves have no validation {equal} in common ({reasons})"
     # each seed's error over items stands for what the seeds share of it: never too narrow
     variance = float((rows["stderr"] ** 2).fillna(0).mean())
     over = BOTH if variance else SEEDS

@@ -23,8 +23,8 @@ from lora_tradeoffs.files import json_digest, read_json
 from lora_tradeoffs.measuring.loop import Analysis, Measurement
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.base import Base
-from lora_tradeoffs.records import INTRUDERS, TEXT
-from lora_tradeoffs.retention.forgetting import derived_records
+from lora_tradeoffs.records import INTRUDERS, LOSS, TEXT
+from lora_tradeoffs.retention.derived import derived_records
 from lora_tradeoffs.retention.scores import (
     Record,
     benchmark_records,
@@ -32,7 +32,7 @@ from lora_tradeoffs.retention.scores import (
     figures,
     item_scores,
 )
-from lora_tradeoffs.retention.units import RetentionOptions, RetentionUnit
+from lora_tradeoffs.retention.units import SCALE_MEASURE, RetentionOptions, RetentionUnit
 from lora_tradeoffs.tables.scores import retention_table
 
 TEXT_CHARACTERS = 4_000  # of each document's beginning: about a window's worth of tokens
@@ -102,11 +102,14 @@ class Retention(Analysis):
         trained = ordered(task for f in FAMILIES if f in families for task in FAMILIES[f])
         few = self.options.limit or MID_TRAINING_LIMIT
         for v in ({}, *variants):
-            yield from (RetentionUnit(subject, "adaptation", t, few, **v) for t in trained)
+            own = {"loss_only": self.options.loss_only} | v
+            yield from (RetentionUnit(subject, "adaptation", t, few, **own) for t in trained)
         for v in variants:
-            for task, shots in tasks.items():
+            measured = self.options.scale_measure if "scale" in v else SCALE_MEASURE
+            for task, shots in tasks.items() if "benchmarks" in measured else ():
                 yield RetentionUnit(subject, "benchmark", task, limit, shots, **v)
-            yield from (RetentionUnit(subject, "text", TEXT + s, **v) for s in self.texts())
+            for source in self.texts() if "text" in measured else ():
+                yield RetentionUnit(subject, "text", TEXT + source, **v)
             if "shrunk" in v:
                 yield RetentionUnit(subject, INTRUDERS, INTRUDERS, **v)
 
@@ -296,12 +299,13 @@ class Retention(Analysis):
     def _measure_adaptation(
         self, model: Any, unit: RetentionUnit, batch_tokens: int
     ) -> Measurement:
-        """The primary metric of one of the tasks that were trained, on validation."""
+        """Primary metric and loss of one of the tasks that were trained, on validation."""
         metrics, _, _ = self.adaptation.scores(model, unit.as_task, batch_tokens)
-        (scores,) = (s for s in metrics if s.name == describe(unit.task).metrics[0])
+        scores = [s for s in metrics if s.name in (describe(unit.task).metrics[0], LOSS)]
         groups = self.adaptation.groups(unit.as_task)
-        record = {**unit.fields, "split": "validation", "task": unit.task, "metric": scores.name}
-        return Measurement([record | figures(scores, groups)], [scores], groups)
+        common = {**unit.fields, "split": "validation", "task": unit.task}
+        records = [{**common, "metric": s.name} | figures(s, groups) for s in scores]
+        return Measurement(records, scores, groups)
 
     def _measure_drift(self, model: Any, unit: RetentionUnit) -> Measurement:
         import torch

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,18 +25,12 @@ from lora_tradeoffs.records import (
     HELD_OUT,
     INTRUDERS,
     LEARNED,
+    LOSS,
     MEAN,
     TEXT,
     metric_scale,
-    primary,
 )
-from lora_tradeoffs.retention.matched import Curve, matched_forgetting
-from lora_tradeoffs.retention.scores import (
-    ANSWER_DRIFT,
-    TEXT_DRIFT,
-    Record,
-    at_chance,
-)
+from lora_tradeoffs.retention.scores import Record, at_chance
 from lora_tradeoffs.statistics.comparisons import (
     Comparison,
     compare_checkpoints,
@@ -55,63 +48,11 @@ Z = 1.959964  # of a normal 95 % interval
 SHRINK_PAIRS = ((INTRUDERS, CONTROL), (INTRUDERS, CHECKPOINT), (CONTROL, CHECKPOINT))
 
 
-def derived_records(results: Results) -> tuple[list[Record], list[str]]:
-    """Forgetting of every task, means over benchmarks and over text, and matched forgetting.
-
-    Benchmarks with different numbers of examples are different benchmarks: each number is compared
-    with the base's and averaged apart. Also the units that are not compared, since more than the
-    weights differs from the base's.
-    """
-    import pandas as pd
-
-    units = _primary_records(results)
-    others = units[~units["is_benchmark"]].drop_duplicates([*KEY, "task"], keep="last")
-    records = [record for _, model in others.groupby(KEY) for record in _mean_adaptation(model)]
-    more, uncompared = _forgetting(results, others)
-    records += more
-    for _, benchmarks in units[units["is_benchmark"]].groupby("shots"):
-        base = benchmarks[_is_base(benchmarks)]
-        for _, model in benchmarks.groupby(KEY):
-            if set(model["task"]) == set(base["task"]):
-                records += [
-                    _mean_record(model["record"][model["task"].isin(tasks)], "retention", outcome)
-                    for outcome, tasks in _outcomes(base).items()
-                ]
-        more, names = _forgetting(results, benchmarks)
-        every = pd.concat([benchmarks, others])
-        records += more + _matched(results, every) + _shrink_effects(results, every)
-        uncompared += names
-    return records, uncompared
-
-
-def _primary_records(results: Results) -> DataFrame:
-    """A row for every unit that has a score: its primary metric's record, and its request."""
-    import pandas as pd
-
-    fields, rows = [*KEY, "family", "task", "shots"], []
-    for unit, document in results.units():
-        scores = [
-            record
-            for record in document["records"]
-            if "layer" not in record and record["metric"] not in (*TEXT_DRIFT, *ANSWER_DRIFT)
-        ]
-        if not scores:
-            continue
-        metric = primary([record["metric"] for record in scores])
-        record = next(record for record in scores if record["metric"] == metric)
-        request = {k: v for k, v in document["request"].items() if k != "weights"}
-        # what cannot be guessed (text, perplexity tasks) has another scale: not in the mean
-        is_benchmark = record.get("chance") is not None
-        rows.append([*map((AS_MEASURED | record).get, fields), unit, record, request, is_benchmark])
-    columns = [*fields, "unit", "record", "request", "is_benchmark"]
-    return pd.DataFrame(rows, columns=columns).astype({"is_benchmark": bool})
-
-
-def _is_base(units: DataFrame) -> Series:
+def is_base(units: DataFrame) -> Series:
     return units["run"] == "base"
 
 
-def _outcomes(base: DataFrame, trained: str = "") -> dict[str, list[str]]:
+def outcomes_of(base: DataFrame, trained: str = "") -> dict[str, list[str]]:
     """The tasks that each outcome of forgetting is a mean over, by the base's units.
 
     `trained` are a run's tasks, as in its records: held-out text of one of them is no held-out text
@@ -127,13 +68,13 @@ def _outcomes(base: DataFrame, trained: str = "") -> dict[str, list[str]]:
     return {outcome: tasks for outcome, tasks in outcomes.items() if tasks}
 
 
-def _forgetting(results: Results, units: DataFrame) -> tuple[list[Record], list[str]]:
+def forgetting_records(results: Results, units: DataFrame) -> tuple[list[Record], list[str]]:
     """Every tuned model's score against the base's on the same items, and the outcomes' means.
 
     Also the names of the units that are not compared.
     """
     records, uncompared = [], []
-    base, tuned = units[_is_base(units)], units[~_is_base(units)]
+    base, tuned = units[is_base(units)], units[~is_base(units)]
     of_base = base[["task", "unit", "record", "request"]]
     pairs = tuned.merge(of_base, on="task", suffixes=("", "_base"))
     for _, model in pairs.groupby(KEY):
@@ -152,9 +93,9 @@ def _forgetting(results: Results, units: DataFrame) -> tuple[list[Record], list[
                 flips["at_chance"] = at_chance(pair.record_base)
             figures = asdict(comparison)
             figures["value"] = figures.pop("difference")
-            common = _without_figures(pair.record) | {"of": pair.record["metric"]}
+            common = without_figures(pair.record) | {"of": pair.record["metric"]}
             records.append({**common, "metric": "forgetting", **figures, **flips})
-        outcomes = _outcomes(base, model.iloc[0]["record"].get("tasks", ""))
+        outcomes = outcomes_of(base, model.iloc[0]["record"].get("tasks", ""))
         records += [
             _mean_forgetting(outcome, [compared[task] for task in tasks])
             for outcome, tasks in outcomes.items()
@@ -219,14 +160,15 @@ def _shared_items(scores: Scores, base: Record, request: Record) -> Scores:
 # ---------------------------------------------------------------------------- means of tasks
 
 
-def _mean_adaptation(model: DataFrame) -> list[Record]:
-    """A run's mean over its family's tasks, the base's over those of each; BLEU in hundredths."""
-    by_task, own = model.set_index("task")["record"], model.iloc[0]["family"]
-    is_base = model.iloc[0]["run"] == "base"
+def mean_adaptation(model: DataFrame) -> list[Record]:
+    """A run's mean score over its family's tasks, the base's over those of each; BLEU in
+    hundredths."""
+    by_task = {r["task"]: r for r in model["record"] if r["metric"] != LOSS}
+    run, own = model.iloc[0][["run", "family"]]
     return [
-        _mean_record([by_task[task] for task in tasks], "adaptation") | {"family": family}
+        mean_record([by_task[task] for task in tasks], "adaptation") | {"family": family}
         for family, tasks in FAMILIES.items()
-        if (is_base or family == own) and set(tasks) <= set(by_task.index)
+        if (run == "base" or family == own) and set(tasks) <= by_task.keys()
     ]
 
 
@@ -234,9 +176,9 @@ def _mean_forgetting(outcome: str, compared: Sequence[tuple[Record, Comparison]]
     from scipy.stats import norm
 
     parts = [r | {"value": c.difference, "stderr": c.stderr} for r, c in compared]
-    mean_record = _mean_record(parts, "forgetting", outcome)
-    value, stderr = mean_record["value"], mean_record["stderr"]
-    return mean_record | {
+    record = mean_record(parts, "forgetting", outcome)
+    value, stderr = record["value"], record["stderr"]
+    return record | {
         "of": compared[0][0]["metric"] if outcome == HELD_OUT else None,
         "test": "paired, normal, variances of the tasks added",
         "p_value": float(2 * norm.sf(abs(value) / stderr)) if stderr else float(value == 0),
@@ -244,7 +186,7 @@ def _mean_forgetting(outcome: str, compared: Sequence[tuple[Record, Comparison]]
     }
 
 
-def _mean_record(records: Iterable[Record], metric: str, task: str = MEAN) -> Record:
+def mean_record(records: Iterable[Record], metric: str, task: str = MEAN) -> Record:
     """The mean of independent figures, BLEU in hundredths; its error is nan if one has none."""
     records = list(records)
     scales = [metric_scale(r["metric"]) for r in records]
@@ -268,21 +210,21 @@ def _mean_record(records: Iterable[Record], metric: str, task: str = MEAN) -> Re
     }
 
 
-def _without_figures(record: Record) -> Record:
+def without_figures(record: Record) -> Record:
     dropped = ("metric", "value", "stderr", "low", "high", "n", "truncated", "chance")
     return {name: v for name, v in record.items() if name not in dropped}
 
 
-def _shrink_effects(results: Results, units: DataFrame) -> list[Record]:
+def shrink_effects(results: Results, units: DataFrame) -> list[Record]:
     """What is lost by shrinking the intruders, against their control, and what by shrinking either,
     against the checkpoint: what is forgotten more, and scores on the trained tasks (LEARNED)."""
     records = []
-    base = units[_is_base(units)].drop_duplicates("task", keep="last")
+    base = units[is_base(units)].drop_duplicates("task", keep="last")
     for (run, step, _), at in units[units["shrunk"] != ""].groupby(["run", "step", "shrink"]):
         own = units[(units["run"] == run) & (units["step"] == step) & (units["shrunk"] == "")]
         models = dict(iter(at.groupby("shrunk"))) | {CHECKPOINT: own[own["update_scale"] == 1]}
         about = at.iloc[0]["record"]
-        outcomes = _outcomes(base, about["tasks"]) | {LEARNED: FAMILIES.get(about["family"], ())}
+        outcomes = outcomes_of(base, about["tasks"]) | {LEARNED: FAMILIES.get(about["family"], ())}
         for kind, other in SHRINK_PAIRS:
             pairs = models.get(kind, at[:0]).merge(
                 models.get(other, at[:0]), on="task", suffixes=("", "_base")
@@ -295,74 +237,3 @@ def _shrink_effects(results: Results, units: DataFrame) -> list[Record]:
                     lost = _mean_forgetting(outcome, [compared[task] for task in tasks])
                     records.append(lost | {"metric": "shrink_effect", "against": other})
     return records
-
-
-# ------------------------------------------------------------------------ matched forgetting
-
-
-def _matched(results: Results, units: DataFrame) -> list[Record]:
-    """Forgetting of two runs of a family and seed at equal validation score, from scaled updates.
-
-    The interval is over items: it is about these runs.
-    """
-    records = []
-    units = units[units["shrunk"] == ""]
-    base = units[_is_base(units)]
-    scaled = units[(units["update_scale"] != 1) & units["family"].isin(FAMILIES)]
-    for family, of_family in scaled.groupby("family"):
-        runs = []
-        for run, points in of_family.groupby("run", sort=False):
-            model = units[(units["run"] == run) & (units["step"] == points["step"].max())]
-            if curves := _curves(results, base, model, family):
-                runs.append((model[model["update_scale"] == 1].iloc[0]["record"], curves))
-        for (record, one), (other_record, other) in combinations(runs, 2):
-            if record["seed"] != other_record["seed"]:
-                continue  # runs of one seed saw the same batches
-            for outcome in (name for name in one if name in other):
-                m = matched_forgetting(one[outcome], other[outcome])
-                of = "log_likelihood" if outcome == HELD_OUT else None
-                records.append(
-                    {
-                        **_without_figures(record),
-                        **{"task": outcome, "split": "mixed", "metric": "matched_forgetting"},
-                        **{"of": of, "other_run": other[outcome].arm},
-                        **{"value": m.difference, "stderr": m.stderr, "low": m.low, "high": m.high},
-                        **{"score": m.score, "defined": m.defined, "reason": m.reason},
-                        **{"scale": m.scales[0], "other_scale": m.scales[1]},
-                    }
-                )
-    return records
-
-
-def _curves(results: Results, base: DataFrame, model: DataFrame, family: str) -> dict[str, Curve]:
-    """A checkpoint's curve from the base through its scaled updates, for each outcome.
-
-    Outcomes of which a part is missing, or was measured differently from the base, such as on other
-    items, have none.
-    """
-    parts = {0.0: base, **dict(iter(model.groupby("update_scale")))}
-    scales = sorted(parts)
-    tables = [parts[t].drop_duplicates("task", keep="last").set_index("task") for t in scales]
-    alike = {
-        task
-        for task in set.intersection(*(set(table.index) for table in tables))
-        if all(table.at[task, "request"] == tables[0].at[task, "request"] for table in tables)
-    }
-    if 1.0 not in parts or not alike.issuperset(FAMILIES[family]):
-        return {}
-
-    def scores(tasks: Iterable[str]) -> dict[str, list[Scores]]:
-        rows = {task: [table.loc[task] for table in tables] for task in tasks}
-        return {
-            task: [results.items(row["unit"])[row["record"]["metric"]] for row in of_task]
-            for task, of_task in rows.items()
-        }
-
-    run, trained = model.iloc[0]["run"], model.iloc[0]["record"].get("tasks", "")
-    adaptation = scores(FAMILIES[family])
-    outcomes = _outcomes(base.drop_duplicates("task", keep="last"), trained)
-    return {
-        outcome: Curve(run, scales, adaptation, scores(tasks))
-        for outcome, tasks in outcomes.items()
-        if alike.issuperset(tasks)
-    }

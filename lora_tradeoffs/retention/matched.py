@@ -2,7 +2,7 @@
 
 A curve leads from the base (t = 0) through an arm's update scaled by t. An arm that learns less
 also forgets less, so the ends of two runs cannot be compared; where both have learned as much,
-their forgetting can.
+their forgetting can. Of a validation loss the negative is the score.
 """
 
 from __future__ import annotations
@@ -166,12 +166,13 @@ def _first_reach(
 
 def _remark(curve: Curve, adaptation: np.ndarray, score: float, scale: float) -> str:
     """Why the curve, (scales,), cannot be read off at the score, or not in one way only."""
+    level, start, best = map(abs, (score, adaptation[0], adaptation.max()))  # of losses, too
     if adaptation[0] >= score:
-        return f"{curve.arm} has {score:.4g} before any update: the base scores {adaptation[0]:.4g}"
+        return f"{curve.arm} has {level:.4g} before any update: the base has {start:.4g}"
     if np.isnan(scale):
-        return f"{curve.arm} does not reach {score:.4g}: its best is {adaptation.max():.4g}"
+        return f"{curve.arm} does not reach {level:.4g}: its best is {best:.4g}"
     low, high = adaptation[:-1], adaptation[1:]
     rises = ((low < score) & (score <= high)).sum()
     if rises > 1 or ((low > score) & (score > high)).any():
-        return f"{curve.arm} passes {score:.4g} more than once: taken where it does first"
+        return f"{curve.arm} passes {level:.4g} more than once: taken where it does first"
     return ""

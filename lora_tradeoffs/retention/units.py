@@ -14,6 +14,8 @@ from lora_tradeoffs.records import CONTROL, INTRUDERS, Record, unit_name
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # of --scale-update without values
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of --shrink-intruders without values
+# Measured at the scales: the tasks' scores and loss, or the loss alone, and what is retained.
+SCALE_MEASURE = ("score", "loss", "benchmarks", "text")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class RetentionOptions:
     limit: int | None = None
     documents: int | None = None  # of each held-out text; None: the preset's
     scale_update: tuple[float, ...] | None = None  # (): SCALES
+    scale_measure: tuple[str, ...] = SCALE_MEASURE
     shrink_intruders: tuple[float, ...] | None = None  # (): FACTORS
     dtype: str = "auto"
 
@@ -36,6 +39,12 @@ class RetentionOptions:
             raise UserError("--documents must be 1 or more")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise UserError("--num-fewshot must be 0 or more")
+        measured = {*self.scale_measure}
+        if not measured <= {*SCALE_MEASURE} or not measured & {"score", "loss"}:
+            raise UserError(
+                f"--scale-measure takes {', '.join(SCALE_MEASURE)}, and needs score or loss:"
+                " updates are compared where these are equal"
+            )
         tasks = (task for name in self.tasks for task in BENCHMARK_GROUPS.get(name, (name,)))
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(tasks)))
         for flag in ("scale_update", "shrink_intruders"):
@@ -50,6 +59,11 @@ class RetentionOptions:
         if self.scale_update is None:
             return []
         return [{"scale": t} for t in sorted({*(self.scale_update or SCALES)} - {0.0, 1.0})]
+
+    @property
+    def loss_only(self) -> bool:
+        """Whether of the trained tasks the validation loss alone is measured."""
+        return self.shrink_intruders is None and "score" not in self.scale_measure
 
     @property
     def shrunk(self) -> list[dict[str, Any]]:
@@ -75,6 +89,7 @@ class RetentionUnit:
     scale: float = 1.0
     shrunk: str = ""
     shrink: float = 1.0
+    loss_only: bool = False
 
     @property
     def variant(self) -> tuple[float, str, float]:
@@ -99,4 +114,5 @@ class RetentionUnit:
     @property
     def as_task(self) -> TaskUnit:
         """The adaptation that is measured beside retention: the task on validation."""
-        return TaskUnit(self.subject, "validation", self.task, self.limit)
+        loss_only = self.loss_only and not describe(self.task).has_choices  # else it costs nothing
+        return TaskUnit(self.subject, "validation", self.task, self.limit, loss_only=loss_only)

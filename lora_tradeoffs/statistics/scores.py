@@ -100,7 +100,7 @@ AGGREGATES = {f.__name__: f for f in (mean, macro_f1, smoothed_bleu, mteval_bleu
 
 
 def mean_scores(name: str, values: Sequence[float], mask: np.ndarray | None = None) -> Scores:
-    """Scores whose figure is the mean of values in [0, 1], over the items of the mask or all."""
+    """Scores whose figure is the mean of the values, over the items of the mask or all."""
     values = np.asarray(values, dtype=float)
     counts = np.ones(len(values)) if mask is None else np.asarray(mask, dtype=float)
     return Scores(name, np.stack([values * counts, counts], axis=1), mean)

@@ -17,6 +17,7 @@ from typing import Any
 from config import BUILT_IN_FAMILIES, FAMILIES, LARGEST_SEED, Preset, Settings, UserError
 from dataset_descriptions import named_family, ordered, preset_family
 from lora_tradeoffs.files import written_whole
+from lora_tradeoffs.records import MATCHED
 from lora_tradeoffs.shapes import NUMBER, shape_problem
 from lora_tradeoffs.study.steps import ANALYSES
 from lora_tradeoffs.training.arms import ArmSpec
@@ -35,7 +36,8 @@ HYPOTHESIS = {
 # Outcomes of a hypothesis beside a task's name: whether more of it is better.
 OUTCOMES = {
     "score": True,
-    **dict.fromkeys(("forgetting", "text lost", "matched forgetting", "matched text lost"), False),
+    **dict.fromkeys(("validation loss", "forgetting", "text lost"), False),
+    **{f"{what} at equal {how}": False for what in ("forgetting", "text lost") for how in MATCHED},
     **dict.fromkeys(("size", "rho", "intruders", "rotation", "kl_tasks", "kl_text"), False),
 }
 TESTS = ("difference", "superiority", "non-inferiority", "equivalence")
@@ -92,7 +94,7 @@ class StudyPlan:
         values["arms"] = _arms_by_key(given, values, preset)
         values["seeds"] = list(dict.fromkeys(given.get("seeds", preset.seeds)))
         always = {"retention": {"scale_update": ()}} if preset.name == "study" else {}
-        values["hypotheses"] = tuple(given.get("hypotheses", ()))
+        values["hypotheses"] = tuple(map(_renamed, given.get("hypotheses", ())))
         values.setdefault("measure", {stage: always.get(stage, {}) for stage in ANALYSES})
         pairs = [f"{name}={value}" for name, value in given.get("set", {}).items()]
         values["set"] = parse_assignments(pairs, "set:")
@@ -187,6 +189,14 @@ class StudyPlan:
             hypotheses=before.hypotheses
             + tuple(h for h in self.hypotheses if h not in before.hypotheses),
         )
+
+
+def _renamed(hypothesis: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The hypothesis of an older file, whose outcome was called "matched forgetting"."""
+    outcome = hypothesis["outcome"]
+    if (what := outcome.removeprefix("matched ")) != outcome:
+        outcome = f"{what} at equal score"
+    return {**hypothesis, "outcome": outcome}
 
 
 def _arms_by_key(

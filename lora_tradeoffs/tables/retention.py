@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from config import BENCHMARKS, FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.records import HELD_OUT as TEXT
-from lora_tradeoffs.records import INTRUDERS, MEAN, PRIMARY, metric_scale, primary
+from lora_tradeoffs.records import INTRUDERS, MATCHED, MEAN, PRIMARY, metric_scale, primary
 from lora_tradeoffs.tables.arms import FULL
 from lora_tradeoffs.tables.frames import (
     gaps,
@@ -177,7 +177,7 @@ def pareto_front(gain: Sequence[float], forgetting: Sequence[float]) -> np.ndarr
 def matched(frame: DataFrame) -> DataFrame:
     """The rows of `matched_pairs` in which the other arm is the family's reference: full
     fine-tuning, else the last arm of the legend."""
-    rows = matched_pairs(frame)
+    rows = matched_pairs(frame).dropna(subset=["value"])
     if rows.empty:
         return rows
     others = rows.groupby("family")["other"].unique()
@@ -186,16 +186,17 @@ def matched(frame: DataFrame) -> DataFrame:
     return rows[(rows["other"] == reference) & (rows["arm"] != reference)]
 
 
-def matched_pairs(frame: DataFrame) -> DataFrame:
-    """Forgetting of every arm minus that of every `other` where both score the same: over the
-    benchmarks (task MEAN, ABOVE_CHANCE) and over held-out text (task TEXT).
+def matched_pairs(frame: DataFrame, equal: str = "score") -> DataFrame:
+    """Forgetting of every arm minus that of every `other` where both have the same validation
+    score, or loss: over the benchmarks (task MEAN, ABOVE_CHANCE) and over held-out text (task
+    TEXT); nan, with its `reason`, where their curves have nothing in common.
 
     Runs of different seeds are not compared (those of one seed saw the same batches), except for
-    runs from elsewhere. Of several scores at which two runs were compared, the highest counts.
+    runs from elsewhere. Of several levels at which two runs were compared, the highest counts.
     """
     import pandas as pd
 
-    rows = frame[frame["metric"] == "matched_forgetting"].dropna(subset=["value"])
+    rows = frame[frame["metric"] == MATCHED[equal]]
     if rows.empty:
         return rows
     known = frame.drop_duplicates("run").set_index("run")
@@ -204,7 +205,7 @@ def matched_pairs(frame: DataFrame) -> DataFrame:
     rows = rows.dropna(subset=["other"])
     turned = rows.rename(columns=_both_ways("run", "arm", "seed", "tasks"))
     turned = turned.assign(value=-rows["value"], low=-rows["high"], high=-rows["low"])
-    rows = pd.concat([rows, turned]).sort_values("score", kind="stable")
+    rows = pd.concat([rows, turned]).sort_values(equal, kind="stable")
     rows = rows.drop_duplicates(["family", "task", "run", "other_run"], keep="last")
     is_foreign = (rows["tasks"] == "") | (rows["other_tasks"] == "")
     return rows[(rows["seed"] == rows["other_seed"]) | is_foreign]

@@ -20,6 +20,11 @@ from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.plan import plan_runs
 
 SEEDS = range(42, 48)
+MEASURED = ("score", "validation loss", "text lost")
+EQUAL = {
+    "text lost at equal score": ("matched_forgetting", "score"),
+    "text lost at equal loss": ("loss_matched_forgetting", "loss"),
+}
 PAIR = {"contrast": ["lora:8", "full"], "family": "similar"}
 
 
@@ -27,23 +32,28 @@ PAIR = {"contrast": ["lora:8", "full"], "family": "similar"}
 def made(tmp_path, workspace):
     """A study of two arms and six seeds, its values by outcome and arm, and its file's writer."""
     rng, scores, lost = np.random.default_rng(3), [], []
-    values = {name: {} for name in ("score", "text lost", "matched text lost")}
+    values = {name: {} for name in (*MEASURED, *EQUAL)}
     for arm, better in (("lora_r8", 0.01), ("full", 0.0)):
         method, rank = ARMS[arm]
         value = {t: 0.6 + better + rng.normal(0, 0.01, len(SEEDS)) for t in FAMILIES["similar"]}
         values["score"][arm] = np.mean([*value.values()], axis=0)
-        values["text lost"][arm] = 0.2 - better + rng.normal(0, 0.01, len(SEEDS))
-        values["matched text lost"][arm] = 0.2 - better + rng.normal(0, 0.01, len(SEEDS))
+        loss = {t: 0.7 - better + rng.normal(0, 0.01, len(SEEDS)) for t in FAMILIES["similar"]}
+        values["validation loss"][arm] = np.mean([*loss.values()], axis=0)
+        for outcome in ("text lost", *EQUAL):
+            values[outcome][arm] = 0.2 - better + rng.normal(0, 0.01, len(SEEDS))
         for i, seed in enumerate(SEEDS):
             run, own = f"similar_{arm}_seed{seed}", {"method": method, "rank": rank, "seed": seed}
             scores += [record(run, t, v[i], split="test", **own) for t, v in value.items()]
+            scores += [record(run, t, v[i], metric="loss", **own) for t, v in loss.items()]
             at = values["text lost"][arm][i]
             lost.append(kept(run, "text", "forgetting", at, over="text_prose", **own))
             if rank:
-                other = {"other_run": f"similar_full_seed{seed}", "score": 0.6}
-                at = values["matched text lost"][arm][i]
-                lost.append(kept(run, "text", "matched_forgetting", at, half=0.0, **own, **other))
-    values["matched text lost"]["full"] = np.zeros(len(SEEDS))
+                other = {"other_run": f"similar_full_seed{seed}", "half": 0.0} | own
+                for outcome, (metric, level) in EQUAL.items():
+                    at = values[outcome][arm][i]
+                    lost.append(kept(run, "text", metric, at, **other, **{level: 0.6}))
+    for outcome in EQUAL:
+        values[outcome]["full"] = np.zeros(len(SEEDS))
     settings = settings_for(preset="study", study="hypotheses")
     study = StudyRecords(
         load_records(write_study(tmp_path, scores, "study")),
@@ -63,7 +73,7 @@ def made(tmp_path, workspace):
 
 
 @pytest.mark.parametrize(
-    "outcome, sign", [("score", 1), ("text lost", -1), ("matched text lost", -1)]
+    "outcome, sign", [("score", 1), *((name, -1) for name in (*MEASURED[1:], *EQUAL))]
 )
 @pytest.mark.parametrize("margin", [0.005, 0.03])
 def test_every_test_is_scipys_paired_t(made, outcome, sign, margin):
@@ -91,7 +101,7 @@ def test_every_test_is_scipys_paired_t(made, outcome, sign, margin):
     # the other way round it is the same statement about the other arm
     turned = PAIR | {"contrast": ["full", "lora:8"], "outcome": outcome, "test": "superiority"}
     expected = ttest_rel(second, first, alternative=better).pvalue
-    if not outcome.startswith("matched"):
+    if outcome not in EQUAL:
         assert hypothesis_findings(write(turned))[0].p_value == pytest.approx(expected, rel=1e-6)
 
 
@@ -111,6 +121,27 @@ def test_what_cannot_be_tested_counts_in_the_correction_and_says_why(made):
     assert "Adaptation: " in found[0].sentence and "H2: " in found[1].sentence
     assert "0 seeds" in found[3].sentence and "python svd_analysis.py" in found[2].sentence
     assert found[4].corrected == found[4].p_value and found[4].question == OTHERS
+
+
+def test_curves_that_do_not_meet_at_a_seed_answer_nothing(made):
+    write, _ = made
+    asked = PAIR | {"outcome": "text lost at equal loss", "test": "equivalence", "margin": 0.02}
+    study = write(asked)
+    rows = study.retention
+    apart = (rows["metric"] == "loss_matched_forgetting") & (rows["seed"] == 44)
+    reason = "similar_lora_r8_seed44 has 0.9 before any update: the base has 0.9"
+    rows.loc[apart, "value"], rows["reason"] = np.nan, reason
+    (found,) = hypothesis_findings(study)
+    assert found.kind == "missing" and f"in common (seed 44: {reason})" in found.sentence
+    # by the score they do, also under the name of older files
+    same = [
+        PAIR | {"outcome": name, "test": "difference"}
+        for name in ("text lost at equal score", "matched text lost")
+    ]
+    found = hypothesis_findings(write(*same))
+    assert found[0].p_value == found[1].p_value < 1
+    study.retention = rows[rows["metric"] != "loss_matched_forgetting"]
+    assert "no loss of scaled updates" in hypothesis_findings(write(asked))[0].sentence
 
 
 def test_hypotheses_take_the_place_of_the_confirmatory_family(made):

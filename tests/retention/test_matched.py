@@ -123,7 +123,7 @@ def test_an_arm_that_learns_nothing_cannot_be_matched():
     flat = curve("flat", [0, 1], [0.5, 0.4], [0.8, 0.7])
     found = matched_forgetting(flat, FULL)
     assert np.isnan(found.difference) and found.score == pytest.approx(0.5)
-    assert "the base scores 0.5" in found.reason
+    assert "the base has 0.5" in found.reason
     assert np.isnan(matched_forgetting(LORA, FULL, score=0.45).difference)
 
 
