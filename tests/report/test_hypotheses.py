@@ -165,5 +165,5 @@ def test_a_word_is_the_arm_of_the_runs_that_it_makes(word):
 
 def test_an_unknown_outcome_is_refused():
     wrong = PAIR | {"outcome": "luck", "test": "difference"}
-    with pytest.raises(UserError, match="outcome is 'luck'; allowed: score, forgetting"):
+    with pytest.raises(UserError, match="outcome is 'luck'; allowed: score, validation loss"):
         StudyPlan.of({"hypotheses": [wrong]}, settings_for(preset="study"))
