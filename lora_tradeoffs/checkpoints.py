@@ -171,8 +171,12 @@ def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
         return steps + [Checkpoint(f"{steps[0].run}-final", 0, folder)] * is_one
     if not is_one:
         raise UserError(f"{folder} holds no checkpoint-<step> folder and no *.safetensors")
-    run = folder.parent.name if checkpoint_step(folder) >= 0 else folder.name
-    return [Checkpoint(name or run, max(0, checkpoint_step(folder)), folder)]
+    run, step = folder.name, 0
+    if checkpoint_step(folder) >= 0:
+        run, step = folder.parent.name, checkpoint_step(folder)
+    elif (path := folder / "run.json").is_file():  # as published
+        step = read_json(path, {"step?": int}, COPY).get("step", 0)
+    return [Checkpoint(name or run, step, folder)]
 
 
 def newest_whole_checkpoint(run_dir: Path) -> Path | None:

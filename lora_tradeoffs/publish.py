@@ -60,7 +60,8 @@ def write_files(published: Any, name: str, merge: str | None, folder: Path) -> N
             base = published.base or published.record["base"]["name"]
             fields["base_model_name_or_path"] = base
         path.write_text(json.dumps(fields, indent=2), encoding="utf-8")
-    write_json(folder / "run.json", published_record(published.record))
+    record = published_record(published.record) | {"step": published.checkpoint.step}
+    write_json(folder / "run.json", record)
     card = str(model_card(published, name, is_adapter))
     (folder / "README.md").write_text(card, encoding="utf-8")
     check_private(published.settings, folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import TOKEN, hub
-from support import assert_one_line_error, settings_for
+from support import ROOT, assert_one_line_error, settings_for
 
 import eval as evaluate
 import multi_task_training
@@ -20,7 +20,9 @@ from config import EMBEDDED_MODEL
 from lora_tradeoffs import publish
 from lora_tradeoffs.checkpoints import Checkpoint
 from lora_tradeoffs.command_line import reason_of
+from lora_tradeoffs.files import read_json
 from lora_tradeoffs.report.model_card import Published, without_paths
+from lora_tradeoffs.tables.scores import drift_table
 
 STUDY = "publish"
 RUN = "similar_lora_r4_steps2_limit16_checkpoints1_seed42"
@@ -96,7 +98,8 @@ def test_what_is_published_loads_says_what_was_measured_and_tells_nothing_else(
     drift = inside(svd_analysis.main, *shared[:2], "--study", "other", "--runs", "me/adapter")
     assert drift.returncode == 0, drift.stderr
     records = json.loads(settings_for(study="other").document("drift").read_text())["records"]
-    assert {(r["run"], r["rank"], r["seed"]) for r in records} == {("me--adapter", 4, 42)}
+    about = {(r["run"], r["rank"], r["seed"], r["step"], r["fraction"]) for r in records}
+    assert about == {("me--adapter", 4, 42, 2, 1.0)}
 
     merged = inside(publish.main, *argv[:-2], "me/merged", "--merge", "fp32", "--yes")
     assert merged.returncode == 0, merged.stderr
@@ -168,3 +171,11 @@ def test_memory_that_ran_out_is_no_fault_of_foreign_code():
     assert reason_of(ValueError("one\ntwo")) == "ValueError: one"
     with pytest.raises(MemoryError):
         reason_of(MemoryError())
+
+
+def test_the_page_on_published_adapters_has_the_numbers_of_its_example():
+    page = (ROOT / "docs" / "adapter_drift.md").read_text(encoding="utf-8")
+    records = read_json(ROOT / "examples" / "published_adapter" / "drift.json")["records"]
+    assert {r["run"] for r in records} == {"me--similar-lora-r8", "me--sst2-loraplus-r8"}
+    for line in drift_table(records).splitlines():
+        assert line.rstrip() in page

@@ -81,7 +81,7 @@ def find_subjects(
             trained, record = trainings[c.run]
             config, steps = record.get("config", {}), record.get("steps") or last[c.run]
             own = dict.fromkeys(config.get("tasks", ()), config.get("max_length"))
-            fields = {**study, **trained, "fraction": c.step / steps if steps else 1.0}
+            fields = {**study, **trained, "fraction": c.step / steps if c.step else 1.0}
             is_last, is_best = c.step == last[c.run], c.step == best
             about = (
                 is_last,
