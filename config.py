@@ -11,9 +11,9 @@ import functools
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 
@@ -98,7 +98,7 @@ class Diverged(UserError):
 
 @dataclass(frozen=True)
 class Preset:
-    """Defaults that differ between the demo and the study. Lengths are in tokens."""
+    """Defaults by what is run. Lengths are in tokens."""
 
     name: str
     model: str
@@ -115,6 +115,8 @@ class Preset:
     max_length: dict[str, int]  # prompt and completion together, by family
     held_out_documents: int  # documents of each held-out source
     drift_tokens: int  # held-out tokens on which activations and outputs are compared
+    note: str = ""  # printed after the headline
+    training: dict[str, Any] = field(default_factory=dict)  # other defaults of TrainingConfig
 
 
 PRESETS = {
@@ -151,8 +153,18 @@ PRESETS = {
         max_length={"similar": 256, "dissimilar": 416},
         held_out_documents=8,
         drift_tokens=1_024,
+        note="This is the demo: a small instruct model trained for a few steps, not evidence."
+        " For the study: cp .env.example .env",
     ),
 }
+PRESETS["original"] = replace(
+    PRESETS["study"],
+    name="original",
+    epochs=3,
+    batch_size=dict.fromkeys(FAMILIES, 64),
+    training={"learning_rate": 1e-5, "lora_dropout": 0.1, "weight_decay": 0.01, "warmup": 0.1},
+    note="The published recipe: its one learning rate favours full fine-tuning (docs/study.md)",
+)
 
 
 # Called with all settings that are resolved: the task files of their folders become known.
@@ -213,18 +225,11 @@ class Settings:
 
     def headline(self, device: str) -> str:
         """The line that every command prints first."""
-        parts = [
-            f"{name} {getattr(self, name)} ({self.sources[name]})"
-            for name in ("model", "data", "study")
-        ]
+        names = ("model", "data", "study")
+        parts = [f"{name} {getattr(self, name)} ({self.sources[name]})" for name in names]
         line = f"preset {self.preset.name} ({self.sources['preset']}) | {' | '.join(parts)}"
         line += " | chat template" * self.apply_chat_template + f" | device {device}"
-        if self.preset.name == "demo":
-            line += (
-                "\nThis is the demo: a small instruct model trained for a few steps, not evidence."
-                " For the study: cp .env.example .env"
-            )
-        return line
+        return f"{line}\n{self.preset.note}".rstrip()
 
 
 def resolve_settings(args: argparse.Namespace) -> Settings:
@@ -248,26 +253,23 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
         sources[name] = "preset" if name not in ("preset", "study") else "default"
         return default
 
-    preset_name = str(look_up("preset", "PRESET", "demo"))
-    if preset_name not in PRESETS:
-        raise UserError(
-            f"preset is {preset_name!r} ({sources['preset']}); allowed: {', '.join(PRESETS)}"
-        )
-    preset = PRESETS[preset_name]
+    name = str(look_up("preset", "PRESET", "demo"))
+    if name not in PRESETS:
+        raise UserError(f"preset is {name!r} ({sources['preset']}); allowed: {', '.join(PRESETS)}")
+    preset = PRESETS[name]
 
     def count(name: str, variable: str) -> int:
         return _count(look_up(name, variable, getattr(preset, name)), variable)
 
     model = str(look_up("model", "MODEL_NAME", preset.model))
     data = str(look_up("data", "DATA_SOURCE", preset.data))
-    if sources["preset"] == "default":  # the demo's rows and steps are meant for its own model
-        is_other = model != EMBEDDED_MODEL and not typed_path(model, sources["model"]).exists()
-        for name, value, is_hub in (("model", model, is_other), ("data", data, data == "hub")):
-            if is_hub:
-                raise UserError(
-                    f"{name} is {value!r:.99} ({sources[name]}), and no preset is set: add --preset"
-                    " study (full budgets), or --preset demo (a few steps on the sample rows)"
-                )
+    for name, value in (("model", model), ("data", data)):
+        # the demo's rows and steps are meant for its own model
+        if sources["preset"] == "default" and value != getattr(preset, name):
+            raise UserError(
+                f"{name} is {value!r:.99} ({sources[name]}), and no preset is set: add --preset"
+                " study (full budgets), original (the published recipe) or demo (a few steps)"
+            )
     data_dir = _folder(look_up("data_dir", "DATA_DIR", ROOT / "data"), "DATA_DIR")
     settings = Settings(
         preset=preset,

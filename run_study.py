@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "set fields of the training configuration (listed below)"
     add("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help=text)
     add("--items", type=positive_int, metavar="N", help="measure N items of a task or benchmark")
-    text = "also measure the last checkpoints with scaled updates (preset study: always)"
+    text = "also measure the last checkpoints with scaled updates (always but in the demo)"
     add("--scale-update", action="store_true", help=text)
     text = "delete all checkpoints of a run but the last once all analyses have measured them"
     add("--measure-then-delete", action="store_true", help=text)
@@ -181,7 +181,8 @@ def read_plan(args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
     for name in SETTINGS:
         if getattr(args, name, None) is None:
             setattr(args, name, given.get(name))
-    settings = resolve_settings(args)
+    with naming(args.file):
+        settings = resolve_settings(args)
     flags = fields_of_flags(args, settings)
     if args.file and flags:
         raise UserError(f"{', '.join(flags)}: {args.file} says what the study is; write it there")

@@ -326,14 +326,15 @@ def default_config(
     preset, family = settings.preset, family or family_of(tasks)
     kind = preset_family(FAMILIES.get(family, tasks))
     rate = default_learning_rate(method, hidden_size, preset.lora_rate_factor, rank, scaling)
+    foreign = {*ADAPTER_FIELDS} - {*METHODS[method].fields}
+    values = {"learning_rate": rate} | {name: getattr(settings, name) for name in OF_SETTINGS}
     return TrainingConfig(
-        **{name: getattr(settings, name) for name in OF_SETTINGS},
+        **values | {name: v for name, v in preset.training.items() if name not in foreign},
         family=family,
         tasks=tasks,
         method=method,
         rank=rank,
         seed=seed,
-        learning_rate=rate,
         epochs=preset.epochs,
         batch_size=preset.batch_size[kind],
         micro_batch_size=preset.micro_batch_size[kind],
@@ -360,10 +361,8 @@ def parse_assignments(
             )
         kind = types[name]
         try:
-            if kind is bool:
-                values[name] = {"true": True, "false": False}[text.lower()]
-            else:
-                values[name] = kind(text)
+            words = {"true": True, "false": False}
+            values[name] = words[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             raise UserError(f"{where} {assignment}: {name} takes a {kind.__name__}") from None
     return values

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import LARGEST_NUMBER, LARGEST_SEED, ROOT, UNUSABLE, UserError
+from config import LARGEST_NUMBER, LARGEST_SEED, PRESETS, ROOT, UNUSABLE, UserError
 
 # What to do about an error of the system, by its number.
 SYSTEM_ADVICE = {
@@ -87,7 +87,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "model, data and study (a flag beats the environment, .env and the preset)"
     )
     for flag, metavar, text in (
-        ("--preset", "{study,demo}", "defaults for all else (variable PRESET; default demo)"),
+        ("--preset", "NAME", f"{', '.join(PRESETS)}: defaults for all else (PRESET; default demo)"),
         ("--study", "NAME", "name of the study's folders (STUDY_NAME; default: the preset's name)"),
         ("--model", "ID_OR_FOLDER", "base model, of a family that README.md names (MODEL_NAME)"),
         ("--data", "SOURCE", "hub, sample, or a folder of <task>/<split>.jsonl (DATA_SOURCE)"),

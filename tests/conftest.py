@@ -33,9 +33,9 @@ def workspace(tmp_path_factory):
     before = dict(os.environ)
     for name in VARIABLES:
         os.environ.pop(name, None)
-    os.environ.update(
-        OUTPUT_DIR=str(folder), DATA_DIR=str(folder / "data"), TOKENIZERS_PARALLELISM="0"
-    )
+    folders = {"OUTPUT_DIR": str(folder), "DATA_DIR": str(folder / "data")}
+    # a model or data of one's own ask for a preset
+    os.environ.update(folders, PRESET="demo", TOKENIZERS_PARALLELISM="0")
     config._env_file = dict
     yield folder
     os.environ.clear()

@@ -19,7 +19,12 @@ from lora_tradeoffs.command_line import guarded
 from training_configs import settable_fields
 
 
-def test_flag_beats_environment_beats_env_file_beats_preset(monkeypatch):
+@pytest.fixture
+def no_preset(monkeypatch):
+    monkeypatch.delenv("PRESET")
+
+
+def test_flag_beats_environment_beats_env_file_beats_preset(monkeypatch, no_preset):
     assert settings_for().study == "demo"
     monkeypatch.setattr(config, "_env_file", lambda: {"STUDY_NAME": "file", "PRESET": "study"})
     assert settings_for().study == "file"
@@ -36,7 +41,7 @@ def test_an_empty_variable_is_no_value(monkeypatch):
     assert settings_for().study == "demo"
 
 
-def test_the_headline_says_what_runs_and_where_it_came_from():
+def test_the_headline_says_what_runs_and_where_it_came_from(no_preset):
     line = settings_for(study="mine").headline("cpu")
     for part in ("preset demo (default)", "study mine (--study)", "data sample", "device cpu"):
         assert part in line
@@ -46,7 +51,7 @@ def test_the_headline_says_what_runs_and_where_it_came_from():
 @pytest.mark.parametrize(
     ("variable", "value", "allowed"),
     [
-        ("PRESET", "big", "study, demo"),
+        ("PRESET", "big", "study, demo, original"),
         ("STUDY_NAME", "../up", "not a path"),
         ("STUDY_NAME", "base", "reserved"),
         ("DATA_SOURCE", "no-such-folder", "hub, sample"),
@@ -76,15 +81,28 @@ def test_a_value_that_cannot_be_names_the_variable_and_what_is_allowed(
     assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
 
 
-def test_a_model_or_data_of_the_hub_asks_for_the_preset(monkeypatch, tmp_path):
-    for flags in ({"model": "meta-llama/Llama-3.2-1B"}, {"data": "hub"}):
-        with pytest.raises(UserError, match="no preset is set: add --preset study"):
-            settings_for(**flags)
-        assert settings_for(**flags, preset="demo").preset.name == "demo"
-    monkeypatch.setenv("MODEL_NAME", "meta-llama/Llama-3.2-1B")
-    with pytest.raises(UserError, match="variable MODEL_NAME"):
-        settings_for()
-    assert settings_for(model=str(tmp_path)).model == str(tmp_path)
+def test_a_model_or_data_of_ones_own_asks_for_the_preset(monkeypatch, no_preset, tmp_path):
+    """Neither a 1B model nor real rows are trained with the demo's budget unasked."""
+    folder, model = str(tmp_path), "meta-llama/Llama-3.2-1B"
+    for name, variable, values in (
+        ("model", "MODEL_NAME", (model, folder)),
+        ("data", "DATA_SOURCE", ("hub", folder)),
+    ):
+        for value in values:
+            with pytest.raises(UserError, match=r"\(--\w+\), and no preset is set: add --preset"):
+                settings_for(**{name: value})
+            for preset in config.PRESETS:
+                assert settings_for(**{name: value}, preset=preset).preset.name == preset
+            with monkeypatch.context() as patch:
+                patch.setenv(variable, value)
+                with pytest.raises(UserError, match=f"variable {variable}.*original.*demo"):
+                    settings_for()
+            with monkeypatch.context() as patch:
+                patch.setattr(config, "_env_file", lambda v=value, n=variable: {n: v})
+                with pytest.raises(UserError, match=f"{variable} in .env"):
+                    settings_for()
+    demo = config.PRESETS["demo"]
+    assert settings_for(model=demo.model, data=demo.data).sources["preset"] == "default"
 
 
 @pytest.mark.parametrize(
@@ -181,7 +199,7 @@ def test_help_needs_neither_torch_nor_a_second(script, name):
 
 def test_bad_flags_are_one_line(script):
     assert_one_line_error(
-        script("multi_task_training.py", "--preset", "big"), "preset", "study, demo"
+        script("multi_task_training.py", "--preset", "big"), "preset", "study, demo, original"
     )
     assert_one_line_error(script("multi_task_training.py", "--lora", "x"), "--lora")
 

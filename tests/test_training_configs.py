@@ -42,6 +42,19 @@ def test_rates_are_those_of_the_formula():
     assert default_learning_rate("oft", 576, 15, 32) == pytest.approx(2e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method, rank", [("lora", 4), ("lora", 64), ("full", 0), ("full_qv", 0)])
+def test_the_preset_original_is_the_published_recipe(family, method, rank):
+    settings = settings_for(preset="original")
+    (run,) = plan_runs(settings, 2048, [FAMILIES[family]], [ArmSpec(method, rank)], [42], {})
+    recipe = {"learning_rate": 1e-5, "epochs": 3, "batch_size": 64, "weight_decay": 0.01}
+    recipe |= {"warmup": 0.1, "lora_dropout": 0.1 if method == "lora" else 0.0, "alpha": 2 * rank}
+    assert run.config.record().items() >= recipe.items()
+    assert run.name == f"{family}_{f'lora_r{rank}' if rank else method}_seed42"
+    assert (settings.study, settings.model) == ("original", "meta-llama/Llama-3.2-1B")
+    assert "one learning rate" in settings.headline("cpu")
+
+
 def test_the_rate_follows_the_scale_alone():
     """(32/r + 1)/3 of the rate at rank 16 under alpha = 2r; the published rule at its own scale."""
 

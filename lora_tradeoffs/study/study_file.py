@@ -93,7 +93,7 @@ class StudyPlan:
         values["preset"], preset = settings.preset.name, settings.preset
         values["arms"] = _arms_by_key(given, values, preset)
         values["seeds"] = list(dict.fromkeys(given.get("seeds", preset.seeds)))
-        always = {"retention": {"scale_update": ()}} if preset.name == "study" else {}
+        always = {"retention": {"scale_update": ()}} if preset.name != "demo" else {}
         values["hypotheses"] = tuple(map(_renamed, given.get("hypotheses", ())))
         values.setdefault("measure", {stage: always.get(stage, {}) for stage in ANALYSES})
         pairs = [f"{name}={value}" for name, value in given.get("set", {}).items()]

@@ -115,12 +115,13 @@ def settable_help() -> str:
 
 
 def _default_text(f: Any) -> str:
-    """A field's default; of one that the preset decides that of every preset."""
-    if not hasattr(PRESETS["demo"], f.name):
-        return str(f.metadata.get("shown", f.default)).lower()
-    texts = []
+    """A field's default, and that of every preset that has its own."""
+    is_preset = hasattr(PRESETS["demo"], f.name)
+    texts = [] if is_preset else [str(f.metadata.get("shown", f.default)).lower()]
     for preset in PRESETS.values():
-        value = getattr(preset, f.name)
+        value = getattr(preset, f.name, preset.training.get(f.name))
+        if value is None:
+            continue
         by_family = value.values() if isinstance(value, dict) else [value]
         texts.append(f"{preset.name} {' / '.join(f'{v:g}' for v in dict.fromkeys(by_family))}")
     return ", ".join(texts)
