@@ -6,9 +6,10 @@
 
 For every matrix that an adapter is on (q_proj and v_proj of full fine-tuning) it measures the size,
 the rank and the intruder dimensions of the update and the shift of the spectrum, from exact
-decompositions in fp64; of LoRA from A and B, without merging. The updates of a family's runs are
-compared with each other. Existing results are reused unless weights, base or options changed.
-Results: drift_analysis_plots/<study>/; the base's decompositions: drift_analysis_plots/base/.
+decompositions in fp64, on a CUDA GPU if there is one; of LoRA from A and B, without merging. The
+updates of a family's runs are compared with each other. Existing results are reused unless weights,
+base or options changed. Results: drift_analysis_plots/<study>/; the base's decompositions:
+drift_analysis_plots/base/.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers",
         type=int,
         metavar="N",
-        help="measure N matrices at a time, each on one core (default: the number of cores, at most"
-        f" {MOST_WORKERS})",
+        help="without a GPU: measure N matrices at a time, each on one core (default: the number of"
+        f" cores, at most {MOST_WORKERS})",
     )
     group.add_argument(
         "--dense",
@@ -79,9 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     options = options_from(DriftOptions, args)
     settings = resolve_settings(args)
     from checkpoint_utils import checkpoint_weights
+    from lora_tradeoffs.hardware import pick_device
     from lora_tradeoffs.models.base import prepare_base
 
-    print(settings.headline("cpu"), flush=True)
+    print(settings.headline(pick_device(fp64=True)), flush=True)
     base = prepare_base(settings)
     analysis = DriftAnalysis(settings, base, options)
     subjects = find_subjects(settings, base, args.runs, args.checkpoints)

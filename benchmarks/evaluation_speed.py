@@ -2,9 +2,9 @@
 
     python -m benchmarks.evaluation_speed --data FOLDER --json FILE
 
-SmolLM2-135M, fp32, one process, in turn (ours, the peer's, ours ...); predictions must agree. Both
-sides start from the prompts' texts. A peer runs at its best batch size of 8, 16 and 32, found
-beforehand on the same rows.
+SmolLM2-135M, fp32 (or --dtype bf16), one process, in turn (ours, the peer's, ours ...); in fp32
+predictions must agree. Both sides start from the prompts' texts. A peer runs at its best batch size
+of 8, 16 and 32, found beforehand on the same rows.
 
     classification  label words' log-likelihoods under one forward pass per item, longest first;
                     against lm-evaluation-harness's HFLM on a multiple_choice task over the rows
@@ -38,7 +38,7 @@ from benchmarks.comparison import (
     timed,
     write,
 )
-from config import FAMILIES, UserError
+from config import FAMILIES, TASKS, UserError
 from dataset_descriptions import describe
 from lora_tradeoffs.command_line import guarded, positive_int
 
@@ -150,7 +150,7 @@ def generate_with_transformers(
         batch = order[start : start + batch_size]
         inputs = tokenizer.pad(
             {"input_ids": [encoded[i] for i in batch]}, padding_side="left", return_tensors="pt"
-        )
+        ).to(engine.model.device)
         with torch.inference_mode():
             tokens = engine.model.generate(
                 **inputs,
@@ -177,8 +177,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row per task and pair of timings, after a warm-up of each side.
 
-    `work` has a task's arguments. Raises UserError if predictions differ.
+    `work` has a task's arguments. Raises UserError if predictions differ in fp32.
     """
+    import torch
     from tqdm import tqdm
 
     rows = []
@@ -194,7 +195,8 @@ def measure(
             our_seconds, predictions = timed(ours, *arguments)
             peer_seconds, peer_predictions = timed(peer, *arguments, best)
             different = sum(a != b for a, b in zip(predictions, peer_predictions, strict=True))
-            if different > max(1, len(prompts) // 32):  # ties in fp32
+            is_fp32 = engine.model.dtype == torch.float32
+            if is_fp32 and different > max(1, len(prompts) // 32):  # ties
                 raise UserError(f"{different} of {len(prompts)} predictions differ in {task}")
             rows.append(
                 {"kind": kind, "task": task, "pair": pair, "items": len(prompts)}
@@ -230,14 +232,20 @@ def main(argv: list[str] | None = None) -> int:
         "--new-tokens", type=positive_int, metavar="N", help="generate at most N tokens"
     )
     parser.add_argument("--items", type=positive_int, metavar="N", help="at most N items per task")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="default: all")
+    text = "precision of the weights of both sides (bf16: predictions may differ)"
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help=text)
     args = parser.parse_args(argv)
     settings = benchmark_settings(args)
+    import torch
+
     from lora_tradeoffs.data.preparation import prepare
     from lora_tradeoffs.hardware import describe_environment, pick_device
     from lora_tradeoffs.models.base import load_base, load_tokenizer, prepare_base
 
     base = prepare_base(settings)
-    engine = Engine(load_base(base).eval(), load_tokenizer(base))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    engine = Engine(load_base(base, dtype).eval().to(pick_device()), load_tokenizer(base))
     rows = []
     sides = (classify, classify_with_lm_eval), (generate, generate_with_transformers)
     counts = (24, 4) if args.quick else (64, 32)
@@ -249,7 +257,8 @@ def main(argv: list[str] | None = None) -> int:
 
             model = PeftModel.from_pretrained(engine.model, args.checkpoint).eval()
             engine = Engine(model, engine.tokenizer)
-        prepared = prepare(settings, engine.tokenizer, FAMILIES[family], length, 2_000)
+        tasks = [task for task in FAMILIES[family] if task in args.tasks]
+        prepared = prepare(settings, engine.tokenizer, tasks, length, 2_000)
         for task, data in prepared.items():
             prompts = data.split("test")["prompt"][: min(count, args.items or count)]
             limit = describe(task).max_new_tokens
@@ -261,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     print_ratios(ratios)
     meta = describe_environment(pick_device(), False, "sdpa", 1)
     meta["shapes"] = {"rows": ROWS, "new_tokens": args.new_tokens or "the tasks' limits"}
+    meta["precision"] = f"{args.dtype} weights"
     meta["generating"] = describe_adapter(args.checkpoint) if args.checkpoint else "the base"
     write(args.json, meta, ratios, rows)
     return 0

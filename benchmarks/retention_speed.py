@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     from lora_tradeoffs.models.base import load_base, load_tokenizer, prepare_base
 
     base = prepare_base(settings)
-    tokenizer, model = load_tokenizer(base), load_base(base).eval()
+    tokenizer, model = load_tokenizer(base), load_base(base).eval().to(pick_device())
     rows = []
     for name in args.benchmarks:
         count = ITEMS[name][0]

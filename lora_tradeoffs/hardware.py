@@ -16,13 +16,13 @@ from config import ROOT
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "numpy")
 
 
-def pick_device() -> str:
-    """The first available of cuda, mps and cpu."""
+def pick_device(fp64: bool = False) -> str:
+    """The first available of cuda, mps and cpu; of cuda and cpu if it is to compute in fp64."""
     import torch
 
     if torch.cuda.is_available():
         return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "mps" if torch.backends.mps.is_available() and not fp64 else "cpu"
 
 
 def pick_precision(requested: str, device: str) -> str:

@@ -127,7 +127,7 @@ class DriftAnalysis(Analysis):
         directions = max(RANKS) if unit.subject.is_last else 0
         settings = DriftSettings(self.ks, self.epsilons, self.options.dense, directions)
         matrices = self._matrices(model)
-        with worker_threads(self.options.workers or default_workers()) as pool:
+        with worker_threads(self.workers) as pool:
 
             def measured(matrix: Matrix) -> MatrixDrift:
                 return measure(model, matrix, self.spectra, settings)
@@ -147,7 +147,7 @@ class DriftAnalysis(Analysis):
         def of_matrix(matrix: Matrix) -> Directions:
             return directions(checkpoint, matrix, self.spectra)
 
-        with worker_threads(self.options.workers or default_workers()) as pool:
+        with worker_threads(self.workers) as pool:
             matrices = self._matrices(checkpoint)
             by_matrix = _by_item(pool, of_matrix, matrices, lambda matrix: matrix.label)
         return {matrix.name: of for matrix, of in by_matrix.items()}
@@ -194,7 +194,22 @@ class DriftAnalysis(Analysis):
     def spectra(self) -> BaseSpectra:
         from lora_tradeoffs.drift.matrix import BaseSpectra
 
-        return BaseSpectra(self.weights, self.results.folder.parent / "base" / self.base.name)
+        folder = self.results.folder.parent / "base" / self.base.name
+        return BaseSpectra(self.weights, folder, self.device)
+
+    @functools.cached_property
+    def device(self) -> str:
+        from lora_tradeoffs.hardware import pick_device
+
+        return pick_device(fp64=True)
+
+    @property
+    def workers(self) -> int:
+        """Matrices that are measured at a time; on a GPU one, which keeps it busy.
+
+        Threads that call torch.linalg there for the first time together can fail.
+        """
+        return 1 if self.device == "cuda" else self.options.workers or default_workers()
 
     # ------------------------------------------------------------------------------ on disk
 

@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +82,13 @@ class MatrixDrift:
 
 
 class BaseSpectra:
-    """The decompositions of the base's matrices, cached on disk and, up to a limit, in memory."""
+    """The decompositions of the base's matrices, on the device that all matrices are measured on.
 
-    def __init__(self, weights: Weights, folder: Path) -> None:
-        self.weights, self.folder = weights, folder
+    They are cached on disk and, up to a limit, in memory.
+    """
+
+    def __init__(self, weights: Weights, folder: Path, device: str = "cpu") -> None:
+        self.weights, self.folder, self.device = weights, folder, device
         self._in_memory: dict[str, SVD] = {}
         self._bytes_left, self._lock = SVD_MEMORY, threading.Lock()
 
@@ -93,7 +97,8 @@ class BaseSpectra:
         if matrix.tensor in self._in_memory:
             return self._in_memory[matrix.tensor]
         try:
-            base = cached_svd(self.weights.tensor(matrix.tensor), self.folder)
+            weight = self.weights.tensor(matrix.tensor).to(self.device)
+            base = cached_svd(weight, self.folder)
         except ValueError as error:
             raise ValueError(f"in the base, {error}") from None
         size = 8 * sum(factor.numel() for factor in (base.U, base.S, base.Vh))
@@ -110,20 +115,24 @@ def measure(
     spectra: BaseSpectra,
     settings: DriftSettings,
 ) -> MatrixDrift:
-    """One matrix of a checkpoint. Raises ValueError for values that are not finite."""
+    """One matrix of a checkpoint; the result is on the CPU.
+
+    Raises ValueError for values that are not finite.
+    """
     base = spectra.svd(matrix)
     k = max((k for k in settings.ks if k <= len(base.S)), default=len(base.S))
     if checkpoint.is_low_rank and not settings.dense:
         A, B, scale = checkpoint.factors(matrix)
+        A, B = A.to(base.S), B.to(base.S)  # in fp64, on the device
         update = lora_update_svd(A, B, scale)
         return _drift(base, update, top_triplets_lora(base, A, B, scale, k), settings, update.S)
-    start = spectra.weights.tensor(matrix.tensor).double()
+    start = spectra.weights.tensor(matrix.tensor).to(base.S)
     if checkpoint.is_low_rank:
         A, B, scale = checkpoint.factors(matrix)
-        change, rank = scale * B.double() @ A.double(), len(A)
+        change, rank = scale * B.to(base.S) @ A.to(base.S), len(A)
         weight, directions = start + change, min(rank, *change.shape)
     else:
-        weight, directions = checkpoint.weight(matrix).double(), settings.directions
+        weight, directions = checkpoint.weight(matrix).to(base.S), settings.directions
         change = weight - start
     triplets = top_triplets_dense(base, weight, k, iterate=not settings.dense)
     update, values = _update(change, directions)
@@ -152,15 +161,16 @@ def _drift(
         rows += [_row("intruders", intruders(maxima, k, e), k, e) for e in settings.epsilons]
     strong = int((NEGLIGIBLE * update.S.max() < update.S).sum()) if len(update.S) else 0
     # copies: a slice would keep the whole tensor, or its mapped file, alive
+    copy = partial(torch.Tensor.to, device="cpu", copy=True)
     return MatrixDrift(
         rows,
         (float(update_values.square().sum()), float(base.S.square().sum())),
-        base.S.clone(),
-        tuned.values.clone(),
-        update_values,
-        maxima,
-        tuned.cosines[:SHOWN, :SHOWN].abs(),
-        (update.U[:, :strong].clone(), update.Vh[:strong].T.clone()),
+        copy(base.S),
+        copy(tuned.values),
+        update_values.cpu(),
+        maxima.cpu(),
+        tuned.cosines[:SHOWN, :SHOWN].abs().cpu(),
+        (copy(update.U[:, :strong]), copy(update.Vh[:strong].T)),
         tuned.method,
     )
 
@@ -170,7 +180,7 @@ def _leading_rows(
 ) -> list[dict[str, Any]]:
     """The rows about the k leading triplets, in coordinates in which U0 and V0 are identities."""
     left = tuned.left[:, :k]
-    unit = torch.eye(len(left), k, dtype=left.dtype)
+    unit = torch.eye(len(left), k, dtype=left.dtype, device=left.device)
     return [
         _row("rho", threshold_ratio(update_values, base.S, k), k),
         _row("phi", _overlap(tuned.cosines, k), k, side="left"),

@@ -66,11 +66,12 @@ def directions(
 
     base, count, tuned = spectra.svd(matrix), LEADING, None
     if not checkpoint.is_low_rank:
-        tuned = checkpoint.weight(matrix).double()
+        tuned = checkpoint.weight(matrix).to(base.S)  # in fp64, on the device
     while True:
         count = min(count, len(base.S))
         if tuned is None:
-            triplets = top_triplets_lora(base, *checkpoint.factors(matrix), count)
+            A, B, scale = checkpoint.factors(matrix)
+            triplets = top_triplets_lora(base, A.to(base.S), B.to(base.S), scale, count)
         else:
             triplets = top_triplets_dense(base, tuned, count)
         is_unlike = max_cosines(triplets.cosines) < INTRUDER_EPSILON

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from simulated_gpu import SimulatedGPU
 from support import settings_for
 
 from lora_tradeoffs.checkpoints import Checkpoint
@@ -97,6 +99,28 @@ def test_signs_of_the_cached_vectors_change_nothing(folder, tmp_path, run, is_de
             assert row | {"value": 0} == other | {"value": 0}
         assert (drift.tuned_values - again.tuned_values).abs().max() <= 1e-12
         assert (drift.similarity - again.similarity).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("is_dense", [False, True], ids=["fast", "dense"])
+@pytest.mark.parametrize("run", ["lora", "full", "still_lora"])
+def test_a_matrix_is_decomposed_on_the_device_and_its_results_are_on_the_cpu(
+    folder, tmp_path, run, is_dense
+):
+    settings = replace(SETTINGS, dense=is_dense, directions=8)
+    expected = drifts(folder, run, tmp_path / "cpu", settings=settings)
+    with SimulatedGPU():
+        spectra = partial(BaseSpectra, device="cuda")
+        for cache in ("computed", "read"):
+            on_gpu = drifts(folder, run, tmp_path / "gpu", spectra, settings)
+            for module, drift in expected.items():
+                for row, other in zip(on_gpu[module].rows, drift.rows, strict=True):
+                    assert row == other | {"value": pytest.approx(other["value"], abs=1e-12)}, cache
+                for field in ("base_values", "tuned_values", "update_values", "similarity"):
+                    tensor = getattr(on_gpu[module], field)
+                    assert type(tensor) is torch.Tensor
+                    assert (tensor - getattr(drift, field)).abs().max() < 1e-9
+                for side, basis in zip(on_gpu[module].directions, drift.directions, strict=True):
+                    assert type(side) is torch.Tensor and side.shape == basis.shape
 
 
 @pytest.mark.parametrize("spectra", [BaseSpectra, FlippedSpectra])

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from simulated_gpu import OnGPU, SimulatedGPU
 from synthetic_spectra import lora, power_law, weight_of, with_values
 
 from lora_tradeoffs.drift.matrix import BaseSpectra
@@ -130,3 +131,17 @@ def test_truncated_to_its_rank_the_update_is_pefts_mitigated_one(folder, tmp_pat
         ours = U[:, :RANK] * S[:RANK] @ Vh[:RANK]
         theirs = layer.get_delta_weight("intruder_reduced").detach()
         assert len(left.T) > 0 and (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("run", ["lora", "full"])
+def test_intruders_are_found_on_the_device(folder, tmp_path, run):
+    weights = Weights(folder / "base")
+    checkpoint = read_checkpoint(folder / run, weights)
+    matrix = checkpoint.matrices[0]
+    expected = directions(checkpoint, matrix, BaseSpectra(weights, tmp_path / "cpu"))
+    with SimulatedGPU():
+        on_gpu = directions(checkpoint, matrix, BaseSpectra(weights, tmp_path / "gpu", "cuda"))
+        for shrunk in on_gpu.chosen:
+            assert on_gpu.intruders(shrunk, 0.5) == expected.intruders(shrunk, 0.5)
+            for side, same in zip(on_gpu.change(shrunk, 0.5), expected.change(shrunk, 0.5)):
+                assert type(side) is OnGPU and torch.equal(side.cpu(), same)
