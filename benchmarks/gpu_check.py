@@ -38,6 +38,7 @@ from lora_tradeoffs.command_line import guarded
 if TYPE_CHECKING:
     import pandas as pd
 
+STUDIES = ("gpu", "bf16", "cpu", "resumed", "on-gpu", "on-cpu", "memory")
 # The largest difference of a record between the devices, over its value or 1, by analysis and the
 # beginning of the metric's name. Scores of whole items are equal unless two answers tie.
 LIMITS = {
@@ -62,7 +63,7 @@ class Checks:
 
     @property
     def steps(self) -> int:
-        return 4 if self.quick else 20
+        return 2 if self.quick else 20
 
     @property
     def items(self) -> int:
@@ -88,9 +89,9 @@ class Checks:
             self.rows.append({"check": function.__name__, "passed": False, "error": reason})
         release_memory()
 
-    def command(self, script: str, *flags: Any, study: str = "check", hidden: bool = False) -> None:
+    def command(self, script: str, *flags: Any, study: str = "", hidden: bool = False) -> None:
         """Run a script of the suite, `hidden`: without the GPU. Raises UserError if it fails."""
-        argv = [*map(str, flags), "--study", study]
+        argv = [*map(str, flags), "--study", study or self.settings.study]
         for name in ("preset", "model", "data"):
             if f"--{name}" not in argv:
                 value = getattr(self.settings, name)
@@ -125,7 +126,8 @@ def arms(checks: Checks) -> list[Any]:
     """Flags of LoRA 8 and full fine-tuning, two checkpoints each."""
     fields = ["learning_rate=1e-4", "checkpoints=2", "logging_steps=1", "report_to=none"]
     arm = ["--similar", "--lora", 8, "--full-finetune", "--seed", 42, "--max-steps", checks.steps]
-    return [*arm, "--set", *fields, "eval_examples_per_task=16"]
+    fields.append(f"eval_examples_per_task={min(checks.items, 16)}")
+    return [*arm, "--set", *fields]
 
 
 def training(checks: Checks) -> None:
@@ -178,7 +180,7 @@ def measuring(checks: Checks) -> None:
     limit = ["--limit", checks.items, "--dtype", "fp32"]
     flags = {
         "eval": [*limit, "--tasks", "sst2", "mnli", "squad_v2", "--shots", 0, "--splits", "test"],
-        "retention_eval": [*limit, "--documents", 2 if checks.quick else 8],
+        "retention_eval": [*limit, *(["--tasks", "hellaswag", "--documents", 1] * checks.quick)],
         "svd_analysis": [],
     }
     output = checks.settings.output_dir
@@ -225,13 +227,19 @@ PARTS = (training, resuming, measuring, training_speed, measuring_speed, memory)
 
 @contextlib.contextmanager
 def temporary_folders(settings: Settings) -> Iterator[Settings]:
-    """The settings with all folders in a temporary one, but for the base models."""
+    """The settings with all folders in a temporary one, but for the base models.
+
+    The studies share the prepared data.
+    """
     settings.bases_dir.mkdir(parents=True, exist_ok=True)
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as name:
         output, data = Path(name), Path(name) / "data"
         (output / "models").mkdir()
         (output / "models" / "base").symlink_to(settings.bases_dir)
+        (data / "shared").mkdir(parents=True)
+        for study in (*STUDIES, settings.study):
+            (data / study).symlink_to(data / "shared")
         os.environ.update(OUTPUT_DIR=str(output), DATA_DIR=str(data))
         try:
             yield dataclasses.replace(settings, output_dir=output, data_dir=data)

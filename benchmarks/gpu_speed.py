@@ -138,7 +138,7 @@ def memory(checks: Checks) -> None:
     flags += ["--full-finetune", "--seed", 42, "--max-steps", 2, "--limit", 64, "--set"]
     flags += ["checkpoints=1", "eval_examples_per_task=4", "report_to=none"]
     if checks.quick:
-        flags += ["max_length=128", "batch_size=4"]
+        flags += ["max_length=256", "batch_size=2"]
     checks.command("multi_task_training", *flags, study="memory")
     architecture = empty_model(read_model_config(settings), settings.model)
     for run in checks.runs("memory"):
