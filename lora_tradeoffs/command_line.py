@@ -142,9 +142,9 @@ def system_error_line(error: OSError) -> str:
 def guarded(main: Callable[..., int]) -> Callable[..., int]:
     """Turn what the user can mend into one line on stderr and exit code 2, and Ctrl-C into 130.
 
-    That is a UserError, an error of the disk, and too little memory. A reader that closes the pipe,
-    as `| head` does, ends the command without a word (141, as the shell has it). A command that
-    takes a second or more ends by printing how long it took.
+    That is a UserError, an error of the disk, a missing package, and too little memory. A reader
+    that closes the pipe, as `| head` does, ends the command without a word (141, as the shell has
+    it). A command that takes a second or more ends by printing how long it took.
     """
 
     @functools.wraps(main)
@@ -172,7 +172,7 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
             elif is_out_of_memory(error):
                 message = "the memory ran out; choose smaller batches (see --help) and run"
                 message += " the same command to resume: finished results are kept"
-            else:
+            elif not (message := missing_package(error)):
                 raise
         print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
         return 2
@@ -191,19 +191,26 @@ def _discard_unwritable_output() -> None:
     os.close(nowhere)
 
 
-def _missing_package(kind: type, error: Any, traceback: Any) -> None:
-    """Python's excepthook, with one line for a package that is missing or too old."""
+def missing_package(error: Any) -> str:
+    """The line for a package that is missing or too old; "" for any other error."""
     cause = error
     while cause.__cause__ and not getattr(cause, "name", None):  # transformers' own has none
         cause = cause.__cause__
     package = (getattr(cause, "name", None) or "config").partition(".")[0]
     is_ours = (ROOT / package).is_dir() or (ROOT / f"{package}.py").is_file()
-    is_command = ROOT in Path(sys.argv[0]).resolve().parents  # not a script of the user's own
-    if not isinstance(cause, ImportError) or is_ours or not is_command:
-        return sys.__excepthook__(kind, error, traceback)
+    if not isinstance(cause, ImportError) or is_ours:
+        return ""
     reason = cause.msg if type(cause) is ImportError else f"the package {package} is missing"
-    print(f"error: {reason}; pip install -r requirements.txt", file=sys.stderr)
+    return f"{reason}; pip install -r requirements.txt"
+
+
+def _without_a_package(kind: type, error: Any, traceback: Any) -> None:
+    """Python's excepthook, with one line for a package that a command lacks when it is imported."""
+    is_command = ROOT in Path(sys.argv[0]).resolve().parents  # not a script of the user's own
+    if not is_command or not (message := missing_package(error)):
+        return sys.__excepthook__(kind, error, traceback)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-sys.excepthook = _missing_package
+sys.excepthook = _without_a_package

@@ -156,7 +156,7 @@ def test_a_missing_package_is_one_line(script, package):
 
 def test_an_error_in_an_import_of_our_own_is_not_taken_for_a_missing_package(capsys):
     error = ModuleNotFoundError("No module named 'lora_tradeoffs.x'", name="lora_tradeoffs.x")
-    command_line._missing_package(type(error), error, None)
+    command_line._without_a_package(type(error), error, None)
     assert "pip install" not in capsys.readouterr().err
 
 

@@ -10,8 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from config import DATA_SEED
 from dataset_descriptions import DatasetDescription, Row
@@ -125,6 +123,9 @@ def _ngram_hashes(text: str, vocabulary: dict[str, int]) -> np.ndarray:
 
 
 def _components(left: np.ndarray, right: np.ndarray, nodes: int) -> np.ndarray:
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_matrix((np.ones(len(left)), (left, right)), shape=(nodes, nodes))
     return connected_components(graph, directed=False)[1]
 

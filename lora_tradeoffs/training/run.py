@@ -138,8 +138,8 @@ def train_or_record(run: Run, train_run: Callable[[Run], Any], is_alone: bool = 
     try:
         train_run(run)
         return True
-    except (Interrupted, BrokenPipeError):
-        raise
+    except (Interrupted, BrokenPipeError, ImportError):
+        raise  # what the other runs would meet, too
     except UserError as error:
         _write_error(run, error)
         if is_alone:
