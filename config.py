@@ -263,8 +263,7 @@ def resolve_settings(args: argparse.Namespace) -> Settings:
 
     model = str(look_up("model", "MODEL_NAME", preset.model))
     data = str(look_up("data", "DATA_SOURCE", preset.data))
-    for name, value in (("model", model), ("data", data)):
-        # the demo's rows and steps are meant for its own model
+    for name, value in (("model", model), ("data", data)):  # the demo's budget is for its own
         if sources["preset"] == "default" and value != getattr(preset, name):
             raise UserError(
                 f"{name} is {value!r:.99} ({sources[name]}), and no preset is set: add --preset"

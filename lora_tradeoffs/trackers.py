@@ -23,6 +23,7 @@ from transformers.integrations import (
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from config import UserError
+from training_configs import TrainingConfig
 
 LEAVE_A_RUN_OPEN = ("wandb", "swanlab")  # their callbacks do, and the next run would join it
 
@@ -49,6 +50,8 @@ def track(arguments: TrackedArguments, study: str, run: str, record: Mapping[str
 def tracker_names(report_to: str) -> list[str]:
     """The trackers of a value such as "tensorboard,trackio"; [] of "none".
 
+    Without TensorBoard, the default, there are none, either.
+
     Raises UserError for one that Trainer does not integrate, or that is not installed.
     """
     names = [name.strip() for name in report_to.split(",")]
@@ -59,6 +62,8 @@ def tracker_names(report_to: str) -> list[str]:
             allowed = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             raise UserError(f"report_to: {name!r:.60} is none of {allowed}; or write none")
         if name not in get_available_reporting_integrations():
+            if report_to == TrainingConfig.report_to:  # nobody asked for it
+                return []
             raise UserError(
                 f"report_to: {name} is not installed; pip install {name}, or --set report_to=none"
             )

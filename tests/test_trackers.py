@@ -9,6 +9,8 @@ from synthetic_records import record, write_study
 import eval as evaluate
 import multi_task_training
 import svd_analysis
+from config import UserError
+from lora_tradeoffs import trackers
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.reported import curve_name, report_scores
 
@@ -133,3 +135,12 @@ def test_what_a_tracker_did_not_take_is_sent_by_the_next_start(workspace, monkey
         assert len(events) == (2 if len(values) > len(points) else 1)  # nothing is sent twice
     assert curves["eval/adaptation/validation/mnli/accuracy"] == {2: 0.75}
     assert capsys.readouterr().err == ""
+
+
+def test_without_tensorboard_the_default_is_no_tracker(monkeypatch):
+    monkeypatch.setattr(trackers, "get_available_reporting_integrations", lambda: ["mlflow"])
+    assert trackers.tracker_names("tensorboard") == []
+    assert trackers.tracker_names("mlflow") == ["mlflow"]
+    for asked_for in ("trackio", "tensorboard,mlflow"):
+        with pytest.raises(UserError, match="is not installed; pip install"):
+            trackers.tracker_names(asked_for)
