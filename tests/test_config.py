@@ -188,13 +188,48 @@ def test_env_example_says_the_presets_numbers():
 
 
 @pytest.mark.parametrize(
-    "name", ["multi_task_training.py", "data_preprocessing.py", "dataset_descriptions.py"]
+    "name",
+    ["multi_task_training.py", "data_preprocessing.py", "dataset_descriptions.py", "eval.py"],
 )
 def test_help_needs_neither_torch_nor_a_second(script, name):
     process = script("-X", "importtime", name, "--help")
     assert process.returncode == 0
     loaded = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
-    assert not loaded & {"torch", "transformers", "datasets", "peft", "evaluate"}
+    assert not loaded & {"torch", "transformers", "datasets", "peft", "evaluate", "scipy"}
+
+
+# What `pip install torch transformers datasets evaluate peft numpy matplotlib seaborn safetensors`
+# leaves out of requirements.txt.
+LEFT_OUT = """
+import importlib.machinery as machinery, runpy, sys
+LEFT_OUT = {"scipy", "sklearn", "sacrebleu", "rouge_score", "nltk", "dotenv", "gguf", "lm_eval"}
+LEFT_OUT |= {"tensorboard", "trackio", "mlflow", "nbclient", "nbconvert", "nbformat", "ipykernel"}
+find = machinery.PathFinder.find_spec
+def find_spec(cls, name, *rest):
+    return None if name.partition(".")[0] in LEFT_OUT else find(name, *rest)
+machinery.PathFinder.find_spec = classmethod(find_spec)
+sys.path.insert(0, "")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_readmes_packages_suffice_for_training_and_drift(script, tiny):
+    """What an analysis needs beside them it names in one line."""
+    where = ["--model", tiny, "--study", "few-packages"]
+    few = ["--max-steps", "2", "--set", "eval_examples_per_task=4"]
+    for command in (
+        ["multi_task_training.py", "--similar", "--lora", "4", *few],
+        ["svd_analysis.py"],
+    ):
+        process = script("-c", LEFT_OUT, *command, *where)
+        assert process.returncode == 0, process.stderr
+    for command in (["eval.py"], ["retention_eval.py"], ["gradient_conflict.py"]):
+        process = script("-c", LEFT_OUT, *command, *where)
+        assert process.returncode == 2, process.stdout
+        line = process.stderr.splitlines()[-1]
+        assert re.fullmatch(r"error: the package \w+ is missing; pip install -r .*", line), line
 
 
 def test_bad_flags_are_one_line(script):
