@@ -72,6 +72,7 @@ class Adaptation(Analysis):
     """Evaluates the base and checkpoints on the tasks."""
 
     name = "adaptation"
+    packages = ("scipy", "sklearn", "sacrebleu", "rouge_score")
 
     def units(self, subjects: Sequence[Subject]) -> list[TaskUnit]:
         """Validation of every subject, test of those that are final, with the options' variants."""

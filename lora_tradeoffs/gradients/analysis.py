@@ -48,7 +48,7 @@ class GradientUnit:
 class GradientAnalysis(Analysis):
     """Compares the gradients of the tasks' losses, on the same rows for every model."""
 
-    name, progress_unit = "gradients", "batch"
+    name, progress_unit, packages = "gradients", "batch", ("scipy",)
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,6 +56,7 @@ class Analysis:
 
     name = ""  # key of config.DOCUMENTS
     progress_unit, steps_per_unit = "measurement", 1  # `self.advance(1)` reports a step
+    packages: tuple[str, ...] = ()  # without which no unit could be written
 
     def __init__(self, settings: Settings, base: Base, options: Any) -> None:
         self.settings, self.base, self.options = settings, base, options
@@ -259,6 +261,9 @@ def measure_all(analysis: Analysis, units: list[Any], models: Models) -> list[st
     """
     from tqdm import tqdm
 
+    for package in analysis.packages:  # said before hours of measuring
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
     analysis.before_models(units)
     by_checkpoint: dict[Any, list[Any]] = {}
     for unit in units:
