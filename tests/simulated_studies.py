@@ -18,7 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run it as 
 from config import FAMILIES
 from lora_tradeoffs.statistics.pooled_error import pooled_errors
 from lora_tradeoffs.statistics.seed_intervals import reach
-from lora_tradeoffs.tables.predictors import OUTCOMES, PREDICTORS, across_runs, within_runs
+from lora_tradeoffs.tables.predictors import (
+    OUTCOMES,
+    PREDICTORS,
+    across_runs,
+    correlation_difference,
+    within_runs,
+)
 
 CORRELATIONS = (0.0, 0.5, 0.8, 0.95)  # of two seeds of an arm
 
@@ -54,6 +60,20 @@ def association_errors(studies, arms, correlation, steps=1, seed=0, resamples=50
     rows = pd.concat(results).dropna(subset=["rho"])
     missed = (rows["low"] > 0) | (rows["high"] < 0)
     return (rows["p_value"] <= 0.05).mean(), missed.mean(), len(rows)
+
+
+def exchange_errors(studies, arms, each, between, seed=0, resamples=399):
+    """Of studies in which both predictors are related to the outcome by `each`, and to each other
+    by `between`: the share with p <= .05, and of intervals that leave the truth, 0, out."""
+    rng, results = np.random.default_rng(seed), []
+    root = np.linalg.cholesky([[1, between, each], [between, 1, each], [each, each, 1]])
+    names = ["kl_tasks", "size", "text_lost"]
+    for _ in range(studies):
+        table = pd.DataFrame(rng.normal(size=(arms, 3)) @ root.T, columns=names)
+        table = table.assign(arm=range(arms), is_last=True)
+        found = correlation_difference(table, ("kl_tasks", "size"), "text_lost", resamples)
+        results.append([found["p_value"] <= 0.05, not found["low"] <= 0 <= found["high"]])
+    return np.mean(results, axis=0)
 
 
 def difference_errors(studies, spreads, tasks=6, noisy=None, seeds=3, seed=0):
@@ -110,6 +130,11 @@ def main(studies=2_000):
             shares = [association_errors(72, arms, correlation, steps)[:2] for steps in (1, 6)]
             cells = (f"{p:.3f}, {missed:.3f}" for p, missed in shares)
             print(arms, correlation, *cells, sep=" | ", flush=True)
+    print("arms | correlation of both predictors with the outcome, with each other | p, interval")
+    for arms in (8, 12, 16, 22):
+        for each, between in ((0, 0), (0.6, 0.5), (0.8, 0.8), (0.9, 0.7)):
+            cells = (f"{share:.3f}" for share in exchange_errors(studies // 5, arms, each, between))
+            print(arms, each, between, *cells, sep=" | ", flush=True)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,13 @@ class StudyRecords:
         return predictor_table(self.retention, self.drift, self.adaptation)
 
     @cached_property
+    def checkpoints_at_all_rates(self) -> DataFrame:
+        """The same, of arms at every learning rate that was searched."""
+        names = ("retention", "drift", "adaptation")
+        frames = [self.at_all_rates.get(name, getattr(self, name)) for name in names]
+        return predictor_table(*frames)
+
+    @cached_property
     def correlations(self) -> DataFrame:
         """What goes with forgetting and gain across runs."""
         return across_runs(self.checkpoints) if self.plain is self else self.plain.correlations

@@ -239,6 +239,21 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return float(permutation_test((np.asarray(differences, dtype=float),), np.sum, **exact).pvalue)
 
 
+def sign_flip_interval(differences: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+    """The means that the exact test of sign flips does not reject; nan for fewer than six.
+
+    A mean is rejected from below by as many flips as there are subsets whose mean lies below it
+    (Hartigan 1969, JASA 64:1303): of six differences it is the smallest to the largest.
+    """
+    sums, counts = np.zeros(1), np.zeros(1)
+    for difference in differences:
+        sums = np.concatenate([sums, sums + difference])
+        counts = np.concatenate([counts, counts + 1])
+    means = np.sort(sums[1:] / counts[1:])
+    outside = int((1 - level) / 2 * len(sums))
+    return (float(means[outside - 1]), float(means[-outside])) if outside else (math.nan, math.nan)
+
+
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """Holm's (1979) adjusted p-values of a family of tests fixed beforehand, shape (tests,).
 

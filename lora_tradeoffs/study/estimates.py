@@ -10,6 +10,7 @@ from typing import Any
 from config import BENCHMARKS, CHOICE_BENCHMARKS, FAMILIES, Settings
 from dataset_descriptions import describe
 from lora_tradeoffs.records import read_training
+from lora_tradeoffs.study.hypotheses import smallest_p_values
 from lora_tradeoffs.study.steps import ANALYSES, Outcomes, Step
 from lora_tradeoffs.study.study_file import StudyPlan
 from lora_tradeoffs.training.run import Run
@@ -182,7 +183,7 @@ def detectable_differences(study: StudyPlan, settings: Settings, runs: Sequence[
             f" {detectable(2 / seeds, freedom, level=level):.1f} standard deviations of a score"
             f" from seed to seed ({freedom} degrees of freedom, if the arms vary alike)"
         )
-    return lines
+    return lines + smallest_p_values(study.hypotheses, seeds)
 
 
 def items(name: str, settings: Settings) -> int:

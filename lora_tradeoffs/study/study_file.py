@@ -17,8 +17,8 @@ from typing import Any
 from config import BUILT_IN_FAMILIES, FAMILIES, LARGEST_SEED, Preset, Settings, UserError
 from dataset_descriptions import named_family, ordered, preset_family
 from lora_tradeoffs.files import written_whole
-from lora_tradeoffs.records import MATCHED
 from lora_tradeoffs.shapes import NUMBER, shape_problem
+from lora_tradeoffs.study.hypotheses import HYPOTHESIS, check_hypothesis, renamed
 from lora_tradeoffs.study.steps import ANALYSES
 from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.learning_rates import FACTORS, rates_around
@@ -29,18 +29,6 @@ SETTINGS = (
     *("preset", "study", "model", "data", "examples_per_task", "eval_examples_per_task"),
     *("apply_chat_template", "system_instruction"),
 )
-HYPOTHESIS = {
-    **{"contrast": [str], "outcome": str, "test": str, "name?": str, "family?": str},
-    **{"margin?": NUMBER, "primary?": bool},
-}
-# Outcomes of a hypothesis beside a task's name: whether more of it is better.
-OUTCOMES = {
-    "score": True,
-    **dict.fromkeys(("validation loss", "forgetting", "text lost"), False),
-    **{f"{what} at equal {how}": False for what in ("forgetting", "text lost") for how in MATCHED},
-    **dict.fromkeys(("size", "rho", "intruders", "rotation", "kl_tasks", "kl_text"), False),
-}
-TESTS = ("difference", "superiority", "non-inferiority", "equivalence")
 SHAPE = {
     **dict.fromkeys(("preset?", "study?", "model?", "data?", "dtype?"), str),
     **dict.fromkeys(("examples_per_task?", "eval_examples_per_task?", "max_steps?", "items?"), int),
@@ -94,7 +82,7 @@ class StudyPlan:
         values["arms"] = _arms_by_key(given, values, preset)
         values["seeds"] = list(dict.fromkeys(given.get("seeds", preset.seeds)))
         always = {"retention": {"scale_update": ()}} if preset.name != "demo" else {}
-        values["hypotheses"] = tuple(map(_renamed, given.get("hypotheses", ())))
+        values["hypotheses"] = tuple(map(renamed, given.get("hypotheses", ())))
         values.setdefault("measure", {stage: always.get(stage, {}) for stage in ANALYSES})
         pairs = [f"{name}={value}" for name, value in given.get("set", {}).items()]
         values["set"] = parse_assignments(pairs, "set:")
@@ -123,26 +111,9 @@ class StudyPlan:
             rates_around(1.0, self.learning_rates)
         if self.learning_rates != "default" and "learning_rate" in self.set:
             raise UserError("learning_rates and set.learning_rate both set the rate: leave one out")
+        tasks = [task for tasks in self.mixes for task in tasks] if self.hypotheses else ()
         for hypothesis in self.hypotheses:
-            self._check_hypothesis(hypothesis)
-
-    def _check_hypothesis(self, hypothesis: Mapping[str, Any]) -> None:
-        words, test = hypothesis["contrast"], hypothesis["test"]
-        planned = {word for words in self.arms.values() for word in words}
-        if len(words) != 2 or not {*words} <= planned:
-            raise UserError(f"hypotheses: contrast {words} must be two of the study's arms")
-        if hypothesis.get("family", next(iter(self.arms))) not in self.arms:
-            raise UserError(f"hypotheses: family {hypothesis['family']!r:.60} is not trained")
-        outcomes = [*OUTCOMES, *(task for tasks in self.mixes for task in tasks)]
-        if hypothesis["outcome"] not in outcomes:
-            raise UserError(
-                f"hypotheses: outcome is {hypothesis['outcome']!r:.60}; allowed:"
-                f" {', '.join(outcomes)}"
-            )
-        if test not in TESTS:
-            raise UserError(f"hypotheses: test is {test!r}; allowed: {', '.join(TESTS)}")
-        if test in TESTS[2:] and not hypothesis.get("margin", 0) > 0:
-            raise UserError(f"hypotheses: {test} needs a margin above 0")
+            check_hypothesis(hypothesis, self.arms, tasks, self.seeds)
 
     @property
     def mixes(self) -> dict[tuple[str, ...], list[ArmSpec]]:
@@ -189,14 +160,6 @@ class StudyPlan:
             hypotheses=before.hypotheses
             + tuple(h for h in self.hypotheses if h not in before.hypotheses),
         )
-
-
-def _renamed(hypothesis: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The hypothesis of an older file, whose outcome was called "matched forgetting"."""
-    outcome = hypothesis["outcome"]
-    if (what := outcome.removeprefix("matched ")) != outcome:
-        outcome = f"{what} at equal score"
-    return {**hypothesis, "outcome": outcome}
 
 
 def _arms_by_key(

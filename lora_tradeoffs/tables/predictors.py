@@ -51,7 +51,8 @@ def predictor_table(
 ) -> DataFrame:
     """A row for each run's checkpoint: forgetting, gain on validation, and the predictors.
 
-    Forgetting and gain are means over benchmarks and tasks. Of drift: ||dW||_F / ||W0||_F of the
+    Forgetting is the mean over benchmarks, `text_lost` that over held-out text, the gain that over
+    tasks. Of drift: ||dW||_F / ||W0||_F of the
     whole model (where a run lacks it, of q_proj and v_proj in all), and over the matrices q_proj
     and v_proj the mean of rho = sigma_1(dW) / sigma_k(W0), of the intruders among the first k, and
     of 1 - phi of the left leading k; k = 10, epsilon = .5. KL(base || tuned) in nats is a mean over
@@ -60,10 +61,13 @@ def predictor_table(
     that ended. Single-task controls are left out.
     """
     rows = as_trained(retention)
-    lost = rows[(rows["metric"] == "forgetting") & (rows["task"] == MEAN) & is_trained(rows)]
-    lost = lost[lost["tasks"] == lost["family"]].drop_duplicates(KEYS)
+    lost = rows[(rows["metric"] == "forgetting") & is_trained(rows)]
+    lost = lost[(lost["tasks"] == lost["family"]) & lost["task"].isin([MEAN, TEXT])]
+    by_task = lost.drop_duplicates([*KEYS, "task"]).set_index([*KEYS, "task"])["value"].unstack()
+    lost = lost.drop_duplicates(KEYS)
     table = lost.set_index(KEYS)[["family", "arm", "seed", "fraction"]]
-    table = table.assign(forgetting=lost.set_index(KEYS)["value"])
+    for name, task in (("forgetting", MEAN), ("text_lost", TEXT)):
+        table[name] = by_task.get(task)
     points = plane_points(retention, adaptation)
     points = points[points["update_scale"] == 1].drop_duplicates(KEYS)
     table["gain"] = points.set_index(KEYS)["gain"]
@@ -109,6 +113,56 @@ def within_runs(
     that all runs have. Whole trajectories of arms are resampled and permuted.
     """
     return _by_family(table, lambda points: _within(points, resamples, permutations, seed))
+
+
+def correlation_difference(
+    table: DataFrame,
+    predictors: tuple[str, str],
+    outcome: str,
+    resamples: int = PERMUTATIONS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Spearman's correlation of the outcome with the first predictor minus that with the second.
+
+    Over the last checkpoints of one family, arms at their learning rates as in `across_runs`. The
+    interval is the percentile bootstrap's over arms. The p-value (from eight arms on) is that of
+    exchanging the two predictors' ranks arm by arm: if both are related to the outcome alike, each
+    pair of ranks could as well stand the other way round. Error rates and coverage:
+    docs/verification.md. `reason` says why figures are nan.
+    """
+    import numpy as np
+    from scipy.stats import rankdata
+
+    rows = table[table["is_last"]].dropna(subset=[*predictors, outcome])
+    means = rows.groupby("arm")[[*predictors, outcome]].mean()
+    arms, rng = len(means), np.random.default_rng(seed)
+    if arms < ENOUGH:
+        return _nothing(f"{ENOUGH} arms are needed, here {arms}", 1) | {"arms": arms}
+    first, second, y = (rankdata(means[name])[:, None] for name in (*predictors, outcome))
+
+    def correlations(first: np.ndarray, second: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+        y = _residuals(y)
+        return [_cosine(_residuals(x), y) for x in (first, second)]
+
+    each = tuple(float(rho[0]) for rho in correlations(first[None], second[None], y[None]))
+    value = each[0] - each[1]
+    if math.isnan(value):
+        reason = "a predictor or the outcome is the same in all arms"
+        return _nothing(reason, 1) | {"arms": arms}
+    drawn = rng.integers(arms, size=(resamples, arms))
+    draws = np.subtract(*correlations(first[drawn], second[drawn], y[drawn]))
+    draws = draws[np.isfinite(draws)]
+    low, high = map(float, np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    p_value = math.nan
+    if arms >= ENOUGH_FOR_P:
+        turned = rng.random((resamples, arms, 1)) < 0.5
+        others = [np.where(turned, a, b) for a, b in ((second, first), (first, second))]
+        far = np.abs(np.subtract(*correlations(*others, y[None]))) >= abs(value) - 1e-12
+        p_value = float((far.sum() + 1) / (resamples + 1))
+    reason = "" if arms >= ENOUGH_FOR_P else f"{arms} arms: no p-value below {ENOUGH_FOR_P}"
+    figures = {"rho": value, "low": low, "high": high, "p_value": p_value}
+    figures |= {"stderr": float(draws.std(ddof=1)), "each": each}
+    return figures | {"arms": arms, "reason": reason}
 
 
 # ---------------------------------------------------------------------------- the measures

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import yaml
-from scipy.stats import ttest_rel
+from scipy.stats import norm, permutation_test, spearmanr, ttest_rel
 from support import settings_for
 from synthetic_effects import ARMS
-from synthetic_records import kept, record, write_study
+from synthetic_records import kept, record, shrunk_study, write_study
 
 from config import FAMILIES, UserError
 from lora_tradeoffs.figures.study_records import StudyRecords
@@ -14,6 +14,8 @@ from lora_tradeoffs.report.findings import findings
 from lora_tradeoffs.report.hypotheses import OTHERS, PRIMARY, arm_of_word, hypothesis_findings
 from lora_tradeoffs.report.wording import ADAPTS
 from lora_tradeoffs.statistics.comparisons import holm
+from lora_tradeoffs.statistics.scores import mean_scores
+from lora_tradeoffs.study.hypotheses import smallest_p_values
 from lora_tradeoffs.study.study_file import StudyPlan
 from lora_tradeoffs.tables.frames import load_records
 from lora_tradeoffs.training.arms import ArmSpec
@@ -167,3 +169,82 @@ def test_an_unknown_outcome_is_refused():
     wrong = PAIR | {"outcome": "luck", "test": "difference"}
     with pytest.raises(UserError, match="outcome is 'luck'; allowed: score, validation loss"):
         StudyPlan.of({"hypotheses": [wrong]}, settings_for(preset="study"))
+
+
+# ------------------------------------------------------- one seed, sign flips, one arm, predictors
+
+
+def test_sign_flips_are_scipys_and_say_the_smallest_p(made):
+    write, values = made
+    names = ("text lost", "text lost at equal loss")
+    asked = [PAIR | {"outcome": name, "test": "sign flips"} for name in names]
+    for name, found in zip(names, hypothesis_findings(write(*asked))):
+        differences = np.subtract(*values[name])
+        exact = permutation_test((differences,), np.sum, permutation_type="samples")
+        assert found.p_value == pytest.approx(exact.pvalue)
+        assert (found.low, found.high) == pytest.approx((differences.min(), differences.max()))
+        assert "6 seeds, of which the smallest p is 0.031" in found.sentence
+    lines = smallest_p_values([*asked, asked[0] | {"primary": False}], 6)
+    assert lines[0].endswith("sign flips of 6 seeds: 0.031, 0.062 after correction for 2 tests")
+    assert lines[2].endswith("H3, sign flips of 6 seeds: 0.031")
+
+
+def test_one_seed_is_two_checkpoints_over_items_and_no_method(made):
+    write, _ = made
+    asked = {"outcome": "validation loss", "test": "difference", "seed": 43, "primary": False}
+    study = write(PAIR | asked)
+    assert "no outcomes of the same items" in hypothesis_findings(study)[0].sentence
+    rng = np.random.default_rng(1)
+    items = {}
+    for row in study.adaptation[study.adaptation["metric"] == "loss"].itertuples():
+        noise = rng.normal(0, 0.3, 200)
+        items[row.run, row.task] = mean_scores("loss", row.value + noise - noise.mean())
+    study.adaptation_items = lambda row: items[row.run, row.task]
+    (found,) = hypothesis_findings(study)
+    runs = "similar_lora_r8_seed43", "similar_full_seed43"
+    pairs = [np.subtract(*(items[run, t].items for run in runs)) for t in FAMILIES["similar"]]
+    assert found.effect == pytest.approx(np.mean([pair.mean() for pair in pairs]))
+    error = np.sqrt(sum(pair.var(ddof=1) / 200 for pair in pairs)) / 3
+    assert found.high - found.low == pytest.approx(2 * norm.isf(0.025) * error, rel=0.01)
+    assert found.p_value == pytest.approx(2 * norm.sf(abs(found.effect) / error), rel=0.05)
+    assert found.kind == "exploratory" and found.over == "items" and found.seeds == 1
+    assert "these two checkpoints of seed 43" in found.sentence
+    assert "says nothing about other seeds" in found.sentence
+
+
+def test_shrinking_an_arms_intruders_is_a_test_over_its_seeds(made, tmp_path):
+    write, _ = made
+    asked = {"contrast": ["lora:8"], "family": "similar", "test": "superiority"}
+    study = write(asked | {"outcome": "text lost by shrinking intruders"})
+    assert "no intruders were shrunk" in hypothesis_findings(study)[0].sentence
+    records = [*shrunk_study({"text": -0.01}, range(42, 46))]
+    study.shrunk = load_records(write_study(tmp_path, records, "study", script="retention"))
+    (found,) = hypothesis_findings(study)
+    lost = np.array([-0.01 + 1e-4 * i for i in range(4)])  # factor 0, against the control
+    assert found.effect == pytest.approx(lost.mean()) and found.seeds == 4
+    assert found.verdict == "shown" and "LoRA r=8 with its intruders shrunk" in found.sentence
+
+
+def test_predictors_are_compared_over_arms_at_all_their_rates(made, tmp_path):
+    write, _ = made
+    rng, records = np.random.default_rng(2), []
+    for rank in (4, 8, 16, 32, 64):
+        for rate in (1e-4, 3e-4):
+            name = f"similar_lora_r{rank}{'' if rate == 1e-4 else '_lr3e-04'}_seed41"
+            own = {"rank": rank, "learning_rate": rate, "seed": 41, "tasks": "similar"}
+            x = rng.normal()
+            records.append(kept(name, "text", "forgetting", x, over="text_prose", **own))
+            records.append(kept(name, "sst2", "answer_kl", x + 0.3 * rng.normal(), **own))
+            records.append(kept(name, "text", "kl", rng.normal(), **own))
+    asked = {"contrast": ["kl_tasks", "kl_text"], "family": "similar", "test": "difference"}
+    study = write(asked | {"outcome": "text lost", "primary": False})
+    frame = load_records(write_study(tmp_path, records, "study", script="retention"))
+    study.at_all_rates["retention"] = frame
+    (found,) = hypothesis_findings(study)
+    value = frame.set_index(["run", "metric"])["value"].unstack()
+    rhos = [spearmanr(value[name], value["forgetting"]).statistic for name in ("answer_kl", "kl")]
+    assert found.effect == pytest.approx(rhos[0] - rhos[1]) and found.p_value < 0.05
+    assert found.over == "10 arms x learning rates" and found.low < found.effect < found.high
+    assert f"correlations {rhos[0]:+.2f} and {rhos[1]:+.2f}" in found.sentence
+    asked |= {"contrast": ["kl_tasks", "size"], "outcome": "text lost"}
+    assert "is not measured" in hypothesis_findings(write(asked))[0].sentence

@@ -20,6 +20,7 @@ from lora_tradeoffs.statistics.comparisons import (
     leave_one_out,
     mcnemar,
     resampled,
+    sign_flip_interval,
     sign_flip_p,
 )
 from lora_tradeoffs.statistics.scores import Scores, macro_f1, mean_scores, smoothed_bleu
@@ -307,3 +308,15 @@ def test_holm_multiplies_by_the_tests_that_are_left():
 def test_a_test_that_could_not_be_made_still_counts_in_the_family():
     assert holm([math.nan, 0.02]) == pytest.approx([math.nan, 0.04], nan_ok=True)
     assert holm([]).tolist() == []
+
+
+def test_the_interval_of_sign_flips_is_what_the_test_does_not_reject():
+    rng = np.random.default_rng(8)
+    for count in (6, 7, 9):
+        differences = rng.normal(0.5, 1, count)
+        low, high = sign_flip_interval(differences)
+        for bound, side in ((low, 1), (high, -1)):
+            assert sign_flip_p(differences - bound - side * 1e-6) > 0.05
+            assert sign_flip_p(differences - bound + side * 1e-6) <= 0.05
+    assert sign_flip_interval(differences[:6]) == (differences[:6].min(), differences[:6].max())
+    assert np.isnan(sign_flip_interval(differences[:5])).all()

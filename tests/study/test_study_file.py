@@ -162,6 +162,26 @@ def test_a_grid_that_grows_is_one_file(tiny, tmp_path):
             },
             ["equivalence needs a margin above 0"],
         ),
+        *(
+            ({"hypotheses": [{"contrast": ["dora:4", "full"], "test": "difference"} | own]}, [part])
+            for own, part in (
+                ({"outcome": "score", "seed": 42}, "seed 42 alone shows nothing about methods"),
+                ({"outcome": "score", "seed": 1, "primary": False}, "seed 1 is not trained"),
+                ({"outcome": "size", "seed": 42, "primary": False}, "outcome must be score, valid"),
+                (
+                    {"outcome": "score", "seed": 42, "test": "sign flips"},
+                    "seed 42 is tested over items: test must be difference",
+                ),
+                (
+                    {"outcome": "score", "contrast": ["kl_tasks", "size"]},
+                    "outcome must be forgetting or text lost, test difference",
+                ),
+                (
+                    {"outcome": "text lost by shrinking intruders"},
+                    "must be one of the study's arms",
+                ),
+            )
+        ),
     ],
 )
 def test_a_file_that_says_no_study_is_one_line_and_leaves_nothing(

@@ -1,5 +1,6 @@
 """Rank correlations of forgetting with measures of drift: by hand, known, none, too few."""
 
+import itertools
 import json
 import math
 import warnings
@@ -7,14 +8,20 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import spearmanr
-from simulated_studies import CORRELATIONS, association_errors
+from scipy.stats import rankdata, spearmanr
+from simulated_studies import CORRELATIONS, association_errors, exchange_errors
 from synthetic_drift import checkpoint
 from synthetic_records import kept, record
 
 from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.frames import load_records
-from lora_tradeoffs.tables.predictors import ENOUGH_FOR_P, across_runs, predictor_table, within_runs
+from lora_tradeoffs.tables.predictors import (
+    ENOUGH_FOR_P,
+    across_runs,
+    correlation_difference,
+    predictor_table,
+    within_runs,
+)
 
 ARM = {"method": "lora", "rank": 8}
 
@@ -329,3 +336,51 @@ def test_what_could_not_be_tested_is_no_test_of_the_correction():
     found = across_runs(measured(x, y).assign(rho=1.0, intruders=np.nan))
     (row,) = found[(found["outcome"] == "forgetting") & found["p_value"].notna()].itertuples()
     assert row.corrected == row.p_value  # one test of three predictors
+
+
+# -------------------------------------------------------------------- two predictors compared
+
+
+def compared(values, **options):
+    table = pd.DataFrame(values, columns=["kl_tasks", "size", "text_lost"])
+    table = table.assign(arm=np.arange(len(table)), is_last=True)
+    return correlation_difference(table, ("kl_tasks", "size"), "text_lost", **options)
+
+
+def test_two_predictors_are_compared_by_exchanging_their_ranks():
+    rng = np.random.default_rng(4)
+    y = rng.normal(size=8)
+    first, second = y + 0.2 * rng.normal(size=8), y + 2 * rng.normal(size=8)
+    found = compared(np.stack([first, second, y], 1))
+    assert found["each"] == pytest.approx([spearmanr(x, y).statistic for x in (first, second)])
+    assert found["rho"] == pytest.approx(found["each"][0] - found["each"][1])
+    assert found["low"] < found["rho"] < found["high"] and found["arms"] == 8
+    # every exchange of 8 arms, with SciPy's correlation
+    ranks = np.stack([rankdata(first), rankdata(second)], 1)
+    far = []
+    for turned in itertools.product([0, 1], repeat=8):
+        a, b = (ranks[range(8), np.array(turned) ^ side] for side in (0, 1))
+        rhos = [spearmanr(x, y).statistic for x in (a, b)]
+        far.append(abs(rhos[0] - rhos[1]) >= abs(found["rho"]) - 1e-12)
+    assert found["p_value"] == pytest.approx(np.mean(far), abs=0.015)
+    turned = compared(np.stack([second, first, y], 1))
+    assert turned["rho"] == pytest.approx(-found["rho"])
+    assert turned["p_value"] == pytest.approx(found["p_value"], abs=0.015)
+
+
+def test_two_predictors_of_too_few_arms_have_no_p_value_and_then_no_interval():
+    values = np.random.default_rng(6).normal(size=(8, 3))
+    assert compared(values, resamples=200)["p_value"] > 0
+    seven = compared(values[:7], resamples=200)
+    assert math.isnan(seven["p_value"]) and seven["low"] < seven["high"]
+    assert seven["reason"] == "7 arms: no p-value below 8"
+    five = compared(values[:5])
+    assert math.isnan(five["rho"]) and five["reason"] == "6 arms are needed, here 5"
+    same = compared(np.column_stack([values[:, 0], np.ones(8), values[:, 2]]))
+    assert math.isnan(same["rho"]) and "the same in all arms" in same["reason"]
+
+
+def test_equal_predictors_seldom_differ():
+    p_values, missed = exchange_errors(60, 10, each=0.6, between=0.5, resamples=199)
+    bound = 0.05 + 3.5 * math.sqrt(0.05 * 0.95 / 60)
+    assert p_values < bound and missed < bound
