@@ -119,14 +119,14 @@ def _pack_documents(settings: Settings, copy: Settings) -> None:
 def _pack_items(
     frame: DataFrame | None, document: Path, copy: Settings, unit_of: Callable[[Any], str]
 ) -> None:
-    """Per-item outcomes of the runs' last checkpoints, on test where it was measured."""
+    """Per-item outcomes of the runs' last checkpoints, which are the ones that tests pair."""
     import pandas as pd
 
     if frame is None:
         return
     results = Results(document.parent)
-    rows = last_checkpoints(frame[is_trained(frame)]).sort_values("split")  # test first
-    rows = rows.drop_duplicates(["run", "task", "shots"])
+    rows = last_checkpoints(frame[is_trained(frame)])
+    rows = rows.drop_duplicates(["run", "task", "split", "shots"])
     units = dict.fromkeys(map(unit_of, rows.itertuples()))
     units = [u for u in units if results.unit_file(u).is_file() and results.items(u)]
     tables = [pd.read_parquet(results.items_file(unit)).assign(unit=unit) for unit in units]

@@ -121,6 +121,8 @@ def test_the_items_are_what_the_intervals_count(packed, tmp_path):
         path = settings.document(name).parent / PACKED_ITEMS
         table = pd.read_parquet(path)
         assert set(table["unit"].str.split("-").str[1]) == {last}
+        if name == "adaptation":
+            assert set(table["unit"].str.split("-").str[3]) == {"test", "validation"}
         table.iloc[:0].to_parquet(path)
     sentences = repr(hypothesis_findings(StudyRecords.load(settings)))
     assert "H2" in sentences and "over seeds and items" not in sentences
