@@ -29,8 +29,8 @@ from lora_tradeoffs.command_line import (
     positive_int,
     seed_number,
 )
-from lora_tradeoffs.files import read_json, write_json
-from lora_tradeoffs.records import DOCUMENT, STUDY
+from lora_tradeoffs.files import locked, read_json, write_json
+from lora_tradeoffs.records import DOCUMENT, STUDY, read_run
 from lora_tradeoffs.study.plan import plan_runs, plan_steps
 from lora_tradeoffs.study.processes import StepRunner
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
@@ -96,6 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", choices=STAGES, metavar="STAGE", help=text)
     text = "run N steps at a time, each on a GPU of its own or on its share of the cores"
     add("--workers", type=positive_int, default=1, metavar="N", help=text)
+    text = """run every step as a job of a cluster's scheduler, by a command that submits a script
+        and waits, e.g. "sbatch --wait --gres=gpu:1 -t 8:00:00" (docs/study.md)"""
+    add("--launch", metavar="COMMAND", help=text)
+    text = "train every run on N GPUs, through accelerate launch"
+    add("--gpus-per-run", type=positive_int, default=1, metavar="N", help=text)
+    text = "accelerate's configuration for full fine-tuning, e.g. examples/slurm/fsdp2.yaml"
+    add("--accelerate-config", type=Path, metavar="FILE", help=text)
     add("--dry-run", action="store_true", help="print the plan and what it needs")
     return parser
 
@@ -242,7 +249,10 @@ def check_options(stage: str, options: Mapping[str, Any]) -> None:
 def unmeasured_runs(
     settings: Settings, stage: str, options: Mapping[str, Any], runs: Sequence[str]
 ) -> set[str]:
-    """Names of these runs, and "base", of which the stage's analysis has a measurement pending."""
+    """Names of these runs, and "base", of which the stage's analysis has a measurement pending.
+
+    The precision `auto` is what it was where they were trained: on a cluster not on this host.
+    """
     from lora_tradeoffs.measuring.loop import pending
     from lora_tradeoffs.measuring.subjects import find_subjects, in_trained_form
     from lora_tradeoffs.models.base import prepare_base
@@ -252,6 +262,9 @@ def unmeasured_runs(
     settings, base = in_trained_form(settings, runs), prepare_base(settings)
     analysis = analysis_class(settings, base, options_class(**fields))
     analysis.trusts_records = True
+    if fields.get("dtype") == "auto":
+        trained = read_run(settings.runs_dir / runs[0], "compared")
+        analysis.bf16 = trained["compared"]["dtype"] == "bf16"
     subjects = find_subjects(settings, base, runs, options.get("checkpoints", ("all",)))
     return {unit.subject.run for unit in pending(analysis, analysis.units(subjects))}
 
@@ -281,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     study, settings = read_plan(args)
     import functools
 
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     from lora_tradeoffs.hardware import pick_device
     from lora_tradeoffs.study.estimates import print_plan
@@ -295,12 +308,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{study.text()}", end="")
         return 0
     folder = settings.output_dir / "outputs" / settings.study
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".study.lock")  # results.py has its own, ".lock"
+    distributed = args.gpus_per_run, args.accelerate_config
+    runner = StepRunner(settings, args.workers, args.launch, *distributed)
     try:
-        with lock.acquire(timeout=0):
+        with locked(folder / ".study.lock", timeout=0):  # results.py has its own, ".lock"
             check_study(study, settings, runs)
-            return run_steps(study, settings, steps, _done(tests, steps), args.workers)
+            return run_steps(study, settings, steps, _done(tests, steps), runner)
     except Timeout:
         raise UserError(f"another run_study.py is running the study {settings.study!r}") from None
 
@@ -312,11 +325,11 @@ def _done(tests: DoneTests, steps: Sequence[Step]) -> set[str]:
 
 
 def run_steps(
-    study: StudyPlan, settings: Settings, steps: Sequence[Step], done: set[str], workers: int
+    study: StudyPlan, settings: Settings, steps: Sequence[Step], done: set[str], runner: StepRunner
 ) -> int:
     """Run the steps that are not done, and say how the study stands; the exit code."""
     waiting = [step for step in steps if step.name not in done]
-    runner, ended = StepRunner(settings, workers), set(done)
+    ended = set(done)
 
     def after(step: Step) -> None:
         ended.add(step.name)

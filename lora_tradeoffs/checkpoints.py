@@ -20,6 +20,7 @@ WEIGHT_FILE = re.compile(r"[\w.+@=-]{1,200}\.safetensors", re.ASCII)  # no path
 # Needed to resume training, not to evaluate: only the two newest checkpoints have these.
 UNCONVERTED = "unconverted"  # folder of an adapter as it is trained, if it is saved as another
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", f"{UNCONVERTED}/*")
+RESUME_FILES += ("optimizer.bin", "pytorch_model_fsdp.bin")  # of FSDP
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def newest_whole_checkpoint(run_dir: Path) -> Path | None:
     """
     for checkpoint in reversed(checkpoints(run_dir)):
         problem = checkpoint_problem(checkpoint)
-        if problem is None and (checkpoint / "optimizer.pt").is_file():
+        if problem is None and any(checkpoint.glob("optimizer.*")):
             return checkpoint
         print(f"not resuming from {checkpoint.name}: {problem or 'it has no optimizer state'}")
         shutil.rmtree(checkpoint)

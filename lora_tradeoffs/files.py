@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -28,6 +30,46 @@ LONGEST_RECORD = 1 << 20
 PARTIAL = ".partial"  # how the names of temporary files and folders end
 SAFETENSORS_PARTIAL = re.compile(r"\.tmp\w{6}")
 DAY = 86_400  # seconds; no write takes that long
+
+
+LEASE = 120.0  # seconds without a sign of life from a lock's holder on another host
+
+
+@functools.cache
+def shared_mount(folder: Path) -> str | None:
+    """The file system below a folder if other hosts may mount it, too, such as "nfs4"."""
+    import psutil
+
+    mounts = psutil.disk_partitions(all=True)
+    above = [mount for mount in mounts if folder.resolve().is_relative_to(mount.mountpoint)]
+    kind = max(above, key=lambda mount: len(mount.mountpoint)).fstype if above else None
+    disks = {disk.fstype for disk in psutil.disk_partitions()}
+    return None if kind in {"tmpfs", "overlay", *disks} else kind
+
+
+@contextmanager
+def locked(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold the lock of this path; with a `timeout` in seconds, raise filelock.Timeout after it.
+
+    The system's locks do not reach other hosts on some network mounts (Lustre, BeeGFS, NFS by its
+    options). There a file is the lock, which its holder renews. It is taken over from a holder that
+    has not done so for LEASE seconds, who then ends.
+    """
+    from filelock import FileLock, SoftFileLease
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    if shared_mount(path.parent):
+        lock = SoftFileLease(f"{path}.lease", lease_duration=LEASE, on_compromise=_end)
+        timeout = timeout if timeout < 0 else timeout + 1.25 * LEASE
+    with lock.acquire(timeout=timeout, poll_interval=0.2):
+        yield
+
+
+def _end(loss: Any) -> None:
+    """A process of another host may write now; every file that was being written stays partial."""
+    print(f"error: {loss.lock_file} was lost to another host: {loss.reason}", file=sys.stderr)
+    os._exit(1)
 
 
 @contextmanager

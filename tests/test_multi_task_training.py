@@ -251,6 +251,15 @@ def test_two_processes_learn_what_one_does(script, tiny):
 # ------------------------------------------------------------------------------- refused
 
 
+@pytest.mark.parametrize("argv", [FULL, LORA])
+def test_fsdp_on_a_cpu_is_refused(argv, tiny, inside, monkeypatch):
+    # which Trainer would train with DDP, without a word
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2")):
+        monkeypatch.setenv(name, value)
+    process = inside(main, *argv, "--model", tiny, "--study", "sharded")
+    assert_one_line_error(process, "FSDP is for full fine-tuning on CUDA", "fsdp2.yaml")
+
+
 def test_a_run_begun_with_other_settings_is_refused_with_what_differs(
     finished, tiny, capsys, monkeypatch
 ):

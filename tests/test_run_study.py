@@ -388,3 +388,18 @@ def test_one_study_at_a_time(workspace, measured, inside):
     with FileLock(folder / ".study.lock"):
         process = inside(main, *measured, "--study", "busy")
     assert_one_line_error(process, "another run_study.py", "busy")
+
+
+@pytest.mark.slow
+def test_runs_on_two_processes_each_measure_the_same(adapted, workspace, evaluated):
+    # through accelerate launch, as on two GPUs
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    assert main([*evaluated, "--study", "two-each", "--gpus-per-run", "2"]) == 0
+    for run in RUNS:
+        record = read_json(workspace / "models" / "two-each" / run / "run.json")
+        assert record["environment"]["world_size"] == 2
+    numbers = values(workspace, "two-each", ADAPTATION)
+    assert numbers.keys() == adapted.keys()
+    for key, expected in adapted.items():
+        assert numbers[key] == pytest.approx(expected, rel=1e-3, abs=1e-4), key

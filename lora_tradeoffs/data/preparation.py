@@ -32,7 +32,7 @@ from lora_tradeoffs.data.sources import (
     source_identity,
 )
 from lora_tradeoffs.data.splits import overlap
-from lora_tradeoffs.files import read_json, remove_partial, written_whole
+from lora_tradeoffs.files import locked, read_json, remove_partial, written_whole
 from lora_tradeoffs.task_yaml import TEXT_METRICS, text_metrics
 
 if TYPE_CHECKING:
@@ -155,12 +155,9 @@ class Preparation:
 
     def run(self, overwrite: bool) -> PreparedTask:
         """The prepared data, made if they are missing or to be overwritten."""
-        from filelock import FileLock
-
         if self.description.is_classification:
             choice_ids(self.tokenizer, self.description)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder.parent / ".lock"):
+        with locked(self.folder.parent / ".lock"):
             if overwrite:
                 shutil.rmtree(self.folder, ignore_errors=True)
             if not self.is_done():

@@ -23,6 +23,7 @@ from lora_tradeoffs.command_line import system_error
 from lora_tradeoffs.files import (
     check_shape,
     file_record,
+    locked,
     read_head,
     read_json,
     remove_partial,
@@ -172,10 +173,7 @@ class Results:
     @contextlib.contextmanager
     def joining(self) -> Iterator[None]:
         """Hold a lock: of scripts that run side by side, the last to join has all units."""
-        from filelock import FileLock
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
+        with locked(self.folder / ".lock"):
             remove_partial(self.folder)
             yield
 

@@ -19,12 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from filelock import FileLock
-
 from config import EMBEDDED_MODEL, Settings, UserError
 from lora_tradeoffs.chat import chat_form
 from lora_tradeoffs.checkpoints import FILES_SHAPE, weight_files
-from lora_tradeoffs.files import file_record, file_sha256, read_json, write_json, written_whole
+from lora_tradeoffs.files import (
+    file_record,
+    file_sha256,
+    locked,
+    read_json,
+    write_json,
+    written_whole,
+)
 from lora_tradeoffs.hub import TOKENIZER_FILES, check_hub_id, fetch_config, fetch_model
 from lora_tradeoffs.models.configs import differing_fields, read_config, refusing
 from lora_tradeoffs.models.weights import Weights, opened
@@ -237,8 +242,7 @@ def _stored_base(
     """
     folder = settings.bases_dir / name
     if not (folder / BASE_FILE).is_file():
-        settings.bases_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(settings.bases_dir / f".{name}.lock"):
+        with locked(settings.bases_dir / f".{name}.lock"):
             if not (folder / BASE_FILE).is_file():
                 if folder.exists():
                     raise UserError(
@@ -310,8 +314,7 @@ def _save_tokenizer(base: Base) -> None:
     folder = base.tokenizer_folder
     if (folder / "tokenizer_config.json").is_file():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # of two processes, one writes
+    with locked(folder.with_name(f".{folder.name}.lock")):  # of two processes, one writes
         if not (folder / "tokenizer_config.json").is_file():
             tokenizer = _read_tokenizer(base.folder)
             with written_whole(folder) as temporary:

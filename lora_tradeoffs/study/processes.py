@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import time
@@ -18,7 +18,9 @@ from threading import Thread
 from typing import Any
 
 from config import Settings, UserError
-from lora_tradeoffs.study.steps import Outcomes, Step, command_line, count_results
+from lora_tradeoffs.files import shared_mount
+from lora_tradeoffs.study.jobs import Job, launch_words
+from lora_tradeoffs.study.steps import Outcomes, Step, command_line, count_results, progress
 
 POLL = 0.05  # seconds between two looks at the processes
 # what most steps need
@@ -30,21 +32,43 @@ class RunningStep:
     """A step whose process has started."""
 
     step: Step
-    process: BaseProcess
+    process: BaseProcess | Job
     log: Path
     start: float
-    results: int  # how many of its results existed at the start
+    before: tuple[int, list[Path]]  # its `progress` at the start
     slot: int
 
 
 class StepRunner:
-    """Runs steps in processes, `workers` at a time, and notes how they ended."""
+    """Runs steps in processes, `workers` at a time, and notes how they ended.
 
-    def __init__(self, settings: Settings, workers: int) -> None:
+    With `launch`, a command that submits a script, steps are jobs of a scheduler. Training takes
+    `gpus` GPUs a run, by accelerate, and full fine-tuning its configuration. Raises UserError.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        workers: int,
+        launch: str | None = None,
+        gpus: int = 1,
+        configuration: Path | None = None,
+    ) -> None:
+        if configuration and not (configuration.is_file() and gpus > 1):
+            raise UserError("--accelerate-config takes a file, and needs --gpus-per-run 2 or more")
         self.settings, self.workers = settings, workers
+        self.launch = None if launch is None else launch_words(launch)
+        if mount := shared_mount(settings.output_dir):
+            print(f"{settings.output_dir} is a network mount ({mount}): runs are locked by files")
+        elif launch:
+            print(f"{settings.output_dir} is on a disk of this host: jobs must run here, too")
+        self.distributed = gpus, configuration
+        # seconds in which processes that accelerate started save a checkpoint at a signal
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")
         self.outcomes = Outcomes(settings)
         self.logs = settings.logs_dir / "steps"
-        self.environments = worker_environments(workers)
+        shares = [{}] * workers if launch else worker_environments(workers, gpus)
+        self.environments = [budgets(settings) | share for share in shares]
         self.running: list[RunningStep] = []
         self.failed: dict[str, str] = {}  # step: its error
         self.signals: list[int] = []
@@ -55,7 +79,7 @@ class StepRunner:
 
         waiting = list(steps)
         unfinished = {step.name for step in steps}
-        context = process_context() if waiting else None
+        context = process_context() if waiting and not self.launch else None
         self.logs.mkdir(parents=True, exist_ok=True)
         handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -69,6 +93,10 @@ class StepRunner:
                         progress.set_description(", ".join(r.step.name for r in self.running))
                     for run in [r for r in self.running if not r.process.is_alive()]:
                         self.running.remove(run)
+                        if self._is_worth_another_job(run):
+                            waiting.insert(0, run.step)
+                            tqdm.write(f"{run.step.name}: stopped early, submitted again")
+                            continue
                         unfinished.discard(run.step.name)
                         tqdm.write(self._finish(run, after))
                         progress.update()
@@ -83,26 +111,40 @@ class StepRunner:
         """The first signal lets the processes end well (training saves a checkpoint)."""
         print("\nstopping after the running steps; Ctrl-C again stops now", flush=True)
         for run in self.running:
-            with suppress(ProcessLookupError):  # it has just ended
-                os.kill(run.process.pid, signal.SIGKILL if self.signals else signal.SIGINT)
+            if isinstance(run.process, Job):
+                run.process.stop(now=bool(self.signals))
+            elif self.signals:
+                kill_tree(run.process.pid)
+            else:
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(run.process.pid, signal.SIGINT)
         self.signals.append(number)
 
     def _start(self, step: Step, context: BaseContext) -> None:
         slot = min(set(range(self.workers)) - {run.slot for run in self.running})
-        log, command = self.logs / f"{step.name}.log", command_line(step, self.settings)
+        log = self.logs / f"{step.name}.log"
+        command = command_line(step, self.settings, *self.distributed)
         with log.open("a", encoding="utf-8") as file:
             file.write(f"\n$ python {' '.join(command)}\n")
-        environment = {**os.environ, **budgets(self.settings), **self.environments[slot]}
-        process = context.Process(target=run_script, args=(command, log, environment))
-        process.start()
-        results = count_results(step, self.settings)
-        self.running.append(RunningStep(step, process, log, time.monotonic(), results, slot))
+        before = progress(step, self.settings)
+        if self.launch:
+            process = Job(self.launch, command, log, self.environments[slot])
+        else:
+            environment = {**os.environ, **self.environments[slot]}
+            process = context.Process(target=run_script, args=(command, log, environment))
+            process.start()
+        self.running.append(RunningStep(step, process, log, time.monotonic(), before, slot))
+
+    def _is_worth_another_job(self, run: RunningStep) -> bool:
+        """Whether a job got further before it failed, as at its time limit; 2 is a user's error."""
+        is_stopped = self.launch and not self.signals and run.process.exitcode not in (0, 2)
+        return bool(is_stopped) and progress(run.step, self.settings) != run.before
 
     def _finish(self, run: RunningStep, after: Callable[[Step], None]) -> str:
         """Note how the step ended; a line that says so."""
         step, seconds, code = run.step, time.monotonic() - run.start, run.process.exitcode
         if code == 0:
-            new = count_results(step, self.settings) - run.results
+            new = count_results(step, self.settings) - run.before[0]
             runs = len(step.runs)
             self.outcomes.write(step, seconds=round(seconds, 1), runs=runs, new_results=new)
             after(step)
@@ -148,13 +190,13 @@ def run_script(command: list[str], log: Path, environment: dict[str, str]) -> No
     if module == "-m":
         module, arguments = arguments[0], arguments[1:]
     sys.argv = [f"{module}.py", *arguments]
-    sys.exit(importlib.import_module(module).main(arguments))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _exit_with_parent() -> None:
     """End at once when the study does: a killed study leaves no process that still writes."""
     multiprocessing.parent_process().join()
-    os._exit(1)
+    kill_tree(os.getpid())
 
 
 def budgets(settings: Settings) -> dict[str, str]:
@@ -163,27 +205,39 @@ def budgets(settings: Settings) -> dict[str, str]:
     return {name.upper(): str(getattr(settings, name)) for name in names}
 
 
-def worker_environments(workers: int) -> list[dict[str, str]]:
-    """The environment of every worker: a GPU each, or its share of the cores.
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it has started."""
+    import psutil
 
-    Raises UserError for more workers than GPUs, or cores.
+    with suppress(psutil.NoSuchProcess):
+        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def worker_environments(workers: int, gpus: int = 1) -> list[dict[str, str]]:
+    """The environment of every worker: its GPUs, or its share of the cores.
+
+    Raises UserError for more than there are.
     """
-    if workers == 1:
+    if workers * gpus == 1:
         return [{}]
     import torch
 
+    flags = f"--workers {workers}" + f" --gpus-per-run {gpus}" * (gpus > 1)
     if torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = (
             visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         )
-        if workers > len(names):
-            raise UserError(f"--workers {workers}: this machine has {len(names)} GPUs")
-        return [{"CUDA_VISIBLE_DEVICES": name} for name in names[:workers]]
+        if workers * gpus > len(names):
+            raise UserError(f"{flags}: this machine has {len(names)} GPUs")
+        shares = [names[i * gpus : (i + 1) * gpus] for i in range(workers)]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if workers > cores:
-        raise UserError(f"--workers {workers}: this machine has {cores} cores")
-    return [{"OMP_NUM_THREADS": str(cores // workers)}] * workers
+    if workers * gpus > cores:
+        raise UserError(f"{flags}: this machine has {cores} cores")
+    return [{"OMP_NUM_THREADS": str(cores // (workers * gpus))}] * workers
 
 
 def last_error_line(log: Path) -> str:

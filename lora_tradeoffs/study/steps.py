@@ -16,6 +16,7 @@ from typing import Any
 
 from config import ROOT, Settings, UserError
 from dataset_descriptions import preset_family
+from lora_tradeoffs.checkpoints import checkpoints
 from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.records import read_run, units_of
 from lora_tradeoffs.shapes import NUMBER
@@ -40,6 +41,9 @@ ANALYSES = {
     "drift": "drift",
     "gradients": "gradients",
 }
+# accelerate's own launcher, with any free port
+ACCELERATE = ("-m", "accelerate.commands.launch", "--main_process_port=0", "--num_machines=1")
+DDP = ("--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no")
 NOTEBOOK = ROOT / "plot_results.ipynb"
 
 # (stage, options, names of runs) -> names of the runs, "base" among them, with a measurement left
@@ -112,13 +116,20 @@ class Step:
         return [r.name for r in self.runs if any(r.folder.glob("checkpoint-*/manifest.json"))]
 
 
-def command_line(step: Step, settings: Settings) -> list[str]:
+def command_line(
+    step: Step, settings: Settings, gpus: int = 1, config: Path | None = None
+) -> list[str]:
     """What a user would write after `python` for this step: the script and its arguments.
 
-    An analysis draws no figures: the report draws them all once.
+    An analysis draws no figures: the report draws them all once. Training on several GPUs is
+    launched by accelerate: DDP, or for full fine-tuning what the configuration says.
     """
     script = STAGES[step.stage]
     head = ["-m", script] if "." in script else [f"{script}.py"]
+    if gpus > 1 and script == STAGES["train"]:
+        is_full = step.planned_runs[0].config.method == "full"
+        way = [f"--config_file={config}"] if config and is_full else DDP
+        head = [*ACCELERATE, f"--num_processes={gpus}", *way, str(ROOT / head[0])]
     options = dict(step.options)
     if step.stage in ANALYSES:
         options |= {"no_figures": True, "runs": step.measurable_runs() or None}
@@ -161,6 +172,12 @@ def count_results(step: Step, settings: Settings) -> int:
         return 0
     records = settings.document(ANALYSES[step.stage]).parent / "records"
     return len(units_of([run.name for run in step.runs], records))
+
+
+def progress(step: Step, settings: Settings) -> tuple[int, list[Path]]:
+    """What a step has made so far: its results, and the newest checkpoint of each run."""
+    newest = [folder for run in step.runs for folder in checkpoints(run.folder)[-1:]]
+    return count_results(step, settings), newest
 
 
 # ---------------------------------------------------------------------------- is it done?
@@ -223,8 +240,10 @@ class DoneTests:
             return False
 
     def _is_trained(self, run: Run) -> bool:
-        """Whether training would skip the run: it is done, with these settings, base and data."""
-        from lora_tradeoffs.hardware import pick_device, pick_precision
+        """Whether training would skip the run: it is done, with these settings, base and data.
+
+        The precision `auto` is what it was where the run was trained.
+        """
         from lora_tradeoffs.training.run_record import different_settings
 
         config = run.config
@@ -233,13 +252,13 @@ class DoneTests:
         )
         if not run.is_done or data is None:
             return False
-        precision = pick_precision(config.dtype, pick_device())
+        before = read_run(run.folder, "compared", "base", "data")
+        precision = before["compared"].get("dtype") if config.dtype == "auto" else config.dtype
         record = {
             "compared": dataclasses.replace(config, dtype=precision).compared(),
             "base": self._base.record,
             "data": {name: task.report for name, task in data.items()},
         }
-        before = read_run(run.folder, "compared", "base", "data")
         return not different_settings(before, record)
 
     def _unmeasured(self, step: Step, alike: Sequence[Step]) -> set[str]:

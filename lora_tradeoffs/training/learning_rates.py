@@ -24,7 +24,7 @@ from typing import Any
 
 from config import BUILT_IN_FAMILIES, FAMILIES, Settings, UserError
 from dataset_descriptions import family_of
-from lora_tradeoffs.files import read_json, write_json
+from lora_tradeoffs.files import locked, read_json, write_json
 from lora_tradeoffs.shapes import NUMBER
 from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.run import Run, is_main
@@ -238,11 +238,8 @@ def read_rates(runs_dir: Path) -> list[dict[str, Any]]:
 
 def write_rates(runs_dir: Path, arm: str, records: list[dict[str, Any]]) -> Path:
     """Replace an arm's records; other processes may write those of other arms meanwhile."""
-    from filelock import FileLock
-
     path = runs_dir / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{FILE}.lock")):
+    with locked(path.with_name(f".{FILE}.lock")):
         others = [record for record in read_rates(runs_dir) if record["arm"] != arm]
         order = operator.itemgetter("family", "method", "rank", "arm", "learning_rate")
         write_json(path, {"records": sorted(others + records, key=order)})

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from config import Diverged, Settings, UserError
 from lora_tradeoffs.checkpoints import MANIFEST, checkpoints, newest_whole_checkpoint
 from lora_tradeoffs.command_line import is_out_of_memory, system_error, system_error_line
-from lora_tradeoffs.files import read_json, write_json
+from lora_tradeoffs.files import locked, read_json, write_json
 from lora_tradeoffs.records import forget, read_run, read_training
 from lora_tradeoffs.training.schedule import Schedule, make_schedule
 from training_configs import TrainingConfig
@@ -183,12 +183,12 @@ def train(
     None if the run was done before, with the same settings and data. Raises UserError for what the
     user can fix, and Interrupted after a signal.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    lock = FileLock(run.folder.with_name(f".{run.name}.lock"))
+    lock = run.folder.with_name(f".{run.name}.lock")
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        with lock.acquire(timeout=0) if is_main() else contextlib.nullcontext():
+        with locked(lock, timeout=0) if is_main() else contextlib.nullcontext():
             if overwrite and is_main():
                 shutil.rmtree(run.folder)
                 run.folder.mkdir()
@@ -228,14 +228,24 @@ def _train_locked(run: Run, settings: Settings, setup: TrainingSetup) -> dict[st
     from lora_tradeoffs.training.trainer import pick_attention, training_arguments
 
     config, bf16, device = run.config, run.config.dtype == "bf16", setup.device
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    fsdp = device, config.method, os.environ.get("FSDP_VERSION")
+    if is_sharded and fsdp != ("cuda", "full", "2"):  # on a CPU Trainer would silently take DDP
+        raise UserError(
+            f"{run.name}: FSDP is for full fine-tuning on CUDA, as examples/slurm/fsdp2.yaml has"
+            " it; launch with --multi_gpu"
+        )
     schedule = make_schedule(config, settings, setup.base)
     default = setup.architecture.config._attn_implementation
     attention = pick_attention(config.attention, schedule.lengths, device, bf16, default)
     longest = int(schedule.lengths.max())
     cost = expected_cost(setup.architecture, config, bf16, longest, attention == "eager")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if is_sharded:  # weights, gradients and Adam's state
+        spared = 16 * cost.trainable * (world_size - 1) // world_size
+        cost = dataclasses.replace(cost, memory=cost.memory - spared)
     if not run.is_done:
         check_room(cost, run.folder, device)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = training_arguments(config, run.folder, schedule.steps, bf16, device, world_size)
     track(arguments, settings.study, run.name, config.record())
     record = run_record(run.name, run.default.learning_rate, setup.base, schedule)

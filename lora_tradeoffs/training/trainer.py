@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -96,8 +97,8 @@ class MultiTaskTrainer(Trainer):
             self._temporary = TemporaryDirectory()  # lives as long as this object
             self.initial_adapter = Path(self._temporary.name) / "initial"
             self.model.save_pretrained(self.initial_adapter, save_embedding_layers=False)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError("FSDP and DeepSpeed are not supported; launch with --multi_gpu")
+        if self.is_deepspeed_enabled:
+            raise UserError("DeepSpeed is not supported; launch with --multi_gpu")
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Per task the mean over rows of the row's mean token loss, and the label accuracy."""
@@ -123,7 +124,8 @@ class MultiTaskTrainer(Trainer):
     def _validate(self, task: str, rows: Dataset) -> tuple[float, float, float]:
         """Sums over all devices: the rows' losses, the correct labels, the rows."""
         size, rank = self.config.eval_batch_size, self.args.process_index
-        rows = rows.select(range(rank, len(rows), self.args.world_size))
+        shards = 1 if self.is_fsdp_enabled else self.args.world_size  # FSDP: all run each batch
+        rows = rows.select(range(rank % shards, len(rows), shards))
         sums = torch.zeros(3, dtype=torch.float64)
         starts = range(0, len(rows), size)
         for start in tqdm(starts, desc=f"validate {task}", leave=False, disable=rank > 0):
@@ -139,8 +141,8 @@ class MultiTaskTrainer(Trainer):
                 first = torch.searchsorted(row, torch.arange(len(items), device=row.device))
                 predicted = self._predictions(items, logits[first], self.label_ids[task])
                 sums[1] += sum(p == r["label"] for p, r in zip(predicted, items))
-        sums = self.accelerator.reduce(sums.to(self.args.device, self._sum_dtype()), "sum")
-        return tuple(sums.tolist())
+        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
+        return tuple(self.accelerator.reduce(sums.to(self.args.device, dtype), "sum").tolist())
 
     def _predictions(
         self, items: list[dict[str, Any]], logits: torch.Tensor, choices: list[list[int]]
@@ -156,21 +158,21 @@ class MultiTaskTrainer(Trainer):
                 log_likelihoods(self.accelerator.unwrap_model(self.model), asked)
             )
 
-    def _sum_dtype(self) -> torch.dtype:
-        return torch.float32 if self.args.device.type == "mps" else torch.float64
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights as safetensors and the configuration; no tokenizer, no pickle.
 
         PiSSA has moved the principal part of W0 to its factors. PEFT converts it to a LoRA of twice
         the rank over W0; the factors that are trained are kept beside it, to resume with.
         """
+        extra: dict[str, Any] = {}
+        if self.is_fsdp_enabled:  # all processes gather the weights
+            extra["state_dict"] = self.accelerator.get_state_dict(self.model)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
-        # PEFT might otherwise ask the Hub whether the embeddings were changed
-        extra = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+        if hasattr(model, "peft_config"):  # PEFT might ask the Hub whether embeddings were changed
+            extra["save_embedding_layers"] = False
         if self.initial_adapter is None:
             model.save_pretrained(folder, **extra)
             return
@@ -241,7 +243,8 @@ class RunCallback(TrainerCallback):
             drop_resume_state(checkpoint)
         for checkpoint in checkpoints(self.run_dir)[:-1]:
             if checkpoint_step(checkpoint) not in self.checkpoint_steps:  # saved at a signal
-                _remove(checkpoint)
+                (checkpoint / "manifest.json").unlink()  # without it the rest is no checkpoint
+                shutil.rmtree(checkpoint)
 
     def on_log(
         self, args: TrainingArguments, state: Any, control: Any, logs: dict, **_: Any
@@ -255,13 +258,6 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-def _remove(checkpoint: Path) -> None:
-    import shutil
-
-    (checkpoint / "manifest.json").unlink()  # first: without it the rest is not a checkpoint
-    shutil.rmtree(checkpoint)
 
 
 def pick_attention(

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 
 import pytest
+from support import ROOT
 
 from config import UserError
 from lora_tradeoffs.files import read_json
@@ -23,14 +24,14 @@ from run_study import build_parser, read_plan
 def planned(tiny):
     """A function from a study's name to its settings and two steps that prepare a task each."""
 
-    def plan(study):
+    def plan(study, tasks=(("sst2",), ("qqp",))):
         flags = ["--study", study, "--model", str(tiny), "--families", "similar"]
         args = build_parser().parse_args([*flags, "--ranks", "4", "--single-task-controls"])
         study, settings = read_plan(args)
-        runs = {run.config.tasks: run for run in plan_runs(study, settings, 32)}
-        sst2, qqp = runs[("sst2",)], runs[("qqp",)]
+        plan.runs = plan_runs(study, settings, 32)
+        runs = {run.config.tasks: run for run in plan.runs}
         return settings, [
-            Step(f"prepare-{i}", "prepare", {}, (r,)) for i, r in enumerate((sst2, qqp))
+            Step(f"prepare-{i}", "prepare", {}, (runs[mix],)) for i, mix in enumerate(tasks)
         ]
 
     return plan
@@ -82,3 +83,36 @@ def test_the_error_of_a_log_is_that_of_its_last_command(tmp_path):
 
 def test_durations_read_like_clocks():
     assert [duration(s) for s in (0.4, 61, 3725)] == ["0:00", "1:01", "1:02:05"]
+
+
+def test_training_on_several_gpus_is_launched_by_accelerate(planned):
+    from accelerate.commands.launch import launch_command_parser
+
+    settings, _ = planned("several")
+    runs = {run.config.method: run for run in planned.runs if len(run.config.tasks) == 3}
+    configuration = ROOT / "examples" / "slurm" / "fsdp2.yaml"
+    for method, run in runs.items():
+        step = Step(f"train-{run.name}", "train", {"lora": (4,)}, (run,))
+        single = command_line(step, settings)
+        module, launcher, *options = command_line(step, settings, 2, configuration)
+        assert (module, launcher) == ("-m", "accelerate.commands.launch")
+        args = launch_command_parser().parse_args(options)
+        assert [args.training_script, *args.training_script_args] == [
+            str(ROOT / single[0]),
+            *single[1:],
+        ]
+        assert (args.num_processes, args.main_process_port) == (2, 0)
+        assert args.config_file == (str(configuration) if method == "full" else None)
+        assert args.multi_gpu == (method != "full")
+    measured = Step("drift", "drift", {}, tuple(runs.values()))
+    assert command_line(measured, settings, 2)[0] == "svd_analysis.py"
+
+
+def test_workers_share_the_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    names = [environment["CUDA_VISIBLE_DEVICES"] for environment in worker_environments(2, 2)]
+    assert names == ["0,1", "2,3"]
+    with pytest.raises(UserError, match="--workers 3 --gpus-per-run 2: this machine has 5 GPUs"):
+        worker_environments(3, 2)
