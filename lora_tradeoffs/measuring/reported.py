@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from filelock import FileLock
-
 from config import INTRUDER_EPSILON, INTRUDER_K, Settings, UserError
 from lora_tradeoffs.command_line import reason_of
-from lora_tradeoffs.files import json_digest, read_json, read_records, write_json
+from lora_tradeoffs.files import json_digest, locked, read_json, read_records, write_json
 from lora_tradeoffs.records import OVERALL, Record, read_run
 
 
@@ -47,8 +45,7 @@ def report_scores(settings: Settings, analysis: str, document: Path) -> None:
         if name := curve_name(analysis, record):
             by_step = of_runs.setdefault(record["run"], {})
             by_step.setdefault(record["step"], {})[name] = record["value"]
-    settings.logs_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(settings.logs_dir / f".{analysis}.lock"):
+    with locked(settings.logs_dir / f".{analysis}.lock"):
         for run, by_step in of_runs.items():
             if (settings.runs_dir / run / "run.json").is_file():
                 _report_run(settings, analysis, run, by_step)

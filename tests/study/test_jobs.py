@@ -1,6 +1,7 @@
 """A study's steps as jobs: of a real SLURM, and of other commands that take a script."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from support import DEMO, ROOT
 import eval
 import multi_task_training
 from config import DOCUMENTS, UserError
-from lora_tradeoffs.checkpoints import MANIFEST
+from lora_tradeoffs.checkpoints import MANIFEST, checkpoints
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.hardware import pick_precision
 from lora_tradeoffs.study.jobs import Job, launch_words
@@ -41,8 +42,7 @@ def flags(tiny):
     """A study of one run of a two-layer LLaMA."""
     return [
         *("--model", str(tiny), "--families", "similar", "--adapter", "lora:4"),
-        *("--items", "4", "--only", "train", "evaluate"),
-        *("--set", "eval_examples_per_task=6", "report_to=none"),
+        *("--items", "4", "--set", "eval_examples_per_task=6", "report_to=none"),
     ]
 
 
@@ -71,7 +71,7 @@ def test_a_study_over_slurm_measures_what_its_commands_do(
 ):
     # more workers than this machine has cores: they are SLURM's to share out
     arguments = [*flags, "checkpoints=2", "--max-steps", "4", "--study", "jobs"]
-    arguments += ["--workers", "99", "--launch", SBATCH]
+    arguments += ["--only", "train", "evaluate", "--workers", "99", "--launch", SBATCH]
     assert main(arguments) == 0
     assert "jobs must run here, too" in capfd.readouterr().out
     steps = workspace / "logs" / "jobs" / "steps"
@@ -100,11 +100,12 @@ def test_a_study_over_slurm_measures_what_its_commands_do(
 
 
 class Study:
-    """A study over SLURM in a process of its own, whose training takes a while."""
+    """A study over SLURM in a process of its own: one run, whose training takes a while."""
 
     def __init__(self, slurm, workspace, flags, name, launch=SBATCH):
         self.slurm, self.workspace, self.name = slurm, workspace, name
-        self.arguments = [*flags, "checkpoints=5", "--max-steps", "150", "--study", name]
+        self.arguments = [*flags, "checkpoints=5", "--max-steps", "150", "--only", "train"]
+        self.arguments += ["--study", name]
         self.arguments += ["--launch", launch] * bool(launch)
         self.printed = workspace / f"{name}.txt"
 
@@ -128,6 +129,13 @@ class Study:
     def end(self, code=0):
         assert self.process.wait(380) == code, self.text()
 
+    def trained(self):
+        """Losses and last weights of the run."""
+        (training,) = self.workspace.glob(f"models/{self.name}/*/training.json")
+        (weights,) = checkpoints(training.parent)[-1].glob("*.safetensors")
+        record = read_json(training)
+        return record["loss_curve"], record["validation"], weights.read_bytes()
+
     def text(self):
         logs = self.workspace.glob(f"logs/{self.name}/steps/train-*.log")
         return self.printed.read_text() + "".join(log.read_text() for log in logs)
@@ -140,17 +148,17 @@ class Study:
 
 @pytest.fixture(scope="module")
 def uninterrupted(slurm, workspace, flags):
-    """The records of the same study without SLURM."""
+    """What the same study trains without SLURM, and without an end before its time."""
     study = Study(slurm, workspace, flags, "uninterrupted", launch="")
     study.start()
     study.end()
-    return records(workspace, study.name)
+    return study.trained()
 
 
 @pytest.fixture
 def study(slurm, workspace, flags, uninterrupted, request):
-    """A function that starts a study, which must end with the records of an uninterrupted one."""
-    name = request.node.name.removeprefix("test_")[:40]
+    """A function that starts a study, which must train what an uninterrupted one does."""
+    name = re.sub(r"\W", "-", request.node.name.removeprefix("test_"))[:60]
 
     def begin(launch=SBATCH):
         study = begin.study = Study(slurm, workspace, flags, name, launch)
@@ -159,8 +167,7 @@ def study(slurm, workspace, flags, uninterrupted, request):
 
     yield begin
     begin.study.process.kill()  # if the test failed before it ended
-    assert records(workspace, name) == uninterrupted
-    assert "resuming from checkpoint-" in begin.study.text()
+    assert begin.study.trained() == uninterrupted
     assert not slurm.jobs()
 
 
@@ -170,6 +177,7 @@ def test_a_job_that_was_killed_is_submitted_again(study, slurm):
     slurm.ask("scancel", study.wait_for_checkpoint())
     study.end()
     assert "stopped early, submitted again" in study.text() and study.submitted() == 2
+    assert "resuming from checkpoint-" in study.text()
 
 
 @pytest.mark.slow
@@ -181,6 +189,7 @@ def test_a_requeued_job_is_waited_for(study, slurm):
     slurm.ask("scontrol", "update", f"JobId={number}", "StartTime=now")  # not in two minutes
     study.end()
     assert "saved checkpoint-" in study.text() and study.submitted() == 1
+    assert "resuming from checkpoint-" in study.text()
 
 
 @pytest.mark.slow
@@ -191,6 +200,7 @@ def test_a_job_at_its_time_limit_saves_and_is_submitted_again(study, slurm, opti
     slurm.ask("scontrol", "update", f"JobId={number}", "TimeLimit=1")
     study.end()
     assert "saved checkpoint-" in study.text() and study.submitted() == 2
+    assert "resuming from checkpoint-" in study.text()
 
 
 @pytest.mark.slow
@@ -201,6 +211,7 @@ def test_a_study_that_was_killed_finds_its_job_again(study, slurm):
     study.process.wait()
     study.start()
     study.end()
+    assert "resuming" not in study.text()  # it ran on meanwhile
     assert f"waiting for job {number}, which was submitted before" in study.text()
     assert study.submitted() == 1
     study.start()
@@ -217,6 +228,7 @@ def test_ctrl_c_reaches_the_job(study, slurm):
     assert "saved checkpoint-" in study.text() and not slurm.jobs()
     study.start()
     study.end()
+    assert "resuming from checkpoint-" in study.text()
 
 
 @pytest.mark.slow
@@ -234,14 +246,14 @@ def test_a_job_with_the_whole_study_requeues_itself(slurm, workspace, flags, uni
     wait_for(lambda: "PENDING" in slurm.ask("squeue", "--noheader", "--format=%T"))
     slurm.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
     wait_for(lambda: not slurm.jobs())
-    assert records(workspace, study.name) == uninterrupted, study.text()
+    assert study.trained() == uninterrupted, study.text()
     assert "resuming from checkpoint-" in study.text()
     assert "JobState=COMPLETED" in slurm.ask("scontrol", "show", "job", number)
 
 
 @pytest.mark.slow
 def test_what_slurm_refuses_is_named(slurm, flags, capfd):
-    arguments = [*flags, "--study", "refused", "--max-steps", "4"]
+    arguments = [*flags, "--study", "refused", "--max-steps", "4", "--only", "train"]
     assert main([*arguments, "--launch", f"{SBATCH} --partition=nowhere"]) == 1
     assert "invalid partition specified: nowhere" in capfd.readouterr().err
 
