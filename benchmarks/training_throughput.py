@@ -49,6 +49,7 @@ class Clock:
     """Seconds from the first fetch of a batch to the end of the last step."""
 
     def __init__(self) -> None:
+        import torch
         from transformers import TrainerCallback
 
         clock = self
@@ -58,6 +59,8 @@ class Clock:
                 clock.start = time.perf_counter()
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 clock.end = time.perf_counter()
 
         self.callback = Callback()

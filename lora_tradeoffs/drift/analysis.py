@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,12 +127,13 @@ class DriftAnalysis(Analysis):
         directions = max(RANKS) if unit.subject.is_last else 0
         settings = DriftSettings(self.ks, self.epsilons, self.options.dense, directions)
         matrices = self._matrices(model)
-        with worker_threads(self.workers) as pool:
 
-            def measured(matrix: Matrix) -> MatrixDrift:
-                return measure(model, matrix, self.spectra, settings)
+        def measured(matrix: Matrix) -> MatrixDrift:
+            return measure(model, matrix, self.spectra, settings)
 
+        with self._threads(self.device) as pool:
             drifts = _by_item(pool, measured, matrices, lambda matrix: matrix.label)
+        with self._threads() as pool:
             squares = self._squares(model, drifts, pool)
         self.methods.update(drift.method for drift in drifts.values())
         return CheckpointDrift(drifts, squares, model.is_low_rank)
@@ -147,7 +148,7 @@ class DriftAnalysis(Analysis):
         def of_matrix(matrix: Matrix) -> Directions:
             return directions(checkpoint, matrix, self.spectra)
 
-        with worker_threads(self.workers) as pool:
+        with self._threads(self.device) as pool:
             matrices = self._matrices(checkpoint)
             by_matrix = _by_item(pool, of_matrix, matrices, lambda matrix: matrix.label)
         return {matrix.name: of for matrix, of in by_matrix.items()}
@@ -203,13 +204,10 @@ class DriftAnalysis(Analysis):
 
         return pick_device(fp64=True)
 
-    @property
-    def workers(self) -> int:
-        """Matrices that are measured at a time; on a GPU one, which keeps it busy.
-
-        Threads that call torch.linalg there for the first time together can fail.
-        """
-        return 1 if self.device == "cuda" else self.options.workers or default_workers()
+    def _threads(self, device: str = "cpu") -> AbstractContextManager[ThreadPoolExecutor]:
+        """A pool for work on a device: a GPU gets one thread, which keeps it busy, since threads
+        that call torch.linalg there for the first time together can fail."""
+        return worker_threads(1 if device == "cuda" else self.options.workers or default_workers())
 
     # ------------------------------------------------------------------------------ on disk
 
