@@ -37,11 +37,13 @@ from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
 from lora_tradeoffs.study.study_file import (
     SETTINGS,
     StudyPlan,
+    check_task_files,
     fields_of_flags,
     is_of_type,
     naming,
     read_study_file,
     write_study_file,
+    write_task_files,
 )
 from lora_tradeoffs.tables.arms import Arm, arm_of_config
 from lora_tradeoffs.training.arms import add_adapter_argument, settable_help
@@ -195,6 +197,7 @@ def read_plan(args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
         raise UserError(f"{', '.join(flags)}: {args.file} says what the study is; write it there")
     with naming(args.file):
         study = StudyPlan.of(given or flags, settings)
+        check_task_files(given, study, settings)
         for stage, options in study.measure.items():
             check_options(stage, options)
     if study.measure_then_delete and args.only:
@@ -313,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with locked(folder / ".study.lock", timeout=0):  # results.py has its own, ".lock"
             check_study(study, settings, runs)
+            write_task_files(study, settings)
             return run_steps(study, settings, steps, _done(tests, steps), runner)
     except Timeout:
         raise UserError(f"another run_study.py is running the study {settings.study!r}") from None

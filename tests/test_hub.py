@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hub_server import TOKEN, hub
+
+from config import BENCHMARKS
 
 ROOT = Path(__file__).resolve().parent.parent
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
@@ -407,3 +410,70 @@ def test_a_data_set_that_cannot_be_had_is_an_error_of_one_line(read, served, tmp
     ):
         assert "\n" not in line
         assert all(part in line for part in parts), line
+
+
+REVIEW = """\
+dataset_path: nyu-mll/glue
+dataset_name: sst2
+training_split: train
+test_split: validation
+doc_to_text: "{{sentence | trim}}"
+doc_to_target: label
+doc_to_choice: [negative, positive]
+"""
+OWN_TASK = """
+import argparse, json
+from lora_tradeoffs.data.preparation import prepare
+from lora_tradeoffs.models.base import load_tokenizer, prepare_base
+answers = []
+for data in ("hub", {folder!r}):
+    settings = config.resolve_settings(argparse.Namespace(model="study/tiny-llama", data=data))
+    tokenizer = load_tokenizer(prepare_base(settings), settings)
+    task = prepare(settings, tokenizer, ["review"], 64, 1000)["review"]
+    rows = {{split: task.split(split).to_list() for split in task.splits}}
+    answers.append([task.report, rows])
+print(json.dumps(answers))
+import multi_task_training
+flags = "--tasks review --lora 2 --max-steps 1 --model study/tiny-llama --data hub --dtype fp32"
+assert multi_task_training.main([*flags.split(), "--set", "checkpoints=1", "report_to=none"]) == 0
+"""
+
+
+def serve_benchmarks(datasets):
+    """The sample's benchmarks, with which training rows are checked for overlap."""
+    for name, benchmark in BENCHMARKS.items():
+        files = sorted((ROOT / "data" / "sample").glob(f"{name.replace('wikitext', 'prose')}/*"))
+        (folder := datasets / benchmark.hub_id).mkdir(parents=True)
+        shutil.copy(files[0], folder / "rows.jsonl")
+        file = {"split": benchmark.split, "path": "rows.jsonl"}
+        config = {"config_name": benchmark.hub_config or "default", "data_files": [file]}
+        (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': [config]})}---\n")
+
+
+@pytest.mark.slow
+def test_rows_of_a_task_of_ones_own_come_from_the_hub_as_from_files(served, tmp_path):
+    """The task file names the data set; beside it the same rows lie in a folder."""
+    serve_benchmarks(served.root / "datasets")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "review.yaml").write_text(REVIEW)
+    (tmp_path / "rows" / "review").mkdir(parents=True)
+    train, validation = glue_rows()  # without what the Hub's rows are rid of
+    for split, rows in {"train": train[:200], "validation": validation[:30]}.items():
+        path = tmp_path / "rows" / "review" / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = OWN_TASK.format(folder=str(tmp_path / "rows"))
+    done = python(code, tmp_path, served.url, TASKS_DIR=str(tmp_path / "tasks"))
+    assert done.returncode == 0, done.stderr
+    (report, rows), (of_folder, expected) = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("[["))
+    )
+    assert report["revision"] == served.commit("datasets/nyu-mll/glue")
+    assert of_folder["revision"] is None and report["splits"].keys() == of_folder["splits"].keys()
+    for split in ("train", "validation", "test"):
+        assert len(rows[split]) == len(expected[split]) > 0
+        columns = ("prompt", "completion", "label", "input_ids")
+        kept = [sorted([r[c] for c in columns] for r in of[split]) for of in (rows, expected)]
+        assert kept[0] == kept[1], split
+    run = next((tmp_path / "out" / "models" / "demo").glob("review_lora_r2_*"))
+    made = json.loads((run / "run.json").read_text())["data"]["review"]
+    assert made["revision"] == report["revision"] and (run / "training.json").is_file()

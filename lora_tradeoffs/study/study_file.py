@@ -15,11 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from config import BUILT_IN_FAMILIES, FAMILIES, LARGEST_SEED, Preset, Settings, UserError
-from dataset_descriptions import named_family, ordered, preset_family
+from dataset_descriptions import (
+    learn,
+    named_family,
+    ordered,
+    own_definitions,
+    preset_family,
+)
 from lora_tradeoffs.files import written_whole
 from lora_tradeoffs.shapes import NUMBER, shape_problem
 from lora_tradeoffs.study.hypotheses import HYPOTHESIS, check_hypothesis, renamed
 from lora_tradeoffs.study.steps import ANALYSES
+from lora_tradeoffs.task_yaml import task_files
 from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.learning_rates import FACTORS, rates_around
 from training_configs import CHOICES, parse_assignments
@@ -38,6 +45,7 @@ SHAPE = {
     **{"learning_rates?": (str, dict), "set?": {"*": (str, bool, *NUMBER)}},
     "measure?": {f"{stage}?": dict for stage in ANALYSES},
     "hypotheses?": [HYPOTHESIS],
+    "task_files?": {"*": dict},
 }
 HEAD = "# A study of lora_tradeoffs; python run_study.py study.yaml repeats it.\n"
 
@@ -71,15 +79,20 @@ class StudyPlan:
     measure: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     measure_then_delete: bool = False
     hypotheses: tuple[Mapping[str, Any], ...] = ()  # see report/hypotheses.py
+    task_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of tasks not ours
 
     @classmethod
     def of(cls, given: Mapping[str, Any], settings: Settings) -> StudyPlan:
         """The plan of the fields of a file or of flags, the rest as the preset has it."""
         check_shape(given)
+        learn({"tasks": given.get("task_files", {})})
         values: dict[str, Any] = {name: getattr(settings, name) for name in SETTINGS}
         values |= {k: v for k, v in given.items() if k not in SETTINGS}
         values["preset"], preset = settings.preset.name, settings.preset
         values["arms"] = _arms_by_key(given, values, preset)
+        trained = [task for family in values.get("families", ()) for task in FAMILIES[family]]
+        own = own_definitions((), [*trained, *values.get("tasks", ())])
+        values["task_files"] = own["own"]["tasks"] if own else {}
         values["seeds"] = list(dict.fromkeys(given.get("seeds", preset.seeds)))
         always = {"retention": {"scale_update": ()}} if preset.name != "demo" else {}
         values["hypotheses"] = tuple(map(renamed, given.get("hypotheses", ())))
@@ -156,6 +169,7 @@ class StudyPlan:
             arms=arms,
             families=[f for f in FAMILIES if f in arms and not self.tasks],
             seeds=list(dict.fromkeys([*before.seeds, *self.seeds])),
+            task_files={**before.task_files, **self.task_files},
             single_task_controls=self.single_task_controls or before.single_task_controls,
             hypotheses=before.hypotheses
             + tuple(h for h in self.hypotheses if h not in before.hypotheses),
@@ -264,15 +278,36 @@ def read_study_file(path: Path) -> dict[str, Any]:
 
 def file_text(given: Mapping[str, Any]) -> str:
     """The fields of a study as a file."""
+    return HEAD + as_yaml(given)
+
+
+def as_yaml(fields: Mapping[str, Any]) -> str:
     import yaml
 
     style = {"sort_keys": False, "default_flow_style": None, "width": 96, "allow_unicode": True}
-    return HEAD + yaml.safe_dump(dict(given), **style)
+    return yaml.safe_dump(dict(fields), **style)
 
 
 def write_study_file(path: Path, plan: StudyPlan) -> None:
     with written_whole(path) as temporary:
         temporary.write_text(plan.text(), encoding="utf-8")
+
+
+def check_task_files(given: Mapping[str, Any], plan: StudyPlan, settings: Settings) -> None:
+    """Raise UserError if a task file that was found is another than the study's file has."""
+    for name, carried in given.get("task_files", {}).items():
+        if plan.task_files.get(name, carried) != carried:
+            found = task_files(settings).get(name, "the one that is known")
+            raise UserError(f"task_files: {name} differs from {found}; remove or rename one")
+
+
+def write_task_files(plan: StudyPlan, settings: Settings) -> None:
+    """Write the task files that only the study's file has, for the processes of its steps."""
+    for name in sorted(plan.task_files.keys() - task_files(settings).keys()):
+        path = settings.tasks_dir / f"{name}.yaml"
+        with written_whole(path) as temporary:
+            temporary.write_text(as_yaml(plan.task_files[name]), encoding="utf-8")
+        print(f"task {name}: its file was written to {path}")
 
 
 def fields_of_flags(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:

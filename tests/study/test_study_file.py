@@ -11,11 +11,12 @@ import time
 
 import pytest
 import yaml
-from support import DEMO, ROOT, assert_one_line_error
+from support import DEMO, ROOT, assert_one_line_error, settings_for
 
 from config import DOCUMENTS, FAMILIES
+from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.files import read_json
-from lora_tradeoffs.study.study_file import StudyPlan, read_study_file
+from lora_tradeoffs.study.study_file import StudyPlan, read_study_file, write_task_files
 from run_study import build_parser, check_study, checked_runs, main, read_plan
 
 ARMS = ["full", "lora:8", "lora:8@all", "dora:4"]
@@ -264,3 +265,74 @@ def test_a_study_of_four_arms_is_killed_resumed_reported_and_replayed(workspace,
     assert again.keys() == numbers.keys()
     for key, expected in numbers.items():
         assert again[key] == pytest.approx(expected, rel=1e-6, abs=1e-9), key
+
+
+# ------------------------------------------------------------------------- tasks of one's own
+
+SKY = """\
+training_split: train
+test_split: test
+doc_to_text: "Sky: {{ sky }}\\nWeather:"
+doc_to_target: weather
+doc_to_choice: [rain, sun]
+family: weather
+"""
+
+
+def sky_study(folder, tiny, family=("weather",)):
+    """A study of a task whose file is in the folder of tasks; its file, as it was saved."""
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "sky.yaml").write_text(SKY)
+    given = study_file(folder, tiny, families=[*family], arms=["lora:4"])
+    study, _ = parsed(given)
+    saved = folder / "saved.yaml"
+    saved.write_text(study.text())
+    for name in ("sky", "weather", "sst2+sky"):
+        DESCRIPTIONS.pop(name, None), FAMILIES.pop(name, None)
+    return saved
+
+
+@pytest.mark.parametrize("family", [("weather",), ("similar", "sst2+sky")])
+def test_a_saved_study_carries_its_tasks(tiny, tmp_path, monkeypatch, family):
+    monkeypatch.setenv("TASKS_DIR", str(tmp_path / "tasks"))
+    saved = sky_study(tmp_path, tiny, family)
+    assert read_study_file(saved)["task_files"] == {"sky": yaml.safe_load(SKY)}
+    monkeypatch.setenv("TASKS_DIR", str(tmp_path / "elsewhere"))
+    study, settings = parsed(saved)
+    assert study.text() == saved.read_text() and "sky" in {t for mix in study.mixes for t in mix}
+    assert not settings.tasks_dir.exists()  # as of --dry-run
+    write_task_files(study, settings)
+    assert yaml.safe_load((tmp_path / "elsewhere" / "sky.yaml").read_text()) == yaml.safe_load(SKY)
+    DESCRIPTIONS.pop("sky")
+    assert parsed(saved)[0] == study and DESCRIPTIONS["sky"].own_family == "weather"
+
+
+def test_a_task_file_that_is_another_than_the_studys_is_one_line(
+    tiny, tmp_path, monkeypatch, inside
+):
+    monkeypatch.setenv("TASKS_DIR", str(tmp_path / "tasks"))
+    saved, other = sky_study(tmp_path, tiny), tmp_path / "tasks" / "sky.yaml"
+    other.write_text(SKY.replace("Sky:", "Clouds:"))
+    told = inside(main, saved, "--dry-run")
+    assert_one_line_error(told, str(saved), "task_files: sky differs from", str(other))
+    other.unlink()
+    saved.write_text(saved.read_text().replace("doc_to_target: weather", "doc_to_answer: weather"))
+    DESCRIPTIONS.pop("sky")
+    assert_one_line_error(inside(main, saved, "--dry-run"), str(saved), "task sky", "doc_to_answer")
+
+
+@pytest.mark.slow
+def test_a_study_of_ones_own_task_is_replayed_where_only_its_rows_are(tiny, tmp_path, monkeypatch):
+    """Its steps are processes of their own: they find the task file that was written."""
+    monkeypatch.setenv("TASKS_DIR", str(tmp_path / "tasks"))
+    saved = sky_study(tmp_path, tiny)
+    (tmp_path / "rows" / "sky").mkdir(parents=True)
+    for split, numbers in {"train": range(40), "test": range(40, 52)}.items():
+        rows = [{"sky": f"of day {n}", "weather": ("rain", "sun")[n % 2]} for n in numbers]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "rows" / "sky" / f"{split}.jsonl").write_text(lines)
+    monkeypatch.setenv("TASKS_DIR", str(tmp_path / "elsewhere"))
+    argv = [saved, "--data", tmp_path / "rows", "--study", "replayed", "--only"]
+    assert main([*map(str, argv), "prepare", "train", "evaluate"]) == 0
+    records = read_json(settings_for(study="replayed").document("adaptation"))["records"]
+    assert {r["family"] for r in records if r["method"] == "lora"} == {"weather"}
