@@ -39,6 +39,7 @@ from lora_tradeoffs.measuring.results import (
     retention_unit,
 )
 from lora_tradeoffs.records import DOCUMENT
+from lora_tradeoffs.report.findings import findings
 from lora_tradeoffs.report.model_card import without_paths
 from lora_tradeoffs.study.study_file import file_text, read_study_file
 from lora_tradeoffs.tables.frames import is_trained, last_checkpoints
@@ -73,11 +74,13 @@ def packed_settings(folder: Path, study: str | None) -> Settings:
 def pack(settings: Settings, folder: Path) -> None:
     """Copy what the study's report is made of to the folder, whole or not at all.
 
-    Raises UserError if it holds a study of this name.
+    Raises UserError if it holds a study of this name, or if the copy gives other findings.
     """
     study = StudyRecords.load(settings)
     if study.first_frame is None:
         raise UserError(f"study {settings.study} has no results in {settings.output_dir}")
+    if there := sorted(map(str, folder.glob(f"*/{settings.study}"))):
+        raise UserError(f"nothing was packed: remove {' and '.join(there)}, or choose another")
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", suffix=PARTIAL, dir=folder) as temporary:
         copy = dataclasses.replace(settings, output_dir=Path(temporary))
@@ -85,11 +88,10 @@ def pack(settings: Settings, folder: Path) -> None:
         for name, unit_of in (("adaptation", adaptation_unit), ("retention", retention_unit)):
             _pack_items(study.at_all_rates[name], settings.document(name), copy, unit_of)
         _pack_spectra(study.plain, copy.document("drift").parent)
-        made = sorted(Path(temporary).glob(f"*/{settings.study}"))
-        targets = [folder / path.relative_to(temporary) for path in made]
-        if there := [str(path) for path in targets if path.exists()]:
-            raise UserError(f"nothing was packed: remove {' and '.join(there)}, or choose another")
-        for path, target in zip(made, targets):
+        if repr(findings(study)) != repr(findings(StudyRecords.load(copy))):  # nan is not nan
+            raise UserError("nothing was packed: the copy gives other findings, a fault of --pack")
+        for path in Path(temporary).glob(f"*/{settings.study}"):
+            target = folder / path.relative_to(temporary)
             target.parent.mkdir(exist_ok=True)
             os.rename(path, target)
 

@@ -168,6 +168,11 @@ def test_a_study_that_is_there_is_not_overwritten(packed, source, tmp_path):
     with pytest.raises(UserError, match="nothing was packed: remove"):
         pack(settings_of(source), source)
     assert sorted(packed[0].rglob("*")) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_tradeoffs.report.pack.last_checkpoints", lambda rows: rows[:0])
+        with pytest.raises(UserError, match="the copy gives other findings"):
+            pack(settings_of(source), tmp_path / "other")
+    assert not [*(tmp_path / "other").iterdir()]
     with pytest.raises(UserError, match="study demo has no results"):
         pack(settings_of(tmp_path), tmp_path / "new")
     assert not (tmp_path / "new").exists()
