@@ -62,9 +62,11 @@ def _report_run(
     report_to = read_run(settings.runs_dir / run, "config")["config"].get("report_to", "none")
     if not news or report_to == "none":
         return
-    from lora_tradeoffs.trackers import send
+    from lora_tradeoffs.trackers import send, tracker_names
 
     try:
+        if not tracker_names(report_to):
+            return
         send(report_to, settings.study, run, logs, news)
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else reason_of(error)

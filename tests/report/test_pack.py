@@ -97,6 +97,7 @@ def packed(source, tmp_path_factory):
     expected = shown(settings_of(source))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_tradeoffs.report.pack.LARGE", 100_000)
+        patch.setattr("lora_tradeoffs.report.pack.findings", hypothesis_findings)  # sooner
         pack(settings_of(source), folder)
     return folder, expected
 
@@ -169,6 +170,7 @@ def test_a_study_that_is_there_is_not_overwritten(packed, source, tmp_path):
         pack(settings_of(source), source)
     assert sorted(packed[0].rglob("*")) == before
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_tradeoffs.report.pack.findings", hypothesis_findings)
         patch.setattr("lora_tradeoffs.report.pack.last_checkpoints", lambda rows: rows[:0])
         with pytest.raises(UserError, match="the copy gives other findings"):
             pack(settings_of(source), tmp_path / "other")
