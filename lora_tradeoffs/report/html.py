@@ -150,7 +150,7 @@ def write_report(settings: Settings, pdf: bool = False) -> Path:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Write the report of a study from what the scripts measured.")
     add_common_arguments(parser)
-    text = "read a packed study (--pack), and nothing else; the report is written into it"
+    text = "report on the packed studies in FOLDER, and read nothing else (--study NAME: on one)"
     parser.add_argument("--from", dest="packed", metavar="FOLDER", help=text)
     text = "copy what the report is made of to FOLDER, a few MB, and write the report there"
     parser.add_argument("--pack", metavar="FOLDER", help=text)
@@ -164,18 +164,18 @@ def main(argv: list[str] | None = None) -> int:
     from lora_tradeoffs.report.pack import pack, packed_settings
 
     if args.packed:
-        settings = packed_settings(typed_path(args.packed, "--from").resolve(), args.study)
-        print(f"study {settings.study} in {settings.output_dir}", flush=True)
+        studies = packed_settings(typed_path(args.packed, "--from").resolve(), args.study)
     else:
-        settings = resolve_settings(args)
-        print(settings.headline("none"), flush=True)
+        studies = [resolve_settings(args)]
+        print(studies[0].headline("none"), flush=True)
     if args.pack:
         folder = typed_path(args.pack, "--pack").resolve()
-        pack(settings, folder)
-        settings = packed_settings(folder, settings.study)
-        size = sum(p.stat().st_size for p in folder.glob(f"*/{settings.study}/**/*") if p.is_file())
-        print(f"packed: {folder} ({size / 1e6:.1f} MB without the report and its figures)")
-    print(f"report: {write_report(settings, args.pdf)}")
+        for settings in studies:
+            pack(settings, folder)
+        studies = [packed_settings(folder, settings.study)[0] for settings in studies]
+        print(f"packed: {folder}", flush=True)
+    for settings in studies:
+        print(f"report: {write_report(settings, args.pdf)}", flush=True)
     return 0
 
 

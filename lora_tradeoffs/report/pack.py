@@ -52,23 +52,23 @@ LARGE = 1_000_000  # bytes of a document from which on it is compressed, to abou
 ITEM_COLUMNS = ("metric", "aggregate", "item", "statistics", "unit")
 
 
-def packed_settings(folder: Path, study: str | None) -> Settings:
-    """The settings of a study in a folder that `pack` wrote, which is its OUTPUT_DIR.
+def packed_settings(folder: Path, study: str | None = None) -> list[Settings]:
+    """The settings of each study, or of one, in a folder that `pack` wrote: its OUTPUT_DIR.
 
-    Raises UserError if there is none, or several and none is named.
+    Raises UserError if there is none.
     """
-    found = {}
+    documents = {}
     for pattern in DOCUMENTS.values():
         for path in folder.glob(f"{pattern.format(study=study or '*')}*"):  # also .json.gz
-            found[path.relative_to(folder).parts[1]] = path
-    if len(found) != 1:
-        names = f"several studies ({', '.join(sorted(found))}): add --study NAME"
-        problem = names if found else "no such study: pack one with --pack FOLDER"
-        raise UserError(f"{folder} holds {problem}")
-    [(name, path)] = found.items()
-    preset = read_head(path, {"meta": DOCUMENT["meta"]})["meta"].get("preset")
-    where = {"study": name, "preset": preset, "output_dir": str(folder)}
-    return resolve_settings(argparse.Namespace(**where))
+            documents[path.relative_to(folder).parts[1]] = path
+    if not documents:
+        raise UserError(f"{folder} holds no such study: pack one with --pack FOLDER")
+    resolved = []
+    for name, path in sorted(documents.items()):
+        preset = read_head(path, {"meta": DOCUMENT["meta"]})["meta"].get("preset")
+        where = {"study": name, "preset": preset, "output_dir": str(folder)}
+        resolved.append(resolve_settings(argparse.Namespace(**where)))
+    return resolved
 
 
 def pack(settings: Settings, folder: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_packed_study_has_the_same_records_tables_and_findings(packed, source,
     monkeypatch.setenv("PRESET", "demo")  # the folder's own counts
     source.rename(source.with_name("away"))
     try:
-        frames, sentences, tables = shown(packed_settings(folder, None))
+        frames, sentences, tables = shown(packed_settings(folder)[0])
     finally:
         source.with_name("away").rename(source)
     assert (frames.keys(), sentences) == (expected[0].keys(), expected[1])
@@ -117,7 +117,7 @@ def test_a_packed_study_has_the_same_records_tables_and_findings(packed, source,
 
 def test_the_items_are_what_the_intervals_count(packed, tmp_path):
     shutil.copytree(packed[0], tmp_path / "copy")
-    settings = packed_settings(tmp_path / "copy", "demo")
+    settings = packed_settings(tmp_path / "copy", "demo")[0]
     for name, last in {"adaptation": "100", "retention": "40"}.items():
         path = settings.document(name).parent / PACKED_ITEMS
         table = pd.read_parquet(path)
@@ -156,7 +156,7 @@ def test_every_figure_is_the_same_picture(packed, source):
         for figure in figures if group != "gradients" else ():
             paths = [
                 draw_one(StudyRecords.load(settings), group, figure)
-                for settings in (settings_of(source), packed_settings(packed[0], None))
+                for settings in (settings_of(source), packed_settings(packed[0])[0])
             ]
             first, second = (path.read_bytes() for path in paths)
             assert first == second, figure.__name__
@@ -180,13 +180,12 @@ def test_a_study_that_is_there_is_not_overwritten(packed, source, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_of_no_study_or_of_several_is_one_line(packed, script, tmp_path):
+def test_a_folder_may_hold_several_studies_and_none_is_one_line(packed, script, tmp_path):
     command = ("-m", "lora_tradeoffs.report.html", "--from")
     assert_one_line_error(script(*command, str(tmp_path)), str(tmp_path), "no such study", "--pack")
     for study in ("a", "b"):
         path = tmp_path / DOCUMENTS["drift"].format(study=study)
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"meta": META, "records": []}))
-    with pytest.raises(UserError, match=r"several studies \(a, b\): add --study NAME"):
-        packed_settings(tmp_path, None)
-    assert packed_settings(tmp_path, "b").study == "b"
+    assert [settings.study for settings in packed_settings(tmp_path)] == ["a", "b"]
+    assert [settings.study for settings in packed_settings(tmp_path, "b")] == ["b"]
