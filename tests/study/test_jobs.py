@@ -104,7 +104,7 @@ class Study:
 
     def __init__(self, slurm, workspace, flags, name, launch=SBATCH):
         self.slurm, self.workspace, self.name = slurm, workspace, name
-        self.arguments = [*flags, "checkpoints=5", "batch_size=4", "--max-steps", "150"]
+        self.arguments = [*flags, "checkpoints=5", "batch_size=4", "--max-steps", "30"]
         self.arguments += ["--dtype", "fp32", "--only", "train", "--study", name]
         self.arguments += ["--launch", launch] * bool(launch)
         self.printed = workspace / f"{name}.txt"
