@@ -130,11 +130,13 @@ class Study:
         assert self.process.wait(380) == code, self.text()
 
     def trained(self):
-        """Losses and last weights of the run."""
+        """Validation losses and last weights of the run.
+
+        Trainer's logged training loss is a mean since the last log, or since training was resumed.
+        """
         (training,) = self.workspace.glob(f"models/{self.name}/*/training.json")
         (weights,) = checkpoints(training.parent)[-1].glob("*.safetensors")
-        record = read_json(training)
-        return record["loss_curve"], record["validation"], weights.read_bytes()
+        return read_json(training)["validation"], weights.read_bytes()
 
     def text(self):
         logs = self.workspace.glob(f"logs/{self.name}/steps/train-*.log")
