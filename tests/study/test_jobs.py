@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from slurm_cluster import Cluster, missing_programs
 from support import DEMO, ROOT
@@ -99,12 +100,20 @@ def test_a_study_over_slurm_measures_what_its_commands_do(
 # ------------------------------------------------------------------- jobs that do not end well
 
 
+def words_of(process):
+    """The words of a process's command line, without folders."""
+    try:
+        return [Path(word).name for word in process.cmdline()]
+    except psutil.Error:
+        return []
+
+
 class Study:
     """A study over SLURM in a process of its own: one run, whose training takes a while."""
 
     def __init__(self, slurm, workspace, flags, name, launch=SBATCH):
         self.slurm, self.workspace, self.name = slurm, workspace, name
-        self.arguments = [*flags, "checkpoints=5", "batch_size=4", "--max-steps", "30"]
+        self.arguments = [*flags, "checkpoints=5", "batch_size=4", "--max-steps", "100"]
         self.arguments += ["--dtype", "fp32", "--only", "train", "--study", name]
         self.arguments += ["--launch", launch] * bool(launch)
         self.printed = workspace / f"{name}.txt"
@@ -120,11 +129,26 @@ class Study:
             )
 
     def wait_for_checkpoint(self):
-        """The number of the job that trains, once it has saved one."""
+        """The number of the job that trains, once it has saved one; it is halted then."""
         pattern = f"models/{self.name}/*/checkpoint-*/{MANIFEST}"
-        wait_for(lambda: any(self.workspace.glob(pattern)) or self.process.poll() is not None)
+        wait_for(lambda: any(self.workspace.glob(pattern)))
         (number,) = self.slurm.jobs()
+        words = {"multi_task_training.py", self.name}
+        processes = [p for p in psutil.process_iter() if words <= set(words_of(p))]
+        (self.training,) = processes
+        self.training.suspend()
         return number
+
+    def resume_at_signal(self):
+        """Let the training go on once it has got a signal, which a halted process does not see."""
+        status = Path(f"/proc/{self.training.pid}/status")
+
+        def has_signal():
+            lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            return int(lines["ShdPnd"], 16) or not lines["State"].strip().startswith("T")
+
+        wait_for(has_signal)
+        self.training.resume()
 
     def end(self, code=0):
         assert self.process.wait(380) == code, self.text()
@@ -187,6 +211,7 @@ def test_a_requeued_job_is_waited_for(study, slurm):
     study = study(f"{SBATCH} --requeue")
     number = study.wait_for_checkpoint()
     slurm.ask("scontrol", "requeue", number)
+    study.resume_at_signal()
     wait_for(lambda: "PENDING" in slurm.ask("squeue", "--noheader", "--format=%T"))
     slurm.ask("scontrol", "update", f"JobId={number}", "StartTime=now")  # not in two minutes
     study.end()
@@ -200,6 +225,7 @@ def test_a_job_at_its_time_limit_saves_and_is_submitted_again(study, slurm, opti
     study = study(f"{SBATCH} --time=30 {options}")
     number = study.wait_for_checkpoint()
     slurm.ask("scontrol", "update", f"JobId={number}", "TimeLimit=1")
+    study.resume_at_signal()
     study.end()
     assert "saved checkpoint-" in study.text() and study.submitted() == 2
     assert "resuming from checkpoint-" in study.text()
@@ -212,6 +238,8 @@ def test_a_study_that_was_killed_finds_its_job_again(study, slurm):
     study.process.kill()
     study.process.wait()
     study.start()
+    wait_for(lambda: "waiting for job" in study.text())
+    study.training.resume()
     study.end()
     assert "resuming" not in study.text()  # it ran on meanwhile
     assert f"waiting for job {number}, which was submitted before" in study.text()
@@ -226,6 +254,7 @@ def test_ctrl_c_reaches_the_job(study, slurm):
     study = study()
     study.wait_for_checkpoint()
     study.process.send_signal(signal.SIGINT)
+    study.resume_at_signal()
     study.end(130)
     assert "saved checkpoint-" in study.text() and not slurm.jobs()
     study.start()
