@@ -91,6 +91,7 @@ def execute(settings: Settings, pdf: bool = False) -> Any:
     first.source = f"STUDY, PDF = {settings.study!r}, {pdf}"
     # the kernel looks up everything else as a script does
     variables = {"OUTPUT_DIR": str(settings.output_dir), "PRESET": settings.preset.name}
+    variables |= {"TASKS_DIR": str(settings.tasks_dir), "DATA_SOURCE": settings.data}
     client = NotebookClient(
         notebook,
         timeout=None,

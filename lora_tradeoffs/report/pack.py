@@ -67,6 +67,7 @@ def packed_settings(folder: Path, study: str | None = None) -> list[Settings]:
     for name, path in sorted(documents.items()):
         preset = read_head(path, {"meta": DOCUMENT["meta"]})["meta"].get("preset")
         where = {"study": name, "preset": preset, "output_dir": str(folder)}
+        where |= {"tasks_dir": str(folder / "tasks"), "data": "sample"}  # no task file is read
         resolved.append(resolve_settings(argparse.Namespace(**where)))
     return resolved
 

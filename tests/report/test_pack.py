@@ -105,6 +105,7 @@ def packed(source, tmp_path_factory):
 def test_a_packed_study_has_the_same_records_tables_and_findings(packed, source, monkeypatch):
     folder, expected = packed
     monkeypatch.setenv("PRESET", "demo")  # the folder's own counts
+    monkeypatch.setenv("DATA_SOURCE", str(folder / "gone"))  # as all that is not of the folder
     source.rename(source.with_name("away"))
     try:
         frames, sentences, tables = shown(packed_settings(folder)[0])
