@@ -83,7 +83,9 @@ def test_a_new_task_is_prepared_trained_and_evaluated(records):
 
 
 def test_a_new_task_has_macro_f1_class_shares_and_the_majority_as_baseline(records):
-    assert {"accuracy", "f1", "share_rain", "share_sun", "share_snow"} == set(records.metric)
+    assert {"accuracy", "f1", "loss", "share_rain", "share_sun", "share_snow"} == set(
+        records.metric
+    )
     baseline = records[(records.run == "majority_class") & (records.split == "test")]
     figures = baseline.set_index("metric").value
     assert figures.accuracy == pytest.approx(1 / 3) and figures.f1 == pytest.approx(1 / 6)

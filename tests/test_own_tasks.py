@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,10 +14,12 @@ from support import assert_one_line_error, settings_for
 import data_preprocessing
 import dataset_descriptions
 import eval as evaluation
-from config import FAMILIES, UserError
+from config import DATA_SEED, FAMILIES, UserError
 from dataset_descriptions import describe, family_of, named_family
 from lora_tradeoffs.adaptation.metrics import score
 from lora_tradeoffs.data.preparation import check_metrics, prepare
+from lora_tradeoffs.files import read_json
+from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.tables.frames import load_records
 from lora_tradeoffs.training.row_order import task_shares
 from multi_task_training import main as train
@@ -349,6 +352,18 @@ def test_a_figure_is_that_of_whole_choices_scored_one_by_one(study, tokenizer):
         assert figures["accuracy"] == pytest.approx(sum(v for v, _ in values) / len(values))
         if task == "options":
             assert figures["acc_norm"] == pytest.approx(sum(v for _, v in values) / len(values))
+
+
+def test_validation_loss_of_choices_and_texts_is_trainings(study):
+    """On the rows that training reads of them."""
+    folder = run_folder(study)
+    validated = read_json(folder / "training.json")["validation"][-1]
+    count = read_json(folder / "run.json")["config"]["eval_examples_per_task"]
+    results = Results(study.document("adaptation").parent)
+    for task in ("answer", "options", "sky"):
+        items = results.items(f"{folder.name}-2-{task}-validation")["loss"].items
+        rows = np.random.default_rng(DATA_SEED).permutation(len(items))[:count]
+        assert items[rows].mean() == pytest.approx(validated[f"eval_{task}_loss"], abs=2e-5)
 
 
 def test_generated_text_has_its_metrics_and_a_baseline(study):
