@@ -16,6 +16,7 @@ from typing import Any
 
 from config import BUILT_IN_FAMILIES, FAMILIES, LARGEST_SEED, Preset, Settings, UserError
 from dataset_descriptions import (
+    describe,
     learn,
     named_family,
     ordered,
@@ -146,6 +147,8 @@ class StudyPlan:
         """The fields as a file has them, without those that say nothing."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values = _plain({k: v for k, v in values.items() if v or k == "measure"})
+        if self.families:
+            values["families"] = list(map(_family_word, self.families))
         first, *others = values["arms"].values()
         if all(words == first for words in others):
             values["arms"] = first
@@ -210,6 +213,14 @@ def is_of_type(value: Any, kind: Any) -> bool:
     if parts:
         return any(is_of_type(value, part) for part in parts)
     return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _family_word(name: str) -> str:
+    """The family as `named_family` takes it where only the built-in and the tasks' are known."""
+    tasks = "+".join(FAMILIES[name])
+    of_tasks = {describe(task).own_family for task in FAMILIES[name]}
+    is_known = name in (*BUILT_IN_FAMILIES, tasks) or of_tasks == {name}
+    return name if is_known else f"{name}={tasks}"
 
 
 def _plain(value: Any) -> Any:

@@ -93,6 +93,14 @@ def test_tasks_are_a_mix_of_their_own(tiny, tmp_path):
     assert run.config.tasks == ("sst2", "qqp") and run.name.startswith("sst2+qqp_lora_r4")
 
 
+def test_a_family_that_flags_name_is_in_the_file(tiny, tmp_path):
+    study, _ = parsed("--model", tiny, "--families", "pair=qqp+sst2", "--adapter", "full")
+    (tmp_path / "saved.yaml").write_text(study.text())
+    del FAMILIES["pair"]
+    again, _ = parsed(tmp_path / "saved.yaml")
+    assert again == study and FAMILIES.pop("pair") == ("sst2", "qqp")
+
+
 def test_a_flag_of_every_command_beats_the_file_and_other_flags_are_refused(tiny, tmp_path, inside):
     path = study_file(tmp_path, tiny, data=str(tmp_path / "gone"))
     _, settings = parsed(path, "--data", "sample", "--study", "other")
