@@ -134,11 +134,15 @@ def test_evaluation_reads_the_prompt_after_one_bos(kind, base, model, shots):
     (subject,) = find_subjects(settings, base)
     for task in ("sst2", "squad_v2"):
         unit = TaskUnit(subject, "validation", task, 4, shots)
-        prompts = analysis.rows(unit)["prompt"][:]
+        rows = analysis.rows(unit)
+        prompts, answers = rows["prompt"][:], rows["completion"][:]
         read = read_by(model, lambda unit=unit: analysis.measure(model, unit, 4_096))
         examples = analysis.shots(unit) if shots else []
         start = "".join(asked + answer + "\n\n" for asked, answer in examples)
         assert len(examples) == shots
+        if not shots:  # validation loss is that of the prompt and its right answer
+            whole = [p + a for p, a in zip(prompts, answers)]
+            prompts = whole if describe(task).is_classification else [*prompts, *whole]
         expected = {tuple(encoded(base, start + p, kind in ("bos", "both"))) for p in prompts}
         assert expected == {row for row in read if len(row) > 9}  # else a generated token
         assert describe(task).is_classification or len(read) > len(prompts)
