@@ -200,10 +200,16 @@ def log_axis(
     ax: Axes, values: Iterable[float], text: Callable[[float], str] = "{:g}".format
 ) -> None:
     """A logarithmic x axis with a handful of labelled ticks, whatever the values span."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    import numpy as np
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     ax.set_xscale("log")
-    is_wide = max(values) / min(values) > 30
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if is_wide else (1, 2, 5)))
+    low, high = min(values), max(values)
+    if high < 10 * low:  # LogLocator would mark it as closely as a linear axis
+        ticks = {float(f"{x:.2g}") for x in np.geomspace(low, high, 3)}
+        ax.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+    else:
+        subs = (1, 2, 5) if high < 30 * low else (1, 3) if high < 1000 * low else (1,)
+        ax.xaxis.set_major_locator(LogLocator(subs=subs))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: text(x)))
     ax.xaxis.set_minor_locator(NullLocator())

@@ -20,6 +20,7 @@ from lora_tradeoffs.figures.adaptation import (
     validation_against_test,
 )
 from lora_tradeoffs.figures.draw import FIGURES as ALL
+from lora_tradeoffs.figures.marks import log_axis
 from lora_tradeoffs.figures.panels import DEMO_NOTE, place_legend
 from lora_tradeoffs.figures.style import palette, save, style_of
 from lora_tradeoffs.tables.arms import BASE as BASE_ARM
@@ -354,3 +355,15 @@ def test_what_all_arms_share_is_said_once(arms, shown, title):
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == (shown or [str(a) for a in arms])
     assert legend.get_title().get_text() == (f"all runs: {title}" if title else "")
+
+
+@pytest.mark.parametrize("high", [0.00143, 0.0021, 0.0055, 0.02, 0.1, 30])
+def test_a_logarithmic_axis_has_a_few_labels_that_can_be_read(high):
+    figure = Figure(figsize=(2.6, 2), layout="constrained")
+    figure.supxlabel("x")
+    ax = figure.subplots()
+    ax.plot([0.00143, high], [1, 2], "o")
+    log_axis(ax, [0.00143, high])
+    assert_texts_are_apart(figure)
+    low, high = ax.get_xlim()
+    assert 1 <= sum(low <= x <= high for x in ax.get_xticks()) <= 6
