@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ import data_preprocessing
 import dataset_descriptions
 import eval as evaluation
 from config import DATA_SEED, FAMILIES, UserError
-from dataset_descriptions import describe, family_of, named_family
+from dataset_descriptions import DESCRIPTIONS, describe, family_of, named_family
 from lora_tradeoffs.adaptation.metrics import score
 from lora_tradeoffs.data.preparation import check_metrics, prepare
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.results import Results
+from lora_tradeoffs.measuring.subjects import find_subjects
+from lora_tradeoffs.models.base import prepare_base
 from lora_tradeoffs.tables.frames import load_records
 from lora_tradeoffs.training.row_order import task_shares
 from multi_task_training import main as train
@@ -314,6 +317,16 @@ def test_own_and_built_in_tasks_train_together(study):
     assert {f"eval_{t}_accuracy" for t in ("sst2", "options", "sky")} <= set(
         training["validation"][-1]
     )
+
+
+def test_a_run_is_not_measured_on_another_text_than_it_was_trained_on(study, monkeypatch):
+    sky, base = DESCRIPTIONS["sky"], prepare_base(study)
+    other = dict(sky.definition) | {"metric_list": [{"metric": "f1"}]}
+    monkeypatch.setitem(DESCRIPTIONS, "sky", replace(sky, definition=other))
+    assert len(find_subjects(study, base)) == 2  # another metric is no other text
+    other["doc_to_text"] = "Another question: " + other["doc_to_text"]
+    with pytest.raises(UserError, match="was trained on sky with another doc_to_text"):
+        find_subjects(study, base)
 
 
 def test_a_figure_is_that_of_whole_choices_scored_one_by_one(study, tokenizer):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Settings, UserError
+from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.checkpoints import (
     ADAPTER_CONFIG,
     Checkpoint,
@@ -23,6 +24,9 @@ from lora_tradeoffs.models.base import Base, own_fields, same_base
 from lora_tradeoffs.models.configs import adapter_fields
 from lora_tradeoffs.models.weights import Weights
 from lora_tradeoffs.records import read_run, read_training, run_fields
+
+# The fields of a task file that make the text on which a run was trained.
+LEARNED = ("doc_to_text", "doc_to_target", "doc_to_choice", "target_delimiter", "truncate")
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,13 @@ def _trained(run: str, folder: Path, base: Base) -> tuple[dict[str, Any], dict[s
             f"{folder.name} was trained on {trained_on['name']}, not on {base.name}: give that base"
             " with --model"
         )
+    for task, fields in record.get("own", {}).get("tasks", {}).items():
+        now = DESCRIPTIONS[task].definition or {}
+        if differs := [name for name in LEARNED if fields.get(name) != now.get(name)]:
+            raise UserError(
+                f"{folder.name} was trained on {task} with another {differs[0]} than its task file"
+                " has: restore the file, or give the task of today another name"
+            )
     return run_fields(run, record["config"]), record
 
 
