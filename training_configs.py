@@ -39,7 +39,8 @@ LORA_FIELDS = ("target_modules", "scaling", "lora_dropout")
 METHODS = {
     "lora": Method("LoRA r={}", "rank", LORA_FIELDS),
     "dora": Method("DoRA r={}", "rank", LORA_FIELDS),  # Liu et al. 2024, arXiv:2402.09353
-    "pissa": Method("PiSSA r={}", "rank", LORA_FIELDS),  # Meng et al. 2024, arXiv:2404.02948
+    # Meng et al. 2024, arXiv:2404.02948
+    "pissa": Method("PiSSA r={}", "rank", LORA_FIELDS, rate=0.25),
     # Hayou et al. 2024, arXiv:2402.12354
     "loraplus": Method("LoRA+ r={}", "rank", (*LORA_FIELDS, "loraplus_ratio"), rate=0.25),
     "oft": Method("OFT b={}", "block size", ("target_modules",)),  # Qiu et al. 2023, 2306.07280
@@ -102,8 +103,8 @@ def default_learning_rate(
     by Schulman et al. 2025, "LoRA Without Regret", at every rank with the scale 32 / rank. At
     another scale, x = 32 / rank / scale is what theirs is greater: with alpha = 2r one rate for
     every rank would make the steps grow with the rank. (1 + 2 x) / 3 gave losses within
-    10 % after 10 and 40 steps (docs/verification.md). LoRA+'s A has a quarter of it, so that with
-    the ratio 16 LoRA's rate is the geometric mean of A's and B's. Rounded to two digits.
+    10 % after 10 and 40 steps (docs/verification.md). PiSSA has a quarter of it, and LoRA+'s A:
+    with the ratio 16 LoRA's rate is the geometric mean of A's and B's. Rounded to two digits.
     """
     rate = 5e-5 * (2000 / hidden_size) ** 0.781
     kind = METHODS[method]

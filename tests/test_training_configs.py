@@ -36,9 +36,9 @@ def test_rates_are_those_of_the_formula():
     assert default_learning_rate("full_qv", 576) == pytest.approx(1.3e-4)
     assert default_learning_rate("lora", 576, 10, 16) == pytest.approx(1.3e-3)
     assert default_learning_rate("lora", 576, 15, 8) == pytest.approx(3.3e-3)
-    for method in ("dora", "pissa"):
-        assert default_learning_rate(method, 576, 15, 8) == pytest.approx(3.3e-3)
-    assert default_learning_rate("loraplus", 576, 15, 8) == pytest.approx(8.3e-4)
+    assert default_learning_rate("dora", 576, 15, 8) == pytest.approx(3.3e-3)
+    for method in ("pissa", "loraplus"):
+        assert default_learning_rate(method, 576, 15, 8) == pytest.approx(8.3e-4)
     assert default_learning_rate("oft", 576, 15, 32) == pytest.approx(2e-3)
 
 
