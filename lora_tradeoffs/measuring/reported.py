@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from config import INTRUDER_EPSILON, INTRUDER_K, Settings, UserError
@@ -40,27 +41,36 @@ def report_scores(settings: Settings, analysis: str, document: Path) -> None:
     `logs/<study>/<run>/sent_<analysis>.json` has the digests, by step, of what was sent. A tracker
     that fails is a warning: the next start of the analysis tries again.
     """
+    trackers = {}
+    for path in settings.runs_dir.glob("*/run.json"):
+        with suppress(UserError):  # a damaged one is named by what measures the run
+            config = read_run(path.parent, "config")["config"]
+            if config.get("report_to", "none") != "none":
+                trackers[path.parent.name] = config["report_to"]
     of_runs: dict[str, dict[int, dict[str, float]]] = {}
-    for record in read_records(document):
-        if name := curve_name(analysis, record):
+    for record in read_records(document) if trackers else ():
+        if record["run"] in trackers and (name := curve_name(analysis, record)):
             by_step = of_runs.setdefault(record["run"], {})
             by_step.setdefault(record["step"], {})[name] = record["value"]
-    with locked(settings.logs_dir / f".{analysis}.lock"):
-        for run, by_step in of_runs.items():
-            if (settings.runs_dir / run / "run.json").is_file():
-                _report_run(settings, analysis, run, by_step)
+    if of_runs:
+        with locked(settings.logs_dir / f".{analysis}.lock"):
+            for run, by_step in of_runs.items():
+                _report_run(settings, analysis, run, trackers[run], by_step)
 
 
 def _report_run(
-    settings: Settings, analysis: str, run: str, by_step: dict[int, dict[str, float]]
+    settings: Settings,
+    analysis: str,
+    run: str,
+    report_to: str,
+    by_step: dict[int, dict[str, float]],
 ) -> None:
     logs = settings.logs_dir / run
     path = logs / f"sent_{analysis}.json"
     sent = read_json(path, {"*": str}) if path.is_file() else {}
     digests = {str(step): json_digest(values) for step, values in by_step.items()}
     news = {step: v for step, v in by_step.items() if digests[str(step)] != sent.get(str(step))}
-    report_to = read_run(settings.runs_dir / run, "config")["config"].get("report_to", "none")
-    if not news or report_to == "none":
+    if not news:
         return
     from lora_tradeoffs.trackers import send, tracker_names
 

@@ -52,13 +52,13 @@ def predictor_table(
     """A row for each run's checkpoint: forgetting, gain on validation, and the predictors.
 
     Forgetting is the mean over benchmarks, `text_lost` that over held-out text, the gain that over
-    tasks. Of drift: ||dW||_F / ||W0||_F of the
-    whole model (where a run lacks it, of q_proj and v_proj in all), and over the matrices q_proj
-    and v_proj the mean of rho = sigma_1(dW) / sigma_k(W0), of the intruders among the first k, and
-    of 1 - phi of the left leading k; k = 10, epsilon = .5. KL(base || tuned) in nats is a mean over
-    the tokens of the family's answers, mean over tasks, and over those of held-out text; 1 - CKA is
-    the mean over layers. What is not there is nan. `is_last` marks the last checkpoint of a run
-    that ended. Single-task controls are left out.
+    tasks. Of drift: ||dW||_F / ||W0||_F of the whole model (where a run lacks it, of q_proj and
+    v_proj in all), and over the matrices q_proj and v_proj the mean of rho = sigma_1(dW) /
+    sigma_k(W0), of the intruders among the first k, and of 1 - phi of the left leading k; k = 10,
+    epsilon = .5. KL(base || tuned) in nats is a mean over the tokens of the family's answers, mean
+    over tasks, and over those of held-out text; 1 - CKA is the mean over layers. What is not there
+    is nan. `is_last` marks the last checkpoint of a run that ended. Single-task controls are left
+    out.
     """
     rows = as_trained(retention)
     lost = rows[(rows["metric"] == "forgetting") & is_trained(rows)]
