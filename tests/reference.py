@@ -151,7 +151,7 @@ def peer_results(model, tokenizer, data, tasks, rows, shots, folder, asked=None,
     from lora_tradeoffs.retention.benchmarks import quiet_lm_eval
 
     for task in tasks:
-        name, split = DEFINITIONS[task]
+        name, split = DEFINITIONS.get(task, (f"mmlu/default/{task}", "test"))
         files = {s.stem: str(s) for s in (Path(data) / task).glob("*.jsonl")}
         own = Path(lm_eval.__file__).parent / "tasks" / f"{name}.yaml"
         definition = {"include": str(own), "task": f"peer_{task}", "dataset_path": "json"}

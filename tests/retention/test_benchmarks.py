@@ -177,6 +177,38 @@ def test_a_group_is_one_result_over_its_tasks(tmp_path, tiny_model, tokenizer):
     assert group.identity["num_fewshot"] == 0
 
 
+@pytest.mark.parametrize("name", ["mmlu_anatomy", pytest.param("mmlu", marks=slow)])
+def test_mmlus_subjects_are_lm_evals(name, tmp_path, tiny_model, tokenizer):
+    """Two examples from dev, in its order; the group is the mean over all its questions."""
+    import lm_eval
+
+    files = (Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default").glob("mmlu_*.yaml")
+    subjects = sorted(file.stem for file in files) if name == "mmlu" else [name]
+    assert len(subjects) in (1, 57)
+    for number, subject in enumerate(subjects):
+        questions = [
+            {"question": f"What is {i} times {number}?", "subject": subject.removeprefix("mmlu_")}
+            | {"choices": [str(i * (number + k)) for k in range(4)], "answer": (i + number) % 4}
+            for i in range(2, 8 + number % 3)
+        ]
+        write_benchmark(tmp_path, subject, "dev", questions[:3])
+        write_benchmark(tmp_path, subject, "test", questions[3:])
+    benchmarks = Benchmarks(settings_for(data=str(tmp_path)), tokenizer, [name], 2)
+    (result,) = benchmarks.measure(tiny_model)
+    peer = peer_results(tiny_model, tokenizer, tmp_path, subjects, None, 2, tmp_path)
+    samples = {subject: peer["samples"][f"peer_{subject}"] for subject in subjects}
+    theirs = {s: sorted(rows, key=lambda r: r["doc_id"]) for s, rows in samples.items()}
+    first = theirs[subjects[0]][0]["arguments"][0][0]
+    assert first.startswith("The following are multiple choice questions")
+    assert first.count("Answer:") == 3
+    by_subject = [row for task in benchmarks.tasks for row in theirs[task]]
+    assert result.items["acc"].tolist() == [row["acc"] for row in by_subject]
+    found = [ll for row in by_subject for ll, _ in row["filtered_resps"]]
+    assert np.ravel(result.log_likelihoods) == pytest.approx(found, abs=1e-3)
+    assert (result.task, result.n, result.chance) == (name, len(by_subject), 0.25)
+    assert result.metrics["acc"] == pytest.approx(np.mean([row["acc"] for row in by_subject]))
+
+
 def test_a_definitions_own_number_of_examples_is_told(tmp_path, tokenizer):
     write_benchmark(tmp_path, "truthfulqa_mc1", "validation", [ROWS["truthfulqa_mc1"]] * 4)
     rows = [{**ROWS["piqa"], "goal": f"{ROWS['piqa']['goal']} {i}"} for i in range(4)]
