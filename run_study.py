@@ -31,6 +31,7 @@ from lora_tradeoffs.command_line import (
 )
 from lora_tradeoffs.files import locked, read_json, write_json
 from lora_tradeoffs.records import DOCUMENT, STUDY, read_run
+from lora_tradeoffs.study.hypotheses import check_measured
 from lora_tradeoffs.study.plan import plan_runs, plan_steps
 from lora_tradeoffs.study.processes import StepRunner
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
@@ -200,6 +201,8 @@ def read_plan(args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
         check_task_files(given, study, settings)
         for stage, options in study.measure.items():
             check_options(stage, options)
+        for hypothesis in study.hypotheses:
+            check_measured(hypothesis, study.measure)
     if study.measure_then_delete and args.only:
         raise UserError("--measure-then-delete needs every stage: leave --only out")
     return study, settings

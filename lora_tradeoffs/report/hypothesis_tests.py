@@ -17,7 +17,7 @@ import numpy as np
 
 from config import FAMILIES
 from dataset_descriptions import DESCRIPTIONS
-from lora_tradeoffs.records import CONTROL, HELD_OUT, MEAN
+from lora_tradeoffs.records import CONTROL
 from lora_tradeoffs.report.arm_tests import ALPHA, Parts
 from lora_tradeoffs.report.compared_rows import (
     forgetting_parts,
@@ -42,7 +42,7 @@ from lora_tradeoffs.statistics.contrasts import (
 )
 from lora_tradeoffs.statistics.pooled_error import pooled_errors
 from lora_tradeoffs.statistics.seed_intervals import BOTH, SEEDS, compare_over_seeds
-from lora_tradeoffs.study.hypotheses import EQUAL, FLIPS, OUTCOMES, SHRUNK
+from lora_tradeoffs.study.hypotheses import EQUAL, FLIPS, FORGOTTEN, OUTCOMES, SHRUNK
 from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.predictors import PREDICTORS, correlation_difference
 from lora_tradeoffs.tables.retention import matched_pairs, shrink_effects
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
     from lora_tradeoffs.figures.study_records import StudyRecords
 
-FORGOTTEN = {"forgetting": MEAN, "text lost": HELD_OUT}
 MOST_FLIPPED = 20  # seeds: a million flips
 Shifted = Callable[[float], Contrast]  # the contrast minus a shift
 

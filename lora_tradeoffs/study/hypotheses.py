@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from config import UserError
-from lora_tradeoffs.records import MATCHED
+from lora_tradeoffs.records import HELD_OUT, MATCHED, MEAN
 from lora_tradeoffs.shapes import NUMBER
 from lora_tradeoffs.tables.predictors import PREDICTORS
 
@@ -14,7 +14,7 @@ HYPOTHESIS = {
     **{"contrast": [str], "outcome": str, "test": str, "name?": str, "family?": str},
     **{"margin?": NUMBER, "primary?": bool, "seed?": int},
 }
-FORGOTTEN = ("forgetting", "text lost")
+FORGOTTEN = {"forgetting": MEAN, "text lost": HELD_OUT}  # with their task in the records
 BY_ITEMS = ("score", "validation loss", *FORGOTTEN)  # and tasks: outcomes that items have, too
 EQUAL = tuple(f"{what} at equal {how}" for what in FORGOTTEN for how in MATCHED)
 SHRUNK = tuple(f"{what} by shrinking intruders" for what in FORGOTTEN)
@@ -23,6 +23,11 @@ OUTCOMES = {
     **dict.fromkeys((*BY_ITEMS, *EQUAL, *SHRUNK), False),
     **dict.fromkeys(("size", "rho", "intruders", "rotation", "kl_tasks", "kl_text"), False),
     "score": True,
+}
+# The analysis that measures an outcome or predictor; of others it is evaluate.
+MEASURED_BY = {
+    **dict.fromkeys((*FORGOTTEN, "kl_tasks", "kl_text", "cka_loss"), "retention"),
+    **dict.fromkeys(("size", "rho", "intruders", "rotation"), "drift"),
 }
 FLIPS = "sign flips"
 TESTS = ("difference", "superiority", "non-inferiority", "equivalence", FLIPS)
@@ -52,6 +57,13 @@ def check_hypothesis(
         raise UserError(f"hypotheses: {problem}")
 
 
+def check_measured(hypothesis: Mapping[str, Any], measure: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError for a hypothesis whose outcome is not among what a study measures."""
+    if missing := _unmeasured(hypothesis, measure):
+        outcome = hypothesis["outcome"]
+        raise UserError(f"hypotheses: {outcome} is not measured: it needs {missing} in measure")
+
+
 def _problem(
     hypothesis: Mapping[str, Any],
     arms: Mapping[str, Sequence[str]],
@@ -79,6 +91,30 @@ def _problem(
         return f"{test} needs a margin above 0"
     is_of_seed = "seed" in hypothesis
     return _seed_problem(hypothesis, {*BY_ITEMS, *tasks}, seeds) if is_of_seed else ""
+
+
+def _unmeasured(hypothesis: Mapping[str, Any], measure: Mapping[str, Mapping[str, Any]]) -> str:
+    """What `measure` lacks for the hypothesis; "" if nothing."""
+    outcome, words = hypothesis["outcome"], hypothesis["contrast"]
+    what, _, equal = outcome.removesuffix(" by shrinking intruders").partition(" at equal ")
+    for name in (what, *(words if is_of_predictors(words) else ())):
+        if (stage := MEASURED_BY.get(name, "evaluate")) not in measure:
+            return stage
+    options = measure[MEASURED_BY.get(what, "evaluate")]
+    if what not in MEASURED_BY:
+        split = "validation" if what == "validation loss" else "test"
+        return "" if split in (options.get("splits") or [split]) else f"evaluate.splits: {split}"
+    if what == "forgetting" and options.get("tasks") == []:
+        return "retention.tasks"
+    if outcome in SHRUNK and "shrink_intruders" not in options:
+        return "retention.shrink_intruders"
+    if outcome in EQUAL:
+        scaled = {equal, "benchmarks" if what == "forgetting" else "text"}
+        if "scale_update" not in options:
+            return "retention.scale_update"
+        if missing := sorted(scaled - {*options.get("scale_measure", scaled)}):
+            return f"retention.scale_measure: {missing[0]}"
+    return ""
 
 
 def _seed_problem(

@@ -191,6 +191,32 @@ def test_a_grid_that_grows_is_one_file(tiny, tmp_path):
                 ),
             )
         ),
+        *(
+            (
+                {
+                    "hypotheses": [{"contrast": ["dora:4", "full"], "test": "difference"} | own],
+                    "measure": {"evaluate": {"splits": ["test"]}, "retention": retention},
+                },
+                [f"hypotheses: {own['outcome']} is not measured: it needs {missing} in measure"],
+            )
+            for own, retention, missing in (
+                ({"outcome": "size"}, {}, "drift"),
+                ({"outcome": "validation loss"}, {}, "evaluate.splits: validation"),
+                ({"outcome": "forgetting"}, {"tasks": []}, "retention.tasks"),
+                ({"outcome": "text lost at equal loss"}, {}, "retention.scale_update"),
+                (
+                    {"outcome": "text lost at equal loss"},
+                    {"scale_update": [], "scale_measure": ["score", "text"]},
+                    "retention.scale_measure: loss",
+                ),
+                (
+                    {"outcome": "text lost by shrinking intruders", "contrast": ["full"]},
+                    {},
+                    "retention.shrink_intruders",
+                ),
+                ({"outcome": "text lost", "contrast": ["kl_tasks", "size"]}, {}, "drift"),
+            )
+        ),
     ],
 )
 def test_a_file_that_says_no_study_is_one_line_and_leaves_nothing(
