@@ -61,7 +61,12 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
     lock = FileLock(path)
     if shared_mount(path.parent):
         lock = SoftFileLease(f"{path}.lease", lease_duration=LEASE, on_compromise=_end)
-        timeout = timeout if timeout < 0 else timeout + 1.25 * LEASE
+        if timeout >= 0:  # whoever does not wait finds out here whether the holder lives
+            timeout += 1.25 * LEASE
+            if Path(lock.lock_file).exists():
+                print(
+                    f"{path} is held: waiting up to {timeout:.0f} s for its holder's sign of life"
+                )
     with lock.acquire(timeout=timeout, poll_interval=0.2):
         yield
 

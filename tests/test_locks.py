@@ -54,12 +54,13 @@ def hold(tmp_path):
 
 
 def test_a_lock_of_another_host_holds_as_long_as_its_process_lives(
-    on_a_network_mount, hold, tmp_path
+    on_a_network_mount, hold, tmp_path, capsys
 ):
     other = hold("node1")
     for _ in range(2):  # far longer than the lease
         with pytest.raises(Timeout), locked(tmp_path / ".lock", timeout=0):
             pass
+        assert ".lock is held: waiting up to 1 s" in capsys.readouterr().out
     other.kill()
     with locked(tmp_path / ".lock", timeout=0):  # its time is up
         pass
