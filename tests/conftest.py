@@ -16,7 +16,7 @@ from support import DEMO, ROOT, VARIABLES, settings_for
 # Tests marked `fuzz`: the same few examples every time, or with HYPOTHESIS_PROFILE=fuzz other ones.
 COMMON = {
     "database": None,
-    "deadline": timedelta(seconds=60),
+    "deadline": timedelta(seconds=120),
     "suppress_health_check": list(hypothesis.HealthCheck),
 }
 hypothesis.settings.register_profile("few", max_examples=40, derandomize=True, **COMMON)

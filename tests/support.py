@@ -58,7 +58,7 @@ class Hang(BaseException):
 
 
 @contextmanager
-def ends_or_refuses(seconds=20):
+def ends_or_refuses(seconds=60):
     """The block ends within `seconds`, or raises UserError with one printable line.
 
     What else it raises is a fault, and passes. The list that it gives holds the error's line.

@@ -121,7 +121,7 @@ def test_a_changed_adapter_is_read_or_refused_and_the_next_is_itself(folders, da
     changed = data.draw(mutations(whole, FIELDS["adapter_config.json"]))
     (root / "changed" / "adapter_config.json").write_text(json.dumps(changed))
     wanted = [Checkpoint(name, 0, root / name) for name in ("changed", "adapter")]
-    with ends_or_refuses(40), torch.no_grad():
+    with ends_or_refuses(), torch.no_grad():
         models = {c.run: m if isinstance(m, UserError) else m(PROMPT).logits
                   for c, m in checkpoint_models(base, wanted) if c}  # fmt: skip
     assert torch.equal(models["adapter"], expected)
