@@ -1,5 +1,6 @@
 """config.json, index and adapter_config.json of strangers: read, or refused in one line."""
 
+import copy
 import json
 import shutil
 
@@ -34,7 +35,7 @@ JUNK = st.one_of(
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
         max_leaves=4,
     ),
-)
+).map(copy.deepcopy)  # a value that was drawn may be changed within, too
 # Fields beside those of the file that change what is loaded, or how.
 FIELDS = {
     "config.json": (
