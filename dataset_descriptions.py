@@ -234,6 +234,9 @@ def find_tasks(settings: Settings) -> None:
         _broken.pop(name, None)
         try:
             DESCRIPTIONS[name] = read_task(path, name)
+            other = settings.tasks_dir / f"{name}.yaml"
+            if other.is_file() and read_task(other, name).definition != describe(name).definition:
+                raise UserError(f"{path} and {other} are two tasks {name}; remove or rename one")
         except UserError as error:
             _broken[name] = str(error)
 
@@ -291,11 +294,9 @@ def named_family(text: str) -> str:
         known = ", ".join(BUILT_IN_FAMILIES)
         raise UserError(f"families: {text:.80} is none; families: {known}, or tasks as in a+b")
     tasks = tasks or ordered((members or name).split("+"))
-    for task in tasks:
-        describe(task)
     if not members:
         return family_of(tasks)
-    FAMILIES[name] = tasks
+    FAMILIES[name] = tuple(describe(task).name for task in tasks)
     return name
 
 

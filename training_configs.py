@@ -227,11 +227,12 @@ class TrainingConfig:
     def weights(self) -> list[float]:
         """mixing_weights in the order of the tasks; [] if it is empty, or not of the family."""
         try:
-            named = dict(part.split(":") for part in self.mixing_weights.split(","))
+            pairs = [part.split(":") for part in self.mixing_weights.split(",")]
+            named = dict(pairs)
             weights = [float(named[task]) for task in self.tasks]
         except (ValueError, KeyError):
             return []
-        is_known = {*named} <= {*FAMILIES.get(self.family, ())}
+        is_known = {*named} <= {*FAMILIES.get(self.family, ())} and len(named) == len(pairs)
         return weights if is_known and 0 < min(weights) <= max(weights) <= LARGEST_NUMBER else []
 
     @property

@@ -196,8 +196,8 @@ class DatasetDescription:
         choices, target = self.choices(row), value_of("doc_to_target", self.answer, row)
         index = target
         if isinstance(target, str):
-            text = target.strip()
-            if text in choices and (self.answer.isidentifier() or not text.isdigit()):
+            text = target if target in choices else target.strip()
+            if text in choices and (is_column(self.answer) or not text.isdigit()):
                 index = choices.index(text)
             elif re.fullmatch("[0-9]{1,9}", text):
                 index = int(text)  # as in lm-eval, digits that a template renders are an index
@@ -225,10 +225,13 @@ class DatasetDescription:
         if self.definition is None:
             return [row[self.answer].strip()]
         value = value_of("doc_to_target", self.answer, row)
-        if isinstance(value, str) and value[:1] + value[-1:] == "[]":
+        if not is_column(self.answer) and value[:1] + value[-1:] == "[]":
             value = as_list(value) or value  # as in lm-eval: a list's text is several references
+            if isinstance(value, list) and not all(isinstance(text, str) for text in value):
+                shown = reprlib.repr(value)
+                raise ValueError(f"doc_to_target renders {shown}, no list of texts; name a column")
         texts = value if isinstance(value, list) and value else [value]
-        return ["" if text is None else str(text).strip() for text in texts]
+        return [str(text).strip() for text in texts]
 
     def group(self, row: Row) -> str:
         """What a task file's rows that belong together have in common: group_by's value."""
@@ -299,12 +302,18 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
     )
     environment.filters["regex_replace"] = lambda string, pattern, repl, count=0: re.sub(
         pattern, repl, string, count=count
     )
     return environment
+
+
+def _not_null(value: Any) -> Any:
+    if value is None:  # Jinja would write the word None
+        raise ValueError("a column that it writes is null")
+    return value
 
 
 compiled = functools.cache(lambda template: _environment().from_string(template))
@@ -341,11 +350,17 @@ def as_list(text: str) -> list | None:
     return value if isinstance(value, list) else None
 
 
-def value_of(name: str, template: str, row: Row) -> Any:
-    """A column's value, if the template is its name, else the rendered text."""
-    if not template.isidentifier():
-        return render(name, template, row)
-    if template not in row:
+def is_column(field: str) -> bool:
+    """Whether a field names a column, and is neither a template, nor a list, nor an index."""
+    return not ("{" in field or field.startswith("[") or field.isdigit())
+
+
+def value_of(name: str, field: str, row: Row) -> Any:
+    """A column's value, if the field is its name, else the rendered text."""
+    if not is_column(field):
+        return render(name, field, row)
+    if row.get(field) is None:
         known = ", ".join(map(str, row))
-        raise ValueError(f"{name} is the column {template!r}, which the row lacks (it has {known})")
-    return row[template]
+        lacks = "is null" if field in row else f"the row lacks (it has {known})"
+        raise ValueError(f"{name} is the column {field!r}, which {lacks}")
+    return row[field]

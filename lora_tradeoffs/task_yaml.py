@@ -28,8 +28,9 @@ ErrorAt = Callable[[str, str], UserError]  # field and reason -> the error with 
 RESERVED = {*TASKS, *BENCHMARKS, *BUILT_IN_FAMILIES, "text", "mean", "both", "drift", "prose"}
 NAME = re.compile(r"(?!text_|mean)[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 SPLIT_FIELDS = dict(zip(SPLITS, ("training_split", "validation_split", "test_split")))
-# Notes; eval.py --shots; a greedy generation is the same every time.
-IGNORED = ("tag", "task_alias", "metadata", "num_fewshot", "repeats")
+# Notes; eval.py --shots; a greedy generation is the same every time; no effect in lm-eval, either.
+IGNORED = ("tag", "task_alias", "metadata", "num_fewshot", "repeats", "should_decontaminate")
+IGNORED += ("doc_to_decontamination_query",)
 FIELDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("task", "dataset_path", "dataset_name", "output_type"), str),
     **dict.fromkeys((*SPLIT_FIELDS.values(), "fewshot_split", "target_delimiter"), str),
@@ -123,6 +124,7 @@ def describe_fields(
     name: str, fields: Mapping[str, Any], error: ErrorAt, path: Path | None = None
 ) -> DatasetDescription:
     """The task that a task file's fields describe. Raises what `error` makes of a bad field."""
+    fields = {field: value for field, value in fields.items() if value is not None}
     _check_fields(name, fields, error)
     text, choices = fields["doc_to_text"], fields.get("doc_to_choice")
     words = () if isinstance(choices, str | None) else _fixed_choices(choices, error)
@@ -132,6 +134,10 @@ def describe_fields(
         why = "without" if kind == "text" else "with"
         raise error("output_type", f"must be {output} {why} doc_to_choice")
     template = f"{{{{{text}}}}}" if text.isidentifier() else text
+    delimiter = fields.get("target_delimiter", " ")
+    if kind != "text" and not delimiter[:1].isspace():  # a choice begins with the blank before it
+        bare = template.rstrip()
+        template, delimiter = bare, template[len(bare) :] + delimiter
     passage = fields.get("truncate")
     if passage and passage not in template_fields(template):
         raise error("truncate", f"is {passage!r}, which doc_to_text does not have")
@@ -153,7 +159,7 @@ def describe_fields(
         label_words=words,
         choice_list=choices if kind == "choice" else None,
         answer=str(fields["doc_to_target"]),
-        delimiter=fields.get("target_delimiter", " "),
+        delimiter=delimiter,
         max_new_tokens=generation["max_gen_toks"] if kind == "text" else 0,
         stop=tuple(generation["until"]),
         metrics=_metrics(kind, fields, error),
@@ -291,6 +297,8 @@ def _metrics(kind: str, fields: Mapping[str, Any], error: ErrorAt) -> tuple[str,
             raise error("metric_list", "takes entries such as - metric: exact_match")
         if entry.get("hf_evaluate"):
             raise error("metric_list", f"{entry['metric']} is a script of `evaluate`; {PYTHON}")
+        if not entry.get("higher_is_better", True):
+            raise error("metric_list", f"{entry['metric']}: of every metric here more is better")
         if entry.get("aggregation", "mean") != "mean":
             reason = "is no mean over items, and cannot be tested over them"
             raise error("metric_list", f"{entry['metric']} with {entry['aggregation']!r} {reason}")

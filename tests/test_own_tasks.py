@@ -24,6 +24,7 @@ from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.measuring.subjects import find_subjects
 from lora_tradeoffs.models.base import prepare_base
 from lora_tradeoffs.tables.frames import load_records
+from lora_tradeoffs.task_yaml import describe_fields
 from lora_tradeoffs.training.row_order import task_shares
 from multi_task_training import main as train
 
@@ -82,6 +83,7 @@ def write_task(folder, name, text, rows=((60, 0), (15, 60))):
         lines = []
         for n in range(start, start + count):
             row = {"sky": f" Day {n // 2} of the month, hour {n}. ", "weather": WEATHERS[n % 3]}
+            row["null"] = None
             turned = WEATHERS[n % 2 :] + WEATHERS[: n % 2]
             lines.append(json.dumps({**row, "options": turned, "number": 1000 + n}) + "\n")
         (folder / name / f"{split}.jsonl").write_text("".join(lines))
@@ -135,6 +137,78 @@ def test_templates_are_rendered_as_lm_eval_renders_them(rows):
     assert render("doc_to_text", template, row) == apply_template(template, row)
 
 
+ROW = {"q": " Why?", "n": 1, "right answer": "b", "code": "[1, 2]", "texts": ["x", "y"], "k": "B"}
+ROW |= {"both": {"text": ["a", "b"], "label": ["A", "B"]}, "sp": " b", "options": ["a", "b"]}
+CHOICES = {"doc_to_text": "Q: {{q}}", "doc_to_choice": ["a", "b"]}
+LIKE_LM_EVAL = [
+    {**CHOICES, "doc_to_target": "right answer"},
+    {**CHOICES, "doc_to_target": 1, "doc_to_choice": "options", "dataset_name": None},
+    {**CHOICES, "doc_to_target": "n", "doc_to_choice": {"A": "a", "B": "b"}},
+    {**CHOICES, "doc_to_target": "{{both.label.index(k)}}", "doc_to_choice": "{{both.text}}"},
+    {**CHOICES, "doc_to_target": "n", "doc_to_choice": "['{{q}}', 'b']"},
+    {**CHOICES, "doc_to_target": "sp", "doc_to_choice": [" a", " b"], "target_delimiter": ""},
+    {**CHOICES, "doc_to_text": "Q: {{q}}\nA: ", "doc_to_target": "n", "target_delimiter": ""},
+    {"doc_to_text": "q", "doc_to_target": "right answer", "should_decontaminate": True},
+    {"doc_to_text": "{{q}}", "doc_to_target": "code"},
+    {"doc_to_text": "{{q}}", "doc_to_target": "{{texts}}", "generation_kwargs": {"until": "x"}},
+]
+
+
+@pytest.mark.parametrize("fields", LIKE_LM_EVAL)
+def test_fields_mean_what_they_mean_in_lm_eval(tmp_path, tokenizer, fields):
+    """Prompt, choices, target and their tokens, against lm-eval's task of the same fields."""
+    from lm_eval.api.task import ConfigurableTask
+
+    from lora_tradeoffs.data.encoding import encode
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROW) + "\n")
+    files = {"data_files": {"train": str(path), "test": str(path)}}
+    fields = fields | {"dataset_path": "json", "dataset_kwargs": files}
+    fields |= {"training_split": "train", "test_split": "test"}
+    fields["output_type"] = "multiple_choice" if "doc_to_choice" in fields else "generate_until"
+    theirs = ConfigurableTask(config={"task": "own", "metric_list": [], **fields})
+    doc = theirs.test_docs()[0]
+    theirs.build_all_requests(limit=1)
+    requests = [instance.args for instance in theirs.instances]
+    target = theirs.doc_to_target(doc)
+
+    ours = describe_fields("own", fields, lambda field, reason: UserError(f"{field} {reason}"))
+    if ours.has_choices:
+        target = theirs.doc_to_choice(doc).index(target) if isinstance(target, str) else target
+        texts = [ours.prompt(ROW) + ours.delimiter + choice for choice in ours.choices(ROW)]
+        assert texts == ["".join(request) for request in requests]
+        assert ours.label(ROW) == target
+        row = encode(tokenizer, ours, ROW, 64)
+        context = requests[target][0].rstrip()
+        assert row["input_ids"][:-1] == tokenizer(texts[target]).input_ids
+        assert row["prompt_length"] == len(tokenizer(context).input_ids)
+    else:
+        assert ours.prompt(ROW) == requests[0][0]
+        assert ours.references(ROW) == (target if isinstance(target, list) else [target])
+        stops = requests[0][1]["until"]
+        assert list(ours.stops) == ([stops] if isinstance(stops, str) else stops)
+
+
+def test_a_template_that_renders_a_list_of_other_than_texts_is_refused():
+    fields = {"doc_to_text": "{{q}}", "doc_to_target": "{{code}}"}
+    fields |= {"training_split": "train", "test_split": "test"}
+    task = describe_fields("own", fields, lambda field, reason: UserError(field))
+    assert task.problem(ROW) == "doc_to_target renders [1, 2], no list of texts; name a column"
+
+
+def test_two_task_files_of_one_name_are_refused_unless_they_say_the_same(tmp_path, monkeypatch):
+    write_task(tmp_path / "rows", "sky", SKY)
+    (tmp_path / "sky.yaml").write_text("task: sky\n" + SKY)
+    monkeypatch.setenv("TASKS_DIR", str(tmp_path))
+    settings_for(data=str(tmp_path / "rows"), preset="demo")
+    with pytest.raises(UserError, match=r"task.yaml and .* are two tasks sky"):
+        describe("sky")
+    (tmp_path / "sky.yaml").write_text("# the same fields\n" + SKY)
+    settings_for(data=str(tmp_path / "rows"), preset="demo")
+    assert describe("sky").source_file.endswith("rows/sky/task.yaml")
+
+
 def test_the_page_shows_what_was_understood_and_an_example(rows, inside):
     page = inside(dataset_descriptions.main, "sky", "--data", rows, "--preset", "demo").stdout
     for part in (
@@ -155,13 +229,14 @@ BAD = {
     "metric_list: !!python/name:os.system": (":11", "metric_list", "python/name", "no Python"),
     "doc_to_text: '{{sky'": (":4", "doc_to_text is no Jinja template"),
     "doc_to_text: hello there": (":4", "doc_to_text is neither a column"),
-    "test_split:": (":3", "test_split is None"),
+    "test_split:": (":3", "test_split is missing"),
     "no test_split": ("test_split is missing",),
     "no training_split": ("training_split is missing",),
     "doc_to_choice: [yes, no]": (":6", "doc_to_choice holds True", "quotation marks"),
     "doc_to_choice: [rain, rain]": ("doc_to_choice is", "each once"),
     "metric_list: [{metric: rougeL}]": ("metric_list has rougeL", "acc, f1, acc_norm"),
     "metric_list: [{metric: a, hf_evaluate: true}]": ("metric_list", "no Python"),
+    "metric_list: [{metric: acc, higher_is_better: false}]": ("metric_list acc: of every metric",),
     "truncate: cloud": ("truncate is 'cloud'", "doc_to_text does not have"),
     "generation_kwargs: {do_sample: true}": ("generation_kwargs samples",),
     "family: similar": ("family 'similar' is taken",),
@@ -174,6 +249,7 @@ OF_ROWS = {
     "doc_to_target: sky": ("test.jsonl:1", "doc_to_target gives", "none of the choices (0 heavy"),
     "doc_to_target: '7'": ("test.jsonl:1", "doc_to_target gives '7'"),
     "doc_to_target: cloud": ("test.jsonl:1", "doc_to_target is the column 'cloud'"),
+    "doc_to_text: '{{sky}} {{null}}'": ("test.jsonl:1", "doc_to_text fails", "is null"),
 }
 
 
@@ -422,7 +498,13 @@ def test_shares_are_the_weights():
 
 def test_weights_of_other_tasks_are_refused(rows, inside):
     flags = ["--tasks", "sst2", "sky", "--lora", "4", "--data", rows, "--preset", "demo"]
-    for weights in ("sst2:2", "sst2:2,sky:0", "sst2:2,sky", "sst2:1,sky:1,mnli:1"):
+    for weights in (
+        "sst2:2",
+        "sst2:2,sky:0",
+        "sst2:2,sky",
+        "sst2:1,sky:1,mnli:1",
+        "sst2:1,sky:1,sky:2",
+    ):
         process = inside(train, *flags, "--dry-run", "--set", f"mixing_weights={weights}")
         assert_one_line_error(process, f"mixing_weights is '{weights}'", "sst2:1,sky:1")
 
