@@ -61,6 +61,8 @@ class ArmSpec:
             else:
                 assignments.append(part)
         values = parse_assignments(assignments, f"arm {word!r:.80}:")
+        if len(values) < len(assignments):
+            raise UserError(f"arm {word!r:.80} sets a field twice; keep one")
         for name_of_field in ADAPTER_FIELDS:
             if name_of_field in values and name_of_field not in METHODS[name].fields:
                 raise UserError(f"arm {word!r:.80}: {name} has no {name_of_field}")

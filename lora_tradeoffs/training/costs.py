@@ -51,7 +51,7 @@ def trainable_shapes(model: PreTrainedModel, config: TrainingConfig) -> list[tup
             if config.rank < 2 or inputs % config.rank:
                 raise UserError(
                     f"OFT's blocks of {config.rank} do not divide the {inputs} inputs of a matrix;"
-                    f" allowed: {', '.join(str(n) for n in range(2, inputs) if not inputs % n)}"
+                    f" allowed: {', '.join(str(n) for n in range(2, inputs + 1) if not inputs % n)}"
                 )
         return shapes
     smallest = min((min(shape) for shape in shapes), default=0)

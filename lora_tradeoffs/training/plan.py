@@ -19,6 +19,8 @@ from training_configs import ADAPTER_FIELDS, TrainingConfig, default_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+OPTIMIZER_FIELDS = ("optim", "optim_args", "optim_target_modules")
+
 
 def plan_runs(
     settings: Settings,
@@ -82,7 +84,7 @@ def check_arms(runs: Sequence[Run], model: PreTrainedModel, device: str) -> None
     arms = {(run.arm, run.config.tasks): run.config for run in runs}
     for config in arms.values():
         trainable_shapes(model, config)
-        if config.optim != TrainingConfig.optim or config.optim_args:
+        if any(getattr(config, f) != getattr(TrainingConfig, f) for f in OPTIMIZER_FIELDS):
             check_optimizer(config, model, device)
 
 

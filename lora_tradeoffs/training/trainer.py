@@ -338,7 +338,10 @@ def check_optimizer(config: TrainingConfig, model: PreTrainedModel, device: str)
     It does not know it, its package is missing, it trains whole matrices and the arm none, or it
     would ignore one of the arguments. `model` is the architecture on the meta device.
     """
-    if config.is_adapter and config.optim.startswith(("galore", "apollo")):
+    projects = config.optim.startswith(("galore", "apollo"))
+    if config.optim_target_modules and not projects:
+        raise UserError(f"optim {config.optim} takes no optim_target_modules; leave them out")
+    if config.is_adapter and projects:
         arm = config.rank_name.partition(" ")[0]
         raise UserError(f"optim {config.optim} projects gradients of matrices; {arm} trains none")
 
