@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from lora_tradeoffs.figures.study_records import FRAMES
 from lora_tradeoffs.report.arm_tests import ALPHA
 from lora_tradeoffs.report.hypothesis_tests import Hypothesis, Tested, tested
 from lora_tradeoffs.report.wording import (
@@ -50,11 +51,9 @@ def hypotheses(study: StudyRecords) -> list[Hypothesis]:
     for number, entry in enumerate(plan.hypotheses, 1):
         families = [entry["family"]] if "family" in entry else [*mixes]
         for family in families:
-            tasks = mixes[family]
             pair = entry["contrast"]
             if not is_of_predictors(pair):
-                arms = (arm_of_word(word, tasks, study.settings) for word in pair)
-                pair = [arm.without(study.shared_words) for arm in arms]
+                pair = [_arm_of_word(word, study, plan, mixes[family]) for word in pair]
             name = entry.get("name", f"H{number}") + f" ({family})" * (len(families) > 1)
             rest = entry["outcome"], entry["test"], entry.get("margin", 0.0)
             rest += entry.get("primary", True), entry.get("seed")
@@ -62,13 +61,24 @@ def hypotheses(study: StudyRecords) -> list[Hypothesis]:
     return found
 
 
-def arm_of_word(word: str, tasks: tuple[str, ...], settings: Settings) -> Arm:
-    """The arm by which records know what a study's file calls so."""
+def _arm_of_word(word: str, study: StudyRecords, plan: StudyPlan, tasks: tuple[str, ...]) -> Arm:
+    """The arm by which the study's plain records know what its file calls so."""
     spec = ArmSpec.parse(word)
-    # the hidden size decides the default rate alone, and an arm is not known by that
+    values = spec.own(plan.values, plan.mixes[tasks])
+    rate = values.pop("learning_rate", None)
+    settings = cast("Settings", study.settings)
+    # the hidden size decides the default rate alone
     default = default_config(settings, tasks, spec.method, spec.rank, 0, hidden_size=2048)
-    config = replace(default, **spec.values)
-    return arm_of_config(config.run_name(default), config)
+    config = replace(default, **values)
+    arm = arm_of_config(config.run_name(default), config).without(study.shared_words)
+    if rate is None:
+        return arm
+    # a run's name holds its rate unless that is the default of its model
+    for frame in (getattr(study.plain, name) for name in FRAMES):
+        for known in () if frame is None else frame["arm"][frame["learning_rate"] == rate].unique():
+            if known.without_rate == arm:
+                return known
+    return replace(arm, learning_rate=rate)
 
 
 def hypothesis_findings(study: StudyRecords) -> list[Finding]:

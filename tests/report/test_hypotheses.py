@@ -1,5 +1,7 @@
 """Hypotheses of a study's file: each test against SciPy's, and what is said where there is none."""
 
+import itertools
+
 import numpy as np
 import pytest
 import yaml
@@ -10,15 +12,15 @@ from synthetic_records import kept, record, shrunk_study, write_study
 
 from config import FAMILIES, UserError
 from lora_tradeoffs.figures.study_records import StudyRecords
+from lora_tradeoffs.records import TRAINED
 from lora_tradeoffs.report.findings import findings
-from lora_tradeoffs.report.hypotheses import OTHERS, PRIMARY, arm_of_word, hypothesis_findings
+from lora_tradeoffs.report.hypotheses import OTHERS, PRIMARY, hypotheses, hypothesis_findings
 from lora_tradeoffs.report.wording import ADAPTS
 from lora_tradeoffs.statistics.comparisons import holm
 from lora_tradeoffs.statistics.scores import mean_scores
 from lora_tradeoffs.study.hypotheses import smallest_p_values
 from lora_tradeoffs.study.study_file import StudyPlan
 from lora_tradeoffs.tables.frames import load_records
-from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.plan import plan_runs
 
 SEEDS = range(42, 48)
@@ -156,13 +158,40 @@ def test_hypotheses_take_the_place_of_the_confirmatory_family(made):
     assert PRIMARY not in kinds and kinds[ADAPTS] == "confirmatory"
 
 
-@pytest.mark.parametrize("word", ["full_qv", "lora:8@all", "lora:8,scaling=constant", "dora:4"])
-def test_a_word_is_the_arm_of_the_runs_that_it_makes(word):
-    settings, tasks = settings_for(preset="demo"), FAMILIES["similar"]
-    runs = plan_runs(settings, 576, [tasks], [ArmSpec.parse(word)], [42], {})
-    from lora_tradeoffs.tables.arms import arm_of_config
-
-    assert arm_of_word(word, tasks, settings) == arm_of_config(runs[0].name, runs[0].config)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"arms": ["full_qv", "lora:8@all", "lora:8,scaling=constant", "dora:4"]},
+        {"arms": ["lora:8", "lora:8,scaling=2r", "full"], "set": {"scaling": "constant"}},
+        {"arms": ["lora:8", "lora:8@qv", "full"], "set": {"target_modules": "all"}},
+        {"arms": ["full", "lora:8,batch_size=4"], "set": {"batch_size": 16}, "max_steps": 9},
+        {"arms": ["lora:4", "lora:16", "lora:64"], "set": {"learning_rate": 1.3e-3}},
+        {"arms": ["lora:16,learning_rate=1.3e-3", "lora:8,learning_rate=0.001", "lora:8"]},
+    ],
+    ids=str,
+)
+def test_a_word_is_the_arm_of_the_runs_that_it_makes(tmp_path, workspace, given):
+    """Whatever is set for all arms, and at a rate that is the default of some."""
+    settings, tasks = settings_for(preset="study", study="words"), FAMILIES["similar"]
+    pairs = [[a, b] for a, b in itertools.pairwise(given["arms"])]
+    asked = [{"contrast": pair, "outcome": "score", "test": "difference"} for pair in pairs]
+    plan = StudyPlan.of({"families": ["similar"], "hypotheses": asked} | given, settings)
+    runs = plan_runs(settings, 576, [tasks], plan.mixes[tasks], [42], plan.values)
+    rows = [
+        record(run.name, "sst2", 0.5, split="test")
+        | {name: run.config.record()[name] for name in (*TRAINED, "alpha")}
+        for run in runs
+    ]
+    frame = load_records(write_study(tmp_path, rows, "study"))
+    study = StudyRecords(frame, settings=settings)
+    path = study.folder("study") / "study.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(plan.text())
+    arms = dict(zip(study.plain.adaptation["run"], study.plain.adaptation["arm"]))
+    names = [run.name for run in runs]
+    expected = [(arms[a], arms[b]) for a, b in itertools.pairwise(names)]
+    assert [(h.first, h.second) for h in hypotheses(study)] == expected
+    assert len({*arms.values()}) == len(runs)
 
 
 def test_an_unknown_outcome_is_refused():
