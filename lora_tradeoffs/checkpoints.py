@@ -117,9 +117,17 @@ def weight_files(folder: Path) -> list[Path]:
         paths = [folder / name for name in sorted(names)]
     for path in paths:
         if not path.is_file():
-            others = "; pickled weights are not loaded, convert them first" * (len(paths) == 1)
-            raise UserError(f"{folder} holds no {path.name}{others}")
+            others = (
+                _adapters_below(folder) or "; pickled weights are not loaded, convert them first"
+            )
+            raise UserError(f"{folder} holds no {path.name}{others if len(paths) == 1 else ''}")
     return paths
+
+
+def _adapters_below(folder: Path) -> str:
+    """What an error says of a folder in which PEFT saved adapters by their names."""
+    names = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    return f"; give one of the adapters' folders in it: {', '.join(names)}" if names else ""
 
 
 def weights_key(folder: Path) -> dict[str, Any]:
@@ -171,7 +179,10 @@ def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
     if steps:
         return steps + [Checkpoint(f"{steps[0].run}-final", 0, folder)] * is_one
     if not is_one:
-        raise UserError(f"{folder} holds no checkpoint-<step> folder and no *.safetensors")
+        raise UserError(
+            f"{folder} holds no checkpoint-<step> folder and no *.safetensors"
+            + _adapters_below(folder)
+        )
     run, step = folder.name, 0
     if checkpoint_step(folder) >= 0:
         run, step = folder.parent.name, checkpoint_step(folder)

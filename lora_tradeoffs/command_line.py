@@ -150,6 +150,7 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> int:
         start = time.monotonic()
+        _make_outputs_writable()
         try:
             try:
                 code = main(argv)
@@ -178,6 +179,16 @@ def guarded(main: Callable[..., int]) -> Callable[..., int]:
         return 2
 
     return wrapper
+
+
+def _make_outputs_writable() -> None:
+    """Give closed outputs a place to write to, and show what their encoding lacks as escapes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _discard_unwritable_output() -> None:

@@ -21,12 +21,16 @@ from lora_tradeoffs.files import read_json
 from lora_tradeoffs.hub import fetch_checkpoints, is_hub_id
 from lora_tradeoffs.models.adapters import own_head
 from lora_tradeoffs.models.base import Base, own_fields, same_base
-from lora_tradeoffs.models.configs import adapter_fields
+from lora_tradeoffs.models.configs import adapter_fields, refusing
 from lora_tradeoffs.models.weights import Weights
 from lora_tradeoffs.records import read_run, read_training, run_fields
 
 # The fields of a task file that make the text on which a run was trained.
 LEARNED = ("doc_to_text", "doc_to_target", "doc_to_choice", "target_delimiter", "truncate")
+# Two tokenizers that encode this text alike are taken for the same.
+PROBE = (
+    "The café's 12,345 dogs ran, naïvely: ÜBER-überall?\n\tif (x <= 10) { return y[0]; }  東京 🙂"
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def find_subjects(
         if not chosen:
             steps = ", ".join(str(c.step) for c in found)
             raise UserError(f"{folder} has no such checkpoint; its steps are {steps}")
-        trainings = {c.run: _trained(c.run, folder, base) for c in chosen}
+        trainings = {c.run: _trained(c.run, c.folder, base) for c in chosen}
         for c in chosen:
             _check_name(folders, c, settings)
             trained, record = trainings[c.run]
@@ -229,14 +233,14 @@ def _trained(run: str, folder: Path, base: Base) -> tuple[dict[str, Any], dict[s
     trained_on = record["base"]
     if not same_base(trained_on, base.record):
         raise UserError(
-            f"{folder.name} was trained on {trained_on['name']}, not on {base.name}: give that base"
+            f"{run} was trained on {trained_on['name']}, not on {base.name}: give that base"
             " with --model"
         )
     for task, fields in record.get("own", {}).get("tasks", {}).items():
         now = DESCRIPTIONS[task].definition or {}
         if differs := [name for name in LEARNED if fields.get(name) != now.get(name)]:
             raise UserError(
-                f"{folder.name} was trained on {task} with another {differs[0]} than its task file"
+                f"{run} was trained on {task} with another {differs[0]} than its task file"
                 " has: restore the file, or give the task of today another name"
             )
     return run_fields(run, record["config"]), record
@@ -252,24 +256,25 @@ def _foreign(folder: Path) -> dict[str, Any]:
 
     An adapter that is broken or of a type that is not known is refused later, when it is loaded.
     """
-    configs = [*folder.glob(ADAPTER_CONFIG), *folder.glob(f"*/{ADAPTER_CONFIG}")]
-    for path in sorted(configs):
-        with suppress(UserError):
-            adapter = adapter_fields(path.parent)
-            modules = adapter.get("target_modules", ())
-            names = [modules] if isinstance(modules, str) else sorted(modules)
-            method = "dora" if adapter.get("use_dora") else "lora"
-            fields = {"rank": adapter.get("r", 0), "alpha": adapter.get("lora_alpha", 0)}
-            if not fields["alpha"]:
-                method = "oft" if "oft_block_size" in adapter else "adapter"
-                fields["rank"] = adapter.get("oft_block_size") or 0
-            return {**no_arm(method), **fields, "target_modules": ",".join(names)}
-    return no_arm("lora" if configs else "full")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return no_arm("full")
+    with suppress(UserError):
+        adapter = adapter_fields(folder)
+        modules = adapter.get("target_modules", ())
+        names = [modules] if isinstance(modules, str) else sorted(modules)
+        method = "dora" if adapter.get("use_dora") else "lora"
+        fields = {"rank": adapter.get("r", 0), "alpha": adapter.get("lora_alpha", 0)}
+        if "lora_alpha" not in adapter:
+            method = "oft" if "oft_block_size" in adapter else "adapter"
+            fields["rank"] = adapter.get("oft_block_size") or 0
+        return {**no_arm(method), **fields, "target_modules": ",".join(names)}
+    return no_arm("lora")
 
 
 def own_settings(subjects: Iterable[Subject], base: Base) -> list[str]:
     """What a reader has to know of checkpoints that were not made here: one that names another
-    base, one that computes with other settings than the base, and one with a head of its own.
+    base, one that computes with other settings than the base, and one with a head or a tokenizer of
+    its own.
 
     Only the last parts of the bases' names are compared, since a base may be a folder, a Hub
     repository or a copy.
@@ -280,6 +285,12 @@ def own_settings(subjects: Iterable[Subject], base: Base) -> list[str]:
     for checkpoint in checkpoints:
         if (checkpoint.folder.parent / "run.json").is_file():
             continue
+        with suppress(UserError):  # one that cannot be read is not used
+            if _has_other_tokenizer(checkpoint.folder, base):
+                told = (
+                    "has a tokenizer that encodes text otherwise, and is measured with the base's"
+                )
+                messages[f"{checkpoint.run} {told}"] = None
         with suppress(UserError):  # what is broken is reported by the measurement
             if not checkpoint.is_adapter:
                 if fields := own_fields(checkpoint.folder, base):
@@ -297,6 +308,24 @@ def own_settings(subjects: Iterable[Subject], base: Base) -> list[str]:
                 names = f"names {ascii(name)[1:-1]} as its base and is measured against {base.name}"
                 messages[f"{checkpoint.run} {names}"] = None
     return list(messages)
+
+
+def _has_other_tokenizer(folder: Path, base: Base) -> bool:
+    """Whether a checkpoint's folder holds a tokenizer that encodes text otherwise than the base's.
+
+    Raises UserError for one that cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    paths = [path / "tokenizer.json" for path in (folder, base.tokenizer_folder)]
+    if not all(path.is_file() for path in paths):
+        return False
+    with refusing(f"{paths[0]} cannot be read"):
+        first, second = (Tokenizer.from_file(str(path)) for path in paths)
+        for tokenizer in (first, second):  # Trainer's collators leave theirs in the file
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        return first.encode(PROBE).ids != second.encode(PROBE).ids
 
 
 def _last_part(name: str) -> str:

@@ -165,9 +165,9 @@ class Adapter:
         """The matrices of the base that the adapter's configuration names."""
         from peft.tuners.tuners_utils import check_target_module_exists
 
-        config, matrices = self._config, base.matrices()
-        if config.target_modules == "all-linear":
-            return set(matrices)
+        config, matrices = copy.copy(self._config), base.matrices()
+        if str(config.target_modules).lower() == "all-linear":
+            config.target_modules = {matrix.name for matrix in matrices}
         return {matrix for matrix in matrices if check_target_module_exists(config, matrix.name)}
 
     def _check(self, label: str, name: str, names: dict[str, str], base: Weights) -> None:

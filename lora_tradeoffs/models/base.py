@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from config import EMBEDDED_MODEL, Settings, UserError
-from lora_tradeoffs.chat import chat_form
+from lora_tradeoffs.chat import chat_form, form_of, turn_ids
 from lora_tradeoffs.checkpoints import FILES_SHAPE, weight_files
 from lora_tradeoffs.files import (
     file_record,
@@ -119,7 +119,23 @@ def load_tokenizer(base: Base, settings: Settings | None = None) -> PreTrainedTo
         tokenizer.chat_form = chat_form(tokenizer, base.name, settings.system_instruction)
     elif settings is not None and settings.system_instruction:
         raise UserError("--system-instruction needs --apply-chat-template: plain text has no turns")
+    outside = max(_written_ids(tokenizer) - {pad})
+    if outside >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(outside)
+        raise UserError(
+            f"the tokenizer of {base.name} writes {token!r} as token {outside:,}, and the model has"
+            f" {vocabulary:,}: resize the model's embedding, or restore the tokenizer's files"
+        )
     return tokenizer
+
+
+def _written_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """The tokens that texts and turns of a chat may have: those of any text, and special ones."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = {*tokenizer("a").input_ids, *(set(tokenizer.get_vocab().values()) - special)}
+    if form := form_of(tokenizer):
+        ids |= {form.end_id, *turn_ids(tokenizer, "abc")}
+    return ids
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

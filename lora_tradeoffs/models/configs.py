@@ -48,6 +48,7 @@ NOT_COMPUTED = {
     *("initializer_range", "attention_dropout", "pretraining_tp", "problem_type"),
     *("id2label", "label2id", "output_attentions", "output_hidden_states", "return_dict"),
 }
+NOT_COMPUTED_PREFIXES = ("_attn_implementation", "transformers", "unsloth")  # notes of tools
 
 
 @contextmanager
@@ -100,7 +101,8 @@ def read_config(folder: Path, name: str | None = None) -> PreTrainedConfig:
         config = CONFIG_MAPPING[kind].from_dict(fields)
         if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
             raise ValueError(f"its num_hidden_layers is {config.num_hidden_layers}")
-        if getattr(config, "use_bidirectional_attention", False):  # EmbeddingGemma's
+        sees_all = getattr(config, "use_bidirectional_attention", False)  # EmbeddingGemma's
+        if sees_all or not getattr(config, "is_causal", True):
             raise ValueError("its attention is bidirectional, so it is no causal language model")
     return config
 
@@ -109,6 +111,7 @@ def differing_fields(config: PreTrainedConfig, other: PreTrainedConfig) -> list[
     """The fields in which two configurations make the same weights compute differently."""
     first, second = config.to_dict(), other.to_dict()
     names = sorted({*first, *second} - NOT_COMPUTED)
+    names = [name for name in names if not name.startswith(NOT_COMPUTED_PREFIXES)]
     return [name for name in names if first.get(name) != second.get(name)]
 
 

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.\w+\.(?P<module>\w+)")
-# torch.compile, DataParallel and multimodal models add parts to the language model's names.
-WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.|(?<=model\.)language_model\.")
+# torch.compile, DataParallel, FSDP and multimodal models add parts to the language model's names.
+WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|module|language_model|_(fsdp|checkpoint)_wrapped_module)\."
+)
 IGNORED = "rotary_emb.inv_freq"  # computed, and stored by older versions of transformers
 BLOCK = 1 << 22  # numbers that a pass over a large tensor holds at once
 

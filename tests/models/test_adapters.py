@@ -1,5 +1,6 @@
 """Any adapter's update is what PEFT's own merge makes of the whole model, minus the base."""
 
+import copy
 import json
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 from support import settings_for
+from tokenizers.normalizers import Lowercase
 
 from config import UserError
-from lora_tradeoffs.checkpoints import Checkpoint
+from lora_tradeoffs.checkpoints import Checkpoint, checkpoints_in
 from lora_tradeoffs.measuring.subjects import Subject, find_subjects, no_arm, own_settings
 from lora_tradeoffs.models.adapters import Adapter, MergedAdapter, read_checkpoint
 from lora_tradeoffs.models.base import load_base, prepare_base
@@ -173,6 +175,33 @@ def test_the_columns_of_foreign_adapters(base, tmp_path):
         arm = arm_of({**subject.fields, "run": method})
         assert (subject.fields["method"], subject.fields["rank"]) == (method, rank)
         assert arm.method == method and method in arm.label and arm.kind
+
+
+def test_each_of_a_trainers_folder_is_what_its_own_files_say(base, tmp_path):
+    """A merged model in the root over adapters, and adapters that PEFT saved by their names."""
+    make(base, tmp_path / "checkpoint-5", r=8)
+    load_base(base).save_pretrained(tmp_path)
+    _, adapter, final = find_subjects(settings_for(), base, [str(tmp_path)])
+    assert (adapter.fields["method"], adapter.fields["rank"]) == ("lora", 8)
+    assert (final.fields["method"], final.fields["rank"]) == ("full", 0)
+    make(base, tmp_path / "named" / "one")
+    for _ in range(2):
+        with pytest.raises(UserError, match="give one of the adapters' folders in it: one"):
+            read_checkpoint(checkpoints_in(tmp_path / "named")[0].folder, Weights(base.folder))
+        make(base, tmp_path / "named" / "checkpoint-1" / "one")
+
+
+def test_a_checkpoint_with_a_tokenizer_of_its_own_is_told(base, tokenizer, tmp_path):
+    make(base, tmp_path)
+    (_, subject) = find_subjects(settings_for(), base, [str(tmp_path)])
+    trained = copy.deepcopy(tokenizer)
+    trained("a", truncation=True, max_length=4)  # which its file then holds, as of a Trainer's
+    trained.save_pretrained(tmp_path)
+    assert own_settings([subject], base) == []
+    trained.backend_tokenizer.normalizer = Lowercase()
+    trained.save_pretrained(tmp_path)
+    (line,) = own_settings([subject], base)
+    assert "has a tokenizer that encodes text otherwise, and is measured with the base's" in line
 
 
 def test_a_merged_adapter_that_lacks_a_tensor_is_refused(base, weights, tmp_path):

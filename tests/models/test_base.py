@@ -54,6 +54,36 @@ def test_a_pad_token_without_an_embedding_is_not_used(tiny, tokenizer, tmp_path)
     assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id
 
 
+def test_other_tokens_without_an_embedding_are_refused(tiny, tokenizer, tmp_path):
+    """Where a text, BOS or the chat template may have them; a batch would end in an IndexError."""
+    from tokenizers.processors import TemplateProcessing
+
+    def refusal(name, change, **flags):
+        shutil.copytree(tiny, folder := tmp_path / name)
+        changed = copy.deepcopy(tokenizer)
+        changed.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+        change(changed)
+        changed.save_pretrained(folder)
+        settings = settings_for(model=str(folder), **flags)
+        with pytest.raises(UserError, match=r"as token 49,15[23], and the model has") as error:
+            load_tokenizer(prepare_base(settings), settings)
+        return str(error.value)
+
+    def begin(changed):
+        changed.add_special_tokens({"bos_token": "<turn>"})
+        pairs = [("<turn>", changed.bos_token_id)]
+        changed.backend_tokenizer.post_processor = TemplateProcessing("<turn> $A", None, pairs)
+
+    def chat(changed):
+        changed.chat_template = "{% for m in messages %}<turn>{{ m['content'] }}{% endfor %}"
+
+    assert "'a word'" in refusal("text", lambda changed: changed.add_tokens(["a word"]))
+    assert "'<turn>'" in refusal("bos", begin)
+    assert "'<turn>'" in refusal("chat", chat, apply_chat_template=True)
+    plain = settings_for(model=str(tmp_path / "chat"))
+    assert load_tokenizer(prepare_base(plain), plain)("a <turn>").input_ids
+
+
 def test_a_missing_package_is_told_with_its_command(monkeypatch, tmp_path):
     monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
     monkeypatch.setattr(base_models.importlib.util, "find_spec", lambda name: None)

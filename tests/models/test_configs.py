@@ -22,7 +22,7 @@ from lora_tradeoffs.models.base import (
     read_model_config,
 )
 from lora_tradeoffs.models.checkpoint_models import checkpoint_models
-from lora_tradeoffs.models.configs import adapter_fields
+from lora_tradeoffs.models.configs import adapter_fields, differing_fields, read_config
 from lora_tradeoffs.models.weights import Weights
 
 PROMPT = torch.tensor([[5, 17, 400, 23]])
@@ -149,6 +149,7 @@ def edited(folders, tmp_path, source, name, **fields):
         ({"num_hidden_layers": 10**9}, "its num_hidden_layers is 1000000000"),
         ({"hidden_size": 64}, "does not fit its config.json"),
         ({"rms_norm_eps": float("nan")}, "its logits are not finite"),
+        ({"is_causal": False}, "its attention is bidirectional"),
     ],
     ids=str,
 )
@@ -163,6 +164,13 @@ def test_attention_and_files_that_a_base_names_are_not_used(folders, tmp_path):
     names = {"attn_implementation": "kernels-of/nobody", "transformers_weights": "../x.safetensors"}
     folder = edited(folders, tmp_path, "base", "config.json", **names)
     assert load_base(use(folder)).config._attn_implementation == "sdpa"
+
+
+def test_what_tools_note_in_a_config_is_no_other_computation(folders, tmp_path):
+    notes = {"_attn_implementation_autoset": True, "unsloth_version": "1", "torch_dtype": "float16"}
+    noted = edited(folders, tmp_path, "base", "config.json", **notes, max_window_layers=1)
+    first, second = read_config(noted), read_config(folders[1] / "base")
+    assert differing_fields(first, second) == ["max_window_layers"]
 
 
 def test_a_newer_tokenizer_and_an_adapter_in_a_base_are_one_line(folders, tmp_path):

@@ -98,6 +98,9 @@ def test_the_update_is_pefts_own(base, weights, tmp_path, fields):
     for matrix in adapter.matrices:
         A, B, scale = adapter.factors(matrix)
         assert torch.allclose(scale * B @ A, deltas[matrix.name], atol=1e-6)
+    if fields.get("target_modules") == "all-linear":  # PEFT saves the names that it stands for
+        change_config(tmp_path, target_modules="All-Linear")
+        assert read_checkpoint(tmp_path, weights).matrices == adapter.matrices
 
 
 @pytest.mark.parametrize(
@@ -214,26 +217,31 @@ def test_a_head_of_its_own_counts_and_is_measured_against_the_tied_one(base, wei
         FullCheckpoint(tmp_path, weights)
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."],
+)
 def test_names_of_wrapped_models_are_those_of_the_model(base, weights, tmp_path, prefix):
     tuned = save_full(base, tmp_path)
 
     def wrap(tensors):
         for name in list(tensors):
-            tensors[prefix + name] = tensors.pop(name)
+            tensors[prefix + name.replace("mlp", f"{prefix}mlp")] = tensors.pop(name)
 
     change_tensors(tmp_path, wrap, "model.safetensors")
     checkpoint = FullCheckpoint(tmp_path, weights)
     for matrix in checkpoint.matrices:
         assert torch.equal(checkpoint.weight(matrix), tuned[matrix.tensor])
 
-    def inside_a_multimodal_model(tensors):
-        for name in list(tensors):
-            tensors[name.replace("model.", "model.language_model.")] = tensors.pop(name)
+    for inside in ("model.language_model.", "language_model.model."):  # a multimodal model
 
-    save_full(base, tmp_path)
-    change_tensors(tmp_path, inside_a_multimodal_model, "model.safetensors")
-    assert FullCheckpoint(tmp_path, weights).tensors == checkpoint.tensors
+        def rename(tensors, inside=inside):
+            for name in list(tensors):
+                tensors[name.replace("model.", inside)] = tensors.pop(name)
+
+        save_full(base, tmp_path)
+        change_tensors(tmp_path, rename, "model.safetensors")
+        assert FullCheckpoint(tmp_path, weights).tensors == checkpoint.tensors
 
 
 def test_the_files_of_a_model_are_those_that_transformers_reads(base, weights, tmp_path):
