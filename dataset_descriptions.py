@@ -29,13 +29,8 @@ from config import (
     resolve_settings,
 )
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
-from lora_tradeoffs.task_description import (
-    UNANSWERABLE,
-    DatasetDescription,
-    EvaluateMetric,
-    Row,
-)
-from lora_tradeoffs.task_yaml import describe_fields, read_task, task_files
+from lora_tradeoffs.task_description import UNANSWERABLE, DatasetDescription, EvaluateMetric, Row
+from lora_tradeoffs.task_yaml import check_single, describe_fields, is_free, read_task, task_files
 
 __all__ = ["DESCRIPTIONS", "DatasetDescription", "EvaluateMetric", "Row", "describe"]
 
@@ -234,9 +229,7 @@ def find_tasks(settings: Settings) -> None:
         _broken.pop(name, None)
         try:
             DESCRIPTIONS[name] = read_task(path, name)
-            other = settings.tasks_dir / f"{name}.yaml"
-            if other.is_file() and read_task(other, name).definition != describe(name).definition:
-                raise UserError(f"{path} and {other} are two tasks {name}; remove or rename one")
+            check_single(DESCRIPTIONS[name], settings.tasks_dir)
         except UserError as error:
             _broken[name] = str(error)
 
@@ -284,20 +277,24 @@ def family_of(tasks: Iterable[str]) -> str:
 def named_family(text: str) -> str:
     """The family that a user names: built-in, a task file's, "a+b" of its tasks, or "name=a+b".
 
-    Raises UserError for one that does not exist.
+    Raises UserError for one that does not exist, or whose name is another's.
     """
-    name, _, members = text.partition("=")
-    if name in BUILT_IN_FAMILIES:
-        return name
-    tasks = ordered(name for name, d in DESCRIPTIONS.items() if d.own_family == text)
-    if not tasks and text not in DESCRIPTIONS and "+" not in text:
+    name, equals, members = text.partition("=")
+    if text in BUILT_IN_FAMILIES:
+        return text
+    of_files = ordered(task for task, d in DESCRIPTIONS.items() if d.own_family == name)
+    if not of_files and text not in DESCRIPTIONS and "+" not in text:
         known = ", ".join(BUILT_IN_FAMILIES)
         raise UserError(f"families: {text:.80} is none; families: {known}, or tasks as in a+b")
-    tasks = tasks or ordered((members or name).split("+"))
-    if not members:
-        return family_of(tasks)
-    FAMILIES[name] = tuple(describe(task).name for task in tasks)
-    return name
+    tasks = ordered(members.split("+")) if equals else of_files or ordered(text.split("+"))
+    family = name if equals else family_of(tasks)
+    if equals and not is_free(name.replace("+", "_")):
+        raise UserError(f"families: {name!r:.80} is taken or no name; choose another")
+    if tasks != (of_files or tasks if equals else FAMILIES[family]):
+        mine = f"write tasks, or another name, as in mine={'+'.join(tasks)}"
+        raise UserError(f"families: {text:.80} is not the whole of {family}; {mine}")
+    FAMILIES[family] = tuple(describe(task).name for task in tasks)
+    return family
 
 
 def preset_family(tasks: Iterable[str]) -> str:
@@ -340,9 +337,10 @@ def example(description: DatasetDescription, settings: Settings) -> str:
     try:
         with path.open(encoding="utf-8") as file:
             row = json.loads(file.readline())
+        problem = description.problem(row)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}:1: {error}") from None
-    if problem := description.problem(row):
+        problem = str(error)
+    if problem:
         raise UserError(f"{path}:1: {problem}")
     return f"  example    {description.prompt(row)!r}\n  is learned {description.completion(row)!r}"
 

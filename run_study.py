@@ -31,7 +31,7 @@ from lora_tradeoffs.command_line import (
 )
 from lora_tradeoffs.files import locked, read_json, write_json
 from lora_tradeoffs.records import DOCUMENT, STUDY, read_run
-from lora_tradeoffs.study.hypotheses import check_measured
+from lora_tradeoffs.study.hypotheses import check_written
 from lora_tradeoffs.study.plan import plan_runs, plan_steps
 from lora_tradeoffs.study.processes import StepRunner
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
@@ -143,9 +143,7 @@ def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> No
     request["set"] = [f"{name}={value}" for name, value in study.set.items()]
     path = settings.output_dir / "outputs" / settings.study / "study.json"
     before = read_json(path, STUDY) if path.is_file() else dict(request)
-    request["digests"] = before.get("digests", {})
-    if not path.is_file():
-        request["digests"] = folder_digests(settings)
+    request["digests"] = before.get("digests", {}) if path.is_file() else folder_digests(settings)
     if any(request[name] != before[name] for name in ("model", "data")):
         here = folder_digests(settings).items()
         same = [name for name, digest in here if request["digests"].get(name) == digest]
@@ -201,8 +199,7 @@ def read_plan(args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
         check_task_files(given, study, settings)
         for stage, options in study.measure.items():
             check_options(stage, options)
-        for hypothesis in study.hypotheses:
-            check_measured(hypothesis, study.measure)
+        check_written(study.hypotheses, study.measure)
     if study.measure_then_delete and args.only:
         raise UserError("--measure-then-delete needs every stage: leave --only out")
     return study, settings
@@ -237,16 +234,18 @@ def classes_of(stage: str) -> tuple[type, type]:
 
 def check_options(stage: str, options: Mapping[str, Any]) -> None:
     """Raise UserError for an option that the stage's analysis has not, or a wrong value."""
-    if not options:
-        return
-    _, options_class = classes_of(stage)
+    options_class = classes_of(stage)[1] if options else dict
     kinds = {**typing.get_type_hints(options_class), "checkpoints": tuple[str, ...]}
     for name, value in options.items():
         if name not in kinds:
             raise UserError(f"measure: {stage} has no {name!r:.60}; options: {', '.join(kinds)}")
         if not is_of_type(value, kinds[name]):
             raise UserError(f"measure: {stage}: {name} is {value!r:.60}, not {kinds[name]}")
-    options_class(**{k: v for k, v in options.items() if k != "checkpoints"})
+    made = options_class(**{k: v for k, v in options.items() if k != "checkpoints"})
+    if stage == "retention" and "tasks" in options:
+        from lora_tradeoffs.retention.benchmark_tasks import task_manager
+
+        task_manager(made.tasks)
 
 
 # ------------------------------------------------------------------------------- the study

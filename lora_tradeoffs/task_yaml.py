@@ -76,6 +76,19 @@ def read_task(path: Path, name: str) -> DatasetDescription:
     return describe_fields(name, fields, error, path)
 
 
+def is_free(name: str) -> bool:
+    """Whether it is a name, and that of nothing built in."""
+    return name not in RESERVED and bool(NAME.fullmatch(name))
+
+
+def check_single(task: DatasetDescription, tasks_dir: Path) -> None:
+    """Raise UserError if the folder of tasks has another task of the name."""
+    other = tasks_dir / f"{task.name}.yaml"
+    if other.is_file() and read_task(other, task.name).definition != task.definition:
+        both = f"{task.source_file} and {other}"
+        raise UserError(f"{both} are two tasks {task.name}; remove or rename one")
+
+
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """A YAML mapping, and the lines of its keys."""
     import yaml
@@ -174,7 +187,7 @@ def _check_fields(name: str, fields: Mapping[str, Any], error: ErrorAt) -> None:
     """Names, types and templates of the fields."""
     from jinja2 import TemplateSyntaxError
 
-    if name in RESERVED or not NAME.fullmatch(name):
+    if not is_free(name):
         raise error("task", f"{name!r:.80} is taken or no name; use letters, digits, '_', '-', '.'")
     if fields.get("task", name) != name:
         raise error("task", f"is {fields['task']!r}, but the file is {name}'s; use one name")
@@ -200,7 +213,7 @@ def _check_fields(name: str, fields: Mapping[str, Any], error: ErrorAt) -> None:
     text, family = fields["doc_to_text"], fields.get("family")
     if not text.isidentifier() and not template_fields(text):
         raise error("doc_to_text", "is neither a column's name nor a template with {{column}}")
-    if family is not None and (family in RESERVED or not NAME.fullmatch(family)):
+    if family is not None and not is_free(family):
         raise error("family", f"{family!r:.80} is taken or no name; choose another")
 
 

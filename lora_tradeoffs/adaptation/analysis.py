@@ -41,6 +41,8 @@ class AdaptationOptions:
             raise UserError(f"--prompts must be 0 to {most}, --shots 0 or more")
         if self.limit is not None and self.limit < 1:
             raise UserError("--limit must be 1 or more")
+        if unknown := {*(self.splits or ())} - {"validation", "test"}:
+            raise UserError(f"--splits takes validation and test, not {min(unknown)!r:.60}")
         for task in self.tasks or ():
             describe(task)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +46,13 @@ class RetentionOptions:
             )
         tasks = (task for name in self.tasks for task in BENCHMARK_GROUPS.get(name, (name,)))
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(tasks)))
-        for flag in ("scale_update", "shrink_intruders"):
+        for flag, most in (("scale_update", 10), ("shrink_intruders", 1)):
             for t in getattr(self, flag) or ():
-                if not math.isfinite(t) or not 0 <= t <= 10:
+                if not 0 <= t <= most:
                     name = flag.replace("_", "-")
-                    raise UserError(f"--{name} {t:g}: write numbers from 0 to 10")
+                    raise UserError(f"--{name} {t:g}: write numbers from 0 to {most}")
+        if self.shrink_intruders and not self.shrunk:
+            raise UserError("--shrink-intruders 1 is the checkpoint: name a factor below 1")
 
     @property
     def scaled(self) -> list[dict[str, Any]]:

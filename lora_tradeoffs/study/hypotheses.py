@@ -57,11 +57,26 @@ def check_hypothesis(
         raise UserError(f"hypotheses: {problem}")
 
 
-def check_measured(hypothesis: Mapping[str, Any], measure: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UserError for a hypothesis whose outcome is not among what a study measures."""
-    if missing := _unmeasured(hypothesis, measure):
-        outcome = hypothesis["outcome"]
-        raise UserError(f"hypotheses: {outcome} is not measured: it needs {missing} in measure")
+def check_written(
+    hypotheses: Sequence[Mapping[str, Any]], measure: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise UserError for what should not be written down before a study that measures so: an
+    outcome that is not measured, an arm against itself, a margin without use, a name twice."""
+    names: set[str] = set()
+    for number, h in enumerate(hypotheses, 1):
+        name, margin, words = h.get("name", f"H{number}"), h.get("margin", 0), h["contrast"]
+        if problem := _unmeasured(h, measure):
+            problem = f"{h['outcome']} is not measured: it needs {problem} in measure"
+        elif len({*words}) < len(words):
+            problem = f"contrast {words} compares {words[0]} with itself"
+        elif margin < 0 or (margin and h["test"] in (TESTS[0], FLIPS)):
+            allowed = "0 or more" if margin < 0 else "none"
+            problem = f"margin is {margin:g}, and {h['test']} takes {allowed}"
+        elif name in names:
+            problem = f"two are called {name}; choose another name"
+        if problem:
+            raise UserError(f"hypotheses: {problem}")
+        names.add(name)
 
 
 def _problem(

@@ -36,8 +36,9 @@ def plan_runs(study: StudyPlan, settings: Settings, hidden_size: int) -> list[Ru
     """
     runs: dict[str, Run] = {}
     is_swept = study.learning_rates == "swept"
+    named = {FAMILIES[family]: family for family in study.families}
     for tasks, arms in study.mixes.items():
-        mixes, family = {tasks: study.values}, family_of(tasks)
+        mixes, family = {tasks: study.values}, named.get(tasks) or family_of(tasks)
         if study.single_task_controls:
             controls = plan.control_values(settings, tasks, study.values)
             mixes |= {(task,): study.values | own for task, own in controls.items()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from config import BUILT_IN_FAMILIES, FAMILIES, LARGEST_SEED, Preset, Settings, UserError
+from config import BUILT_IN_FAMILIES, FAMILIES, LARGEST_SEED, TASKS, Preset, Settings, UserError
 from dataset_descriptions import (
     describe,
     learn,
@@ -123,8 +123,13 @@ class StudyPlan:
                 raise UserError("learning_rates: write default, swept, or {sweep: [0.5, 1, 2]}")
         else:
             rates_around(1.0, self.learning_rates)
-        if self.learning_rates != "default" and "learning_rate" in self.set:
-            raise UserError("learning_rates and set.learning_rate both set the rate: leave one out")
+        if self.learning_rates != "default":
+            of_arms = {w: ArmSpec.parse(w).values for words in self.arms.values() for w in words}
+            for name, values in {"set": self.set, **of_arms}.items():
+                if "learning_rate" in values:
+                    raise UserError(f"learning_rates and {name} both set the rate: leave one out")
+        for name in sorted({*self.set} & {*self._own_values}):
+            raise UserError(f"{name} and set.{name} are both given: leave one out")
         tasks = [task for tasks in self.mixes for task in tasks] if self.hypotheses else ()
         for hypothesis in self.hypotheses:
             check_hypothesis(hypothesis, self.arms, tasks, self.seeds)
@@ -139,8 +144,11 @@ class StudyPlan:
     @property
     def values(self) -> dict[str, Any]:
         """The fields of TrainingConfig that it sets for all arms."""
-        values = dict(self.set)
-        values |= {"max_steps": self.max_steps} if self.max_steps else {}
+        return dict(self.set) | self._own_values
+
+    @property
+    def _own_values(self) -> dict[str, Any]:
+        values = {"max_steps": self.max_steps} if self.max_steps else {}
         return values | ({"dtype": self.dtype} if self.dtype != "auto" else {})
 
     def record(self) -> dict[str, Any]:
@@ -191,6 +199,8 @@ def _arms_by_key(
     else:
         families = map(named_family, given.get("families", BUILT_IN_FAMILIES))
         mixes = {family: FAMILIES[family] for family in families}
+        if not mixes or len({*mixes.values()}) < len(mixes):
+            raise UserError(f"families are {[*mixes]}: name at least one, each of other tasks")
         values["families"] = list(mixes)
     keys = list(mixes)
     default = {key: [*preset.arms[preset_family(tasks)]] for key, tasks in mixes.items()}
@@ -247,7 +257,9 @@ def check_shape(given: Mapping[str, Any]) -> None:
         if unknown := sorted({*hypothesis} - {name.rstrip("?") for name in HYPOTHESIS}):
             raise UserError(f"hypotheses: unknown field {unknown[0]!r}")
     rates = given.get("learning_rates")
-    if isinstance(rates, dict) and shape_problem(rates, {"sweep": [NUMBER]}):
+    if isinstance(rates, dict) and not (
+        {*rates} == {"sweep"} and rates["sweep"] and not shape_problem(rates, {"sweep": [NUMBER]})
+    ):
         raise UserError("learning_rates: write default, swept, or {sweep: [0.5, 1, 2]}")
 
 
@@ -307,6 +319,8 @@ def write_study_file(path: Path, plan: StudyPlan) -> None:
 def check_task_files(given: Mapping[str, Any], plan: StudyPlan, settings: Settings) -> None:
     """Raise UserError if a task file that was found is another than the study's file has."""
     for name, carried in given.get("task_files", {}).items():
+        if name in TASKS:
+            raise UserError(f"task_files: {name} is a built-in task; leave it out")
         if plan.task_files.get(name, carried) != carried:
             found = task_files(settings).get(name, "the one that is known")
             raise UserError(f"task_files: {name} differs from {found}; remove or rename one")

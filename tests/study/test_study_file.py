@@ -136,6 +136,12 @@ def test_a_grid_that_grows_is_one_file(tiny, tmp_path):
         ({"arms": ["oft:5"]}, ["blocks of 5 do not divide"]),
         ({"families": ["similiar"]}, ["families: similiar is none"]),
         ({"families": ["similar"], "tasks": ["sst2"]}, ["families and tasks"]),
+        ({"families": []}, ["families are []: name at least one"]),
+        ({"families": ["sst2+qqp"]}, ["not the whole of similar", "mine=sst2+qqp"]),
+        ({"families": ["similar=sst2+qqp"]}, ["'similar' is taken"]),
+        ({"families": ["../x=sst2+qqp"]}, ["'../x' is taken or no name"]),
+        ({"families": ["a=sst2+qqp", "b=sst2+qqp"]}, ["families are ['a', 'b']"]),
+        ({"task_files": {"sst2": {}}}, ["task_files: sst2 is a built-in task"]),
         ({"families": None, "tasks": ["sst3"]}, ["sst3"]),
         ({"seeds": ["42"]}, ["seeds.0 is '42'"]),
         ({"seeds": [-1]}, ["seeds: -1; allowed: 0 to"]),
@@ -146,11 +152,28 @@ def test_a_grid_that_grows_is_one_file(tiny, tmp_path):
         ({"learning_rates": "best"}, ["learning_rates: write default, swept"]),
         ({"learning_rates": {"sweep": [0]}}, ["--lr-sweep 0"]),
         ({"learning_rates": {"sweeps": [1]}}, ["learning_rates: write"]),
+        ({"learning_rates": {"sweep": [1], "seed": 1}}, ["learning_rates: write"]),
+        ({"learning_rates": {"sweep": []}}, ["learning_rates: write"]),
+        (
+            {"learning_rates": {"sweep": [1]}, "arms": ["full,learning_rate=0.1"]},
+            ["learning_rates and full,learning_rate=0.1 both set the rate"],
+        ),
+        ({"set": {"max_steps": 9}}, ["max_steps and set.max_steps are both given"]),
         ({"learning_rates": "swept"}, ["no learning rate was chosen for similar_full"]),
         ({"measure": {"evaluation": {}}}, ["measure: evaluation is none", "retention"]),
         ({"measure": {"drift": {"k": [4]}}}, ["measure: drift has no 'k'", "top_k"]),
         ({"measure": {"retention": {"documents": "all"}}}, ["retention: documents is 'all'"]),
         ({"measure": {"gradients": {"batches": 1}}}, ["--batches must be 2 or more"]),
+        ({"measure": {"evaluate": {"splits": ["dev"]}}}, ["--splits takes validation and test"]),
+        pytest.param(
+            {"measure": {"retention": {"tasks": ["helloswag"]}}},
+            ["no task 'helloswag'; close: hel"],
+            marks=pytest.mark.slow,  # all of lm-eval's definitions are read
+        ),
+        *(
+            ({"measure": {"retention": {"shrink_intruders": [factor]}}}, [part])
+            for factor, part in ((2, "write numbers from 0 to 1"), (1, "a factor below 1"))
+        ),
         (
             {"hypotheses": [{"contrast": ["dora:4", "pissa:4"], "outcome": "a", "test": "b"}]},
             ["hypotheses: contrast ['dora:4', 'pissa:4'] must be two of the study's arms"],
@@ -176,6 +199,8 @@ def test_a_grid_that_grows_is_one_file(tiny, tmp_path):
             for own, part in (
                 ({"outcome": "score", "seed": 42}, "seed 42 alone shows nothing about methods"),
                 ({"outcome": "score", "seed": 1, "primary": False}, "seed 1 is not trained"),
+                ({"outcome": "score", "contrast": ["full", "full"]}, "compares full with itself"),
+                ({"outcome": "score", "margin": 0.1}, "margin is 0.1, and difference takes none"),
                 ({"outcome": "size", "seed": 42, "primary": False}, "outcome must be score, valid"),
                 (
                     {"outcome": "score", "seed": 42, "test": "sign flips"},
@@ -190,6 +215,15 @@ def test_a_grid_that_grows_is_one_file(tiny, tmp_path):
                     "must be one of the study's arms",
                 ),
             )
+        ),
+        (
+            {
+                "hypotheses": [
+                    {"contrast": ["dora:4", "full"], "outcome": "score", "test": test} | name
+                    for test, name in (("difference", {"name": "H2"}), ("sign flips", {}))
+                ]
+            },
+            ["hypotheses: two are called H2"],
         ),
         *(
             (
