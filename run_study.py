@@ -199,7 +199,7 @@ def read_plan(args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
         check_task_files(given, study, settings)
         for stage, options in study.measure.items():
             check_options(stage, options)
-        check_written(study.hypotheses, study.measure)
+        check_written(study.hypotheses, study.measure, study.families_of)
     if study.measure_then_delete and args.only:
         raise UserError("--measure-then-delete needs every stage: leave --only out")
     return study, settings

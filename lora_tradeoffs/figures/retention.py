@@ -79,6 +79,9 @@ def forgetting_by_rank(study: StudyRecords, frame: DataFrame) -> Figure:
 def matched_forgetting(study: StudyRecords, frame: DataFrame) -> Figure:
     """Forgetting minus that of another arm where both score the same on validation, by rank."""
     rows = matched(frame)
+    apart = rows[rows["value"].isna()]
+    apart = ", ".join(f"{run} ({task})" for run, task in zip(apart["run"], apart["task"]))
+    rows = rows.dropna(subset=["value"])
     require(rows, "no forgetting at equal validation scores (--scale-update)")
     pairs = zip(rows["task"], rows["other"])
     rows = rows.assign(task=[f"{task}, against {other}" for task, other in pairs])
@@ -87,6 +90,7 @@ def matched_forgetting(study: StudyRecords, frame: DataFrame) -> Figure:
         " dashed line the arm forgets more than the one that it is compared with; mean: over the"
         " benchmarks, text: over held-out text."
     )
+    about += f" Left out, without a score in common: {apart}." if apart else ""
     return _by_rank(frame, rows, "difference in forgetting", about)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from lora_tradeoffs.records import LOSS
 from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
-from lora_tradeoffs.statistics.contrasts import Items, WeightedScores, by_seed
+from lora_tradeoffs.statistics.contrasts import Contrast, Items, WeightedScores, by_seed
+from lora_tradeoffs.statistics.seed_intervals import BOTH, SEEDS, compare_over_seeds
 from lora_tradeoffs.tables.arms import GRID, Arm
 from lora_tradeoffs.tables.frames import last_checkpoints, scores
 from lora_tradeoffs.tables.retention import MEAN, mean_forgetting, retained
@@ -60,6 +61,15 @@ def slope_weights(arms: Sequence[set[Arm]]) -> dict[Arm, float]:
     doublings = np.log2([arm.rank for arm in shared_arms])
     centred = doublings - doublings.mean()
     return dict(zip(shared_arms, (centred / (centred**2).sum()).tolist()))
+
+
+def over_seeds(rows: DataFrame, level: float, shift: float = 0.0) -> Contrast:
+    """The test, minus `shift`, of rows that are a difference already, one a seed."""
+    # each seed's error over items stands for what the seeds share of it: never too narrow
+    errors = rows["stderr"].dropna()
+    variance = float((errors**2).mean()) if len(errors) else 0.0
+    comparison = compare_over_seeds(rows["value"].to_numpy() - shift, variance, level)
+    return Contrast(comparison, tuple(rows["seed"]), BOTH if variance else SEEDS)
 
 
 def forgetting_parts(

@@ -38,6 +38,7 @@ from lora_tradeoffs.report.compared_rows import (
     forgetting_parts,
     grid_arms,
     last_test_scores,
+    over_seeds,
     score_parts,
     slope_weights,
 )
@@ -71,11 +72,16 @@ from lora_tradeoffs.statistics.contrasts import (
     shared_seeds,
 )
 from lora_tradeoffs.statistics.pooled_error import pooled_errors
-from lora_tradeoffs.statistics.seed_intervals import BOTH, SEEDS, compare_over_seeds
 from lora_tradeoffs.tables.arms import FULL, Arm
 from lora_tradeoffs.tables.learning_rates import searched_arm
 from lora_tradeoffs.tables.predictors import PREDICTORS
-from lora_tradeoffs.tables.retention import at_chance, matched, mean_forgetting, shrink_effects
+from lora_tradeoffs.tables.retention import (
+    at_chance,
+    matched,
+    mean_forgetting,
+    no_common_level,
+    shrink_effects,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -184,11 +190,16 @@ def _matched(retention: DataFrame, plan: Plan) -> list[Finding]:
         reason = f"fewer than {MIN_SEEDS} seeds of each arm with scaled updates"
         return [_missing(MATCHED, reason)]
     where = {o: f"{FORGOTTEN[o].format(', '.join(names))} {EQUAL_SCORES}" for o in FORGOTTEN}
-    return _over_seeds(
+    apart = {key: reason for key in groups if (reason := no_common_level(by_arm[key]))}
+    results = _over_seeds(
         MATCHED,
-        {key: by_arm[key] for key in groups},
+        {key: by_arm[key] for key in groups if key not in apart},
         lambda arm, outcome: SentenceTemplates.forgets(arm, where[outcome]),
     )
+    for (family, arm, outcome), reason in apart.items():
+        sentence = f"{family}: {arm}, {outcome}: not tested: {reason}."
+        results.append(Finding(MISSING, MATCHED, sentence, family, str(arm), outcome))
+    return results
 
 
 def _shrunk(shrunk: DataFrame | None, retention: DataFrame) -> list[Finding]:
@@ -222,12 +233,7 @@ def _over_seeds(
     """Tests over seeds of differences that are records already, by family, arm and outcome."""
     contrasts = []
     for (family, arm, outcome), differences in groups.items():
-        # each seed's error over items stands for what the seeds share of it: never too narrow
-        variance = float((differences["stderr"] ** 2).fillna(0).mean())
-        comparison = compare_over_seeds(
-            differences["value"].to_numpy(), variance, 1 - ALPHA / len(groups)
-        )
-        result = Contrast(comparison, tuple(differences["seed"]), BOTH if variance else SEEDS)
+        result = over_seeds(differences, 1 - ALPHA / len(groups))
         contrasts.append(TestedContrast(family, arm, outcome, result, sentences(arm, outcome)))
     return corrected_findings(EXPLORATORY, question, contrasts)
 

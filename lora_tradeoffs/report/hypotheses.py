@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from dataset_descriptions import family_of
 from lora_tradeoffs.figures.study_records import FRAMES
 from lora_tradeoffs.report.arm_tests import ALPHA
 from lora_tradeoffs.report.hypothesis_tests import Hypothesis, Tested, tested
@@ -47,17 +48,17 @@ def hypotheses(study: StudyRecords) -> list[Hypothesis]:
     if path is None or not path.is_file():
         return []
     plan, found = StudyPlan.of(read_study_file(path), study.settings), []
-    mixes = dict(zip(plan.arms, plan.mixes))
     for number, entry in enumerate(plan.hypotheses, 1):
-        families = [entry["family"]] if "family" in entry else [*mixes]
-        for family in families:
+        families = plan.families_of(entry) or dict(zip(plan.arms, plan.mixes))
+        for family, tasks in families.items():
             pair = entry["contrast"]
             if not is_of_predictors(pair):
-                pair = [_arm_of_word(word, study, plan, mixes[family]) for word in pair]
+                pair = [_arm_of_word(word, study, plan, tasks) for word in pair]
             name = entry.get("name", f"H{number}") + f" ({family})" * (len(families) > 1)
             rest = entry["outcome"], entry["test"], entry.get("margin", 0.0)
-            rest += entry.get("primary", True), entry.get("seed")
-            found.append(Hypothesis(name, family, *[*pair, None][:2], *rest))
+            rest += entry.get("primary", True), entry.get("seed"), tasks
+            # runs of a part of a family are of that family
+            found.append(Hypothesis(name, family_of(tasks), *[*pair, None][:2], *rest))
     return found
 
 
@@ -84,16 +85,14 @@ def _arm_of_word(word: str, study: StudyRecords, plan: StudyPlan, tasks: tuple[s
 def hypothesis_findings(study: StudyRecords) -> list[Finding]:
     """A finding for every hypothesis: shown, not shown, or why it could not be tested."""
     known = hypotheses(study)
-    results = [tested(study.plain, h) for h in known]
-    p_values = [math.nan if isinstance(r, str) else h.p_value(r.at) for h, r in zip(known, results)]
     primary = [i for i, h in enumerate(known) if h.is_primary]
+    tests = [len(primary) if h.is_primary else 1 for h in known]
+    results = [tested(study.plain, h, n) for h, n in zip(known, tests)]
+    p_values = [math.nan if isinstance(r, str) else h.p_value(r.at) for h, r in zip(known, results)]
     corrected = list(p_values)
     for i, p in zip(primary, holm([p_values[i] for i in primary]) if primary else ()):
         corrected[i] = float(p)
-    return [
-        _finding(h, result, p, adjusted, len(primary) if h.is_primary else 1)
-        for h, result, p, adjusted in zip(known, results, p_values, corrected)
-    ]
+    return list(map(_finding, known, results, p_values, corrected, tests))
 
 
 def _finding(
@@ -113,10 +112,11 @@ def _finding(
     if math.isfinite(p):
         numbers += f"; {p_text(p)}" + f", {p_text(corrected)}{after(tests)}" * (tests > 1)
     numbers += f"; {result.sample}"
-    if math.isfinite(c.detectable):
-        numbers += f"; smallest detectable difference {c.detectable:.4f}"
+    detectable = h.detectable(result.at)
+    if math.isfinite(detectable):
+        numbers += f"; smallest detectable difference {detectable:.4f}"
     kind = CONFIRMATORY if h.is_primary else EXPLORATORY
-    figures = (c.difference, c.low, c.high, p, corrected, c.detectable)
+    figures = (c.difference, c.low, c.high, p, corrected, detectable)
     limits = "" if h.seed is None else ", which says nothing about other seeds"
     sentence = f"{h.name}: {h.claim}? {verdict.capitalize()}{limits} ({numbers})."
     seeds = len(contrast.seeds)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from config import FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.records import CONTROL
 from lora_tradeoffs.report.arm_tests import ALPHA, Parts
@@ -23,6 +22,7 @@ from lora_tradeoffs.report.compared_rows import (
     forgetting_parts,
     last_losses,
     last_test_scores,
+    over_seeds,
     rows_of,
     score_parts,
 )
@@ -41,11 +41,19 @@ from lora_tradeoffs.statistics.contrasts import (
     weighted_scores,
 )
 from lora_tradeoffs.statistics.pooled_error import pooled_errors
-from lora_tradeoffs.statistics.seed_intervals import BOTH, SEEDS, compare_over_seeds
-from lora_tradeoffs.study.hypotheses import EQUAL, FLIPS, FORGOTTEN, OUTCOMES, SHRUNK
+from lora_tradeoffs.statistics.seed_intervals import SEEDS
+from lora_tradeoffs.study.hypotheses import (
+    EQUAL,
+    FLIPS,
+    FORGOTTEN,
+    MEASURED_BY,
+    OUTCOMES,
+    SHRUNK,
+)
 from lora_tradeoffs.tables.arms import Arm
+from lora_tradeoffs.tables.frames import SCRIPTS
 from lora_tradeoffs.tables.predictors import PREDICTORS, correlation_difference
-from lora_tradeoffs.tables.retention import matched_pairs, shrink_effects
+from lora_tradeoffs.tables.retention import matched_pairs, no_common_level, shrink_effects
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -72,6 +80,7 @@ class Hypothesis(NamedTuple):
     margin: float
     is_primary: bool
     seed: int | None = None
+    tasks: tuple[str, ...] = ()  # that the runs were trained on
 
     @property
     def is_of_predictors(self) -> bool:
@@ -109,6 +118,17 @@ class Hypothesis(NamedTuple):
         outcome = self.outcome.removesuffix(" by shrinking intruders")
         return f"{compared} in {outcome}: {words[self.test]}{direction}"
 
+    @property
+    def is_two_sided(self) -> bool:
+        return self.test in ("difference", FLIPS)
+
+    def detectable(self, at: Shifted) -> float:
+        """The smallest true difference that the test finds; nan for one of a smaller difference."""
+        found = at(0.0).comparison.detectable
+        if self.test == "superiority":
+            return found + self.margin
+        return found if self.is_two_sided else math.nan
+
     def p_value(self, at: Shifted) -> float:
         def above(limit: float) -> float:
             """One-sided, of the true difference being above the limit."""
@@ -116,7 +136,7 @@ class Hypothesis(NamedTuple):
             half = comparison.p_value / 2
             return half if comparison.difference > 0 else 1 - half
 
-        if self.test in ("difference", FLIPS):
+        if self.is_two_sided:
             return at(0.0).comparison.p_value
         if self.test == "equivalence":
             return max(above(-self.margin), 1 - above(self.margin))
@@ -131,13 +151,17 @@ class Tested(NamedTuple):
     sample: str
 
 
-def tested(study: StudyRecords, h: Hypothesis) -> Tested | str:
-    """The hypothesis' contrast; or why there is none."""
+def tested(study: StudyRecords, h: Hypothesis, tests: int = 1) -> Tested | str:
+    """The hypothesis' contrast; or why there is none.
+
+    What is detectable is so at the first, strictest step of a correction over `tests`.
+    """
+    level = 1 - ALPHA / tests * (1 if h.is_two_sided else 2)
     if h.is_of_predictors:
-        return _of_predictors(study, h)
+        return _of_predictors(study, h, level)
     if h.outcome in EQUAL or h.outcome in SHRUNK:
         rows = _matched(study, h) if h.outcome in EQUAL else _shrunk(study, h)
-        return rows if isinstance(rows, str) else _of_differences(rows, h)
+        return rows if isinstance(rows, str) else _of_differences(rows, h, level)
     outcome = _parts(study, h)
     if isinstance(outcome, str):
         return outcome
@@ -157,7 +181,7 @@ def tested(study: StudyRecords, h: Hypothesis) -> Tested | str:
     error = pooled_errors([layout])[0]
 
     def at(shift: float) -> Contrast:
-        return contrast(made, items, 1 - ALPHA, error, shift)
+        return contrast(made, items, level, error, shift)
 
     if math.isnan(at(0.0).comparison.p_value):
         return "its runs were measured on different numbers of items"
@@ -171,22 +195,14 @@ def _too_few(h: Hypothesis, seeds: Sequence[int]) -> str:
     return f"{who} {len(seeds)} seeds, and at least {MIN_SEEDS} are needed"
 
 
-def _of_differences(rows: DataFrame, h: Hypothesis) -> Tested | str:
+def _of_differences(rows: DataFrame, h: Hypothesis, level: float) -> Tested | str:
     """Over seeds, of a row a seed that is a difference already."""
     seeds = tuple(rows["seed"])
     if problem := _too_few(h, seeds):
         return problem
     if h.test == FLIPS:
         return _flipped(rows["value"].to_numpy(), seeds)
-    # each seed's error over items stands for what the seeds share of it: never too narrow
-    variance = float((rows["stderr"] ** 2).fillna(0).mean())
-    over = BOTH if variance else SEEDS
-
-    def at(shift: float) -> Contrast:
-        values = rows["value"].to_numpy() - shift
-        return Contrast(compare_over_seeds(values, variance, 1 - ALPHA), seeds, over)
-
-    return Tested(at, f"{len(seeds)} seeds")
+    return Tested(partial(over_seeds, rows, level), f"{len(seeds)} seeds")
 
 
 def _flipped(differences: np.ndarray, seeds: Sequence[int]) -> Tested | str:
@@ -217,21 +233,21 @@ def _of_checkpoints(made: Parts, items: object, h: Hypothesis) -> Tested | str:
     return Tested(lambda _: result, f"seed {h.seed} alone")
 
 
-def _of_predictors(study: StudyRecords, h: Hypothesis) -> Tested | str:
+def _of_predictors(study: StudyRecords, h: Hypothesis, level: float) -> Tested | str:
     """Two rank correlations, over arms at their learning rates."""
     if study.retention is None:
         return "retention is not measured (python retention_eval.py)"
     rows = study.checkpoints_at_all_rates
     for name in (h.first, h.second):
         if name not in rows:
-            return f"{PREDICTORS[name]} is not measured"
+            return _unmeasured(name)
     rows = rows[rows["family"] == h.family]
     found = correlation_difference(rows, (h.first, h.second), h.outcome.replace(" ", "_"))
     if math.isnan(found["rho"]):
         return found["reason"].replace("arms", "arms at their learning rates")
     over = f"{found['arms']} arms x learning rates"
     figures = (found[name] for name in ("rho", "stderr", "low", "high", "p_value"))
-    detectable = detectable_over_items(found["stderr"])
+    detectable = detectable_over_items(found["stderr"], level)
     comparison = Comparison("exchanged predictors", *figures, detectable, found["arms"])
     result = Contrast(comparison, (), over)
     each = "correlations {:+.2f} and {:+.2f}".format(*found["each"])
@@ -243,7 +259,7 @@ def _parts(study: StudyRecords, h: Hypothesis) -> tuple[Callable[..., Parts], ob
     if h.outcome in ("score", "validation loss", *DESCRIPTIONS):
         if study.adaptation is None:
             return "adaptation is not measured (python eval.py)"
-        tasks = [h.outcome] if h.outcome in DESCRIPTIONS else FAMILIES[h.family]
+        tasks = [h.outcome] if h.outcome in DESCRIPTIONS else h.tasks
         is_loss = h.outcome == "validation loss"
         rows = (last_losses if is_loss else last_test_scores)(study.adaptation)
         if rows.empty:
@@ -258,9 +274,14 @@ def _parts(study: StudyRecords, h: Hypothesis) -> tuple[Callable[..., Parts], ob
         return parts, items
     rows = study.checkpoints
     if h.outcome not in rows:
-        return f"{PREDICTORS[h.outcome]} is not measured (python svd_analysis.py)"
+        return _unmeasured(h.outcome)
     rows = rows[rows["is_last"] & (rows["family"] == h.family)].dropna(subset=[h.outcome])
     return partial(_by_arm, rows.assign(value=rows[h.outcome], metric=h.outcome)), None
+
+
+def _unmeasured(predictor: str) -> str:
+    script = SCRIPTS[f"{MEASURED_BY[predictor]}.json"]
+    return f"{PREDICTORS[predictor]} is not measured (python {script})"
 
 
 def _by_arm(rows: DataFrame, weights: dict[Arm, float]) -> Parts:
@@ -268,10 +289,7 @@ def _by_arm(rows: DataFrame, weights: dict[Arm, float]) -> Parts:
 
 
 def _matched(study: StudyRecords, h: Hypothesis) -> DataFrame | str:
-    """Forgetting where both have the same score or loss on validation, from scaled updates.
-
-    Seeds at which the curves do not meet are no random ones: without them nothing is tested.
-    """
+    """Forgetting where both have the same score or loss on validation, from scaled updates."""
     outcome, _, equal = h.outcome.partition(" at equal ")
     rows = None if study.retention is None else matched_pairs(study.retention, equal)
     if rows is None or rows.empty:
@@ -279,11 +297,7 @@ def _matched(study: StudyRecords, h: Hypothesis) -> DataFrame | str:
         return f"{reason} (python retention_eval.py --scale-update --overwrite)"
     rows = rows[(rows["family"] == h.family) & (rows["arm"] == h.first)]
     rows = rows[(rows["other"] == h.second) & (rows["task"] == FORGOTTEN[outcome])]
-    apart = rows[rows["value"].isna()]
-    if len(apart):
-        reasons = "; ".join(f"seed {row.seed}: {row.reason}" for row in apart.itertuples())
-        return f"the curves have no validation {equal} in common ({reasons})"
-    return rows
+    return no_common_level(rows, equal) or rows
 
 
 def _shrunk(study: StudyRecords, h: Hypothesis) -> DataFrame | str:

@@ -11,7 +11,7 @@ from config import DOCUMENTS, resolve_settings
 from lora_tradeoffs.figures.draw import FIGURES, draw_one
 from lora_tradeoffs.figures.study_records import StudyRecords
 from lora_tradeoffs.report.findings import as_markdown, as_table, findings
-from lora_tradeoffs.tables.arms import Arm
+from lora_tradeoffs.tables.arms import Arm, shared_sentence
 from lora_tradeoffs.tables.frames import gaps
 from lora_tradeoffs.tables.retention import retention_gaps
 
@@ -82,7 +82,7 @@ class StudyReport:
         styled.format_index(_cell).format_index(_cell, axis="columns")
         display(styled if index else styled.hide(axis="index"))
         if words and not shown.equals(frame):
-            display(HTML(f"<p>All runs: {html.escape(' '.join(sorted(words)))}.</p>"))
+            display(HTML(f"<p>{html.escape(shared_sentence(words))}</p>"))
 
     def _save_table(self, name: str, frame: DataFrame, index: bool = False) -> None:
         path: Path = self.study.folder("study") / "tables" / f"{name}.csv"

@@ -37,7 +37,9 @@ DEMO = (
     "No findings: this is the demo, an instruct model in 4 bits on sample data, which is no"
     " evidence for or against any method. They need the study (PRESET=study)."
 )
-ALL_RUNS = "All runs were made with {}, which the names of the arms leave out."
+ALL_RUNS = (
+    "All runs were made with {} (unless an arm's name says otherwise), which the names leave out."
+)
 FULL_TUNING, FULL_TESTED = "full fine-tuning", "full fine-tuning (last checkpoint, test)"
 
 

@@ -218,11 +218,11 @@ def compare_checkpoints(
     )
 
 
-def detectable_over_items(stderr: float) -> float:
-    """The difference that a two-sided normal test at 5 % finds with 80 % power: 2.80 errors."""
+def detectable_over_items(stderr: float, level: float = LEVEL) -> float:
+    """The difference that a two-sided normal test finds with 80 % power: at 5 % 2.80 errors."""
     from scipy.stats import norm
 
-    return float((norm.ppf((1 + LEVEL) / 2) + norm.ppf(POWER)) * stderr)
+    return float((norm.ppf((1 + level) / 2) + norm.ppf(POWER)) * stderr)
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:

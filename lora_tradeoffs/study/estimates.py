@@ -174,7 +174,7 @@ def detectable_differences(study: StudyPlan, settings: Settings, runs: Sequence[
         compared = list({(r.config.family, r.arm): r.config.family for r in mixes}.values())
         tests = sum(len(FAMILIES[family]) for family in compared)
         if study.hypotheses:
-            tests = sum(h.get("primary", True) for h in study.hypotheses)
+            tests = study.primary_tests
         pooled = 1 + min(map(compared.count, compared), default=0)
         freedom = (seeds - 1) * (pooled - 1 if pooled >= MIN_ARMS else 1)
         level = 1 - (1 - LEVEL) / max(tests, 1)
@@ -183,7 +183,7 @@ def detectable_differences(study: StudyPlan, settings: Settings, runs: Sequence[
             f" {detectable(2 / seeds, freedom, level=level):.1f} standard deviations of a score"
             f" from seed to seed ({freedom} degrees of freedom, if the arms vary alike)"
         )
-    return lines + smallest_p_values(study.hypotheses, seeds)
+    return lines + smallest_p_values(study.hypotheses, seeds, study.primary_tests)
 
 
 def items(name: str, settings: Settings) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from config import UserError
@@ -58,15 +58,20 @@ def check_hypothesis(
 
 
 def check_written(
-    hypotheses: Sequence[Mapping[str, Any]], measure: Mapping[str, Mapping[str, Any]]
+    hypotheses: Sequence[Mapping[str, Any]],
+    measure: Mapping[str, Mapping[str, Any]],
+    families_of: Callable[[Mapping[str, Any]], Collection[str]],
 ) -> None:
     """Raise UserError for what should not be written down before a study that measures so: an
-    outcome that is not measured, an arm against itself, a margin without use, a name twice."""
+    outcome that is not measured, arms that no family has both, an arm against itself, a margin
+    without use, a name twice."""
     names: set[str] = set()
     for number, h in enumerate(hypotheses, 1):
         name, margin, words = h.get("name", f"H{number}"), h.get("margin", 0), h["contrast"]
         if problem := _unmeasured(h, measure):
             problem = f"{h['outcome']} is not measured: it needs {problem} in measure"
+        elif not families_of(h):
+            problem = f"no family trains what is compared: {' and '.join(words)} in {h['outcome']}"
         elif len({*words}) < len(words):
             problem = f"contrast {words} compares {words[0]} with itself"
         elif margin < 0 or (margin and h["test"] in (TESTS[0], FLIPS)):
@@ -149,9 +154,12 @@ def _seed_problem(
     return ""
 
 
-def smallest_p_values(hypotheses: Sequence[Mapping[str, Any]], seeds: int) -> list[str]:
-    """A line for each test of sign flips: the smallest p-value that so many seeds allow."""
-    primary, lines = sum(h.get("primary", True) for h in hypotheses), []
+def smallest_p_values(
+    hypotheses: Sequence[Mapping[str, Any]], seeds: int, primary: int
+) -> list[str]:
+    """A line for each test of sign flips: the smallest p-value that so many seeds allow, before
+    and after the correction for the tests of `primary` hypotheses."""
+    lines = []
     for number, h in enumerate(hypotheses, 1):
         if h["test"] == FLIPS and seeds:
             p, tests = 2 / 2**seeds, primary if h.get("primary", True) else 1

@@ -25,8 +25,9 @@ from dataset_descriptions import (
 )
 from lora_tradeoffs.files import written_whole
 from lora_tradeoffs.shapes import NUMBER, shape_problem
-from lora_tradeoffs.study.hypotheses import HYPOTHESIS, check_hypothesis, renamed
+from lora_tradeoffs.study.hypotheses import HYPOTHESIS, OUTCOMES, check_hypothesis, renamed
 from lora_tradeoffs.study.steps import ANALYSES
+from lora_tradeoffs.tables.predictors import PREDICTORS
 from lora_tradeoffs.task_yaml import task_files
 from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.learning_rates import FACTORS, rates_around
@@ -133,6 +134,25 @@ class StudyPlan:
         tasks = [task for tasks in self.mixes for task in tasks] if self.hypotheses else ()
         for hypothesis in self.hypotheses:
             check_hypothesis(hypothesis, self.arms, tasks, self.seeds)
+
+    @property
+    def primary_tests(self) -> int:
+        """How many tests the primary hypotheses are: one in each family."""
+        primary = [h for h in self.hypotheses if h.get("primary", True)]
+        return sum(len(self.families_of(h)) for h in primary)
+
+    def families_of(self, hypothesis: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        """The tasks by each family that a hypothesis is tested in: of its own, else of those that
+        train its arms, and its outcome if that is a task."""
+        words, outcome = {*hypothesis["contrast"]}, {hypothesis["outcome"]}
+        words -= {*PREDICTORS}
+        return {
+            family: tasks
+            for (family, arms), tasks in zip(self.arms.items(), self.mixes)
+            if hypothesis.get("family", family) == family
+            and words <= {*arms}
+            and outcome <= {*OUTCOMES, *tasks}
+        }
 
     @property
     def mixes(self) -> dict[tuple[str, ...], list[ArmSpec]]:

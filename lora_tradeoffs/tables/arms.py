@@ -145,8 +145,12 @@ def arms_of(frame: DataFrame) -> list[Arm]:
     """The arm of every row; where one would have several learning rates in a family, with its rate.
 
     A run's name holds its rate only where it is not the default, and the default depends on preset
-    and model, so it may change within a study. Such runs are no seeds of each other.
+    and model, so it may change within a study. Such runs are no seeds of each other. In-context
+    examples tell arms apart where a task was measured with several numbers of them: with the fewest
+    the arm is the plain one.
     """
+    fewest = frame.groupby(["family", "task"], dropna=False)["shots"].transform("min")
+    frame = frame.assign(shots=frame["shots"].where(frame["shots"] > fewest, 0))
     names = ["run", "method", "rank", "target_modules", "tasks", "variant", "learning_rate"]
     names += ["family", "task", "shots", "prompt"]
     groups = frame.groupby(names, sort=False, dropna=False).ngroup()
@@ -175,11 +179,18 @@ def target_modules_name(record: Mapping[str, Any]) -> str:
 def shared_words(frames: Iterable[DataFrame]) -> set[str]:
     """Words that stand in the variant of every run ("steps40", "fp32"): they tell no arms apart.
 
-    Ask all frames of a study together; runs from elsewhere do not count.
+    Ask all frames of a study together; runs from elsewhere do not count, nor single-task controls
+    beside runs of a whole family: they may have steps of their own.
     """
     arms = {arm for frame in frames for arm in frame["arm"].unique()}
-    variants = [set(arm.variant.split()) for arm in arms if arm.is_trained and not arm.run]
+    arms = {arm for arm in arms if arm.is_trained and not arm.run}
+    whole = {arm for arm in arms if not arm.tasks}
+    variants = [set(arm.variant.split()) for arm in whole or arms]
     return set.intersection(*variants) if variants else set()
+
+
+def shared_sentence(words: set[str]) -> str:
+    return f"All runs: {' '.join(sorted(words))} (unless a label says otherwise)."
 
 
 def with_plain_arms(*frames: Any) -> list[Any]:
@@ -191,7 +202,7 @@ def with_plain_arms(*frames: Any) -> list[Any]:
     words = shared_words(f for f, has in zip(frames, has_arms) if has and "method" in f)
     if not words:
         return list(frames)
-    sentence = f"All runs: {' '.join(sorted(words))}."
+    sentence = shared_sentence(words)
     return [_plain(f, words, sentence) if has else f for f, has in zip(frames, has_arms)]
 
 

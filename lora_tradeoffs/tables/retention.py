@@ -177,7 +177,7 @@ def pareto_front(gain: Sequence[float], forgetting: Sequence[float]) -> np.ndarr
 def matched(frame: DataFrame) -> DataFrame:
     """The rows of `matched_pairs` in which the other arm is the family's reference: full
     fine-tuning, else the last arm of the legend."""
-    rows = matched_pairs(frame).dropna(subset=["value"])
+    rows = matched_pairs(frame)
     if rows.empty:
         return rows
     others = rows.groupby("family")["other"].unique()
@@ -209,6 +209,16 @@ def matched_pairs(frame: DataFrame, equal: str = "score") -> DataFrame:
     rows = rows.drop_duplicates(["family", "task", "run", "other_run"], keep="last")
     is_foreign = (rows["tasks"] == "") | (rows["other_tasks"] == "")
     return rows[(rows["seed"] == rows["other_seed"]) | is_foreign]
+
+
+def no_common_level(rows: DataFrame, equal: str = "score") -> str:
+    """Which seeds' curves have no level in common, among rows of `matched_pairs`; "" if all do.
+
+    They are no random ones, so a mean over the other seeds is about those that happened to match.
+    """
+    apart = rows[rows["value"].isna()]
+    reasons = "; ".join(f"seed {row.seed}: {row.reason}" for row in apart.itertuples())
+    return reasons and f"the curves have no validation {equal} in common ({reasons})"
 
 
 def shrink_effects(shrunk: DataFrame, *against: str) -> DataFrame:

@@ -71,13 +71,13 @@ def adapted(tmp_path):
 def kept_frame(tmp_path):
     """Records of retention where an arm's mean forgetting is `lost(rank)` (rank 0: full)."""
 
-    def make(lost, spread=SURE, seeds=SEEDS, matched=None):
+    def make(lost, spread=SURE, seeds=SEEDS, matched=None, shots=0):
         rng, records = np.random.default_rng(1), []
         for family in FAMILIES:
             for arm, (method, rank) in ARMS.items():
                 for seed in seeds:
                     run = f"{family}_{arm}_seed{seed}"
-                    own = dict(method=method, rank=rank, seed=seed)
+                    own = dict(method=method, rank=rank, seed=seed, shots=shots)
                     value = lost(rank) + rng.normal(0, spread)
                     records.append(kept(run, "mean", "forgetting", value, family, **own))
                     if matched and rank:
@@ -315,9 +315,10 @@ def test_a_swept_arm_is_tested_at_its_chosen_rate(tmp_path):
 # ------------------------------------------------------------------------------- exploratory
 
 
-@pytest.mark.parametrize("sign, word", [(1, "more"), (-1, "less")])
-def test_forgetting_is_told_in_either_direction(kept_frame, sign, word):
-    retention = kept_frame(lambda rank: 0.05 + (sign * 0.03 if rank else 0))
+@pytest.mark.parametrize("sign, word, shots", [(1, "more", 0), (-1, "less", 5)])
+def test_forgetting_is_told_in_either_direction(kept_frame, sign, word, shots):
+    """Also over benchmarks that were all asked with examples."""
+    retention = kept_frame(lambda rank: 0.05 + (sign * 0.03 if rank else 0), shots=shots)
     found = asked(findings(None, retention, None, None, "study"), FORGETS)
     assert len(found) == 10 and {f.kind for f in found} == {"exploratory"}
     for f in found:
@@ -351,6 +352,19 @@ def test_matched_forgetting_is_told_in_either_direction(kept_frame, sign, word):
     assert {f.over for f in found} == {"seeds and items"}
     without = asked(findings(None, kept_frame(lambda rank: 0.05), None, None, "study"), MATCHED)
     assert [f.kind for f in without] == ["missing"] and "--scale-update" in without[0].sentence
+
+
+def test_matched_forgetting_is_not_that_of_the_seeds_that_happened_to_match(kept_frame):
+    retention = kept_frame(lambda rank: 0.05, matched=lambda rank: 0.05, seeds=(42, 43, 44, 45))
+    apart = retention["run"].eq("similar_lora_r8_seed44") & retention["metric"].eq(
+        "matched_forgetting"
+    )
+    retention.loc[apart, "value"], retention["reason"] = np.nan, "its best is 0.4"
+    found = asked(findings(None, retention, None, None, "study"), MATCHED)
+    (missing,) = (f for f in found if f.kind == "missing")
+    assert "similar: LoRA r=8, mean: not tested" in missing.sentence
+    assert "no validation score in common (seed 44: its best is 0.4)" in missing.sentence
+    assert len(found) == 10 and all("after Holm over 9" in f.sentence for f in found if f.verdict)
 
 
 @pytest.mark.parametrize("sign, words", [(1, ("more", "lower")), (-1, ("less", "higher"))])

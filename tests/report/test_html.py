@@ -210,7 +210,7 @@ def test_a_table_says_once_what_all_runs_share(tmp_path, monkeypatch):
         report.table(name, rows, index)
         shown, note = (call.args[0] for call in display.call_args_list)
         assert "steps40" not in shown.to_html() and ">LoRA r=8<" in shown.to_html()
-        assert "All runs: steps40." in note.data
+        assert "All runs: steps40 (" in note.data
         saved = (tmp_path / f"outputs/demo/tables/{name}.csv").read_text()
         assert "LoRA r=8 (steps40)" in saved
 

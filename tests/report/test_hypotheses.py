@@ -1,11 +1,12 @@
 """Hypotheses of a study's file: each test against SciPy's, and what is said where there is none."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
-from scipy.stats import norm, permutation_test, spearmanr, ttest_rel
+from scipy.stats import nct, norm, permutation_test, spearmanr, t, ttest_rel
 from support import settings_for
 from synthetic_effects import ARMS
 from synthetic_records import kept, record, shrunk_study, write_study
@@ -18,7 +19,8 @@ from lora_tradeoffs.report.hypotheses import OTHERS, PRIMARY, hypotheses, hypoth
 from lora_tradeoffs.report.wording import ADAPTS
 from lora_tradeoffs.statistics.comparisons import holm
 from lora_tradeoffs.statistics.scores import mean_scores
-from lora_tradeoffs.study.hypotheses import smallest_p_values
+from lora_tradeoffs.statistics.seed_intervals import reach
+from lora_tradeoffs.study.hypotheses import check_written, smallest_p_values
 from lora_tradeoffs.study.study_file import StudyPlan
 from lora_tradeoffs.tables.frames import load_records
 from lora_tradeoffs.training.plan import plan_runs
@@ -70,6 +72,7 @@ def made(tmp_path, workspace):
         path = study.folder("study") / "study.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         fields = {"families": ["similar"], "arms": ["lora:4", "lora:8", "full"]} | others
+        fields = {name: value for name, value in fields.items() if value}
         path.write_text(yaml.safe_dump(fields | {"hypotheses": list(hypotheses)}))
         return study
 
@@ -107,6 +110,74 @@ def test_every_test_is_scipys_paired_t(made, outcome, sign, margin):
     expected = ttest_rel(second, first, alternative=better).pvalue
     if outcome not in EQUAL:
         assert hypothesis_findings(write(turned))[0].p_value == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_detectable_is_so_at_the_first_step_of_the_correction(made):
+    """The power at the difference that is said, by the noncentral t distribution."""
+    write, values = made
+    first, second = values["text lost"]
+    asked = {"difference": 0.0, "superiority": 0.01, "equivalence": 0.01, "non-inferiority": 0.01}
+    asked = {
+        test: PAIR | {"outcome": "text lost", "test": test, "margin": m}
+        for test, m in asked.items()
+    }
+    found = dict(zip(asked, hypothesis_findings(write(*asked.values()))))
+    error, freedom = np.std(first - second, ddof=1) / np.sqrt(len(SEEDS)), len(SEEDS) - 1
+    for test, sides, margin in (("difference", 2, 0.0), ("superiority", 1, 0.01)):
+        bar = t.isf(0.05 / 4 / sides, freedom)
+        power = nct.sf(bar, freedom, (found[test].detectable - margin) / error)
+        assert power == pytest.approx(0.8, abs=0.005)
+    for test in ("equivalence", "non-inferiority"):  # they are about smaller differences
+        assert np.isnan(found[test].detectable) and "detectable" not in found[test].sentence
+
+
+def test_a_seed_without_an_interval_takes_nothing_from_the_error_of_the_others(made):
+    write, values = made
+    asked = PAIR | {"outcome": "text lost at equal loss", "test": "difference"}
+    study = write(asked)
+    rows = study.retention["metric"] == "loss_matched_forgetting"
+    study.retention.loc[rows, "stderr"] = [0.02, *[np.nan] * (len(SEEDS) - 1)]
+    (found,) = hypothesis_findings(study)
+    differences = np.subtract(*values["text lost at equal loss"])
+    half = reach(differences.var(ddof=1) / len(SEEDS), len(SEEDS) - 1, 0.02**2)
+    assert found.high - found.low == pytest.approx(2 * half)
+
+
+def test_a_hypothesis_is_tested_where_its_arms_and_task_are_trained(made):
+    write, _ = made
+    score = {"contrast": ["lora:8", "full"], "outcome": "sst2", "test": "difference"}
+    text = score | {"outcome": "text lost"}
+    study = write(score, text, families=["similar", "dissimilar"])
+    found = hypothesis_findings(study)
+    assert [(f.family, f.about) for f in found] == [
+        *(("similar", "sst2"), ("similar", "text lost"), ("dissimilar", "text lost"))
+    ]
+    assert found[0].corrected == pytest.approx(3 * found[0].p_value)
+    plan = StudyPlan.of(
+        yaml.safe_load((study.folder("study") / "study.yaml").read_text()), study.settings
+    )
+    assert plan.primary_tests == 3
+    arms = {"similar": ["lora:8"], "dissimilar": ["full"]}
+    plan = replace(plan, arms=arms)
+    with pytest.raises(UserError, match="no family trains what is compared: lora:8 and full"):
+        check_written([score], {"evaluate": {}}, plan.families_of)
+
+
+def test_runs_on_a_part_of_a_family_have_hypotheses_too(made):
+    write, _ = made
+    asked = [PAIR | {"outcome": name, "test": "difference"} for name in ("score", "sst2")]
+    for hypothesis in asked:
+        del hypothesis["family"]
+    study = write(*asked, families=None, tasks=["sst2"])
+    scores = study.adaptation.query("task == 'sst2'").assign(tasks="sst2")
+    study.adaptation = scores.assign(arm=[replace(arm, tasks="sst2") for arm in scores["arm"]])
+    alone = [
+        study.adaptation.query("split == 'test' and method == @m")["value"]
+        for m in ("lora", "full")
+    ]
+    for found in hypothesis_findings(study):
+        assert found.p_value == pytest.approx(ttest_rel(*alone).pvalue, rel=1e-6)
+        assert "LoRA r=8 (sst2 alone)" in found.sentence
 
 
 def test_what_cannot_be_tested_counts_in_the_correction_and_says_why(made):
@@ -213,7 +284,7 @@ def test_sign_flips_are_scipys_and_say_the_smallest_p(made):
         assert found.p_value == pytest.approx(exact.pvalue)
         assert (found.low, found.high) == pytest.approx((differences.min(), differences.max()))
         assert "6 seeds, of which the smallest p is 0.031" in found.sentence
-    lines = smallest_p_values([*asked, asked[0] | {"primary": False}], 6)
+    lines = smallest_p_values([*asked, asked[0] | {"primary": False}], 6, 2)
     assert lines[0].endswith("sign flips of 6 seeds: 0.031, 0.062 after correction for 2 tests")
     assert lines[2].endswith("H3, sign flips of 6 seeds: 0.031")
 

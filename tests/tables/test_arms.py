@@ -1,11 +1,12 @@
 """An arm says what sets it apart from the grid's, and what all runs share is said once."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 
 from lora_tradeoffs.records import updated
-from lora_tradeoffs.tables.arms import Arm, arm_of, with_plain_arms
+from lora_tradeoffs.tables.arms import Arm, arm_of, shared_sentence, with_plain_arms
 
 
 def arm(run, **fields):
@@ -70,8 +71,15 @@ def test_what_all_runs_have_in_common_is_in_the_note_and_not_in_every_label():
     plain, none, second = with_plain_arms(first, None, frame("full_steps40"))
     assert list(plain["arm"].map(str)) == ["LoRA r=8", "LoRA r=8 (dropout0.1)", "full", "base"]
     assert list(second["arm"].map(str)) == ["full", "base"] and none is None
-    assert plain.attrs["note"] == "From elsewhere. All runs: steps40."
+    assert plain.attrs["note"] == f"From elsewhere. {shared_sentence({'steps40'})}"
     assert "steps40" in str(first["arm"][0]) and first.attrs["note"] == "From elsewhere."
+
+    # controls whose steps are their share of the mixed run's do not take the word from the others
+    control = frame("lora_r8_steps13").iloc[:1]
+    control["arm"] = [replace(control["arm"][0], tasks="sst2")]
+    plain, beside = with_plain_arms(first, control)
+    assert list(plain["arm"].map(str)) == ["LoRA r=8", "LoRA r=8 (dropout0.1)", "full", "base"]
+    assert list(beside["arm"].map(str)) == ["LoRA r=8 (steps13, sst2 alone)"]
 
     unlike = frame("lora_r8_steps40", "full_steps80")
     assert with_plain_arms(unlike)[0] is unlike
