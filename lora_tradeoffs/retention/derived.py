@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     from lora_tradeoffs.measuring.results import Results
     from lora_tradeoffs.statistics.scores import Scores
 
+# What tells records apart that compare a model with another one than the base.
+COMPARED = ("metric", "run", "task", "other_run", "shrunk", "shrink", "against", "over")
+
 
 def derived_records(results: Results) -> tuple[list[Record], list[str]]:
     """Forgetting of every task, means over benchmarks and over text, and matched forgetting.
 
     Benchmarks with different numbers of examples are different benchmarks: each number is compared
-    with the base's and averaged apart. Also the units that are not compared, since more than the
-    weights differs from the base's.
+    with the base's and averaged apart. Where scaled updates match, those with the fewest count.
+    Also the units that are not compared, since more than the weights differs from the base's.
     """
     import pandas as pd
 
@@ -42,6 +45,7 @@ def derived_records(results: Results) -> tuple[list[Record], list[str]]:
     records = [record for _, model in others.groupby(KEY) for record in mean_adaptation(model)]
     more, uncompared = forgetting_records(results, others)
     records += more
+    compared: dict[tuple, Record] = {}  # text and tasks are the same beside any benchmarks
     for shots in sorted({*units["shots"][units["is_benchmark"]]}) or [0]:
         benchmarks = units[units["is_benchmark"] & (units["shots"] == shots)]
         base = benchmarks[is_base(benchmarks)]
@@ -53,9 +57,10 @@ def derived_records(results: Results) -> tuple[list[Record], list[str]]:
                 ]
         more, names = forgetting_records(results, benchmarks)
         every = pd.concat([benchmarks, others])
-        records += more + _matched(results, every) + shrink_effects(results, every)
-        uncompared += names
-    return records, uncompared
+        records, uncompared = records + more, uncompared + names
+        for record in _matched(results, every) + shrink_effects(results, every):
+            compared.setdefault(tuple(map(record.get, COMPARED)), record)
+    return [*records, *compared.values()], uncompared
 
 
 def _primary_records(results: Results) -> DataFrame:
