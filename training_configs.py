@@ -293,6 +293,9 @@ def tasks_and_variant(run: str, config: typing.Mapping[str, typing.Any]) -> tupl
     """
     method = method_name(config["method"], config["rank"])
     tasks, _, rest = f"{run}_".partition(f"_{method}_")
+    for known in (config.get("family"), "+".join(config.get("tasks", ()))):
+        if known and run.startswith(f"{known}_{method}_"):  # it may have the method in its own name
+            tasks, rest = known, f"{run}_".removeprefix(f"{known}_{method}_")
     words = rest.split("_")
     if words[-2:] != [f"seed{config['seed']}", ""]:
         return "", run

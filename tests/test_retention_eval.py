@@ -212,6 +212,7 @@ def test_an_adapter_of_zeros_forgets_exactly_nothing(folder, model, tmp_path):
 def test_a_guess_is_told_from_knowledge():
     record = {"value": 0.29, "stderr": 0.03, "chance": 0.25}
     assert at_chance(record) and not at_chance({**record, "stderr": 0.019})
+    assert at_chance({**record, "value": 0.18, "stderr": 0.012})  # misled: below, not above chance
 
 
 def write_quiz(results, run, right, shots=0, task="quiz", **request):

@@ -102,6 +102,14 @@ def test_a_name_gives_back_its_tasks_and_variant():
         record = config_of(**change)[0].record()
         assert tasks_and_variant(name_of(**change), record) == (tasks, variant)
     outside = {"method": "lora", "rank": 8, "seed": 42}
+    own = {
+        "method": "full",
+        "rank": 0,
+        "seed": 1,
+        "tasks": ["my_full_task"],
+        "family": "my_full_task",
+    }
+    assert tasks_and_variant("my_full_task_full_fp32_seed1", own) == ("my_full_task", "fp32")
     assert tasks_and_variant("someone--adapter", outside) == ("", "someone--adapter")
     assert tasks_and_variant("similar_lora_r4_seed42", outside) == ("", "similar_lora_r4_seed42")
 

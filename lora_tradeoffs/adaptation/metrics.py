@@ -72,12 +72,16 @@ def answer_scores(predictions: Sequence[str], references: Sequence[Sequence[str]
 
     Rajpurkar et al. 2018 (evaluate-v2.0.py): the best of the references; an unanswerable question
     has the empty string as its only one. The words for it count as the empty string, too (lm-eval
-    #3212 scores them 0). `abstained` is the share of predictions that give no answer.
+    #3212 scores them 0), unless they are a reference. `abstained` is the share of predictions that
+    give no answer.
     """
     _same_length(predictions, references)
-    answers = [normalize_answer(text) for text in predictions]
-    answers = ["" if text in ABSTENTIONS else text for text in answers]
     golds = [[g for g in map(normalize_answer, texts) if g] or [""] for texts in references]
+    answers = [normalize_answer(text) for text in predictions]
+    answers = [
+        "" if text in ABSTENTIONS and text not in gold else text
+        for text, gold in zip(answers, golds)
+    ]
     has_answer = np.array([any(texts) for texts in references], dtype=bool)
     values = {
         "f1": [max(_overlap_f1(text, g) for g in gold) for text, gold in zip(answers, golds)],

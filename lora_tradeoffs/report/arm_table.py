@@ -43,7 +43,8 @@ def arm_table(study: StudyRecords) -> DataFrame:
     `forgetting` the mean over the benchmarks of base minus tuned, `text lost` that over held-out
     text of the log-likelihood a token; `drift` the norm of the update over that of the base's
     q_proj and v_proj; `minutes` and `trained` the time and the share of the parameters that were
-    trained. ± is the standard error, over items for one seed, over seeds and items from three on.
+    trained. ± is the standard error, over items for one seed, over seeds and items from three on. A
+    cell says its number of seeds where it is of fewer than the row's.
     """
     import pandas as pd
 
@@ -62,12 +63,13 @@ def arm_table(study: StudyRecords) -> DataFrame:
     rows = pd.concat(parts)
     rows = rows[rows["family"].isin(FAMILIES) & rows["arm"].map(lambda arm: not arm.tasks)]
     table = summarise(rows, by=("family",))
-    values = table[["task", "value", "stderr"]].itertuples(index=False)
-    table["cell"] = [_cell(*value) for value in values]
     keys = ["family", "arm"]
+    table["most"] = table.groupby(keys)["seeds"].transform("max")
+    values = table[["task", "value", "stderr", "seeds", "most"]].itertuples(index=False)
+    table["cell"] = [_cell(*value) for value in values]
     cells = table.pivot(index=keys, columns="task", values="cell")
     cells = cells.reindex(columns=[name for name in FORMATS if name in cells]).fillna("")
-    cells.insert(0, "seeds", table.groupby(keys)["seeds"].max())
+    cells.insert(0, "seeds", table.groupby(keys)["most"].max())
     cells = cells.rename_axis(columns=None).reset_index()
     is_trained_arm = cells["arm"].map(lambda arm: arm.is_trained)
     cells = in_order(cells.assign(trained=is_trained_arm), "family", "trained", "arm")
@@ -111,8 +113,8 @@ def _costs(study: StudyRecords) -> dict[str, DataFrame]:
     }
 
 
-def _cell(measure: str, value: float, error: float) -> str:
+def _cell(measure: str, value: float, error: float, seeds: int, most: int) -> str:
     text = format(value, FORMATS[measure])
-    if math.isnan(error) or measure in COSTS:
-        return text
-    return f"{text} ± {error:{FORMATS[measure].removeprefix('+')}}"
+    if not math.isnan(error) and measure not in COSTS:
+        text += f" ± {error:{FORMATS[measure].removeprefix('+')}}"
+    return text + (f" ({seeds} of {most} seeds)" if seeds < most else "")

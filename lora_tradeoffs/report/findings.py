@@ -77,6 +77,7 @@ from lora_tradeoffs.tables.learning_rates import searched_arm
 from lora_tradeoffs.tables.predictors import PREDICTORS
 from lora_tradeoffs.tables.retention import (
     at_chance,
+    forgotten,
     matched,
     mean_forgetting,
     no_common_level,
@@ -171,6 +172,11 @@ def _forgets(retention: DataFrame, items: Items | None, plan: Plan) -> list[Find
     results = against_full(EXPLORATORY, FORGETS, outcomes, plan)
     if names and any(finding.kind == EXPLORATORY for finding in results):
         text = f"On {names}, part of the mean, the base is at chance: nothing to forget."
+        results.insert(0, Finding(NOTE, FORGETS, text))
+    fewest, *more = sorted({*forgotten(retention).query("task == @MEAN")["shots"]}) or [0]
+    if more:
+        text = f"The mean is over the benchmarks with {fewest:g} examples in the prompt, not over"
+        text += f" those with {' or '.join(map('{:g}'.format, more))}."
         results.insert(0, Finding(NOTE, FORGETS, text))
     return results
 

@@ -68,14 +68,14 @@ def benchmark_records(common: Record, result: BenchmarkResult) -> list[Record]:
 
 
 def at_chance(record: Record) -> bool:
-    """Whether a model's score is within two standard errors of guessing's.
+    """Whether a model's score is no more than two standard errors above guessing's.
 
-    A base that guesses has nothing that a benchmark could show it to forget; nor does a single
-    item, which has no standard error.
+    A base that guesses, or is misled, has nothing that a benchmark could show it to forget; nor
+    does a single item, which has no standard error.
     """
     if record["stderr"] is None:
         return True
-    return bool(abs(record["value"] - record["chance"]) <= 2 * record["stderr"])
+    return bool(record["value"] - record["chance"] <= 2 * record["stderr"])
 
 
 def drift_records(common: Record, drift: Drift, of_text: bool) -> list[Record]:

@@ -35,7 +35,7 @@ def adaptation_table(records: Iterable[dict[str, Any]]) -> str:
     rows = _last_checkpoints(records)
     main = rows["task"].map(lambda task: describe(task).metrics[0])
     rows = rows[(rows["metric"] == main) | (rows["metric"] == main.map(SHOWN_BESIDE))]
-    scores = rows[rows["prompt"] == 0]
+    scores = rows[rows["prompt"] == 0].astype({"value": float, "stderr": float})
     shots = scores["shots"].map(lambda n: f" ({n:.0f} shots)" if n else "")
     scores = scores.assign(row=scores["run"] + shots)
     order = scores["row"].unique()
@@ -126,8 +126,8 @@ def _retention_notes(frame: DataFrame, losses: DataFrame) -> list[str]:
     if "at_chance" in losses and losses["at_chance"].eq(True).any():
         names = ", ".join(sorted(set(losses["task"][losses["at_chance"].eq(True)])))
         notes.append(
-            f"the base is at chance (within two standard errors) on {names}: forgetting cannot be"
-            " measured there"
+            f"the base is at chance (not two standard errors above it) on {names}: forgetting"
+            " cannot be measured there"
         )
     if "truncated" in frame and frame["truncated"].fillna(0).any():
         cut = frame[frame["truncated"] > 0].groupby("task")["truncated"].max()

@@ -65,7 +65,8 @@ def _pairs(adaptation: DataFrame) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     for name in ARM_FIELDS:  # two empty fields are the same field
         rows[name] = rows[name].astype(str) if name in rows else ""
     rows["alike"] = rows["variant"].str.replace(STEPS, "", regex=True)
-    together = rows[rows["tasks"] == rows["family"]]
+    # a run on the only task of its family is not its own control
+    together = rows[(rows["tasks"] == rows["family"]) & (rows["tasks"] != rows["task"])]
     alone = rows[rows["tasks"] == rows["task"]]
     fields = ["family", "task", *ARM_FIELDS[:-1], "alike"]
     for _, multi in together.groupby([*fields, "variant"], sort=False):

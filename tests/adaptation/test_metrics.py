@@ -108,6 +108,13 @@ def test_words_for_no_answer_are_the_empty_string(words):
     assert scores["abstained"] == 1
 
 
+@pytest.mark.parametrize("words", ["Unanswerable", "no answer"])
+def test_words_for_no_answer_that_are_a_reference_are_an_answer(words):
+    scores = values(answer_scores([words, "", "Rome"], [[words]] * 3))
+    assert scores["f1"] == scores["exact_match"] == pytest.approx(1 / 3)
+    assert scores["abstained"] == pytest.approx(1 / 3)
+
+
 def test_an_answer_to_an_unanswerable_question_scores_nothing():
     scores = values(answer_scores(["Rome", "Rome"], [[""], ["in Rome"]]))
     assert scores["f1_no_answer"] == 0

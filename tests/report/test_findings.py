@@ -327,6 +327,16 @@ def test_forgetting_is_told_in_either_direction(kept_frame, sign, word, shots):
         assert f.verdict == ("higher" if sign > 0 else "lower")
 
 
+def test_the_mean_says_that_benchmarks_with_more_examples_are_not_in_it(kept_frame):
+    frame = kept_frame(lambda rank: 0.05)
+    more = frame.assign(shots=5, arm=[replace(arm, shots=5) for arm in frame["arm"]])
+    note, *_ = findings(None, pd.concat([frame, more]), None, None, "study")[1:]
+    assert (
+        note.kind == "note"
+        and "with 0 examples in the prompt, not over those with 5" in note.sentence
+    )
+
+
 def test_no_difference_in_forgetting_is_said_to_be_none(kept_frame):
     retention = kept_frame(lambda rank: 0.05, VAGUE)
     found = asked(findings(None, retention, None, None, "study"), FORGETS)

@@ -9,6 +9,7 @@ from scipy.stats import ttest_rel
 from synthetic_effects import Bench, arm_fields, write_scored
 from synthetic_records import record, study, write_study
 
+from config import FAMILIES
 from lora_tradeoffs.measuring.results import Results, adaptation_items
 from lora_tradeoffs.statistics.comparisons import compare_checkpoints
 from lora_tradeoffs.statistics.scores import mean_scores
@@ -60,6 +61,12 @@ def test_one_seed_is_the_paired_comparison_of_two_checkpoints(table):
     )
     assert (row.seeds, row.over, row.test) == (1, "items", "exact McNemar")
     assert row.p_value == theirs.p_value
+
+
+def test_a_run_on_the_only_task_of_its_family_is_not_its_own_control(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "sst2", ("sst2",))  # as a task file that names no family
+    run = record("sst2_lora_r8_seed42", "sst2", 0.7, split="test") | {"family": "sst2"}
+    assert transfer_table(load_records(write_study(tmp_path, [run]))).empty
 
 
 def test_two_seeds_have_a_mean_and_no_interval(table):
