@@ -50,26 +50,28 @@ def hypotheses(study: StudyRecords) -> list[Hypothesis]:
     plan, found = StudyPlan.of(read_study_file(path), study.settings), []
     for number, entry in enumerate(plan.hypotheses, 1):
         families = plan.families_of(entry) or dict(zip(plan.arms, plan.mixes))
-        for family, tasks in families.items():
-            pair = entry["contrast"]
+        for key, tasks in families.items():
+            # runs of a part of a family are of that family
+            family, pair = key if plan.families else family_of(tasks), entry["contrast"]
             if not is_of_predictors(pair):
-                pair = [_arm_of_word(word, study, plan, tasks) for word in pair]
-            name = entry.get("name", f"H{number}") + f" ({family})" * (len(families) > 1)
+                pair = [_arm_of_word(word, study, plan, family, tasks) for word in pair]
+            name = entry.get("name", f"H{number}") + f" ({key})" * (len(families) > 1)
             rest = entry["outcome"], entry["test"], entry.get("margin", 0.0)
             rest += entry.get("primary", True), entry.get("seed"), tasks
-            # runs of a part of a family are of that family
-            found.append(Hypothesis(name, family_of(tasks), *[*pair, None][:2], *rest))
+            found.append(Hypothesis(name, family, *[*pair, None][:2], *rest))
     return found
 
 
-def _arm_of_word(word: str, study: StudyRecords, plan: StudyPlan, tasks: tuple[str, ...]) -> Arm:
+def _arm_of_word(
+    word: str, study: StudyRecords, plan: StudyPlan, family: str, tasks: tuple[str, ...]
+) -> Arm:
     """The arm by which the study's plain records know what its file calls so."""
     spec = ArmSpec.parse(word)
     values = spec.own(plan.values, plan.mixes[tasks])
     rate = values.pop("learning_rate", None)
     settings = cast("Settings", study.settings)
     # the hidden size decides the default rate alone
-    default = default_config(settings, tasks, spec.method, spec.rank, 0, hidden_size=2048)
+    default = default_config(settings, tasks, spec.method, spec.rank, 0, 2048, family=family)
     config = replace(default, **values)
     arm = arm_of_config(config.run_name(default), config).without(study.shared_words)
     if rate is None:

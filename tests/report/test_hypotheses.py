@@ -21,9 +21,9 @@ from lora_tradeoffs.statistics.comparisons import holm
 from lora_tradeoffs.statistics.scores import mean_scores
 from lora_tradeoffs.statistics.seed_intervals import reach
 from lora_tradeoffs.study.hypotheses import check_written, smallest_p_values
+from lora_tradeoffs.study.plan import plan_runs
 from lora_tradeoffs.study.study_file import StudyPlan
 from lora_tradeoffs.tables.frames import load_records
-from lora_tradeoffs.training.plan import plan_runs
 
 SEEDS = range(42, 48)
 MEASURED = ("score", "validation loss", "text lost")
@@ -238,31 +238,38 @@ def test_hypotheses_take_the_place_of_the_confirmatory_family(made):
         {"arms": ["full", "lora:8,batch_size=4"], "set": {"batch_size": 16}, "max_steps": 9},
         {"arms": ["lora:4", "lora:16", "lora:64"], "set": {"learning_rate": 1.3e-3}},
         {"arms": ["lora:16,learning_rate=1.3e-3", "lora:8,learning_rate=0.001", "lora:8"]},
+        {"arms": ["full", "lora:8"], "tasks": ["sst2", "qqp"]},
+        {"arms": ["full", "lora:8"], "families": ["mine=sst2+qqp"]},
+        {"arms": ["full", "lora:8"], "single_task_controls": True, "max_steps": 9},
     ],
     ids=str,
 )
-def test_a_word_is_the_arm_of_the_runs_that_it_makes(tmp_path, workspace, given):
+def test_a_word_is_the_arm_of_the_runs_that_it_makes(tmp_path, workspace, monkeypatch, given):
     """Whatever is set for all arms, and at a rate that is the default of some."""
-    settings, tasks = settings_for(preset="study", study="words"), FAMILIES["similar"]
+    monkeypatch.setitem(FAMILIES, "mine", ())  # it goes with the test
+    settings = settings_for(preset="study", study="words")
     pairs = [[a, b] for a, b in itertools.pairwise(given["arms"])]
     asked = [{"contrast": pair, "outcome": "score", "test": "difference"} for pair in pairs]
-    plan = StudyPlan.of({"families": ["similar"], "hypotheses": asked} | given, settings)
-    runs = plan_runs(settings, 576, [tasks], plan.mixes[tasks], [42], plan.values)
+    mix = {} if "tasks" in given else {"families": ["similar"]}
+    plan = StudyPlan.of({"hypotheses": asked} | mix | given, settings)
+    runs, noise = plan_runs(plan, settings, 576), np.random.default_rng(0)
     rows = [
-        record(run.name, "sst2", 0.5, split="test")
-        | {name: run.config.record()[name] for name in (*TRAINED, "alpha")}
+        record(run.name, task, noise.random(), split="test")
+        | {name: run.config.record()[name] for name in (*TRAINED, "family")}
         for run in runs
+        for task in run.config.tasks
     ]
-    frame = load_records(write_study(tmp_path, rows, "study"))
-    study = StudyRecords(frame, settings=settings)
+    study = StudyRecords(load_records(write_study(tmp_path, rows, "study")), settings=settings)
+    monkeypatch.setattr(StudyRecords, "adaptation_items", None)
     path = study.folder("study") / "study.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(plan.text())
     arms = dict(zip(study.plain.adaptation["run"], study.plain.adaptation["arm"]))
-    names = [run.name for run in runs]
+    names = [run.name for run in runs[: len(given["arms"])]]
     expected = [(arms[a], arms[b]) for a, b in itertools.pairwise(names)]
     assert [(h.first, h.second) for h in hypotheses(study)] == expected
-    assert len({*arms.values()}) == len(runs)
+    assert len({arms[name] for name in names}) == len(names)
+    assert {f.kind for f in hypothesis_findings(study)} == {"confirmatory"}
 
 
 def test_an_unknown_outcome_is_refused():
