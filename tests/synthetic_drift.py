@@ -119,12 +119,14 @@ def write_drift(output, grid, seeds=(42,), families=("similar", "dissimilar"), p
 
 
 def write_retention(output, drift, forgetting):
-    """outputs/demo/retention.json with `forgetting(record)` of each of drift's checkpoints."""
+    """outputs/demo/retention.json with `forgetting(record)` of each of drift's checkpoints, after
+    that of its update scaled, which comes first in real ones, too."""
     records = json.loads(drift.read_text())["records"]
     found = {(r["run"], r["step"]): r for r in records if r["metric"] != "update_phi"}
     rows = [
-        {**r, "metric": "forgetting", "task": "mean", "value": forgetting(r)}
+        {**r, "metric": "forgetting", "task": "mean", "update_scale": t, "value": value}
         for r in found.values()
+        for t, value in ((0.25, 9.0), (1.0, forgetting(r)))
     ]
     path = output / "outputs" / "demo" / "retention.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,9 @@ from lora_tradeoffs.figures.panels import (
     seeds_note,
 )
 from lora_tradeoffs.figures.style import style_of
-from lora_tradeoffs.records import OVERALL
+from lora_tradeoffs.records import MEAN, OVERALL
 from lora_tradeoffs.tables.frames import last_checkpoints
+from lora_tradeoffs.tables.retention import as_trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,7 +119,8 @@ def drift_against_forgetting(study: StudyRecords, frame: DataFrame) -> Figure:
     if retention is None:
         command = study.command("retention")
         raise NothingToDraw(f"no records of retention; make them with: {command}")
-    lost = retention[(retention["metric"] == "forgetting") & (retention["task"] == "mean")]
+    retention = as_trained(retention)
+    lost = retention[(retention["metric"] == "forgetting") & (retention["task"] == MEAN)]
     lost = lost.set_index(["run", "step"])["value"].rename("forgetting")
     names = {"both": "drift of Q and V", "all": "drift of the whole model"}
     rows = select(frame, "relative_frobenius", modules=names)
