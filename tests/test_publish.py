@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hub_server import TOKEN, hub
 from support import ROOT, assert_one_line_error, settings_for
+from synthetic_records import kept, write_study
 
 import eval as evaluate
 import multi_task_training
@@ -105,6 +107,17 @@ def test_what_is_published_loads_says_what_was_measured_and_tells_nothing_else(
     assert merged.returncode == 0, merged.stderr
     model = AutoModelForCausalLM.from_pretrained(served.root / "models" / "me" / "merged")
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+
+
+def test_the_card_has_the_checkpoint_as_it_is(tmp_path):
+    """Not with its update scaled, or singular directions shrunk."""
+    lost = kept(RUN, "hellaswag", "forgetting", 0.1)
+    others = lost | {"update_scale": 0.5}, lost | {"shrunk": "intruders", "shrink": 0.0}
+    path = write_study(tmp_path, [*others, lost], "study", script="retention")
+    settings = SimpleNamespace(document=lambda name: path)
+    published = Published(settings, SimpleNamespace(run=RUN, step=lost["step"]))
+    (row,) = published.rows("retention", lambda frame: frame["metric"] == "forgetting")
+    assert row.update_scale == 1 and row.value == 0.1
 
 
 def test_nothing_is_uploaded_without_a_yes_or_to_a_public_repository(shared, served, inside):

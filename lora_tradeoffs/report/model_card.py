@@ -122,7 +122,11 @@ class Published:
         path, about = self.settings.document(analysis), (self.checkpoint.run, self.checkpoint.step)
         if not path.is_file():
             return []
-        frame = load_records(path, lambda record: (record["run"], record["step"]) == about)
+
+        def is_of_checkpoint(record: dict[str, Any]) -> bool:
+            return (record["run"], record["step"]) == about and not record.get("shrunk")
+
+        frame = load_records(path, is_of_checkpoint)
         is_plain = (frame["update_scale"] == 1) & (frame["shots"] == 0) & (frame["prompt"] == 0)
         plain = frame[is_plain]
         return [] if plain.empty else list(plain[choose(plain)].itertuples(index=False))
