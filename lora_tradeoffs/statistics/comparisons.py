@@ -146,12 +146,13 @@ def estimate(
     which no item counts (F1 of the answerable questions where there are none) is nan throughout; a
     single item that is not right or wrong has neither error nor interval: they are nan.
     """
+    count = scores.count  # of items, also where groups of them are resampled
     if groups is not None:
         scores = grouped(scores, groups)
-    if not scores.count:
+    if not count:
         return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
     if len(scores.statistics) == 1 and not _is_binary(scores):
-        return Estimate(scores.value, math.nan, math.nan, math.nan, scores.count)
+        return Estimate(scores.value, math.nan, math.nan, math.nan, count)
     draws = resampled([scores], resamples, seed)[0]
     low, high = bca_interval(draws, scores.value, leave_one_out(scores), level)
     if low == high and low in (0, 1) and scores.aggregate.__name__ == "mean":
@@ -160,7 +161,7 @@ def estimate(
         rows = int((scores.statistics[:, 1] > 0).sum())
         low, high = binomtest(round(low) * rows, rows).proportion_ci(level)
     stderr = float(np.nanstd(draws, ddof=1))
-    return Estimate(scores.value, stderr, float(low), float(high), scores.count)
+    return Estimate(scores.value, stderr, float(low), float(high), count)
 
 
 def _is_binary(scores: Scores) -> bool:

@@ -196,6 +196,9 @@ def test_resampling_groups_widens_the_error_of_items_that_hang_together():
     assert together.value == copies.value == once.value
     assert compare_checkpoints(together, together).test == "paired bootstrap"
     assert estimate(together).stderr == pytest.approx(estimate(once).stderr)
+    f1 = Scores("f1", np.stack([hits, 1 - hits, 0 * hits], axis=1), macro_f1)
+    for scores in (copies, f1):  # n are the items
+        assert estimate(scores, groups=np.tile(np.arange(ITEMS), 4)).n == 4 * ITEMS
     # four times the items, half the error: what resampling them singly believes
     assert estimate(copies).stderr == pytest.approx(estimate(once).stderr / 2, rel=0.1)
 
