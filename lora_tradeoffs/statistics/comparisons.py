@@ -142,9 +142,10 @@ def estimate(
     """A metric's figure, standard error and interval over items, or over `groups` of them.
 
     Where a mean is 0 or 1, resampling knows no other value: the interval is then the exact
-    binomial one (Clopper and Pearson 1934) over the rows, and the standard error 0. A metric for
-    which no item counts (F1 of the answerable questions where there are none) is nan throughout; a
-    single item that is not right or wrong has neither error nor interval: they are nan.
+    binomial one (Clopper and Pearson 1934) over the rows, and the standard error 0; of another
+    figure that no resample changes (F1 of 1) it is nan. A metric for which no item counts (F1 of
+    the answerable questions where there are none) is nan throughout; a single item that is not
+    right or wrong has neither error nor interval: they are nan.
     """
     count = scores.count  # of items, also where groups of them are resampled
     if groups is not None:
@@ -160,6 +161,8 @@ def estimate(
 
         rows = int((scores.statistics[:, 1] > 0).sum())
         low, high = binomtest(round(low) * rows, rows).proportion_ci(level)
+    elif low == high:
+        low = high = math.nan
     stderr = float(np.nanstd(draws, ddof=1))
     return Estimate(scores.value, stderr, float(low), float(high), count)
 

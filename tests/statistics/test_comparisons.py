@@ -162,6 +162,8 @@ def test_items_that_are_all_wrong_do_not_make_a_certainty():
     assert found.high == pytest.approx(1 - 0.025 ** (1 / 300))
     all_right = estimate(mean_scores("exact_match", [1] * 300))
     assert (all_right.low, all_right.high) == pytest.approx((0.025 ** (1 / 300), 1))
+    f1 = estimate(classification_scores([0, 1] * 9, [0, 1] * 9, (0, 1))[1])
+    assert f1.value == 1 and math.isnan(f1.low) and math.isnan(f1.high)
     groups = grouped(mean_scores("exact_match", [0] * 300), np.arange(300) // 10)
     assert estimate(groups).high == pytest.approx(1 - 0.025 ** (1 / 30))
 
