@@ -45,7 +45,8 @@ def sweep_table(
     choices: Iterable[Mapping[str, Any]] = (),
 ) -> DataFrame:
     """A row for each arm and learning rate, at the last checkpoints: family, arm, learning_rate,
-    seeds, chosen, and of each measure its mean over seeds and its standard error.
+    seeds, chosen, and of each measure its mean over seeds, its standard error and its `reach`, half
+    of its 95 % interval.
 
     `score` is the mean of the family's primary validation metrics in [0, 1], `forgetting` the
     benchmarks' mean of base minus tuned, `drift` the update's norm over that of Q and V (of all
@@ -61,7 +62,7 @@ def sweep_table(
     for key, seeds in _run_measures(adaptation, retention, drift).groupby(keys):
         means = (_mean(seeds[name], seeds[f"{name}_stderr"]) for name in MEASURES)
         rows.append((*key, seeds["seed"].nunique(), *itertools.chain(*means)))
-    measures = [name for m in MEASURES for name in (m, f"{m}_stderr")]
+    measures = [name for m in MEASURES for name in (m, f"{m}_stderr", f"{m}_reach")]
     table = pd.DataFrame(rows, columns=[*keys, "seeds", *measures])
     table["chosen"] = _is_chosen(table, *_searched(choices))
     return in_order(table, *keys)
@@ -205,20 +206,21 @@ def _run_measures(
     return runs
 
 
-def _mean(values: Series, errors: Series) -> tuple[float, float]:
-    """Mean over seeds, and the error of which NORMAL times is the reach of its interval.
+def _mean(values: Series, errors: Series) -> tuple[float, float, float]:
+    """Mean over seeds, its standard error, and half of its interval.
 
     Over seeds and items from three seeds on, else over items.
     """
     from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
-    from lora_tradeoffs.statistics.seed_intervals import reach
+    from lora_tradeoffs.statistics.seed_intervals import estimate_over_seeds
 
     known = values.dropna()
     if len(known) < MIN_SEEDS:
-        return known.mean(), errors[known.index].mean()
+        error = errors[known.index].mean()
+        return known.mean(), error, NORMAL * error
     items = (errors[known.index] ** 2).mean()
-    half = reach(known.var(ddof=1) / len(known), len(known) - 1, 0 if math.isnan(items) else items)
-    return known.mean(), half / NORMAL
+    figures = estimate_over_seeds(known.to_numpy(), 0.0 if math.isnan(items) else items)
+    return figures.value, figures.stderr, figures.high - figures.value
 
 
 def searched_arm(choice: Mapping[str, Any]) -> Arm:
@@ -271,7 +273,7 @@ def _reference(arm: Arm, arms: set[Arm]) -> Arm | None:
 def _less(side: str, full: Series, lora: Series) -> dict[str, float]:
     """How much less LoRA forgets than full fine-tuning at these rates, with its interval."""
     less = full["forgetting"] - lora["forgetting"]
-    half = NORMAL * math.hypot(full["forgetting_stderr"], lora["forgetting_stderr"])
+    half = math.hypot(full["forgetting_reach"], lora["forgetting_reach"])
     values = {"less": less, "low": less - half, "high": less + half}
     for suffix, rates in (("", full), ("_lora", lora)):
         values |= {f"rate{suffix}": rates["learning_rate"], f"score{suffix}": rates["score"]}

@@ -171,7 +171,8 @@ def test_errors_are_over_seeds_from_three_on(frames):
     # 4.303 is Student's quantile of two degrees of freedom
     assert (three["seeds"], three["score"]) == (3, pytest.approx(0.8008))
     reach = math.hypot(4.303 * 0.0008 / math.sqrt(3), 1.960 * 0.01)
-    assert three["score_stderr"] == pytest.approx(reach / 1.960, rel=1e-3)
+    assert three["score_reach"] == pytest.approx(reach, rel=1e-3)
+    assert three["score_stderr"] == pytest.approx(math.hypot(0.0008 / math.sqrt(3), 0.01))
 
 
 def test_the_choice_is_that_of_the_losses_where_it_is_known(frames):
@@ -200,6 +201,17 @@ def test_the_best_retaining_rate_forgets_least_at_no_cost_that_can_be_seen(frame
     assert (row["learning_rate"], row["forgetting"]) == (5e-4, pytest.approx(0.03))
     assert best_retaining(table, "similar", Arm("lora", 8))["learning_rate"] == 1e-3
     assert best_retaining(table, "dissimilar") is None
+
+
+def test_one_standard_error_is_one_with_three_seeds_too(frames):
+    """Scores .9, .91, .92 have a standard error of .0058; an interval reaches 4.3 of them."""
+    by_seed = []
+    for seed, shift in ((42, -0.01), (43, 0.0), (44, 0.01)):
+        points = {FULL: {1e-3: (0.91 + shift, 0.1), 5e-4: (0.90 + shift, 0.0)}}
+        by_seed.append(rate_points(points, seeds=(seed,), error=1e-6))
+    records = [[r for own in files for r in own] for files in zip(*by_seed)]
+    row = best_retaining(sweep_table(*frames(*records)), "similar")
+    assert row["learning_rate"] == 1e-3
 
 
 def test_the_best_rate_may_be_the_one_that_retains_best(frames):
