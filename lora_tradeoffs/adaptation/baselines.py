@@ -23,10 +23,10 @@ ABBREVIATIONS = (
 SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*(?=\s+["'“‘(\[]*[A-Z0-9])""")
 
 
-def majority_class(labels: Sequence[int]) -> np.ndarray:
-    """The most frequent label for every item, shape (items,); the smallest of several."""
-    classes, counts = np.unique(np.asarray(labels), return_counts=True)
-    return np.full(len(labels), classes[counts.argmax()])
+def majority_class(train_labels: Sequence[int], count: int) -> list[int]:
+    """The most frequent label in training for every item; the smallest of several."""
+    classes, counts = np.unique(np.asarray(train_labels), return_counts=True)
+    return [int(classes[counts.argmax()])] * count
 
 
 def always_abstain(count: int) -> list[str]:
@@ -101,7 +101,7 @@ def _majority_answer(
 
 # Each takes the description, prepared rows, and a function that gives the prepared train rows.
 BASELINES: dict[str, Callable[[DatasetDescription, Any, Callable[[], Any]], list]] = {
-    "majority_class": lambda description, rows, train: majority_class(rows["label"][:]).tolist(),
+    "majority_class": lambda _, rows, train: majority_class(train()["label"][:], len(rows)),
     "majority_answer": _majority_answer,
     "always_abstain": lambda description, rows, train: always_abstain(len(rows)),
     "lead_3": _leads,

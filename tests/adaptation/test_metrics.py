@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
+from sklearn.dummy import DummyClassifier
 
 from config import UserError
 from dataset_descriptions import DESCRIPTIONS, EvaluateMetric, describe
 from lora_tradeoffs.adaptation.baselines import (
+    BASELINES,
     always_abstain,
     lead,
     majority_class,
@@ -340,14 +343,20 @@ def test_a_metric_that_cannot_be_loaded_is_one_line(shared_prefix, tmp_path):
 
 def test_the_majority_class_has_its_share_as_accuracy():
     labels = [0, 1, 1, 0, 1]
-    found = values(score("sst2", majority_class(labels), labels))
+    found = values(score("sst2", majority_class([1, 1, 0], 5), labels))
     assert found == pytest.approx({"accuracy": 0.6, "f1": 2 * 3 / (2 * 3 + 2)})
-    assert majority_class([2, 0, 2, 0]).tolist() == [0, 0, 0, 0]
+    assert majority_class([2, 0, 2, 0], 3) == [0, 0, 0]
+    # it knows the labels of training alone, as scikit-learn's
+    dummy = DummyClassifier(strategy="most_frequent").fit(np.zeros((3, 1)), [0, 0, 1])
+    rows = Dataset.from_dict({"label": labels})
+    train = Dataset.from_dict({"label": [0, 0, 1]})
+    found = BASELINES["majority_class"](describe("sst2"), rows, lambda: train)
+    assert found == dummy.predict(np.zeros((5, 1))).tolist()
 
 
 def test_a_negative_majority_has_no_binary_f1():
     assert describe("qqp").positive_class == 1
-    assert values(score("qqp", majority_class([0, 0, 1]), [0, 0, 1]))["f1"] == 0
+    assert values(score("qqp", majority_class([0, 0, 1], 3), [0, 0, 1]))["f1"] == 0
 
 
 def test_abstaining_always_scores_the_share_of_unanswerable_questions(real_data):
