@@ -91,9 +91,9 @@ LARGEST_NUMBER, LARGEST_SEED = 10**12, 2**32 - 1  # NumPy takes no larger seed
 class UserError(Exception):
     """An error that the user can fix: one line saying what is wrong, where, and what to do."""
 
-
-class Diverged(UserError):
-    """The loss of a run became NaN or infinite: its learning rate is too high."""
+    def __str__(self) -> str:
+        """What cannot be printed, such as a line break in a stranger's name, as an escape."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
 
 
 @dataclass(frozen=True)

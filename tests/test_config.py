@@ -319,6 +319,15 @@ def test_an_output_that_takes_no_more_ends_the_command_quietly(tmp_path, case):
     assert all(line.startswith("error: File too large; free") for line in errors)
 
 
+def test_a_name_that_breaks_or_turns_the_line_is_shown_as_escapes(capsys):
+    @guarded
+    def main(argv=None):
+        raise UserError("tensor a\nb\x1e\u2028\u202ec\ud800 é is odd")
+
+    assert main() == 2
+    assert capsys.readouterr().err == r"error: tensor a\nb\x1e\u2028\u202ec\ud800 é is odd" + "\n"
+
+
 def test_a_value_that_no_flag_takes_is_one_line(capsys):
     parser = command_line.Parser(prog="command")
     parser.add_argument("--limit", type=command_line.positive_int)

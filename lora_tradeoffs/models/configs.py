@@ -65,7 +65,6 @@ def refusing(what: str) -> Iterator[None]:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         message = f"unknown name {message}" if isinstance(error, KeyError) else message
-        message = message.encode(errors="backslashreplace").decode()
         raise UserError(f"{what}: {message[:300]}") from None
 
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Diverged, Settings, UserError
+from config import Settings, UserError
 from lora_tradeoffs.checkpoints import MANIFEST, checkpoints, newest_whole_checkpoint
 from lora_tradeoffs.command_line import is_out_of_memory, system_error, system_error_line
 from lora_tradeoffs.files import locked, read_json, write_json
 from lora_tradeoffs.records import forget, read_run, read_training
-from lora_tradeoffs.training.schedule import Schedule, make_schedule
+from lora_tradeoffs.training.schedule import Diverged, Schedule, make_schedule
 from training_configs import TrainingConfig
 
 if TYPE_CHECKING:

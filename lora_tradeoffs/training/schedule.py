@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 MOST_ROWS = 50_000_000  # their order is laid out beforehand, in minutes
 
 
+class Diverged(UserError):
+    """The loss of a run became NaN or infinite: its learning rate is too high."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A run's data and their order, a function of its configuration alone."""

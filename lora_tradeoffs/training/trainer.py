@@ -22,7 +22,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from config import Diverged, UserError
+from config import UserError
 from lora_tradeoffs.checkpoints import (
     UNCONVERTED,
     checkpoint_step,
@@ -42,6 +42,7 @@ from lora_tradeoffs.scoring.log_likelihoods import (
 from lora_tradeoffs.scoring.rows import Item
 from lora_tradeoffs.shapes import NUMBER
 from lora_tradeoffs.trackers import TrackedArguments
+from lora_tradeoffs.training.schedule import Diverged
 from training_configs import TrainingConfig
 
 if TYPE_CHECKING:
