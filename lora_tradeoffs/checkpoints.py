@@ -149,7 +149,7 @@ def weights_key(folder: Path) -> dict[str, Any]:
 def checkpoint_step(checkpoint: Path) -> int:
     """The optimizer step in a folder's name, `checkpoint-<step>`; -1 for another folder."""
     prefix, _, step = checkpoint.name.rpartition("-")
-    return int(step) if prefix == "checkpoint" and step.isdigit() else -1
+    return int(step) if prefix == "checkpoint" and step.isdecimal() else -1
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

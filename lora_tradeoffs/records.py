@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from config import DOCUMENTS, Settings, UserError
+from config import DOCUMENTS, FAMILIES, Settings, UserError
 from dataset_descriptions import learn
 from lora_tradeoffs.files import read_head, read_json, read_records, write_records
 from lora_tradeoffs.shapes import NUMBER
@@ -137,6 +137,10 @@ def read_run(folder: Path, *needed: str) -> dict[str, Any]:
     remedy = "restore it, or retrain the run with --overwrite"
     record = read_json(folder / "run.json", _with_optional(RUN, needed), remedy)
     learn(record.get("own", {}))
+    family = record.get("config", {}).get("family")
+    if family is not None and not FAMILIES.get(family):
+        problem = f"its family {family!r:.40} has no tasks"
+        raise UserError(f"{folder / 'run.json'} is damaged: {problem}; {remedy}")
     return record
 
 
@@ -146,7 +150,7 @@ def read_training(folder: Path, *needed: str) -> dict[str, Any]:
 
 
 def _with_optional(shape: dict[str, Any], needed: Collection[str]) -> dict[str, Any]:
-    return {name if name in needed else f"{name}?": part for name, part in shape.items()}
+    return {n if n in needed or n[-1] == "?" else f"{n}?": part for n, part in shape.items()}
 
 
 # ------------------------------------------------------------------- the results of a run

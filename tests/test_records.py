@@ -3,9 +3,10 @@
 import pytest
 from support import settings_for
 
+from config import UserError
 from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.measuring.results import Results
-from lora_tradeoffs.records import forget, units_of
+from lora_tradeoffs.records import forget, read_run, units_of
 
 # X-2 is a run, too: its unit could be step 2 of X
 UNITS = {"X-9-sst2-test": "X", "X-old-9-sst2-test": "X-old", "X-2-9-sst2-test": "X-2"}
@@ -25,6 +26,22 @@ def write_units(folder):
             (folder / other).mkdir(exist_ok=True)
             (folder / other / f"{unit}.txt").write_text("")
     return results
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"own": None},
+        {"own": {"families": {"mine": None}}},
+        {"config": {"family": "mine"}},
+        {"own": {"families": {"mine": []}}, "config": {"family": "mine"}},
+    ],
+    ids=str,
+)
+def test_a_run_whose_tasks_are_not_known_is_damaged(tmp_path, fields):
+    write_json(tmp_path / "run.json", fields)
+    with pytest.raises(UserError, match=r"run\.json is damaged: .*retrain the run with"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize("run", ["X", "X-old", "X-2"])

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from config import Settings, UserError
 from lora_tradeoffs.checkpoints import MANIFEST, checkpoints, newest_whole_checkpoint
 from lora_tradeoffs.command_line import is_out_of_memory, system_error, system_error_line
-from lora_tradeoffs.files import locked, read_json, write_json
+from lora_tradeoffs.files import DELETE, locked, read_json, write_json
 from lora_tradeoffs.records import forget, read_run, read_training
 from lora_tradeoffs.training.schedule import Diverged, Schedule, make_schedule
 from training_configs import TrainingConfig
@@ -68,7 +68,9 @@ class Run:
 
     def final_loss(self) -> float:
         """Mean validation loss over the tasks at the last checkpoint of a run that is done."""
-        entries = read_training(self.folder, "validation")["validation"]
+        if not (entries := read_training(self.folder, "validation")["validation"]):
+            path = self.folder / "training.json"
+            raise UserError(f"{path} is damaged: its validation is empty; {DELETE}")
         return float(max(entries, key=lambda entry: entry["step"])["eval_loss"])
 
 

@@ -63,7 +63,7 @@ def shares_line(name: str, weights: dict[str, dict[str, float]]) -> str:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The differences between two records of a run: those that forbid resuming, and the others."""
     environments = [
-        {**record["environment"], **record["environment"]["versions"], "versions": None}
+        {**record["environment"], **record["environment"].get("versions", {}), "versions": None}
         for record in (old, new)
     ]
     return different_settings(old, new), changed(*environments)
