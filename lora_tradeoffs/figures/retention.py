@@ -21,6 +21,7 @@ from lora_tradeoffs.tables.frames import in_order, is_trained, last_checkpoints,
 from lora_tradeoffs.tables.retention import (
     as_trained,
     at_chance,
+    examples_sentence,
     forgotten,
     in_panels,
     matched,
@@ -60,6 +61,7 @@ def retention_curves(study: StudyRecords, frame: DataFrame) -> Figure:
                 has_chance = True
                 ax.axhline(chance, color=GREY, linestyle=":", lw=1.0, label="chance")
     about = "Arms are shifted sideways at a checkpoint. The mean is over the benchmarks."
+    about += examples_sentence(rows)
     sentences = [about, _mark_chance(panels, frame), *interval_notes(means)]
     return panels.finish(frame, sentences, extra=[dotted("chance")] * has_chance)
 
@@ -71,7 +73,7 @@ def forgetting_by_rank(study: StudyRecords, frame: DataFrame) -> Figure:
     about = "Forgetting: base minus tuned, at the last checkpoint; above the dashed line is lost."
     about += " The mean is over the benchmarks (mean_above_chance: those on which the base is above"
     about += " chance), text over the held-out texts that a run was not trained on."
-    about += unfinished(frame)
+    about += examples_sentence(rows) + unfinished(frame)
     return _by_rank(frame, rows, "forgetting", about, _base_of(frame))
 
 

@@ -104,8 +104,8 @@ def gradient_products(
 
     `batches` maps every task to its batches, the same number for all, each of at least two prepared
     rows. `trained_rank` is that of an adapter that was converted to more (PiSSA's, to A over A0 and
-    B beside -B0): gradients are of the part that was trained. The loss is the one that is trained:
-    the mean over the rows of each row's mean token loss. No parameter requires a gradient
+    B beside -B0): gradients are of the part that was trained. The loss is the one that is trained
+    by default: the mean over the rows of each row's mean token loss. No parameter requires a gradient
     afterwards. Raises UserError if a gradient is not finite.
     """
     _, parameters = measured_parameters(model)

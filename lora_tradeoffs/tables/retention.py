@@ -72,6 +72,13 @@ def at_chance(frame: DataFrame) -> list[str]:
     return task_order(frame[frame["at_chance"].eq(True)]["task"])
 
 
+def examples_sentence(rows: DataFrame) -> str:
+    """Which benchmarks of the rows were asked with examples in the prompt, for captions."""
+    fewest = rows.groupby("task")["shots"].min()
+    parts = [f"{task} {n:.0f}" for task, n in fewest.items() if n and not task.startswith(MEAN)]
+    return f" In-context examples: {', '.join(parts)}." if parts else ""
+
+
 def task_order(tasks: Any) -> list[str]:
     """Benchmarks, their means, held-out text, the trained tasks."""
     names = [*BENCHMARKS, *ordered(set(tasks) & set(DESCRIPTIONS))]

@@ -112,6 +112,18 @@ def test_curves_with_examples_in_context_begin_at_the_base_with_as_many(frame):
     assert {"base", "base (5-shot)"} <= set(content(figure)["similar: hellaswag"])
 
 
+def test_benchmarks_that_were_all_asked_with_examples_are_named_and_the_arms_are_plain(frame):
+    records = [base("gsm8k", "acc", 0.5, shots=5), kept(RUN, "gsm8k", "acc", 0.4, shots=5)]
+    records += [
+        kept(RUN, "mean", "forgetting", 0.1),
+        kept(RUN, "gsm8k", "forgetting", 0.1, shots=5),
+    ]
+    for draw in (retention_curves, forgetting_by_rank):
+        figure = drawn(draw, retention=frame(records))
+        assert lines(panel(figure, "similar: gsm8k"), "LoRA r=8")
+        assert "In-context examples: gsm8k 5." in notes(figure)
+
+
 def test_families_have_rows_of_their_own_and_share_the_base(frame):
     figure = drawn(retention_curves, retention=frame(retention_study(points=2)))
     titles = [ax.get_title(loc="left") for ax in figure.axes]
