@@ -105,8 +105,8 @@ def gradient_products(
     `batches` maps every task to its batches, the same number for all, each of at least two prepared
     rows. `trained_rank` is that of an adapter that was converted to more (PiSSA's, to A over A0 and
     B beside -B0): gradients are of the part that was trained. The loss is the one that is trained
-    by default: the mean over the rows of each row's mean token loss. No parameter requires a gradient
-    afterwards. Raises UserError if a gradient is not finite.
+    by default: the mean over the rows of each row's mean token loss. No parameter requires a
+    gradient afterwards. Raises UserError if a gradient is not finite.
     """
     _, parameters = measured_parameters(model)
     layer_modules = tuple(sorted({layer_module_of(name) for name in parameters}))
