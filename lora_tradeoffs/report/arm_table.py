@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from config import FAMILIES
 from lora_tradeoffs.figures.drift import percent
 from lora_tradeoffs.figures.study_records import StudyRecords
+from lora_tradeoffs.tables.arms import arms_by_run
 from lora_tradeoffs.tables.costs import cost_table
 from lora_tradeoffs.tables.frames import (
     in_order,
@@ -99,11 +100,12 @@ def _on_test(adaptation: DataFrame) -> DataFrame:
 
 
 def _costs(study: StudyRecords) -> dict[str, DataFrame]:
-    """Minutes of training and share of trained parameters, the arms named as in the records."""
+    """Minutes of training and share of trained parameters, the arms named as in the records; not of
+    runs at a learning rate that a search did not choose."""
     costs = cost_table(study.settings.runs_dir)
-    names: dict[str, Any] = {}
-    for frame in (study.adaptation, study.retention, study.drift):
-        names |= {} if frame is None else dict(zip(frame["run"], frame["arm"]))
+    names = arms_by_run(study.adaptation, study.retention, study.drift)
+    left_out = arms_by_run(*study.at_all_rates.values()).keys() - names.keys()
+    costs = costs[~costs["run"].isin(left_out)]
     costs = costs.assign(arm=[names.get(run, arm) for run, arm in zip(costs["run"], costs["arm"])])
     missing = dict.fromkeys(("stderr", "low", "high"), math.nan)
     numbers = dict(zip(COSTS, (costs["seconds"] / 60, 100 * costs["trainable_share"])))

@@ -110,13 +110,15 @@ def _matched(results: Results, units: DataFrame) -> list[Record]:
                 continue  # runs of one seed saw the same batches
             for equal, outcome in (key for key in one if key in other):
                 m = matched_forgetting(one[equal, outcome], other[equal, outcome])
-                of = "log_likelihood" if outcome == HELD_OUT else None
+                is_text = outcome == HELD_OUT
                 level = m.score if equal == "score" else -m.score
                 records.append(
                     {
                         **without_figures(record),
                         **{"task": outcome, "split": "mixed", "metric": MATCHED[equal]},
-                        **{"of": of, "other_run": other[equal, outcome].arm},
+                        **{"of": "log_likelihood" if is_text else None},
+                        **{"shots": 0 if is_text else record["shots"]},
+                        **{"other_run": other[equal, outcome].arm},
                         **{"value": m.difference, "stderr": m.stderr, "low": m.low, "high": m.high},
                         **{equal: level, "defined": m.defined, "reason": m.reason},
                         **{"scale": m.scales[0], "other_scale": m.scales[1]},

@@ -166,6 +166,17 @@ def arms_of(frame: DataFrame) -> list[Arm]:
     return [arms[group] for group in groups]
 
 
+def arms_by_run(*frames: DataFrame | None) -> dict[str, Arm]:
+    """The arm of every run in the frames, that with the fewest in-context examples."""
+    names: dict[str, Arm] = {}
+    for frame in frames:
+        if frame is not None:
+            rows = frame[["run", "arm", "shots"]].drop_duplicates()
+            rows = rows.sort_values("shots", ascending=False, kind="stable")
+            names |= dict(zip(rows["run"], rows["arm"]))
+    return names
+
+
 def target_modules_name(record: Mapping[str, Any]) -> str:
     """The name in TARGET_MODULES of a record's target modules, else their names joined by "+"."""
     modules = str(record.get("target_modules") or "qv")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from config import FAMILIES
 from lora_tradeoffs.checkpoints import MANIFEST, checkpoints, read_manifest
 from lora_tradeoffs.records import read_run, read_training
-from lora_tradeoffs.tables.arms import arm_of
+from lora_tradeoffs.tables.arms import arm_of, arms_by_run
 from lora_tradeoffs.tables.retention import gains
 from training_configs import tasks_and_variant
 
@@ -104,10 +104,8 @@ def gain_costs(
     gain = gain[gain["update_scale"] == 1].drop(columns="family")
     points = gain.merge(costs, on="run")
     points["fraction"] = points["step"] / points["steps"].astype(float)
-    arms = {}  # as in the frames: a swept arm at its chosen learning rate has its plain label
-    for frame in (retention, adaptation):
-        arms |= {} if frame is None else dict(zip(frame["run"], frame["arm"]))
-    points["arm"] = points["run"].map(arms)
+    # as in the frames: a swept arm at its chosen learning rate has its plain label
+    points["arm"] = points["run"].map(arms_by_run(retention, adaptation))
     points["tokens"] *= points["fraction"]
     proportional = points["fraction"] * points["seconds"]
     folders = [runs_dir / p.run / f"checkpoint-{p.step}" for p in points.itertuples()]

@@ -206,7 +206,7 @@ def matched_pairs(frame: DataFrame, equal: str = "score") -> DataFrame:
     rows = frame[frame["metric"] == MATCHED[equal]]
     if rows.empty:
         return rows
-    known = frame.drop_duplicates("run").set_index("run")
+    known = frame.sort_values("shots", kind="stable").drop_duplicates("run").set_index("run")
     others = {"other": "arm", "other_seed": "seed", "other_tasks": "tasks"}
     rows = rows.assign(**{o: rows["other_run"].map(known[n]) for o, n in others.items()})
     rows = rows.dropna(subset=["other"])

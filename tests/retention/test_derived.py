@@ -77,6 +77,11 @@ def test_benchmarks_with_other_numbers_of_examples_double_nothing(tmp_path):
     derived = derived_records(results)[0]
     found = {r["task"]: r["value"] for r in derived if r["metric"] == "loss_matched_forgetting"}
     assert found == pytest.approx({"mean": -0.01, "text": 0.0}, abs=1e-9)
+    few = [path for path in results.folder.glob("records/*hellaswag*")]
+    for path in few:
+        path.unlink()
+    shots = {r["task"]: r["shots"] for r in matched(results)}
+    assert shots == {"mean": 5, "text": 0}  # as those of what is forgotten
     effects = [r for r in derived if r["metric"] == "shrink_effect" and r["against"] == "control"]
     assert sorted(r["task"] for r in effects) == ["mean", "text"]
 
