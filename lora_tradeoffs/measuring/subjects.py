@@ -22,7 +22,7 @@ from lora_tradeoffs.hub import fetch_checkpoints, is_hub_id
 from lora_tradeoffs.models.adapters import own_head
 from lora_tradeoffs.models.base import Base, own_fields, same_base
 from lora_tradeoffs.models.configs import adapter_fields, refusing
-from lora_tradeoffs.models.weights import Weights
+from lora_tradeoffs.models.weights import SIGNIFICANT_BITS, Weights
 from lora_tradeoffs.records import read_run, read_training, run_fields
 
 # The fields of a task file that make the text on which a run was trained.
@@ -292,12 +292,17 @@ def own_settings(subjects: Iterable[Subject], base: Base) -> list[str]:
                 )
                 messages[f"{checkpoint.run} {told}"] = None
         with suppress(UserError):  # what is broken is reported by the measurement
+            weights, base_weights = Weights(checkpoint.folder), Weights(base.folder)
             if not checkpoint.is_adapter:
                 if fields := own_fields(checkpoint.folder, base):
                     which = f"its own {', '.join(fields)}, not the base's"
                     messages[f"{checkpoint.run} computes with {which}"] = None
+                kind, bits = weights.stored_type(), SIGNIFICANT_BITS
+                if bits.get(kind, 53) < bits.get(base_weights.stored_type(), 53):
+                    share = f"{2.0 ** -bits[kind]:.2%} of each weight, which its drift includes"
+                    messages[f"{checkpoint.run} is rounded to {kind}: up to {share}"] = None
                 continue
-            if own_head(Weights(checkpoint.folder), Weights(base.folder)):
+            if own_head(weights, base_weights):
                 told = (
                     "has a head of its own, which is not scored; its update in the base is measured"
                 )

@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."  # of all names in an adapter's file
 FACTOR = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<factor>[AB])\.weight")
 EMBEDDING_FACTOR = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_embedding_(?P<factor>[AB])")
-# PEFT stores a copy of the base's embedding or head with LoRA on it.
-BASE_COPY = re.compile(r"base_model\.model\.(?P<name>.+)\.base_layer\.weight")
+# PEFT stores a copy of the base's embedding or head with LoRA on it, or with save_embedding_layers.
+BASE_COPY = re.compile(
+    r"base_model\.model\.(?P<name>.+(?=\.base_layer)|model\.embed_tokens|lm_head)(\.base_layer)?\.weight"
+)
 
 
 def read_checkpoint(folder: Path, base: Weights) -> Adapter | MergedAdapter | FullCheckpoint:
@@ -61,10 +63,10 @@ def adapter_tensors(weights: Weights, base: Weights) -> list[str]:
 
     Raises UserError if a copy is not the base's.
     """
-    names = []
+    names, saved = [], tuple(adapter_fields(weights.folder).get("modules_to_save", ()))
     for name in sorted(set(weights.shapes) - set(own_head(weights, base))):
         copied = BASE_COPY.fullmatch(name)
-        if not copied:
+        if not copied or copied["name"].endswith(saved):
             names.append(name)
             continue
         stored = stored_names(base, both=True).get(f"{copied['name']}.weight")

@@ -30,6 +30,7 @@ WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|module|language_model|_(fsdp|checkpoint)_wrapped_module)\."
 )
 IGNORED = "rotary_emb.inv_freq"  # computed, and stored by older versions of transformers
+SIGNIFICANT_BITS = {"F8_E5M2": 3, "F8_E4M3": 4, "BF16": 8, "F16": 11, "F32": 24}
 BLOCK = 1 << 22  # numbers that a pass over a large tensor holds at once
 
 
@@ -87,6 +88,12 @@ class Weights:
         path, stored = self.stored[name]
         with opened(path) as file:
             return file.get_tensor(stored)
+
+    def stored_type(self) -> str:
+        """The type in which the layers' matrices are stored, as safetensors calls it: BF16."""
+        path, name = self.stored[next((m.tensor for m in self.matrices()), min(self.shapes))]
+        with opened(path) as file:
+            return file.get_slice(name).get_dtype()
 
     @cached_property
     def is_tied(self) -> bool:

@@ -191,13 +191,18 @@ def test_each_of_a_trainers_folder_is_what_its_own_files_say(base, tmp_path):
         make(base, tmp_path / "named" / "checkpoint-1" / "one")
 
 
-def test_a_checkpoint_with_a_tokenizer_of_its_own_is_told(base, tokenizer, tmp_path):
+def test_a_checkpoint_with_a_tokenizer_or_a_precision_of_its_own_is_told(base, tokenizer, tmp_path):
     make(base, tmp_path)
     (_, subject) = find_subjects(settings_for(), base, [str(tmp_path)])
     trained = copy.deepcopy(tokenizer)
     trained("a", truncation=True, max_length=4)  # which its file then holds, as of a Trainer's
     trained.save_pretrained(tmp_path)
     assert own_settings([subject], base) == []
+    for dtype, told in (("float64", ""), ("bfloat16", "is rounded to BF16: up to 0.39% of each")):
+        load_base(base).to(getattr(torch, dtype)).save_pretrained(tmp_path / dtype)
+        (_, full) = find_subjects(settings_for(), base, [str(tmp_path / dtype)])
+        lines = own_settings([full], base)
+        assert told in str(lines) and len(lines) == bool(told)
     trained.backend_tokenizer.normalizer = Lowercase()
     trained.save_pretrained(tmp_path)
     (line,) = own_settings([subject], base)

@@ -61,7 +61,12 @@ def test_low_rank_on_the_embedding_and_the_head_counts_as_pefts_own(
     name = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}[module]
     assert adapter.squares_outside() == {name: pytest.approx(square, rel=1e-5)}
 
-    change_tensors(tmp_path, lambda t: t.update({k: v + 1 for k, v in t.items() if "base" in k}))
+    copies = {n.replace(".base_layer", ""): t for n, t in load_file(tmp_path / ADAPTER).items()}
+    change_tensors(tmp_path, lambda t: (t.clear(), t.update(copies)))  # as save_embedding_layers
+    assert read_checkpoint(tmp_path, weights).squares_outside() == adapter.squares_outside()
+    change_tensors(
+        tmp_path, lambda t: t.update({k: v + 1 for k, v in t.items() if "lora" not in k})
+    )
     with pytest.raises(UserError, match="was trained on another base"):
         read_checkpoint(tmp_path, weights)
 
