@@ -78,13 +78,9 @@ def _revision(settings: Settings) -> str:
     Asked before any download: without a network, a download retries for half a minute.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
 
     with hub_errors(f"model {settings.model}", settings.sources["model"]):
-        try:
-            info = HfApi().model_info(settings.model)
-        except HFValidationError:
-            raise UserError(f"model is {settings.model!r}: neither a folder nor a Hub id") from None
+        info = HfApi().model_info(settings.model)
     names = [file.rfilename for file in info.siblings or ()]
     if names and "config.json" not in names:
         raise UserError(f"model {settings.model} has no config.json on the Hub")
@@ -124,6 +120,8 @@ def hub_error(error: Exception, what: str, source: str) -> Exception:
         problem = f"is gated: accept its licence at {page} and set HF_TOKEN in .env"
     elif kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
         problem = "is not on the Hub, or is private and HF_TOKEN may not read it; check the name"
+    elif "HFValidationError" in kinds:
+        problem = "is neither a folder nor a Hub id"
     elif getattr(getattr(error, "response", None), "status_code", None) == 401:
         problem = (
             "cannot be fetched, the Hub does not know HF_TOKEN; make one at"

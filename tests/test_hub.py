@@ -14,7 +14,8 @@ import pytest
 import yaml
 from hub_server import TOKEN, hub
 
-from config import BENCHMARKS
+from config import BENCHMARKS, UserError
+from lora_tradeoffs.hub import fetch_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
@@ -263,6 +264,12 @@ def test_checkpoints_in_a_repository_are_evaluated(served, tmp_path):
     assert not [line for line in served.requests if "optimizer.pt" in line]
     missing = python(EVALUATE.format(run="study/nothing"), tmp_path, served.url)
     assert missing.stderr.count("error: run study/nothing (--runs) is not on the Hub") == 1
+
+
+@pytest.mark.parametrize("name", ["é/é", f"study/{'x' * 200}", "study/a--b"])
+def test_a_run_that_no_repository_can_be_called_is_one_line(name):
+    with pytest.raises(UserError, match="neither a folder nor a Hub id"):
+        fetch_checkpoints(name)
 
 
 DRY_RUN_AND_DATA = """

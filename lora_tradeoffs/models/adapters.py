@@ -63,10 +63,14 @@ def adapter_tensors(weights: Weights, base: Weights) -> list[str]:
 
     Raises UserError if a copy is not the base's.
     """
-    names, saved = [], tuple(adapter_fields(weights.folder).get("modules_to_save", ()))
+    names, fields = [], adapter_fields(weights.folder)
+    trained = tuple(fields.get("modules_to_save", ()))
+    if trained and fields.get("ensure_weight_tying"):  # its embedding is saved under both names
+        trained += ("embed_tokens", "lm_head")
+    trained = tuple(f"{name}.weight" for name in trained)
     for name in sorted(set(weights.shapes) - set(own_head(weights, base))):
         copied = BASE_COPY.fullmatch(name)
-        if not copied or copied["name"].endswith(saved):
+        if not copied or name.endswith(trained):
             names.append(name)
             continue
         stored = stored_names(base, both=True).get(f"{copied['name']}.weight")

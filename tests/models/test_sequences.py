@@ -31,6 +31,7 @@ ADAPTERS = {
     "lora_bias": {"lora_bias": True},
     "norms": {"modules_to_save": ["norm", "input_layernorm"]},
     "head_saved": {"modules_to_save": ["lm_head"]},
+    "both_saved": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "tokens": {"trainable_token_indices": [5, 400]},
     "parameters": {"target_parameters": ["model.layers.0.mlp.up_proj.weight"]},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
