@@ -470,6 +470,12 @@ def test_rows_of_a_group_are_not_split_and_are_resampled_together(study, tokeniz
     assert days[0] & days[1] == set() and len(data.split("validation")) == 6
     items = pd.read_parquet(next(study.document("adaptation").parent.glob("items/*sky-test*")))
     assert items.groupby("metric")["group"].nunique().max() == 30
+    records = pd.DataFrame(json.loads(study.document("adaptation").read_text())["records"])
+    tested = records[(records.task == "sky") & (records.split == "test")].dropna(subset=["stderr"])
+    assert set(tested.n) == {60} and {"f1", "accuracy"} <= set(tested.metric)  # n counts items
+    few = records[(records.task == "sky") & (records.split == "validation")]
+    validation = pd.read_parquet(next(study.document("adaptation").parent.glob("items/*sky-val*")))
+    assert set(few.n) == {6} and validation["group"].nunique() == 3  # however few the groups
 
 
 def test_documents_alone_say_what_a_reader_needs(study, monkeypatch):

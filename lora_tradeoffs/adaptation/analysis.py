@@ -194,8 +194,7 @@ class Adaptation(Analysis):
         if description.item_groups is None:
             return None
         if description.definition is not None:
-            groups = group_by_key(self.rows(unit)["group"][:])
-            return groups if groups.max() + 1 >= MIN_GROUPS else None
+            return group_by_key(self.rows(unit)["group"][:])  # however few: it was asked for
         templates = (description.template, *description.paraphrases)
         tail = templates[unit.prompt].split("{" + description.item_groups + "}")[1]
         prompts = self.rows(unit)["prompt"][:]

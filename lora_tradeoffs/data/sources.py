@@ -140,7 +140,8 @@ def read_folder(
         splits["train"] = [*itertools.compress(rest, draw(len(rest), cap))]
         if not splits["validation"]:
             raise UserError(
-                f"{train}: too few rows to carve validation from: name validation_split"
+                f"{train}: too few rows, or groups of them, to carve validation from: name"
+                " validation_split"
             )
     return splits
 

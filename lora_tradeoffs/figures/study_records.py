@@ -20,7 +20,7 @@ from lora_tradeoffs.records import MEAN, OVERALL, STUDY, Record
 from lora_tradeoffs.tables.arms import Arm, shared_words, with_plain_arms
 from lora_tradeoffs.tables.costs import gain_costs
 from lora_tradeoffs.tables.frames import SCRIPTS, load_records
-from lora_tradeoffs.tables.learning_rates import at_chosen_rates
+from lora_tradeoffs.tables.learning_rates import at_chosen_rates, at_only_rates
 from lora_tradeoffs.tables.predictors import across_runs, predictor_table, within_runs
 from lora_tradeoffs.tables.transfer import transfer_table
 from lora_tradeoffs.training.arms import ArmSpec
@@ -88,7 +88,7 @@ class StudyRecords:
         frames = {n: None if f is None or f.empty else f for n, f in frames.items()}
         rates = read_rates(settings.runs_dir)
         chosen = {n: None if f is None else at_chosen_rates(f, rates) for n, f in frames.items()}
-        return cls(**chosen, rates=rates, settings=settings, at_all_rates=frames)
+        return cls(**at_only_rates(chosen), rates=rates, settings=settings, at_all_rates=frames)
 
     @cached_property
     def shared_words(self) -> set[str]:
@@ -122,7 +122,11 @@ class StudyRecords:
                 for family, tasks in FAMILIES.items()
             }
         arms = {family: {Arm(**fields) for fields in arms} for family, arms in planned.items()}
-        return {f: {arm.without(self.shared_words) for arm in of} for f, of in arms.items()}
+        frames = (getattr(self.plain, name) for name in FRAMES)
+        known = {arm for frame in frames if frame is not None for arm in frame["arm"].unique()}
+        plain = {f: {arm.without(self.shared_words) for arm in of} for f, of in arms.items()}
+        # a rate that was chosen or set stands in no label
+        return {f: {a if a in known else a.without_rate for a in of} for f, of in plain.items()}
 
     @property
     def first_frame(self) -> DataFrame | None:

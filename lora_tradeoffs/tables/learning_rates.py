@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from training_configs import SCALINGS, tasks_and_variant
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-NO_SWEEP = "no sweep of the learning rates: the defaults per arm stand"
+NO_SWEEP = "no sweep of the learning rates"
 NO_SWEEP_SENTENCE = f"{NO_SWEEP[0].upper()}{NO_SWEEP[1:]}."
 AT_CHOSEN = "Arms whose learning rates were swept: at the chosen rate alone."
 ARM = ["family", "arm"]
@@ -160,23 +161,47 @@ def at_chosen_rates(frame: DataFrame, choices: Iterable[Mapping[str, Any]]) -> D
     return shown
 
 
+def at_only_rates(frames: Mapping[str, DataFrame | None]) -> dict[str, DataFrame | None]:
+    """The frames of a study, an arm that has one learning rate alone, as one that was set, under
+    its plain label."""
+    arms = {a for f in frames.values() if f is not None for a in f["arm"].unique() if a.is_trained}
+    rates = Counter(arm.without_rate for arm in arms)
+    plain = {a: a.without_rate for a in arms if a.learning_rate and rates[a.without_rate] == 1}
+    shown = {}
+    for name, frame in frames.items():
+        if plain and frame is not None:
+            attrs, known = frame.attrs, {a: plain.get(a, a) for a in frame["arm"].unique()}
+            frame = frame.assign(arm=frame["arm"].map(known))
+            frame.attrs = attrs
+        shown[name] = frame
+    return shown
+
+
 def rates_sentence(frame: DataFrame, choices: Iterable[Mapping[str, Any]]) -> str:
-    """Where the learning rates of the arms in the records come from: a sweep, or the defaults."""
+    """Where the learning rates of the arms in the records come from: a sweep, the study, or the
+    defaults."""
     rates, problems = _searched(choices)
     runs = frame[is_trained(frame)]
-    arms = {(family, arm.without_rate) for family, arm in zip(runs["family"], runs["arm"])}
+    arms: dict[tuple[str, Arm], set[float]] = {}  # and the rates that their labels say
+    for family, arm in set(zip(runs["family"], runs["arm"])):
+        arms.setdefault((family, arm.without_rate), set()).add(arm.learning_rate)
     names = {
         arm: f"{arm[0]} {arm[1]}" for arm in sorted(arms, key=lambda a: (_family_index(a[0]), a[1]))
     }
     chosen = [f"{name} {rates[arm]:g}" for arm, name in names.items() if arm in rates]
     refused = [arm for arm in names if arm in problems]
-    default = [name for arm, name in names.items() if arm not in rates and arm not in problems]
-    if not chosen and not refused:
-        return NO_SWEEP_SENTENCE
+    others = {arm: name for arm, name in names.items() if arm not in rates and arm not in problems}
+    fixed = {a: max(arms[a]) for a in others if len(arms[a]) == 1 and arms[a] != {0.0}}
+    default = [name for arm, name in others.items() if arm not in fixed]
+    if not chosen and not refused and not fixed:
+        return f"{NO_SWEEP_SENTENCE[:-1]}: the defaults per arm stand."
     sentences = [f"A sweep chose none for {names[arm]}: {problems[arm]}." for arm in refused]
     if chosen:
         first = f"Learning rates that a sweep chose on validation: {', '.join(chosen)}."
         sentences.insert(0, first)
+    if fixed:
+        given = ", ".join(f"{others[arm]} {rate:g}" for arm, rate in fixed.items())
+        sentences.append(f"Learning rates that were set, not searched: {given}.")
     if default:
         sentences.append(f"No sweep of {', '.join(default)}: the default stands.")
     return " ".join(sentences)

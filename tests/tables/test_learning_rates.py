@@ -25,6 +25,7 @@ from lora_tradeoffs.tables.learning_rates import (
     advantage_sentences,
     advantages,
     at_chosen_rates,
+    at_only_rates,
     best_retaining,
     rates_sentence,
     sweep_table,
@@ -287,9 +288,7 @@ def test_without_a_sweep_it_is_said_that_the_defaults_stand(frames):
     one = {FULL: {1e-3: (0.8, 0.1)}, LORA: {1e-3: (0.8, 0.0)}}
     table = sweep_table(*frames(*rate_points(one)))
     assert swept_arms(table) == []
-    assert advantage_sentences(table) == (
-        "No sweep of the learning rates: the defaults per arm stand."
-    )
+    assert advantage_sentences(table) == "No sweep of the learning rates."
     table = sweep_table(*frames(*rate_points(one | {LORA: POINTS[LORA]})))
     assert swept_arms(table) == [("similar", Arm("lora", 8))]
     assert advantage_sentences(table) == (
@@ -343,6 +342,20 @@ def test_it_is_said_where_the_rates_come_from(frames):
         "Learning rates that a sweep chose on validation: similar LoRA r=8 0.001,"
         " similar full 0.001."
     )
+
+
+def test_an_arm_with_one_rate_that_was_set_has_its_plain_label(frames):
+    set_ones = ("similar_full_lr5e-4_seed42", "similar_lora_r8_seed42")
+    (frame,) = frames([r for r in rate_points(POINTS)[0] if r["run"] in (*set_ones, "base")])
+    assert {str(arm) for arm in frame["arm"]} == {"full (lr5e-4)", "LoRA r=8", "base"}
+    (shown, none) = at_only_rates({"adaptation": frame, "drift": None}).values()
+    assert {str(arm) for arm in shown["arm"]} == {"full", "LoRA r=8", "base"} and none is None
+    assert rates_sentence(frame, []) == (
+        "Learning rates that were set, not searched: similar full 0.0005."
+        " No sweep of similar LoRA r=8: the default stands."
+    )
+    (several,) = frames(rate_points(POINTS)[0])
+    assert list(at_only_rates({"adaptation": several})["adaptation"]["arm"]) == list(several["arm"])
 
 
 def test_a_sweep_that_chose_no_rate_is_not_said_to_be_none(frames):
@@ -412,7 +425,7 @@ def test_the_figure_leaves_out_what_was_not_measured_and_not_swept(frames):
 def test_without_a_sweep_the_figure_says_so(frames):
     (adaptation,) = frames(study())
     (ax,) = rate_curves(adaptation).axes
-    assert "the defaults per arm stand" in ax.texts[0].get_text()
+    assert "no sweep of the learning rates" in ax.texts[0].get_text()
 
 
 def whole_sweep(seeds=(42,)):
