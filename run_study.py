@@ -116,9 +116,11 @@ def build_parser() -> argparse.ArgumentParser:
 def folder_digests(settings: Settings) -> dict[str, str]:
     """Digests of the model's weights and of the rows, where these are in folders of the user's."""
     from lora_tradeoffs.data.sources import source_digest
-    from lora_tradeoffs.models.base import prepare_base
+    from lora_tradeoffs.models.base import load_tokenizer, prepare_base
 
     digests = {}
+    if settings.apply_chat_template or settings.system_instruction:
+        load_tokenizer(prepare_base(settings), settings)  # refuses a chat without a template
     if Path(settings.model).expanduser().is_dir():
         digests["model"] = prepare_base(settings).digest
     if settings.data not in ("hub", "sample"):

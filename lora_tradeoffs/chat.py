@@ -74,6 +74,10 @@ def chat_form(tokenizer: PreTrainedTokenizerFast, name: str, system: str) -> Cha
         advice = ": leave --system-instruction out" if system else ""
         failed = f"the chat template of {name} fails ({reason_of(error):.160}){advice}"
         raise UserError(failed) from None
+    if system.strip() not in prompt:
+        raise UserError(
+            f"the chat template of {name} drops the system message: leave --system-instruction out"
+        )
     special = _special(tokenizer)
     before, _, after = answered.partition(MARK.format(1))
     lead = before.removeprefix(prompt) if before.startswith(prompt) else ""

@@ -10,6 +10,7 @@ from support import assert_one_line_error, settings_for
 
 import eval as adaptation
 import retention_eval as retention
+import run_study
 from dataset_descriptions import describe
 from lora_tradeoffs.chat import chat_form
 from lora_tradeoffs.data.encoding import choice_ids, encode, end_id, prompt_ids
@@ -175,7 +176,10 @@ def test_a_chat_needs_a_template_and_a_system_message_a_chat(tiny, tmp_path, ins
     says = "has no chat template: leave --apply-chat-template out"
     assert_one_line_error(inside(train, "--tasks", "sst2", "--lora", "4", *flags), says)
     assert_one_line_error(inside(retention.main, *flags, *SHORT), says)
-    assert not (settings_for(study="no-template").runs_dir).exists()
+    assert_one_line_error(inside(run_study.main, "--tasks", "sst2", "--ranks", "4", *flags), says)
+    settings = settings_for(study="no-template")
+    assert not settings.runs_dir.exists()
+    assert not (settings.output_dir / "outputs/no-template/study.json").exists()
     system = ["--model", str(tiny), "--study", "none", "--system-instruction", SYSTEM]
     assert_one_line_error(inside(retention.main, *system, *SHORT), "needs --apply-chat-template")
     turns = ["--model", str(tiny), "--fewshot-as-multiturn", "--study", "none"]
@@ -184,6 +188,10 @@ def test_a_chat_needs_a_template_and_a_system_message_a_chat(tiny, tmp_path, ins
     (folder / "chat_template.jinja").write_text(template + "{{ m.content }}{% endfor %}")
     said = inside(retention.main, *flags, *SHORT, "--system-instruction", SYSTEM)
     assert_one_line_error(said, "no system", "leave --system-instruction out")
+    template = "{% for m in messages if m.role != 'system' %}{{ m.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    said = inside(retention.main, *flags, *SHORT, "--system-instruction", SYSTEM)
+    assert_one_line_error(said, "drops the system message", "leave --system-instruction out")
 
 
 @pytest.mark.parametrize(
