@@ -13,6 +13,8 @@ from reference import random_similarity
 from safetensors.torch import load_file, save_file
 from support import assert_one_line_error, settings_for
 
+from lora_tradeoffs.checkpoints import weights_key
+from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.models.base import load_base, prepare_base
 from multi_task_training import main as train
 from svd_analysis import main
@@ -489,6 +491,21 @@ def test_an_adapter_of_another_base_or_kind_is_told(base, model, tmp_path, capsy
     (error,) = (line for line in lines if line.startswith("error: "))
     assert "other, step 0" in error and "PREFIX_TUNING" in error
     assert set(records_in(results_folder("kinds")).run) == {"own", "foreign"}
+
+
+def test_results_of_two_checkpoints_under_one_name_are_told(base, model, tmp_path, capsys):
+    """Measured by two commands: of one command the two folders are refused."""
+    for folder, rank in (("a", 4), ("b", 8)):
+        make_adapter(base, tmp_path / folder / "final", r=rank)
+    request = {"weights": weights_key(tmp_path / "a" / "final")}
+    record = {"run": "final", "step": 0, "metric": "f1", "value": 1.0}
+    evaluated = Results(settings_for(study="twice").document("adaptation").parent)
+    evaluated.write("final-0-sst2-test", request, [record])
+    for folder, told in (("a", 0), ("b", 1)):
+        argv = [*model, "--study", "twice", "--runs", str(tmp_path / folder / "final")]
+        assert main(argv) == 0
+        error = capsys.readouterr().err
+        assert error.count("1 results, such as final-0-sst2-test, are of other weights") == told
 
 
 def test_bad_input_is_one_line(folder, model, script, capsys):

@@ -21,12 +21,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import MID_TRAINING_LIMIT, Settings, UserError
+from config import DOCUMENTS, MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe, own_definitions, preset_family
 from lora_tradeoffs.chat import form_of
 from lora_tradeoffs.files import read_records, written_whole
 from lora_tradeoffs.measuring.reported import report_scores
-from lora_tradeoffs.measuring.results import Results
+from lora_tradeoffs.measuring.results import Results, of_other_weights
 from lora_tradeoffs.measuring.subjects import Subject, own_settings, study_families, weights_of
 from lora_tradeoffs.models.base import Base, load_tokenizer
 
@@ -247,11 +247,23 @@ def run(
         print(f"{label}: {output}")
     if not args.no_figures:
         print(f"figures: {draw(analysis.name, analysis.settings, args.pdf)}")
-    for message in analysis.warnings():
+    for message in [*_mixed_weights(analysis, units), *analysis.warnings()]:
         print(f"warning: {message}", file=sys.stderr)
     for message in errors:
         print(f"error: {message}", file=sys.stderr)
     return 1 if errors else 0
+
+
+def _mixed_weights(analysis: Analysis, units: Sequence[Any]) -> list[str]:
+    """What to say of results that share a checkpoint's name, and were measured on other weights."""
+    foreign = {(u.subject.run, u.subject.step): u.subject for u in units if u.subject.is_foreign}
+    weights = {key: weights_of(s, analysis.base)["weights"] for key, s in foreign.items()}
+    folders = [analysis.settings.document(name).parent for name in DOCUMENTS]
+    names = [name for folder in folders for name in of_other_weights(folder, weights)]
+    return names and [
+        f"{len(names)} results, such as {names[0]}, are of other weights than that checkpoint has"
+        " now: measure them again, or give another --study"
+    ]
 
 
 def measure_all(analysis: Analysis, units: list[Any], models: Models) -> list[str]:
@@ -269,8 +281,7 @@ def measure_all(analysis: Analysis, units: list[Any], models: Models) -> list[st
     for unit in units:
         by_checkpoint.setdefault(unit.subject.checkpoint, []).append(unit)
     errors, end = [], 0
-    total = len(units) * analysis.steps_per_unit
-    with tqdm(total=total, unit=analysis.progress_unit) as progress:
+    with tqdm(total=len(units) * analysis.steps_per_unit, unit=analysis.progress_unit) as progress:
         analysis.advance = progress.update
         for checkpoint, model in models([c for c in by_checkpoint if c is not None]):
             if checkpoint is None:

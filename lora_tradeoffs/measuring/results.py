@@ -35,6 +35,7 @@ from lora_tradeoffs.records import (
     RECORD_VERSION,
     UNIT,
     unit_name,
+    units_of,
     updated,
 )
 
@@ -215,6 +216,21 @@ def _read(path: Path) -> dict[str, Any]:
     if version in OLD_VERSIONS:
         unit["records"] = [updated(record) for record in unit["records"]]
     return unit
+
+
+def of_other_weights(folder: Path, weights: dict[tuple[str, int], Any]) -> list[str]:
+    """The units in a folder of results that were not measured on the weights of their run and step.
+
+    They were measured before an edit, or on another folder of the run's name.
+    """
+    names = []
+    for name in units_of({run for run, _ in weights}, folder / "records"):
+        with contextlib.suppress(UserError):  # the next command names what is damaged
+            unit = _read(folder / "records" / f"{name}.json")
+            known = [weights.get((record["run"], record["step"])) for record in unit["records"]]
+            if any(known) and unit["request"].get("weights") not in known:
+                names.append(name)
+    return names
 
 
 def _check_document(path: Path) -> None:

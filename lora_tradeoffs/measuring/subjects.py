@@ -52,6 +52,11 @@ class Subject:
         """Base, last or best on validation: measured on all items, and on test where allowed."""
         return self.checkpoint is None or self.is_last or self.is_best_on_validation
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is a checkpoint that was not made here."""
+        return self.checkpoint is not None and _record_file(self.checkpoint.folder) is None
+
 
 def weights_of(subject: Subject, base: Base) -> dict[str, Any]:
     """What identifies the measured weights: a run's name does not, it can be used again."""
@@ -281,10 +286,7 @@ def own_settings(subjects: Iterable[Subject], base: Base) -> list[str]:
     """
     messages: dict[str, None] = {}
     ours = {_last_part(base.name), _last_part(base.folder.name)}
-    checkpoints = dict.fromkeys(s.checkpoint for s in subjects if s.checkpoint)
-    for checkpoint in checkpoints:
-        if (checkpoint.folder.parent / "run.json").is_file():
-            continue
+    for checkpoint in dict.fromkeys(s.checkpoint for s in subjects if s.is_foreign):
         with suppress(UserError):  # one that cannot be read is not used
             if _has_other_tokenizer(checkpoint.folder, base):
                 told = (
