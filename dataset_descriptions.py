@@ -283,7 +283,7 @@ def named_family(text: str) -> str:
     if text in BUILT_IN_FAMILIES:
         return text
     of_files = ordered(task for task, d in DESCRIPTIONS.items() if d.own_family == name)
-    if not of_files and text not in DESCRIPTIONS and "+" not in text:
+    if not (equals or of_files or text in DESCRIPTIONS or "+" in text):
         known = ", ".join(BUILT_IN_FAMILIES)
         raise UserError(f"families: {text:.80} is none; families: {known}, or tasks as in a+b")
     tasks = ordered(members.split("+")) if equals else of_files or ordered(text.split("+"))

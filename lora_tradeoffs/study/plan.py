@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from config import FAMILIES, Settings, UserError
-from dataset_descriptions import family_of, preset_family
+from dataset_descriptions import describe, family_of, preset_family
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, Step, Sweep
 from lora_tradeoffs.study.study_file import StudyPlan
 from lora_tradeoffs.training import plan
@@ -39,6 +39,13 @@ def plan_runs(study: StudyPlan, settings: Settings, hidden_size: int) -> list[Ru
     named = {FAMILIES[family]: family for family in study.families}
     for tasks, arms in study.mixes.items():
         mixes, family = {tasks: study.values}, named.get(tasks) or family_of(tasks)
+        for task in sorted({*FAMILIES[family]} - {*tasks}):
+            path = describe(task).row_file(settings.data_folder, "train")
+            if path and not path.is_file():
+                raise UserError(
+                    f"tasks are a part of {family}, whose {task} is measured too: {path} is"
+                    f" missing; put it there, or write families: [mine={'+'.join(tasks)}]"
+                )
         if study.single_task_controls:
             controls = plan.control_values(settings, tasks, study.values)
             mixes |= {(task,): study.values | own for task, own in controls.items()}

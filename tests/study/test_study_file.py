@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,6 +260,18 @@ def test_a_file_that_says_no_study_is_one_line_and_leaves_nothing(
     path = study_file(tmp_path, tiny, study="refused", **changes)
     assert_one_line_error(inside(main, path), f"{path}: ", *parts)
     assert not list(workspace.glob("*/refused"))
+
+
+def test_rows_of_a_familys_other_tasks_are_asked_for_before_anything_starts(
+    inside, tiny, tmp_path, workspace
+):
+    shutil.copytree(ROOT / "data" / "sample" / "sst2", tmp_path / "rows" / "sst2")
+    changes = {"families": None, "tasks": ["sst2"], "data": str(tmp_path / "rows")}
+    path = study_file(tmp_path, tiny, study="refused", **changes)
+    parts = ("part of similar, whose mnli is measured too", "families: [mine=sst2]")
+    assert_one_line_error(inside(main, path, "--dry-run"), *parts)
+    path = study_file(tmp_path, tiny, study="refused", data=changes["data"], families=["mine=sst2"])
+    assert inside(main, path, "--dry-run").returncode == 0
 
 
 @pytest.mark.parametrize(
