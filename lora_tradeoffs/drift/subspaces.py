@@ -67,7 +67,7 @@ def last_directions(folder: Path) -> list[Directions]:
 
 
 def records_between(folder: Path, all_pairs: bool = False) -> Iterator[dict[str, Any]]:
-    """phi of every two runs of a family, with `all_pairs` of every two runs.
+    """phi of every two runs of a family, with `all_pairs` of every two runs; of one base alone.
 
     It is averaged over the matrices that both have, by module and side. `directions` is "all": all
     directions of a LoRA run, as many of a dense run's as the LoRA run has, and all stored ones of
@@ -77,7 +77,17 @@ def records_between(folder: Path, all_pairs: bool = False) -> Iterator[dict[str,
     `between/` has a unit for each run: its pairs with the runs after it. Of these, pairs that are
     missing, or of which a side has changed, are computed.
     """
-    results, runs, requests = Results(folder / "between"), last_directions(folder), {}
+    by_base: dict[str, list[Directions]] = {}
+    for run in last_directions(folder):
+        by_base.setdefault(run.fields.get("base_model", ""), []).append(run)
+    for runs in by_base.values():
+        yield from _records_between(Results(folder / "between"), runs, all_pairs)
+
+
+def _records_between(
+    results: Results, runs: Sequence[Directions], all_pairs: bool
+) -> Iterator[dict[str, Any]]:
+    requests: dict[str, dict[str, Any]] = {}
     kept: dict[str, list[dict[str, Any]]] = {}
     missing: dict[str, tuple[Directions, list[Directions]]] = {}
     for i, run in enumerate(runs):

@@ -24,7 +24,7 @@ LAYERS = 3
 NAME = "model.layers.{}.self_attn.{}"
 
 
-def write_directions(folder, run, step=20, seed=0):
+def write_directions(folder, run, step=20, seed=0, base="made-up", widths=(24, 40)):
     """A run's file in directions/, the right side wider than the left; its vectors by name."""
     rank, modules, family = RUNS[run]
     method = "full" if rank == 0 else "lora"
@@ -35,9 +35,10 @@ def write_directions(folder, run, step=20, seed=0):
         .float()
         .contiguous()
         for layer, module in product(range(LAYERS), modules)
-        for side, d in (("left", 24), ("right", 40))
+        for side, d in zip(("left", "right"), widths, strict=True)
     }
     fields = {"run": run, "step": step, "family": family, "method": method, "rank": rank}
+    fields["base_model"] = base
     (folder / "directions").mkdir(exist_ok=True)
     path = folder / "directions" / f"{run}-{step}.safetensors"
     save_file(vectors, path, {"fields": json.dumps({**fields, "tasks": family, "variant": ""})})
@@ -120,6 +121,15 @@ def test_a_pair_is_computed_once_and_again_when_a_side_has_changed(tmp_path):
     assert {key for key in third if third[key][0] == -1.0} == {
         key for key in second if second[key][0] == -1.0 and "f" not in key[:2]
     }
+
+
+def test_runs_of_different_bases_are_not_compared(tmp_path):
+    for run in RUNS:
+        of_other = {"base": "wider", "widths": (48, 80)} if run in ("c_full", "f") else {}
+        write_directions(tmp_path, run, **of_other)
+    pairs = {(r["run"], r["other"]) for r in records_between(tmp_path, all_pairs=True)}
+    of_one = {*combinations(("a_r4", "b_r8", "d_full", "e_r2"), 2)} - {("d_full", "e_r2")}
+    assert pairs == {("c_full", "f"), *of_one}  # the two that are left out share no module
 
 
 def test_runs_without_a_direction_have_no_pairs(tmp_path):
