@@ -13,7 +13,7 @@ from typing import Any
 
 from config import UserError
 from dataset_descriptions import Row
-from lora_tradeoffs.command_line import is_out_of_memory
+from lora_tradeoffs.command_line import is_out_of_memory, reason_of
 
 # generation_kwargs with which the greedy answer is the answer
 GREEDY_OPTIONS = {
@@ -108,8 +108,9 @@ def packages_of(name: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        package = error.name or str(error)
-        raise UserError(f"benchmark {name} needs the package {package}: pip install it") from None
+        needs = f"needs the package {error.name}: pip install it"
+        what = needs if error.name else f"lacks a package ({reason_of(error):.200})"
+        raise UserError(f"benchmark {name} {what}") from None
     except LookupError as error:
         resource = re.search(r"nltk\.download\('(\w+)'\)", str(error))
         if not resource:
