@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from config import UserError
+from lora_tradeoffs.command_line import reason_of, system_error
 from lora_tradeoffs.shapes import Shape, shape_problem
 
 RECORDS = re.compile(r'"records"\s*:\s*\[')  # where they begin in a document
@@ -217,6 +218,17 @@ def _read_to_records(file: TextIO) -> tuple[str, str]:
             raise ValueError("without records")
         text += block
     return text[: start.start()].rstrip().rstrip(",") + "}", text[start.end() :]
+
+
+@contextmanager
+def intact(path: Path, remedy: str = DELETE) -> Iterator[None]:
+    """Raise UserError where a library cannot read the file inside the block, the disk aside."""
+    try:
+        yield
+    except Exception as error:
+        if system_error(error):
+            raise
+        raise UserError(f"{path} is damaged: {reason_of(error)}; {remedy}") from None
 
 
 def read_json(path: Path, shape: Shape = dict, remedy: str = DELETE) -> Any:

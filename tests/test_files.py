@@ -3,7 +3,9 @@
 import json
 import os
 
+import pandas
 import pytest
+import safetensors.numpy
 
 from config import UserError
 from lora_tradeoffs.checkpoints import (
@@ -13,7 +15,7 @@ from lora_tradeoffs.checkpoints import (
     newest_whole_checkpoint,
     write_manifest,
 )
-from lora_tradeoffs.files import read_json, remove_partial, write_json, written_whole
+from lora_tradeoffs.files import intact, read_json, remove_partial, write_json, written_whole
 from lora_tradeoffs.shapes import NUMBER
 
 
@@ -165,3 +167,13 @@ def test_what_a_kill_left_goes_once_no_write_can_be_under_way(tmp_path):
     assert not old.exists() and new.exists()
     remove_partial(tmp_path, age=0)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.json", "sub"]
+
+
+def test_what_a_library_cannot_read_is_damaged_and_what_the_disk_refuses_is_not(tmp_path):
+    path = tmp_path / "table"
+    path.write_bytes(b"cut short")
+    for read in (pandas.read_parquet, safetensors.numpy.load_file):
+        with pytest.raises(UserError, match=r"table is damaged: .*; delete it"), intact(path):
+            read(path)
+    with pytest.raises(IsADirectoryError), intact(tmp_path):
+        tmp_path.read_bytes()

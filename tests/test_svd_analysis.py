@@ -345,6 +345,18 @@ def test_existing_results_are_reused_and_missing_ones_are_measured(folder, model
     assert {name.rsplit(".", 1)[0] for name in changed} == set(units)
 
 
+def test_a_damaged_table_is_named_and_measured_again_once_it_is_deleted(folder, model, capsys):
+    argv = [*model, "--study", STUDY]
+    for path in (folder / "layers" / f"{RUN}-1.parquet", *(folder / "directions").glob("*")):
+        (damaged := path.with_name("damaged")).write_bytes(path.read_bytes()[:99])
+        damaged.rename(path)  # as a copy that was cut short
+        assert main(argv) == 2
+        (line,) = (n for n in capsys.readouterr().err.splitlines() if n.startswith("error: "))
+        assert str(path) in line and line.endswith("; delete it and run the same command")
+        path.unlink()
+        assert main(argv) == 0
+
+
 def test_other_weights_and_other_questions_are_measured_anew(base, model, tmp_path, capsys):
     make_adapter(base, tmp_path / "lora", seed=1)
     argv = ["--runs", tmp_path / "lora"]

@@ -18,6 +18,7 @@ import numpy as np
 from config import RANKS
 from lora_tradeoffs.drift.matrix import PAIR
 from lora_tradeoffs.drift.svd import digest
+from lora_tradeoffs.files import DELETE
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.models.weights import Matrix, matrix_of, opened
 from lora_tradeoffs.records import BOTH, OVERALL, unit_name, updated
@@ -36,7 +37,7 @@ class Directions:
         """Raises UserError for a file that is corrupt."""
         self.path = path
         self.run, _, step = path.stem.rpartition("-")
-        with opened(path) as file:
+        with opened(path, DELETE) as file:
             metadata, names = file.metadata() or {}, sorted(file.keys())
             # files of earlier versions name neither their content nor the kind of update
             content = metadata.get("content") or digest([file.get_tensor(name) for name in names])
@@ -47,7 +48,7 @@ class Directions:
         self.matrices = {matrix_of(name.rpartition(".")[0]) for name in names}
 
     def vectors(self, matrix: Matrix, side: str) -> Tensor:
-        with opened(self.path) as file:
+        with opened(self.path, DELETE) as file:
             return file.get_tensor(f"{matrix.name}.{side}").double()
 
     def is_related(self, other: Directions) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import INTRUDER_EPSILON, INTRUDER_K
-from lora_tradeoffs.files import written_whole
+from lora_tradeoffs.files import intact, written_whole
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.weights import Matrix
 from lora_tradeoffs.records import unit_name
@@ -126,12 +126,16 @@ def join_layers(folder: Path) -> None:
 
 
 def _read_layers(path: Path) -> pa.Table:
-    """The rows of one checkpoint with its run and step; words as categories."""
+    """The rows of one checkpoint with its run and step; words as categories.
+
+    Raises UserError for a broken file.
+    """
     import pyarrow as pa
     from pyarrow.parquet import read_table
 
     run, _, step = path.stem.rpartition("-")
-    table = read_table(path)
+    with intact(path):
+        table = read_table(path)
     table = table.append_column("run", pa.array([run] * len(table)))
     table = table.append_column("step", pa.array([int(step)] * len(table)))
     for i, field in enumerate(table.schema):

@@ -11,6 +11,7 @@ from lora_tradeoffs.figures import marks
 from lora_tradeoffs.figures.drift import MODULES
 from lora_tradeoffs.figures.panels import NothingToDraw, Panels, figure_of, levels, require
 from lora_tradeoffs.figures.style import DENSE, GREY, style_of
+from lora_tradeoffs.files import intact
 from lora_tradeoffs.records import unit_name
 from lora_tradeoffs.tables.frames import last_checkpoints
 
@@ -235,11 +236,13 @@ def _spectra(study: StudyRecords, run: Any) -> DataFrame | None:
     import pandas as pd
 
     path = spectra_file(study.folder("drift"), run)
-    return pd.read_parquet(path) if path.is_file() else None
+    with intact(path):
+        return pd.read_parquet(path) if path.is_file() else None
 
 
 def _similarities(study: StudyRecords, run: Any) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
     path = similarities_file(study.folder("drift"), run)
-    return {n: m.astype(float) for n, m in load_file(path).items()} if path.is_file() else {}
+    with intact(path):
+        return {n: m.astype(float) for n, m in load_file(path).items()} if path.is_file() else {}

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import UserError
-from lora_tradeoffs.command_line import system_error
 from lora_tradeoffs.files import (
     check_shape,
     file_record,
+    intact,
     locked,
     read_head,
     read_json,
@@ -143,18 +143,13 @@ class Results:
                 raise UserError(f"{path} is missing; measure {unit} again")
             return {}
         scores = {}
-        try:
+        with intact(path, f"measure {unit} again"):
             table = pd.read_parquet(path, filters=of_unit)
             for name, rows in table.groupby("metric", sort=False):
                 aggregate = AGGREGATES[rows["aggregate"].iloc[0]]
                 values = Scores(name, np.stack(rows["statistics"]), aggregate)
                 has_groups = "group" in rows and rows["group"].notna().all()
                 scores[name] = grouped(values, rows["group"]) if has_groups else values
-        except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are such
-            if system_error(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is damaged: {reason}; measure {unit} again") from None
         return scores
 
     def units(self) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -136,7 +136,7 @@ class Weights:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(path: Path, remedy: str = "fetch or copy it again") -> Iterator[Any]:
     """The file, memory-mapped. Raises UserError if it is no whole safetensors file."""
     from safetensors import SafetensorError, safe_open
 
@@ -144,7 +144,7 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is corrupt ({error}); fetch or copy it again") from None
+        raise UserError(f"{path} is corrupt ({error}); {remedy}") from None
 
 
 # --------------------------------------------------------------------------- full checkpoints
