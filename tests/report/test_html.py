@@ -38,6 +38,7 @@ HOSTILE = {  # in run.json: every text, and a list and an object where any value
         "lora_dropout": {IMAGE: [SCRIPT]},
     },
     "environment": {"device_name": SCRIPT, "versions": {"torch": [[IMAGE]]}},
+    "own": {"families": {SVG: ["sst2"]}, "tasks": {}},
     "note": SVG,
 }
 
