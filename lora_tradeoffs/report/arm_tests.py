@@ -67,13 +67,18 @@ class TestedContrast(NamedTuple):
 
 
 def against_full(
-    kind: str, question: str, outcomes: Sequence[Outcome], plan: Plan, other: str = FULL_TUNING
+    kind: str,
+    question: str,
+    outcomes: Sequence[Outcome],
+    plan: Plan,
+    other: str = FULL_TUNING,
+    are_alike: bool = True,
 ) -> list[Finding]:
     """Every planned adapter minus full fine-tuning in every outcome, what could be seen first.
 
     One Holm correction: of confirmatory tests over all that are planned, also those that could not
     be made, else over those that were. The outcomes of a question share the check of their
-    variances, and each pools the error of its arms (pooled_error.py).
+    variances if they `are_alike`, and each pools the error of its arms (pooled_error.py).
     """
     made: list[tuple[Outcome, Arm]] = []
     few: dict[str, dict[Arm, int]] = {}
@@ -90,7 +95,8 @@ def against_full(
     tested = {(o.family, o.about, arm) for o, arm in made}
     tests = len(planned | tested) if kind == CONFIRMATORY else len(tested)
     layouts = [o.layout([FULL, *(arm for other, arm in made if other is o)]) for o in outcomes]
-    errors = dict(zip(map(id, outcomes), pooled_errors(layouts)))
+    kinds = () if are_alike else [o.about for o in outcomes]
+    errors = dict(zip(map(id, outcomes), pooled_errors(layouts, kinds)))
     contrasts = []
     for o, arm in made:
         parts = o.parts({arm: 1, FULL: -1})

@@ -169,7 +169,7 @@ def _forgets(retention: DataFrame, items: Items | None, plan: Plan) -> list[Find
         parts = partial(forgetting_parts, retention, family, items=items, outcome=outcome)
         sentences = partial(SentenceTemplates.forgets, where=FORGOTTEN[outcome].format(names))
         outcomes.append(Outcome(family, outcome, parts, sentences, items))
-    results = against_full(EXPLORATORY, FORGETS, outcomes, plan)
+    results = against_full(EXPLORATORY, FORGETS, outcomes, plan, are_alike=False)
     if names and any(finding.kind == EXPLORATORY for finding in results):
         text = f"On {names}, part of the mean, the base is at chance: nothing to forget."
         results.insert(0, Finding(NOTE, FORGETS, text))
@@ -275,7 +275,8 @@ def _rank(study: StudyRecords, words: set[str]) -> list[Finding]:
             trends.append((Outcome(family, about, parts, sentences, items), weights))
     if not trends:
         return [_missing(RANK, f"fewer than 3 ranks with {MIN_SEEDS} seeds in common")]
-    errors = pooled_errors([outcome.layout(list(weights)) for outcome, weights in trends])
+    layouts = [outcome.layout(list(weights)) for outcome, weights in trends]
+    errors = pooled_errors(layouts, [outcome.about for outcome, _ in trends])
     contrasts = []
     for (outcome, weights), error in zip(trends, errors):
         parts = outcome.parts(weights)

@@ -38,23 +38,28 @@ class PooledError(NamedTuple):
     arms: int
 
 
-def pooled_errors(layouts: Sequence[Layout | None]) -> list[PooledError | None]:
+def pooled_errors(
+    layouts: Sequence[Layout | None], kinds: Sequence[Hashable] = ()
+) -> list[PooledError | None]:
     """The error of each layout (a task, say); None where there is none, or the check refuses all.
 
     The check is one for all layouts, since an arm that differs more from seed to seed does so on
-    more than one task: Cochran's C (1941), the largest arm's share of the residual squares, here
-    the mean of its shares over layouts. Its distribution under equal variances depends on nothing
-    but the shapes, and is simulated.
+    more than one task; but one for each of their `kinds` where they have some: text can be lost
+    very unevenly and benchmarks evenly. It is Cochran's C (1941), the largest arm's share of the
+    residual squares, here the mean of its shares over layouts. Its distribution under equal
+    variances depends on nothing but the shapes, and is simulated.
     """
-    usable = [i for i, layout in enumerate(layouts) if layout and _has_error(layout)]
+    usable: dict[Hashable, list[int]] = {}
+    for i, layout in enumerate(layouts):
+        if layout and _has_error(layout):
+            usable.setdefault(kinds[i] if kinds else None, []).append(i)
     errors: list[PooledError | None] = [None] * len(layouts)
-    if not usable or not _are_equal([layouts[i] for i in usable]):
-        return errors
-    for i in usable:
-        scores = np.array([*layouts[i].values()])
-        arms, seeds = scores.shape
-        freedom = (arms - 1) * (seeds - 1)
-        errors[i] = PooledError(float(_squares(scores).sum() / freedom), freedom, arms)
+    for of_kind in usable.values():
+        for i in of_kind if _are_equal([layouts[i] for i in of_kind]) else ():
+            scores = np.array([*layouts[i].values()])
+            arms, seeds = scores.shape
+            freedom = (arms - 1) * (seeds - 1)
+            errors[i] = PooledError(float(_squares(scores).sum() / freedom), freedom, arms)
     return errors
 
 

@@ -9,6 +9,7 @@ from simulated_studies import SPREADS, difference_errors
 
 from lora_tradeoffs.statistics import pooled_error
 from lora_tradeoffs.statistics.pooled_error import pooled_errors
+from lora_tradeoffs.statistics.seed_intervals import compare_over_seeds
 
 STUDIES = 1_000
 
@@ -71,3 +72,20 @@ def test_the_check_keeps_the_error_rate(name):
     family, single, _ = difference_errors(4_000, SPREADS[name])
     assert family < 0.07 + 2 * math.sqrt(0.07 * 0.93 / 4_000)
     assert 0.03 < single < 0.07
+
+
+def test_an_outcome_that_one_arm_varies_in_does_not_hide_among_others():
+    """Text is lost unevenly by one of six arms, three other outcomes evenly by all."""
+    rng, kinds, rejected = np.random.default_rng(0), ("text", "mean", "mean", "mean"), []
+    for _ in range(300):
+        layouts = [
+            {arm: rng.normal(0, 100 if kind == "text" and arm == 0 else 1, 3) for arm in range(6)}
+            for kind in kinds
+        ]
+        differences = layouts[0][0] - layouts[0][1]
+        rejected.append([])
+        for error in (pooled_errors(layouts)[0], pooled_errors(layouts, kinds)[0]):
+            pooled = error and (error.variance * 2 / 3, error.freedom)
+            rejected[-1].append(compare_over_seeds(differences, pooled=pooled).p_value < 0.05)
+    together, apart = np.mean(rejected, axis=0)
+    assert together > 0.1 and 0.02 < apart < 0.08
