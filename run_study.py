@@ -131,9 +131,9 @@ def folder_digests(settings: Settings) -> dict[str, str]:
 def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> None:
     """Write what defines the study, or compare. Raises UserError with the fields that differ.
 
-    The same weights or rows in another folder are no difference. `arms`, by family, grow with the
-    grid: the report's confirmatory tests are those of all of them. study.yaml holds the plan of the
-    whole grid, study.json what is derived from it.
+    The same weights or rows in another folder are no difference. `arms` grow with the grid: the
+    report's confirmatory tests are those of all. study.yaml holds the plan of the whole grid,
+    study.json what is derived from it.
     """
     mixes = [run for run in runs if run.config.tasks == FAMILIES[run.config.family]]
     families = dict.fromkeys((*BUILT_IN_FAMILIES, *(run.config.family for run in mixes)))
@@ -147,9 +147,8 @@ def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> No
     before = read_json(path, STUDY) if path.is_file() else dict(request)
     request["digests"] = before.get("digests", {}) if path.is_file() else folder_digests(settings)
     if any(request[name] != before[name] for name in ("model", "data")):
-        here = folder_digests(settings).items()
-        same = [name for name, digest in here if request["digests"].get(name) == digest]
-        request |= {name: before[name] for name in same}
+        here, there = folder_digests(settings), request["digests"]
+        request |= {name: before[name] for name in here if there.get(name) == here[name]}
     for family, planned in before.get("arms", {}).items():
         arms.setdefault(family, set()).update(Arm(**fields) for fields in planned)
     fixed = [{name: record.get(name) or None for name in FIXED} for record in (before, request)]
@@ -169,6 +168,7 @@ def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> No
         before_plan = read_study_file(plan_file)
         with naming(plan_file):
             study = study.extended(StudyPlan.of(before_plan, settings))
+            checked_runs(study, settings)  # an arm may have two words
     if request != before:
         write_json(path, request)
     if not plan_file.is_file() or plan_file.read_text(encoding="utf-8") != study.text():

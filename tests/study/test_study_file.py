@@ -14,7 +14,7 @@ import pytest
 import yaml
 from support import DEMO, ROOT, assert_one_line_error, settings_for
 
-from config import DOCUMENTS, FAMILIES
+from config import DOCUMENTS, FAMILIES, UserError
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.study.study_file import StudyPlan, read_study_file, write_task_files
@@ -120,6 +120,11 @@ def test_a_grid_that_grows_is_one_file(tiny, tmp_path):
     assert saved["arms"] == ["full", "lora:4", "dora:4"] and saved["seeds"] == [42, 43]
     planned = read_json(folder / "study.json")["arms"]["similar"]
     assert [arm["method"] for arm in planned] == ["lora", "dora", "full"]
+    before = (folder / "study.yaml").read_text()
+    study, settings = parsed(study_file(tmp_path, tiny, study="grown", arms=["lora:4@qv"]))
+    with pytest.raises(UserError, match=r"yaml: the arm lora:4@qv occurs twice, also as lora:4"):
+        check_study(study, settings, checked_runs(study, settings))
+    assert (folder / "study.yaml").read_text() == before
 
 
 @pytest.mark.parametrize(
