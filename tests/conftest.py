@@ -19,7 +19,7 @@ COMMON = {
     "deadline": timedelta(seconds=120),
     "suppress_health_check": list(hypothesis.HealthCheck),
 }
-hypothesis.settings.register_profile("few", max_examples=40, derandomize=True, **COMMON)
+hypothesis.settings.register_profile("few", max_examples=25, derandomize=True, **COMMON)
 hypothesis.settings.register_profile("fuzz", max_examples=10_000, **COMMON, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 

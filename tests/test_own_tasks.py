@@ -450,7 +450,8 @@ def test_validation_loss_of_choices_and_texts_is_trainings(study):
     count = read_json(folder / "run.json")["config"]["eval_examples_per_task"]
     results = Results(study.document("adaptation").parent)
     for task in ("answer", "options", "sky"):
-        items = results.items(f"{folder.name}-2-{task}-validation")["loss"].items
+        table = pd.read_parquet(results.items_file(f"{folder.name}-2-{task}-validation"))
+        items = np.stack(table["statistics"][table["metric"] == "loss"])[:, 0]
         rows = np.random.default_rng(DATA_SEED).permutation(len(items))[:count]
         assert items[rows].mean() == pytest.approx(validated[f"eval_{task}_loss"], abs=2e-5)
 

@@ -20,6 +20,7 @@ def figures(tiny, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_training_throughput_trains_every_peer_in_a_process_of_its_own(figures):
     result = figures(training_throughput.main, "--peers", "grouped", "--steps", "1", "1")
     assert [row["peer"] for row in result["rows"]] == ["ours", "grouped"]

@@ -374,6 +374,7 @@ def test_label_words_of_the_same_tokens_are_refused_and_longer_ones_are_not(toke
         choice_ids(tokenizer, type(describe("sst2"))(**changed))
 
 
+@pytest.mark.slow
 def test_lengths_of_real_rows_leave_little_to_cut(real_data, tokenizer):
     settings = settings_for(data=real_data, study="real")
     task = prepare(settings, tokenizer, ["squad_v2"], 1024, 2_000)["squad_v2"]
