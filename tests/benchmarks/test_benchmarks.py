@@ -30,6 +30,7 @@ def test_training_throughput_trains_every_peer_in_a_process_of_its_own(figures):
     assert ours == pytest.approx(peer, rel=0.02)  # the same rows
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_is_one_line(figures, capsys, tmp_path):
     flags = ["--model", str(tmp_path), "--data", "sample", "--study", "benchmarks"]
     assert training_throughput.main([*flags, "--quick", "--peers", "grouped"]) == 2
@@ -52,6 +53,7 @@ def test_retention_speed_finds_the_scores_of_lm_eval(figures):
     assert all(row["equal"] for row in result["rows"])
 
 
+@pytest.mark.slow
 def test_spectral_speed_finds_the_triplets_of_a_dense_svd_and_pefts_intruders(figures):
     result = figures(spectral_speed.main, "--shrink", "8")
     assert {"k10_r8", "k64_r64", "dense_k64", "peft_k10"} <= set(result["ratios"])

@@ -27,6 +27,7 @@ def checked(tiny, tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_losses_and_records_are_compared(checked):
     checks, _ = checked("--only", "training", "measuring")
     for words in (
