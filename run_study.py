@@ -38,14 +38,13 @@ from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
 from lora_tradeoffs.study.study_file import (
     SETTINGS,
     StudyPlan,
-    check_task_files,
     fields_of_flags,
     is_of_type,
     naming,
     read_study_file,
     write_study_file,
-    write_task_files,
 )
+from lora_tradeoffs.study.task_files import check_task_files, write_task_files
 from lora_tradeoffs.tables.arms import Arm, arm_of_config
 from lora_tradeoffs.training.arms import add_adapter_argument, settable_help
 from lora_tradeoffs.training.learning_rates import FACTORS

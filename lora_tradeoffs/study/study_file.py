@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from config import BUILT_IN_FAMILIES, FAMILIES, LARGEST_SEED, TASKS, Preset, Settings, UserError
+from config import BUILT_IN_FAMILIES, FAMILIES, LARGEST_SEED, Preset, Settings, UserError
 from dataset_descriptions import (
     describe,
     learn,
@@ -28,7 +28,6 @@ from lora_tradeoffs.shapes import NUMBER, shape_problem
 from lora_tradeoffs.study.hypotheses import HYPOTHESIS, OUTCOMES, check_hypothesis, renamed
 from lora_tradeoffs.study.steps import ANALYSES
 from lora_tradeoffs.tables.predictors import PREDICTORS
-from lora_tradeoffs.task_yaml import task_files
 from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.learning_rates import FACTORS, rates_around
 from training_configs import CHOICES, parse_assignments
@@ -334,25 +333,6 @@ def as_yaml(fields: Mapping[str, Any]) -> str:
 def write_study_file(path: Path, plan: StudyPlan) -> None:
     with written_whole(path) as temporary:
         temporary.write_text(plan.text(), encoding="utf-8")
-
-
-def check_task_files(given: Mapping[str, Any], plan: StudyPlan, settings: Settings) -> None:
-    """Raise UserError if a task file that was found is another than the study's file has."""
-    for name, carried in given.get("task_files", {}).items():
-        if name in TASKS:
-            raise UserError(f"task_files: {name} is a built-in task; leave it out")
-        if plan.task_files.get(name, carried) != carried:
-            found = task_files(settings).get(name, "the one that is known")
-            raise UserError(f"task_files: {name} differs from {found}; remove or rename one")
-
-
-def write_task_files(plan: StudyPlan, settings: Settings) -> None:
-    """Write the task files that only the study's file has, for the processes of its steps."""
-    for name in sorted(plan.task_files.keys() - task_files(settings).keys()):
-        path = settings.tasks_dir / f"{name}.yaml"
-        with written_whole(path) as temporary:
-            temporary.write_text(as_yaml(plan.task_files[name]), encoding="utf-8")
-        print(f"task {name}: its file was written to {path}")
 
 
 def fields_of_flags(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
