@@ -141,7 +141,8 @@ def drift_against_forgetting(study: StudyRecords, frame: DataFrame) -> Figure:
         ax.axhline(0, color="#888888", lw=0.7, zorder=0)
         low, high = ax.get_ylim()  # else rounding errors of a zero fill the panel
         ax.set_ylim(min(low, -LEAST_FORGETTING), max(high, LEAST_FORGETTING))
-        marks.log_axis(ax, rows["value"])
+        # the axis is shared within a column alone
+        marks.log_axis(ax, rows["value"][rows["column"] == part["column"].iloc[0]])
     panels.label(SIZE, lambda family: f"{family}\nforgetting")
     about = (
         "Forgetting: the base's score minus the tuned model's, mean of the retention"

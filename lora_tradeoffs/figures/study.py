@@ -88,7 +88,8 @@ def learning_rate_curves(study: StudyRecords, frame: DataFrame) -> Figure:
                 ax.plot(points["learning_rate"], points["value"], label=label, **style)
         if measure == "forgetting":
             ax.axhline(0.0, **marks.ZERO)
-        marks.log_axis(ax, table["learning_rate"], lambda rate: rate_name(rate).removeprefix("lr"))
+        rates = rows["learning_rate"][rows["family"] == part["family"].iloc[0]]
+        marks.log_axis(ax, rates, lambda rate: rate_name(rate).removeprefix("lr"))
     panels.label("learning rate", str)
     extra = [Line2D([], [], label="chosen on validation", **RING)]
     if table["best-retaining"].any():
