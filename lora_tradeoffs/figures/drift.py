@@ -131,7 +131,7 @@ def drift_against_forgetting(study: StudyRecords, frame: DataFrame) -> Figure:
     require(rows, "no forgetting of a checkpoint whose drift is measured")
     rows = rows.assign(column=rows["module"].map(names))
     panels = Panels.grid(rows, "family", "column", size=(2.7, 2.2))
-    for _, ax, part in panels:
+    for (_, column), ax, part in panels:
         for _, points in part.groupby("run"):
             style = style_of(points["arm"].iloc[0])
             ax.plot(points["value"], points["forgetting"], alpha=0.8, **style)
@@ -142,7 +142,7 @@ def drift_against_forgetting(study: StudyRecords, frame: DataFrame) -> Figure:
         low, high = ax.get_ylim()  # else rounding errors of a zero fill the panel
         ax.set_ylim(min(low, -LEAST_FORGETTING), max(high, LEAST_FORGETTING))
         # the axis is shared within a column alone
-        marks.log_axis(ax, rows["value"][rows["column"] == part["column"].iloc[0]])
+        marks.log_axis(ax, rows["value"][rows["column"] == column])
     panels.label(SIZE, lambda family: f"{family}\nforgetting")
     about = (
         "Forgetting: the base's score minus the tuned model's, mean of the retention"

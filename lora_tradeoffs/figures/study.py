@@ -81,14 +81,14 @@ def learning_rate_curves(study: StudyRecords, frame: DataFrame) -> Figure:
     rows = pd.concat(rows).dropna(subset=["value"])
     panels = Panels.grid(rows, "measure", "family", size=(3.1, 1.75))
     marks.curves(panels, "learning_rate")
-    for (measure, _), ax, part in panels:
+    for (measure, family), ax, part in panels:
         for label, style in (("chosen", RING), ("best-retaining", SQUARE)):
             points = part[part[label]]
             if len(points):
                 ax.plot(points["learning_rate"], points["value"], label=label, **style)
         if measure == "forgetting":
             ax.axhline(0.0, **marks.ZERO)
-        rates = rows["learning_rate"][rows["family"] == part["family"].iloc[0]]
+        rates = rows["learning_rate"][rows["family"] == family]
         marks.log_axis(ax, rates, lambda rate: rate_name(rate).removeprefix("lr"))
     panels.label("learning rate", str)
     extra = [Line2D([], [], label="chosen on validation", **RING)]
