@@ -226,6 +226,7 @@ def test_a_pattern_that_does_not_end_is_refused(folders, tmp_path, monkeypatch):
         (_, _), (_, error) = checkpoint_models(base, [Checkpoint("it", 0, folder)])
         assert "takes too long to match" in str(error)
         shutil.rmtree(folder)
+    monkeypatch.undo()
     folder = edited(folders, tmp_path, "adapter", "adapter_config.json", target_modules="(")
     with pytest.raises(UserError, match="is no regular expression"):
         read_checkpoint(folder, Weights(base.folder))
