@@ -206,7 +206,8 @@ def log_axis(
     ax.set_xscale("log")
     low, high = min(values), max(values)
     if high < 10 * low:  # LogLocator would mark it as closely as a linear axis
-        ticks = {float(f"{x:.2g}") for x in np.geomspace(low, high, 3)}
+        digits = 2 if high == low else max(2, 1 + math.ceil(-math.log10(1 - low / high)))
+        ticks = {float(f"{x:.{digits}g}") for x in np.geomspace(low, high, 3)}
         ax.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
     else:
         subs = (1, 2, 5) if high < 30 * low else (1, 3) if high < 1000 * low else (1,)

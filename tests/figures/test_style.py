@@ -357,7 +357,7 @@ def test_what_all_arms_share_is_said_once(arms, shown, title):
     assert legend.get_title().get_text() == (f"all runs: {title}" if title else "")
 
 
-@pytest.mark.parametrize("high", [0.00143, 0.0021, 0.0055, 0.02, 0.1, 30])
+@pytest.mark.parametrize("high", [0.00143, 0.00146, 0.0021, 0.0055, 0.02, 0.1, 30])
 def test_a_logarithmic_axis_has_a_few_labels_that_can_be_read(high):
     figure = Figure(figsize=(2.6, 2), layout="constrained")
     figure.supxlabel("x")
