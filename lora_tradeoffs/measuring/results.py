@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 
 PACKED_ITEMS = "items.parquet"
+MEASURED = ("value", "stderr", "low", "high", "n")  # columns that do not say of what
 
 
 class Results:
@@ -153,9 +154,16 @@ class Results:
         return scores
 
     def units(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every unit's name and document, by name."""
+        """Every unit's name and document, by name. Raises UserError for a copy of another unit."""
+        known: dict[str, Path] = {}
         for path in self._unit_files():
-            yield path.stem, _read(path)
+            unit = _read(path)
+            for record in unit["records"][:1]:
+                about = {k: v for k, v in record.items() if k not in MEASURED}
+                other = known.setdefault(json.dumps(about, sort_keys=True), path)
+                if other != path:  # as a synchronised folder makes them: "X (1).json"
+                    raise UserError(f"{path} and {other} hold the same measurement: remove one")
+            yield path.stem, unit
 
     def _unit_files(self) -> list[Path]:
         return sorted((self.folder / "records").glob("*.json"))

@@ -60,6 +60,18 @@ def test_records_of_version_1_are_read_with_tasks_and_variant(tmp_path):
     ]
 
 
+def test_a_copy_of_a_unit_is_not_counted_twice(tmp_path):
+    results = Results(tmp_path)
+    for task in ("sst2", "qqp"):
+        results.write(f"r-1-{task}", {}, [RECORD | {"task": task}])
+    copy = results.unit_file("r-1-sst2 (1)")
+    copy.write_text(results.unit_file("r-1-sst2").read_text().replace("0.5", "0.25"))
+    with pytest.raises(UserError, match=r"sst2.json and .*sst2 \(1\).json hold the same"):
+        results.join("adaptation", {})
+    copy.unlink()
+    assert len(json.loads(results.join("adaptation", {}).read_text())["records"]) == 2
+
+
 def test_a_broken_document_is_made_anew(tmp_path):
     results = Results(tmp_path)
     results.write("r-1", {}, [RECORD])
