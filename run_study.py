@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import BUILT_IN_FAMILIES, FAMILIES, RANKS, Settings, UserError, resolve_settings
+from config import RANKS, Settings, UserError, resolve_settings
 from lora_tradeoffs.checkpoints import MANIFEST, checkpoints
 from lora_tradeoffs.command_line import (
     Parser,
@@ -29,11 +29,12 @@ from lora_tradeoffs.command_line import (
     positive_int,
     seed_number,
 )
-from lora_tradeoffs.files import locked, read_json, write_json
-from lora_tradeoffs.records import DOCUMENT, STUDY, read_run
+from lora_tradeoffs.files import locked, read_json
+from lora_tradeoffs.records import DOCUMENT, read_run
 from lora_tradeoffs.study.hypotheses import check_written
-from lora_tradeoffs.study.plan import plan_runs, plan_steps
+from lora_tradeoffs.study.plan import plan_steps
 from lora_tradeoffs.study.processes import StepRunner
+from lora_tradeoffs.study.same_study import check_study, checked_runs
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, DoneTests, Step
 from lora_tradeoffs.study.study_file import (
     SETTINGS,
@@ -42,23 +43,13 @@ from lora_tradeoffs.study.study_file import (
     is_of_type,
     naming,
     read_study_file,
-    write_study_file,
 )
 from lora_tradeoffs.study.task_files import check_task_files, write_task_files
-from lora_tradeoffs.tables.arms import Arm, arm_of_config
 from lora_tradeoffs.training.arms import add_adapter_argument, settable_help
 from lora_tradeoffs.training.learning_rates import FACTORS
-from lora_tradeoffs.training.plan import check_arms
 from lora_tradeoffs.training.run import Run
-from lora_tradeoffs.training.run_record import changed
-from training_configs import parse_assignments
 
 PLANE = "learning_forgetting_plane.png"
-# What makes a study the same one; the grid itself may grow.
-FIXED = (
-    *("preset", "model", "data", "max_steps", "set", "dtype", "items", "measure_then_delete"),
-    *("apply_chat_template", "system_instruction"),  # older studies have none
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -112,78 +103,6 @@ def build_parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------ the checks
 
 
-def folder_digests(settings: Settings) -> dict[str, str]:
-    """Digests of the model's weights and of the rows, where these are in folders of the user's."""
-    from lora_tradeoffs.data.sources import source_digest
-    from lora_tradeoffs.models.base import load_tokenizer, prepare_base
-
-    digests = {}
-    if settings.apply_chat_template or settings.system_instruction:
-        load_tokenizer(prepare_base(settings), settings)  # refuses a chat without a template
-    if Path(settings.model).expanduser().is_dir():
-        digests["model"] = prepare_base(settings).digest
-    if settings.data not in ("hub", "sample"):
-        digests["data"] = source_digest(Path(settings.data))
-    return digests
-
-
-def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> None:
-    """Write what defines the study, or compare. Raises UserError with the fields that differ.
-
-    The same weights or rows in another folder are no difference. `arms` grow with the grid: the
-    report's confirmatory tests are those of all. study.yaml holds the plan of the whole grid,
-    study.json what is derived from it.
-    """
-    mixes = [run for run in runs if run.config.tasks == FAMILIES[run.config.family]]
-    families = dict.fromkeys((*BUILT_IN_FAMILIES, *(run.config.family for run in mixes)))
-    arms = {
-        f: {arm_of_config(r.name, r.config) for r in mixes if r.config.family == f}
-        for f in families
-    }
-    request = {name: getattr(study, name) for name in FIXED}
-    request["set"] = [f"{name}={value}" for name, value in study.set.items()]
-    path = settings.output_dir / "outputs" / settings.study / "study.json"
-    before = read_json(path, STUDY) if path.is_file() else dict(request)
-    request["digests"] = before.get("digests", {}) if path.is_file() else folder_digests(settings)
-    if any(request[name] != before[name] for name in ("model", "data")):
-        here, there = folder_digests(settings), request["digests"]
-        request |= {name: before[name] for name in here if there.get(name) == here[name]}
-    for family, planned in before.get("arms", {}).items():
-        arms.setdefault(family, set()).update(Arm(**fields) for fields in planned)
-    fixed = [{name: record.get(name) or None for name in FIXED} for record in (before, request)]
-    for record in fixed:
-        record["set"] = parse_assignments(record["set"] or ())
-    if changes := changed(*fixed):
-        raise UserError(
-            f"study {settings.study!r} was started with different settings: {'; '.join(changes)}."
-            " Use the same, or start another with --study NAME"
-        )
-    request["arms"] = {
-        family: [_arm_fields(arm) for arm in sorted(of_family)]
-        for family, of_family in arms.items()
-    }
-    plan_file = path.with_name("study.yaml")
-    if plan_file.is_file():
-        before_plan = read_study_file(plan_file)
-        with naming(plan_file):
-            study = study.extended(StudyPlan.of(before_plan, settings))
-            checked_runs(study, settings)  # an arm may have two words
-    if request != before:
-        write_json(path, request)
-    if not plan_file.is_file() or plan_file.read_text(encoding="utf-8") != study.text():
-        write_study_file(plan_file, study)
-
-
-def _arm_fields(arm: Arm) -> dict[str, Any]:
-    """The fields of an arm that are not the default's, for JSON."""
-    default = Arm(arm.method)
-    return {
-        name: value
-        for name, value in vars(arm).items()
-        if value != getattr(default, name) or name in ("method", "rank")
-    }
-
-
 def read_plan(args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
     """The study of the file or the flags, without what depends on the model. Raises UserError."""
     given = read_study_file(args.file) if args.file else {}
@@ -206,18 +125,6 @@ def read_plan(args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
     return study, settings
 
 
-def checked_runs(study: StudyPlan, settings: Settings, file: Path | None = None) -> list[Run]:
-    """The study's runs. Raises UserError for an arm that the model cannot have."""
-    from lora_tradeoffs.hardware import pick_device
-    from lora_tradeoffs.models.base import empty_model, read_model_config
-
-    config = read_model_config(settings)
-    with naming(file):
-        runs = plan_runs(study, settings, config.hidden_size)
-        check_arms(runs, empty_model(config, settings.model), pick_device())
-    return runs
-
-
 def classes_of(stage: str) -> tuple[type, type]:
     """The analysis that measures in a stage, and its options."""
     from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions
@@ -233,16 +140,20 @@ def classes_of(stage: str) -> tuple[type, type]:
     }[stage]
 
 
+def options_of(stage: str, options: Mapping[str, Any]) -> Any:
+    """The options of the stage's analysis: all but which checkpoints it measures."""
+    return classes_of(stage)[1](**{k: v for k, v in options.items() if k != "checkpoints"})
+
+
 def check_options(stage: str, options: Mapping[str, Any]) -> None:
     """Raise UserError for an option that the stage's analysis has not, or a wrong value."""
-    options_class = classes_of(stage)[1] if options else dict
-    kinds = {**typing.get_type_hints(options_class), "checkpoints": tuple[str, ...]}
+    kinds = {**typing.get_type_hints(classes_of(stage)[1]), "checkpoints": tuple[str, ...]}
     for name, value in options.items():
         if name not in kinds:
             raise UserError(f"measure: {stage} has no {name!r:.60}; options: {', '.join(kinds)}")
         if not is_of_type(value, kinds[name]):
             raise UserError(f"measure: {stage}: {name} is {value!r:.60}, not {kinds[name]}")
-    made = options_class(**{k: v for k, v in options.items() if k != "checkpoints"})
+    made = options_of(stage, options)
     if stage == "retention" and "tasks" in options:
         from lora_tradeoffs.retention.benchmark_tasks import task_manager
 
@@ -250,6 +161,15 @@ def check_options(stage: str, options: Mapping[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------- the study
+
+
+def check_retention(settings: Settings, steps: Sequence[Step]) -> None:
+    """Raise UserError if the steps train and then measure what cannot be had."""
+    from lora_tradeoffs.retention.benchmark_tasks import check_sources
+
+    options = [options_of(s.stage, s.options) for s in steps if s.stage == "retention"]
+    if options and any(step.stage == "train" for step in steps):
+        check_sources(settings, options[0].tasks, options[0].num_fewshot)
 
 
 def unmeasured_runs(
@@ -263,12 +183,10 @@ def unmeasured_runs(
     from lora_tradeoffs.measuring.subjects import find_subjects, in_trained_form
     from lora_tradeoffs.models.base import prepare_base
 
-    analysis_class, options_class = classes_of(stage)
-    fields = {name: value for name, value in options.items() if name != "checkpoints"}
     settings, base = in_trained_form(settings, runs), prepare_base(settings)
-    analysis = analysis_class(settings, base, options_class(**fields))
+    analysis = classes_of(stage)[0](settings, base, options_of(stage, options))
     analysis.trusts_records = True
-    if fields.get("dtype") == "auto":
+    if options.get("dtype") == "auto":
         trained = read_run(settings.runs_dir / runs[0], "compared")
         analysis.bf16 = trained["compared"]["dtype"] == "bf16"
     subjects = find_subjects(settings, base, runs, options.get("checkpoints", ("all",)))
@@ -318,9 +236,11 @@ def main(argv: list[str] | None = None) -> int:
     runner = StepRunner(settings, args.workers, args.launch, *distributed)
     try:
         with locked(folder / ".study.lock", timeout=0):  # results.py has its own, ".lock"
+            done = _done(tests, steps)
+            check_retention(settings, [step for step in steps if step.name not in done])
             check_study(study, settings, runs)
             write_task_files(study, settings)
-            return run_steps(study, settings, steps, _done(tests, steps), runner)
+            return run_steps(study, settings, steps, done, runner)
     except Timeout:
         raise UserError(f"another run_study.py is running the study {settings.study!r}") from None
 

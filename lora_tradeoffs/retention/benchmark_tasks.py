@@ -16,7 +16,7 @@ from typing import Any
 from config import Settings, UserError
 from dataset_descriptions import Row
 from lora_tradeoffs.command_line import is_out_of_memory
-from lora_tradeoffs.data.sources import read_jsonl
+from lora_tradeoffs.data.sources import held_out_texts, read_jsonl
 from lora_tradeoffs.hub import hub_errors
 from lora_tradeoffs.retention.benchmark_checks import (
     cause_of,
@@ -214,6 +214,16 @@ class TaskLoader:
         data_sets = [self.index[leaf].cfg.get("dataset_path") for leaf in self.leaves(name)]
         with hub_errors(f"data set {data_sets[0]}", f"benchmark {name}"):
             return self.manager.load([name])
+
+
+def check_sources(settings: Settings, names: Iterable[str], num_fewshot: int | None) -> None:
+    """Raise UserError for benchmarks that cannot be had, or a folder without held-out text.
+
+    Before a study, since it measures only after it has trained.
+    """
+    TaskLoader(settings, names, num_fewshot)
+    if settings.data_folder is not None:
+        held_out_texts(settings, 1)
 
 
 def task_manager(names: Sequence[str]) -> Any:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shutil
 
 import pytest
 from support import ROOT
@@ -16,9 +17,10 @@ from lora_tradeoffs.gradients.analysis import GradientOptions
 from lora_tradeoffs.retention.analysis import RetentionOptions
 from lora_tradeoffs.study.estimates import detectable_differences, training_need
 from lora_tradeoffs.study.plan import SAMPLE_OPTIONS, plan_steps
+from lora_tradeoffs.study.same_study import check_study, checked_runs
 from lora_tradeoffs.study.steps import ANALYSES, STAGES, command_line
 from lora_tradeoffs.training.learning_rates import Search, search_records, write_rates
-from run_study import build_parser, check_study, checked_runs, read_plan
+from run_study import build_parser, main, read_plan
 
 
 @pytest.fixture
@@ -58,6 +60,28 @@ def test_the_arms_that_were_planned_are_kept_and_may_grow(planned):
     written = path.stat().st_mtime_ns
     check_study(study, settings, runs)
     assert path.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        (["hellaswag"], "benchmark hellaswag needs its split validation: no "),
+        (["prose", "cnn_dailymail"], "has no held-out text: put "),
+    ],
+    ids=["benchmark", "text"],
+)
+def test_what_cannot_be_measured_is_said_before_training(tiny, tmp_path, capsys, missing, says):
+    rows = shutil.copytree(ROOT / "data" / "sample", tmp_path / "rows")
+    for name in missing:
+        shutil.rmtree(rows / name)
+    where = ["--model", str(tiny), "--data", str(rows), "--study", f"lacks_{missing[0]}"]
+    flags = [*where, "--families", "similar", "--ranks", "4", "--max-steps", "4"]
+    assert main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line and str(rows) in line
+    _, settings = read_plan(build_parser().parse_args(flags))
+    written = settings.document("retention").parent.iterdir()
+    assert not settings.runs_dir.exists() and [p.name for p in written] == [".study.lock"]
 
 
 @pytest.mark.parametrize("flags", [("--max-steps", "40"), ("--set", "mixing=equal", "epochs=5")])

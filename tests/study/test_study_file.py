@@ -17,9 +17,10 @@ from support import DEMO, ROOT, assert_one_line_error, settings_for
 from config import DOCUMENTS, FAMILIES, UserError
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.files import read_json
+from lora_tradeoffs.study.same_study import check_study, checked_runs
 from lora_tradeoffs.study.study_file import StudyPlan, read_study_file
 from lora_tradeoffs.study.task_files import write_task_files
-from run_study import build_parser, check_study, checked_runs, main, read_plan
+from run_study import build_parser, main, read_plan
 
 ARMS = ["full", "lora:8", "lora:8@all", "dora:4"]
 
