@@ -26,6 +26,15 @@ from lora_tradeoffs.statistics.comparisons import LEVEL
 if TYPE_CHECKING:
     import torch
 
+# Within which a metric's values lie.
+RANGES = {
+    "gradient_cosine": (-1.0, 1.0),
+    "within_cosine": (-1.0, 1.0),
+    "gradient_conflict": (0.0, 1.0),
+    "magnitude_similarity": (0.0, 1.0),
+    "gradient_norm": (0.0, math.inf),
+}
+
 LayerModule = tuple[int, str]  # layer, OVERALL for a parameter outside the layers; module
 
 
@@ -237,8 +246,11 @@ def magnitude_similarity(g: np.ndarray, h: np.ndarray) -> np.ndarray:
         return np.asarray(2 * np.sqrt(np.asarray(g) * h) / (np.asarray(g) + h))
 
 
-def mean_over_batches(values: np.ndarray) -> dict[str, Any]:
-    """Mean, standard error and 95 % t interval over the batches, without those that are nan."""
+def mean_over_batches(values: np.ndarray, metric: str) -> dict[str, Any]:
+    """Mean, standard error and 95 % t interval over the batches, without those that are nan.
+
+    The interval is cut at the ends of the metric's range: a few batches may have a wider one.
+    """
     from scipy.stats import t
 
     values = values[np.isfinite(values)]
@@ -246,7 +258,9 @@ def mean_over_batches(values: np.ndarray) -> dict[str, Any]:
     mean = float(values.mean()) if n else math.nan
     stderr = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * stderr if n > 1 else math.nan
-    return {"value": mean, "stderr": stderr, "low": mean - half, "high": mean + half, "n": n}
+    least, most = RANGES[metric]
+    low, high = max(mean - half, least), min(mean + half, most)  # nan stays: it comes first
+    return {"value": mean, "stderr": stderr, "low": low, "high": high, "n": n}
 
 
 def share_over_batches(values: np.ndarray) -> dict[str, Any]:
@@ -256,7 +270,7 @@ def share_over_batches(values: np.ndarray) -> dict[str, Any]:
     values = values[np.isfinite(values)]
     n = len(values)
     if not n:
-        return mean_over_batches(values)
+        return mean_over_batches(values, "gradient_conflict")
     share = float(values.mean())
     low, high = binomtest(int(values.sum()), n).proportion_ci(LEVEL, method="wilson")
     stderr = math.sqrt(share * (1 - share) / n)
@@ -284,22 +298,23 @@ def conflict_records(products: Products) -> Iterator[dict[str, Any]]:
             for metric, values in _pair_values(between, i, j).items():
                 by_pair.setdefault(metric, []).append(values)
                 is_share = metric == "gradient_conflict"
-                interval = share_over_batches(values) if is_share else mean_over_batches(values)
-                yield {**pair, "metric": metric, **interval}
+                over = share_over_batches(values) if is_share else mean_over_batches(values, metric)
+                yield {**pair, "metric": metric, **over}
         for metric, pairs in by_pair.items():
-            interval = mean_over_batches(np.mean(pairs, axis=0))
-            if metric == "gradient_conflict":
-                interval |= {"low": max(interval["low"], 0.0), "high": min(interval["high"], 1.0)}
+            interval = mean_over_batches(np.mean(pairs, axis=0), metric)
             yield {"task": MEAN, "other": MEAN, **group, "metric": metric, **interval}
         first, dot, second = np.moveaxis(halves, -1, 0)
         within = cosine(dot, first, second)
         itself = {"task": MEAN, "other": MEAN, "metric": "within_cosine", **group}
-        yield {**itself, **mean_over_batches(within.mean(axis=1))}
+        yield {**itself, **mean_over_batches(within.mean(axis=1), "within_cosine")}
         for i, task in enumerate(products.tasks):
-            itself = {"task": task, "other": task, **group}
-            yield {**itself, "metric": "within_cosine", **mean_over_batches(within[:, i])}
-            norm = mean_over_batches(np.sqrt(between[:, i, i]))
-            yield {**itself, "metric": "gradient_norm", **norm}
+            of_task = {
+                "within_cosine": within[:, i],
+                "gradient_norm": np.sqrt(between[:, i, i]),
+            }
+            for metric, values in of_task.items():
+                itself = {"task": task, "other": task, **group, "metric": metric}
+                yield {**itself, **mean_over_batches(values, metric)}
 
 
 def _pair_values(between: np.ndarray, i: int, j: int) -> dict[str, np.ndarray]:

@@ -205,8 +205,11 @@ def test_figures_by_hand():
     cosine = record_of(records, "gradient_cosine", "a", "b")
     assert cosine["value"] == pytest.approx(np.mean(values))
     assert cosine["stderr"] == pytest.approx(np.std(values, ddof=1) / np.sqrt(2))
-    assert cosine["high"] == pytest.approx(12.7062 * cosine["stderr"], rel=1e-4)  # t of 1 degree
+    assert (cosine["low"], cosine["high"]) == (-1, 1)  # 12.7 standard errors would be beyond
     assert cosine["n"] == 2
+    norm = record_of(records, "gradient_norm", "b", "b")  # 2 and 4
+    assert norm["value"] == 3 and norm["low"] == 0
+    assert norm["high"] == pytest.approx(3 + 12.7062, rel=1e-4)  # t of 1 degree
     share = record_of(records, "gradient_conflict", "a", "b")
     assert share["value"] == 0.5 and share["low"] == pytest.approx(0.0945, abs=1e-4)
     similar = record_of(records, "magnitude_similarity", "a", "b")
