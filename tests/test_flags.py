@@ -9,6 +9,7 @@ from support import ends_or_refuses
 
 from config import resolve_settings
 from lora_tradeoffs.measuring.loop import options_from
+from lora_tradeoffs.study.plan import plan_runs
 
 # What a command makes of its flags before it loads a model.
 OPTIONS = {
@@ -71,5 +72,5 @@ def test_any_flags_are_taken_or_refused_in_one_line(workspace, capsys, line):
             module.plan(args, settings, 576)
         elif name == "run_study":
             study, settings = module.read_plan(args)
-            module.plan_steps(study, settings, module.plan_runs(study, settings, 576))
+            module.plan_steps(study, settings, plan_runs(study, settings, 576))
     assert sorted(workspace.rglob("*")) == before

@@ -48,7 +48,8 @@ class Memory(Analysis):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         subject = unit.subject
         record = {**subject.fields, "run": subject.run, "family": "", "step": subject.step}
-        return Measurement([{**record, "metric": "tokens", "value": batch_tokens}])
+        record |= {"task": unit.part, "metric": "tokens", "value": batch_tokens}
+        return Measurement([record])
 
     def table(self, records):
         return f"{len([*records])} records"
