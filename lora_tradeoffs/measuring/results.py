@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 PACKED_ITEMS = "items.parquet"
-MEASURED = ("value", "stderr", "low", "high", "n")  # columns that do not say of what
+MEASURED = ("value", "stderr", "low", "high", "n")  # columns of the outcome; the others say of what
 
 
 class Results:
