@@ -39,7 +39,7 @@ def analysis_seconds(step: Step, outcomes: dict[str, dict[str, Any]]) -> float |
     rates = [
         outcome["seconds"] / outcome["runs"]
         for outcome in outcomes.values()
-        if outcome["stage"] == step.stage and outcome.get("new_results") and outcome["runs"]
+        if outcome["stage"] == step.stage and outcome.get("new_results") and outcome.get("runs")
     ]
     return max(rates) * len(step.runs) if rates else None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import sys
@@ -23,6 +25,7 @@ from lora_tradeoffs.study.jobs import Job, launch_words
 from lora_tradeoffs.study.steps import Outcomes, Step, command_line, count_results, progress
 
 POLL = 0.05  # seconds between two looks at the processes
+LOOK = 10.0  # and at their logs
 # what most steps need
 LIBRARIES = ("torch", "transformers.trainer", "peft", "datasets", "transformers.models.llama")
 
@@ -80,6 +83,7 @@ class StepRunner:
         waiting = list(steps)
         unfinished = {step.name for step in steps}
         context = process_context() if waiting and not self.launch else None
+        looked = -math.inf
         self.logs.mkdir(parents=True, exist_ok=True)
         handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -90,16 +94,21 @@ class StepRunner:
                         step = ready.pop(0)
                         waiting.remove(step)
                         self._start(step, context)
-                        progress.set_description(", ".join(r.step.name for r in self.running))
+                        looked = -math.inf
                     for run in [r for r in self.running if not r.process.is_alive()]:
                         self.running.remove(run)
                         if self._is_worth_another_job(run):
+                            self._note(run)
                             waiting.insert(0, run.step)
                             tqdm.write(f"{run.step.name}: stopped early, submitted again")
                             continue
                         unfinished.discard(run.step.name)
                         tqdm.write(self._finish(run, after))
                         progress.update()
+                    if time.monotonic() - looked > LOOK:
+                        looked = time.monotonic()
+                        states = (f"{r.step.name} {last_count(r.log)}" for r in self.running)
+                        progress.set_description(", ".join(map(str.strip, states)))
                     time.sleep(POLL)
         finally:
             for run in self.running:
@@ -142,18 +151,21 @@ class StepRunner:
 
     def _finish(self, run: RunningStep, after: Callable[[Step], None]) -> str:
         """Note how the step ended; a line that says so."""
-        step, seconds, code = run.step, time.monotonic() - run.start, run.process.exitcode
+        step, code, took = run.step, run.process.exitcode, duration(time.monotonic() - run.start)
         if code == 0:
-            new = count_results(step, self.settings) - run.before[0]
-            runs = len(step.runs)
-            self.outcomes.write(step, seconds=round(seconds, 1), runs=runs, new_results=new)
+            self._note(run, runs=len(step.runs))
             after(step)
-            return f"{step.name}: {duration(seconds)}"
+            return f"{step.name}: {took}"
         if self.signals:
-            return f"{step.name}: interrupted after {duration(seconds)}"
+            self._note(run)
+            return f"{step.name}: interrupted after {took}"
         error = self.failed[step.name] = last_error_line(run.log)
-        self.outcomes.write(step, exit_code=code, error=error, log=str(run.log))
-        return f"{step.name}: failed after {duration(seconds)}: {error} (see {run.log})"
+        self._note(run, exit_code=code, error=error, log=str(run.log))
+        return f"{step.name}: failed after {took}: {error} (see {run.log})"
+
+    def _note(self, run: RunningStep, **outcome: Any) -> None:
+        new = count_results(run.step, self.settings) - run.before[0]
+        self.outcomes.add(run.step, time.monotonic() - run.start, new, **outcome)
 
 
 # ------------------------------------------------------------------------------ one process
@@ -246,6 +258,14 @@ def last_error_line(log: Path) -> str:
     lines = [line.strip() for line in text.rpartition("\n$ ")[2].splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines)[-1].removeprefix("error: ")
+
+
+def last_count(log: Path) -> str:
+    """How far the last progress bar of a step's log is, as in "34/75"; empty if it has none."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
+        tail = file.read().decode(errors="replace").rpartition("\n$ ")[2]
+    return (re.findall(r"\| (\d+/\d+) \[", tail) or [""])[-1]
 
 
 def duration(seconds: float) -> str:

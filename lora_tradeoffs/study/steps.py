@@ -147,8 +147,9 @@ def command_line(
 class Outcomes:
     """How the steps ended, in `outputs/<study>/steps.json`.
 
-    Of a step that ended well its seconds, its runs and how many results are new; of another its
-    exit code, error and log.
+    Of every step its seconds and how many results it made, in all its starts; of one that ended
+    well also its runs; of one that failed its exit code, error and log. A start that was killed
+    together with the study is not counted.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -162,8 +163,14 @@ class Outcomes:
         except UserError:  # only an estimate hangs on it
             return {}
 
-    def write(self, step: Step, **outcome: Any) -> None:
-        write_json(self.path, {**self.read(), step.name: {"stage": step.stage, **outcome}})
+    def add(self, step: Step, seconds: float, new_results: int, **outcome: Any) -> None:
+        """Note a start of the step that has ended, beside what its earlier ones took."""
+        steps = self.read()
+        before = steps.get(step.name, {})
+        spent = round(before.get("seconds", 0) + seconds, 1)
+        results = before.get("new_results", 0) + new_results
+        outcome = {"stage": step.stage, "seconds": spent, "new_results": results, **outcome}
+        write_json(self.path, {**steps, step.name: outcome})
 
 
 def count_results(step: Step, settings: Settings) -> int:

@@ -12,6 +12,7 @@ from lora_tradeoffs.study.plan import plan_runs
 from lora_tradeoffs.study.processes import (
     StepRunner,
     duration,
+    last_count,
     last_error_line,
     run_script,
     worker_environments,
@@ -52,6 +53,15 @@ def test_steps_run_side_by_side_and_one_that_fails_is_noted(planned):
     assert f"$ python {' '.join(command_line(steps[0], settings))}\n" in log
     assert log.startswith("\n$ python data_preprocessing.py sst2 --preset demo")
     assert "prepared data: " in log
+
+
+def test_how_far_a_step_is_is_read_from_the_last_bar_of_its_last_start(tmp_path):
+    log = tmp_path / "step.log"
+    log.write_text("\n$ python eval.py\nrun: 100%|##| 9/9 [00:01<00:00]\n$ python eval.py\n")
+    assert last_count(log) == ""
+    with log.open("a") as file:
+        file.write("sst2:  10%|# | 1/9 [00:01<00:09, 1.0s/it]\rmnli:  20%|# | 2/9 [00:02<")
+    assert last_count(log) == "2/9"
 
 
 def test_a_process_that_starts_new_does_the_same(planned, tmp_path):

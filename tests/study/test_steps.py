@@ -166,12 +166,14 @@ def test_options_as_flags():
     assert flags(options) == expected and flags({"pdf": False, "seed": 0}) == ["--seed", "0"]
 
 
-def test_outcomes_are_kept_by_step(settings):
+def test_outcomes_are_kept_by_step_and_what_its_starts_took_is_added(settings):
     outcomes = Outcomes(settings)
     assert outcomes.read() == {}
-    for name in ("drift", "report", "drift"):
-        outcomes.write(Step(name, name, {}), seconds=len(name))
-    assert outcomes.read()["drift"] == {"stage": "drift", "seconds": 5}
+    outcomes.add(Step("drift", "drift", {}), 1.26, 3, error="no space")
+    outcomes.add(Step("report", "report", {}), 6, 0)
+    outcomes.add(Step("drift", "drift", {}), 5, 2, runs=4)
+    spent = {"stage": "drift", "seconds": 6.3, "new_results": 5, "runs": 4}
+    assert outcomes.read()["drift"] == spent
     assert list(outcomes.read()) == ["drift", "report"]
     outcomes.path.write_text("{")
     assert outcomes.read() == {}
