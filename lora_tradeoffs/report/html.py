@@ -96,6 +96,7 @@ def execute(settings: Settings, pdf: bool = False) -> Any:
         notebook,
         timeout=None,
         kernel_name=KERNEL,
+        coalesce_streams=True,  # what a cell prints is one output, however it arrived
         extra_arguments=["--IPKernelApp.log_level=40"],
         resources={"metadata": {"path": str(ROOT)}},
     )
