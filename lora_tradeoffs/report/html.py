@@ -168,8 +168,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.packed:
         studies = packed_settings(typed_path(args.packed, "--from").resolve(), args.study)
     else:
-        studies = [resolve_settings(args)]
-        print(studies[0].headline("none"), flush=True)
+        studies = [resolve_settings(args)]  # the preset and model of a study stand in its records
+        print(f"study {studies[0].study} in {studies[0].output_dir}", flush=True)
     if args.pack:
         folder = typed_path(args.pack, "--pack").resolve()
         for settings in studies:
