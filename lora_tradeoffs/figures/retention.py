@@ -93,7 +93,7 @@ def matched_forgetting(study: StudyRecords, frame: DataFrame) -> Figure:
         " benchmarks, text: over held-out text."
     )
     about += f" Left out, without a score in common: {apart}." if apart else ""
-    return _by_rank(frame, rows, "difference in forgetting", about)
+    return _by_rank(frame, rows, "difference in\nforgetting", about)
 
 
 @figure_of("retention")
