@@ -18,7 +18,7 @@ from lora_tradeoffs.tables.frames import is_trained
 
 EXAMPLE = ROOT / "examples" / "study"
 RESULTS = EXAMPLE / "RESULTS.md"
-FILES = {"main": "study.yaml", "rates": "rates.yaml"}
+FILES = {"main": "study.yaml", "ranks": "ranks.yaml", "rates": "rates.yaml"}
 PLAN = "examples/study/PLAN.md"
 
 
