@@ -5,6 +5,7 @@ import re
 import subprocess
 from functools import cache
 
+import pandas as pd
 import pytest
 from support import ROOT
 
@@ -67,6 +68,34 @@ def test_the_page_of_results_has_the_numbers_of_the_findings(name):
             expected = [text for text, number in numbers.items() if math.isfinite(number)]
             expected.append(f"**{finding.verdict}**")
         assert [text for text in expected if text not in row] == [], finding.sentence
+
+
+def test_the_table_of_arms_has_the_means_of_the_records():
+    study, tasks = studies()["main"], ["sst2", "mnli", "qqp"]
+    accuracies = study.adaptation.query("split == 'test' and metric == 'accuracy'")
+    kept = study.retention.query("update_scale == 1 and metric in ('acc_norm', 'log_likelihood')")
+    base = kept[kept["run"] == "base"].set_index("task")["value"]
+    lost = kept.assign(value=kept["task"].map(base) - kept["value"])
+    sizes = study.drift.query("metric == 'relative_frobenius' and layer == -1 and module == 'all'")
+    rows = pd.concat([accuracies, lost, sizes.assign(task="size")])
+    for arm, of_arm in rows[is_trained(rows)].groupby("arm"):
+        assert set(of_arm.groupby("task").size()) == {8}  # seeds
+        means = of_arm.groupby("task")["value"].mean()
+        text = means[["text_cnn_dailymail", "text_wikitext"]].mean()
+        expected = [*means[tasks], text, *means[["hellaswag", "piqa", "size"]]]
+        name = {"LoRA r=8": "LoRA", "full qv": "full_qv"}.get(arm.kind, arm.kind)
+        name += " (all)" if arm.target_modules == "all" else ""
+        assert_page_has_row(name, expected)
+    of_none = accuracies[accuracies["run"].isin(["base", "majority_class"])]
+    table = of_none.pivot(index="run", columns="task", values="value")[tasks]
+    assert_page_has_row("base; majority class", table.to_numpy().ravel())
+
+
+def assert_page_has_row(name, expected):
+    page = RESULTS.read_text(encoding="utf-8")
+    (cells,) = re.findall(rf"^\| {re.escape(name)} \|( \..*)\|$", page, re.MULTILINE)
+    for text, value in zip(re.findall(r"\.\d+", cells), expected, strict=True):
+        assert abs(float(text) - value) < 0.5001 * 10 ** (1 - len(text)), (name, text, value)
 
 
 def test_the_readme_has_no_number_that_the_page_of_results_lacks():
