@@ -83,8 +83,10 @@ def drift_records(common: Record, drift: Drift, of_text: bool) -> list[Record]:
     records = []
     metrics = TEXT_DRIFT if of_text else ANSWER_DRIFT
     for metric, sums in zip(metrics, (drift.kl, drift.agreed)):
-        scores = Scores(metric, np.stack([sums, drift.tokens], 1), mean)
-        records.append({**common, "metric": metric, **figures(scores)})
+        found = figures(Scores(metric, np.stack([sums, drift.tokens], 1), mean))
+        if metric.endswith("kl") and not sums.any():  # the interval of a share is none of nats
+            found |= {"low": math.nan, "high": math.nan}
+        records.append({**common, "metric": metric, **found})
     if of_text:
         common = common | {"metric": "cka", "n": len(drift.terms)}
         records += [

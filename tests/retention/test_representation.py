@@ -17,6 +17,7 @@ from lora_tradeoffs.retention.representation import (
     limited,
     observe,
 )
+from lora_tradeoffs.retention.scores import drift_records
 
 VOCABULARY = 300
 
@@ -243,6 +244,10 @@ def test_an_adapter_that_does_nothing_has_exactly_no_drift(base, modules):
         assert drift.agreed.tolist() == drift.tokens.tolist()
         assert agreement(drift) == 1 and mean_kl(drift) == 0
         assert drift.cka.tolist() == [1] * 4
+        for of_text in (True, False):
+            kl, agreed = drift_records({}, drift, of_text)[:2]
+            assert kl["value"] == 0 and np.isnan([kl["low"], kl["high"]]).all()
+            assert agreed["high"] == 1 and 0 < agreed["low"] < 1  # of five passages
 
 
 def test_an_adapter_against_itself_switched_off_is_the_dense_computation():
