@@ -39,12 +39,6 @@ def correct(predictions: Sequence[int], labels: Sequence[int]) -> np.ndarray:
     return predictions == labels
 
 
-def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
-    """Share of the items that are right, in [0, 1]; nan for none."""
-    hits = correct(predictions, labels)
-    return float(hits.mean()) if len(hits) else float("nan")
-
-
 def classification_scores(
     predictions: Sequence[int], labels: Sequence[int], classes: Sequence[int]
 ) -> list[Scores]:

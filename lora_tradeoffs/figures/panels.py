@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from config import FAMILIES
-from lora_tradeoffs.figures.style import GREY, palette, style_of, styled
+from lora_tradeoffs.figures.style import GREY, style_of, styled
 from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.frames import is_demo
 
@@ -290,13 +290,10 @@ def interval_notes(means: DataFrame, errors: str = "items", small: str = "") -> 
     """
     from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
 
-    groups = {
-        key: palette(group["arm"])
-        for key, group in means[is_of_arm(means)].groupby(["seeds", "over"])
-    }
+    groups = dict(iter(means[is_of_arm(means)].groupby(["seeds", "over"])["arm"]))
     sentences = []
     for (seeds, over), arms in sorted(groups.items(), reverse=True):
-        who = f" ({', '.join(map(str, arms))})" if len(groups) > 1 else ""
+        who = f" ({', '.join(map(str, sorted(set(arms))))})" if len(groups) > 1 else ""
         bars = f"bars: 95 % interval over {over.replace('items', errors)}"
         if seeds >= MIN_SEEDS:
             sentences.append(f"Mean of {seeds} seeds{who}, {bars}{small}.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,11 +105,6 @@ def rank_colour(rank: int, method: str = "lora") -> str:
     ramp = RAMP if method == "lora" else {-2: "white", 4: ADAPTERS[method], 10: "black"}
     colours = np.array([to_rgb(colour) for colour in ramp.values()])
     return to_hex([np.interp(math.log2(max(rank, 1)), list(ramp), column) for column in colours.T])
-
-
-def palette(arms: Iterable[Arm]) -> dict[Arm, str]:
-    """Colours by arm in the order of legends, as seaborn's `palette` takes them."""
-    return {arm: style_of(arm)["color"] for arm in sorted(set(arms))}
 
 
 def save(figure: Figure, path: Path, pdf: bool = False) -> Path:

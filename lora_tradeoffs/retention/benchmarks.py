@@ -201,11 +201,6 @@ class Benchmarks:
         """Examples in the prompts; of tasks that differ, the most."""
         return max(task.get_config("num_fewshot") for task in self.tasks.values())
 
-    @property
-    def items(self) -> int:
-        """Documents of all benchmarks."""
-        return sum(len({i.doc_id for i in task.instances}) for task in self.tasks.values())
-
     def measure(self, model: Any, **options: Any) -> list[BenchmarkResult]:
         """Every benchmark's result, in the order of the names.
 

@@ -90,11 +90,6 @@ class Reference:
     batches: list[int] = field(default_factory=list)
     states: list[torch.Tensor] = field(default_factory=list)
 
-    @property
-    def nbytes(self) -> int:
-        tensors = [*self.states, *(gram for layer in self.grams for gram in layer)]
-        return sum(tensor.nbytes for tensor in tensors)
-
 
 # ------------------------------------------------------------------------------- passages
 
@@ -146,7 +141,6 @@ def observe(
     passages: Sequence[Passage],
     token_budget: int = TOKEN_BUDGET,
     copy_head: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> Reference:
     """Read the base once: a causal language model, or a PeftModel inside `disable_adapter()`.
 
@@ -178,17 +172,14 @@ def observe(
         reference.grams[layer] += map(centred_gram, dealt(features))
 
     with torch.inference_mode():
-        for batch, (rows, states) in enumerate(_read(base, reference, keep)):
+        for batch, (_, states) in enumerate(_read(base, reference, keep)):
             reference.states.append(states)
             minibatches = sum(map(len, reference.grams[0]))
             reference.batches += [batch] * (minibatches - len(reference.batches))
-            progress(len(rows))
     return reference
 
 
-def compare(
-    reference: Reference, tuned: Any, progress: Callable[[int], None] = lambda done: None
-) -> Drift:
+def compare(reference: Reference, tuned: Any) -> Drift:
     """Drift of a tuned model, over the same passages in the same batches as the base.
 
     A model that computes the same as the base has KL 0, agreement 1 and CKA 1, all exactly.
@@ -214,7 +205,6 @@ def compare(
             divergences, same = _divergences(reference.head, next(base_states), tuned, states)
             np.add.at(kl, owners, divergences)
             np.add.at(agreed, owners, same)
-            progress(len(rows))
     stacked = np.zeros((len(reference.batches), len(terms), 3))
     for layer, parts in enumerate(terms):
         if parts:

@@ -21,7 +21,6 @@ from lora_tradeoffs.adaptation.baselines import (
     sentences,
 )
 from lora_tradeoffs.adaptation.metrics import (
-    accuracy,
     answer_scores,
     classification_scores,
     code_scores,
@@ -62,8 +61,6 @@ def values(scores):
 
 def test_accuracy_is_the_share_of_right_items():
     assert correct([1, 0, 2], [1, 1, 2]).tolist() == [True, False, True]
-    assert accuracy([1, 0, 2, 2], [1, 1, 2, 0]) == 0.5
-    assert math.isnan(accuracy([], []))
     (scores, _) = classification_scores([1, 0, 2, 2], [1, 1, 2, 0], (0, 1, 2))
     assert scores.value == 0.5
     assert scores.items.tolist() == [1, 0, 1, 0]

@@ -22,7 +22,7 @@ from lora_tradeoffs.figures.adaptation import (
 from lora_tradeoffs.figures.draw import FIGURES as ALL
 from lora_tradeoffs.figures.marks import log_axis
 from lora_tradeoffs.figures.panels import DEMO_NOTE, place_legend
-from lora_tradeoffs.figures.style import palette, save, style_of
+from lora_tradeoffs.figures.style import save, style_of
 from lora_tradeoffs.tables.arms import BASE as BASE_ARM
 from lora_tradeoffs.tables.arms import FULL, GRID, Arm
 from lora_tradeoffs.tables.frames import (
@@ -69,8 +69,12 @@ def lab(colours, deficiency):
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
 
 
+def colour(arm):
+    return style_of(arm)["color"]
+
+
 def closest(colours, deficiency):
-    points = lab([to_rgb(colour) for colour in colours], deficiency)
+    points = lab([*map(to_rgb, colours)], deficiency)
     return min(np.linalg.norm(a - b) for a, b in combinations(points, 2))
 
 
@@ -89,10 +93,10 @@ def frame(tmp_path):
 
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
 def test_arms_are_told_apart_by_colour_whatever_the_eye(deficiency):
-    assert closest(palette(ARMS).values(), deficiency) > MIN_DISTANCE
+    assert closest(map(colour, ARMS), deficiency) > MIN_DISTANCE
     words = {"dora": 8, "pissa": 8, "loraplus": 8, "oft": 32}
     adapters = [Arm("lora", 8), *(Arm(*pair) for pair in words.items()), *ARMS[len(GRID) :]]
-    assert closest(palette(adapters).values(), deficiency) > MIN_DISTANCE
+    assert closest(map(colour, adapters), deficiency) > MIN_DISTANCE
     assert len({style_of(arm)["marker"] for arm in adapters}) == len(adapters)
 
 
@@ -108,7 +112,7 @@ def test_arms_differ_without_colour():
 
 def test_ranks_darken_and_others_fall_between():
     ranks = [Arm("lora", rank) for rank in (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 512)]
-    lightness = lab([to_rgb(palette([arm])[arm]) for arm in ranks], "none")[:, 0]
+    lightness = lab([to_rgb(colour(arm)) for arm in ranks], "none")[:, 0]
     assert (np.diff(lightness) < 0).all()
 
 
@@ -122,7 +126,7 @@ def test_an_arm_keeps_its_colour_whichever_arms_are_present(frame):
                 found = [c for c in ax.containers if c.get_label() == str(arm)]
                 colours = {to_hex(c.lines[2][0].get_color()[0]) for c in found}
                 colours |= {to_hex(line.get_color()) for line in lines(ax, arm)}
-                assert colours == {palette([arm])[arm]}
+                assert colours == {colour(arm)}
 
 
 def test_importing_draws_in_nothing_heavy():
