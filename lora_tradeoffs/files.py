@@ -249,10 +249,7 @@ def check_shape(path: Path, value: Any, shape: Shape, remedy: str = DELETE) -> N
 
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_digest(value: Any) -> str:

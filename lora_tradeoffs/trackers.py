@@ -111,9 +111,8 @@ def send(
     arguments.told = {}  # the trackers know it already
     state, control = TrainerState(), TrainerControl()
     with tracked_run(study, run, logs):
-        for callback in (
-            kind() for kind in get_reporting_integration_callbacks(arguments.report_to)
-        ):
+        for kind in get_reporting_integration_callbacks(arguments.report_to):
+            callback = kind()
             for state.global_step in sorted(by_step):
                 callback.on_log(arguments, state, control, logs=dict(by_step[state.global_step]))
             callback.on_train_end(arguments, state, control)

@@ -6,7 +6,7 @@ save(learning_curves(study), path)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from config import DOCUMENTS, FAMILIES, INTRUDER_K, PRESETS, Settings
 from dataset_descriptions import preset_family
 from lora_tradeoffs.files import read_json
-from lora_tradeoffs.measuring.results import Results, adaptation_items, retention_items
+from lora_tradeoffs.measuring.results import Results, adaptation_unit, item_reader, retention_unit
 from lora_tradeoffs.records import MEAN, OVERALL, STUDY, Record
 from lora_tradeoffs.tables.arms import Arm, shared_words, with_plain_arms
 from lora_tradeoffs.tables.costs import gain_costs
@@ -161,11 +161,14 @@ class StudyRecords:
     @cached_property
     def adaptation_items(self) -> Items | None:
         """Reads the outcome of every item, which pairs two runs; None without a folder."""
-        return adaptation_items(Results(self.folder("adaptation"))) if self.settings else None
+        return self._items("adaptation", adaptation_unit)
 
     @cached_property
     def retention_items(self) -> Items | None:
-        return retention_items(Results(self.folder("retention"))) if self.settings else None
+        return self._items("retention", retention_unit)
+
+    def _items(self, analysis: str, unit_of: Callable[[Any], str]) -> Items | None:
+        return item_reader(Results(self.folder(analysis)), unit_of) if self.settings else None
 
     @cached_property
     def transfer(self) -> DataFrame | None:

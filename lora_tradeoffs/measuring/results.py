@@ -268,19 +268,7 @@ def retention_unit(row: Any) -> str:
     return unit_name(row.run, row.step, row.task, shots)
 
 
-def adaptation_items(results: Results) -> Items:
-    """A reader of the per-item statistics of a record of adaptation."""
-    return _reader(results, adaptation_unit)
-
-
-def retention_items(results: Results) -> Items:
-    """A reader of the per-item statistics of a benchmark's record."""
-    return _reader(results, retention_unit)
-
-
-def _reader(results: Results, unit_of: Callable[[Any], str]) -> Items:
-    @functools.cache
-    def items(unit: str) -> dict[str, Scores]:
-        return results.items(unit)
-
+def item_reader(results: Results, unit_of: Callable[[Any], str]) -> Items:
+    """A reader of the per-item statistics of a record, whose unit `unit_of` names."""
+    items = functools.cache(results.items)
     return lambda row: items(unit_of(row)).get(row.metric)

@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,18 +133,16 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _all(values: Any, check: Any) -> bool:
-    """Whether it is a list, or an object, whose values pass the check."""
-    values = list(values.values()) if isinstance(values, dict) else values
-    return isinstance(values, list) and all(map(check, values))
-
-
 def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and _all(value, _is_text)
+    return isinstance(value, list) and all(map(_is_text, value))
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and _all(value, _is_index)
+    return isinstance(value, list) and all(map(_is_index, value))
+
+
+def _by_name(value: Any, check: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(check, value.values()))
 
 
 # What each field has to be that decides the update, and how an error says it. Null is PEFT's
@@ -155,15 +153,12 @@ _MODULES = (lambda v: _is_text(v) or _are_names(v), "a list of names or a regula
 FIELD_TYPES = {
     "r": (_is_count, "a whole number of 1 or more"),
     "lora_alpha": (_is_number, "a number"),
-    "rank_pattern": (lambda v: isinstance(v, dict) and _all(v, _is_count), "ranks by module"),
-    "alpha_pattern": (lambda v: isinstance(v, dict) and _all(v, _is_number), "numbers by module"),
+    "rank_pattern": (lambda v: _by_name(v, _is_count), "ranks by module"),
+    "alpha_pattern": (lambda v: _by_name(v, _is_number), "numbers by module"),
     "target_modules": _MODULES,
     "exclude_modules": _MODULES,
     "layers_pattern": _MODULES,
-    "layers_to_transform": (
-        lambda v: _is_index(v) or _are_ids(v),
-        "numbers of layers",
-    ),
+    "layers_to_transform": (lambda v: _is_index(v) or _are_ids(v), "numbers of layers"),
     "use_rslora": _FLAG,
     "ensure_weight_tying": _FLAG,
 }
@@ -174,10 +169,7 @@ MERGED_FIELDS = {
     "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
     "modules_to_save": _NAMES,
     "target_parameters": _NAMES,
-    "trainable_token_indices": (
-        lambda v: _are_ids(v) or (isinstance(v, dict) and _all(v, _are_ids)),
-        "token ids",
-    ),
+    "trainable_token_indices": (lambda v: _are_ids(v) or _by_name(v, _are_ids), "token ids"),
 }
 # Other types, each of which PEFT merges module by module. The types that are left out share state
 # between modules that they do not save, change the base when they start, or are no update of it.

@@ -185,9 +185,9 @@ def rates_sentence(frame: DataFrame, choices: Iterable[Mapping[str, Any]]) -> st
     arms: dict[tuple[str, Arm], set[float]] = {}  # and the rates that their labels say
     for family, arm in set(zip(runs["family"], runs["arm"])):
         arms.setdefault((family, arm.without_rate), set()).add(arm.learning_rate)
-    names = {
-        arm: f"{arm[0]} {arm[1]}" for arm in sorted(arms, key=lambda a: (_family_index(a[0]), a[1]))
-    }
+    families = [*FAMILIES, *sorted(set(runs["family"]))]
+    order = sorted(arms, key=lambda arm: (families.index(arm[0]), arm[1]))
+    names = {arm: f"{arm[0]} {arm[1]}" for arm in order}
     chosen = [f"{name} {rates[arm]:g}" for arm, name in names.items() if arm in rates]
     refused = [arm for arm in names if arm in problems]
     others = {arm: name for arm, name in names.items() if arm not in rates and arm not in problems}
@@ -262,10 +262,6 @@ def _searched(
     by_arm = [((choice["family"], searched_arm(choice)), choice) for choice in choices]
     chosen = {arm: float(c["learning_rate"]) for arm, c in by_arm if c["chosen"]}
     return chosen, {arm: c["problem"] for arm, c in by_arm if c.get("problem")}
-
-
-def _family_index(family: str) -> int:
-    return [*FAMILIES, family].index(family)
 
 
 def _is_chosen(

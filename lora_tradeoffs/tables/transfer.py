@@ -1,6 +1,6 @@
 """Transfer: what training on a family's tasks together gives a task, or takes from it.
 
-    transfer_table(load_records(path), adaptation_items(Results(path.parent)))
+    transfer_table(load_records(path), item_reader(Results(path.parent), adaptation_unit))
 
 Transfer is the score of the multi-task run minus that of its single-task control (a run such as
 sst2_lora_r8_seed42) on the same items, at their last checkpoints. A control is the same arm in all
@@ -35,7 +35,7 @@ COLUMNS = (
 def transfer_table(adaptation: DataFrame, items: Items | None = None) -> DataFrame:
     """A row for each family, arm and task that has a control; empty if there is none.
 
-    `items` reads eval.py's per-item outcomes (results.adaptation_items), which pair the two runs.
+    `items` reads eval.py's per-item outcomes (results.item_reader), which pair the two runs.
     The interval is: of three seeds and more, over seeds and the items that they share
     (seed_intervals.py), without `items` over seeds alone; of one seed, the paired interval over
     items, which is about these two runs; of two seeds there is none. `over` says which. Test is

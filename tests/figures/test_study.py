@@ -13,8 +13,8 @@ from config import UserError
 from lora_tradeoffs.figures import study as study_figures
 from lora_tradeoffs.figures.panels import DEMO_NOTE
 from lora_tradeoffs.figures.study_records import StudyRecords
-from lora_tradeoffs.figures.style import palette, save
-from lora_tradeoffs.measuring.results import adaptation_items
+from lora_tradeoffs.figures.style import save, style_of
+from lora_tradeoffs.measuring.results import adaptation_unit, item_reader
 from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.costs import arm_costs, cost_table, gain_costs
 from lora_tradeoffs.tables.frames import load_records
@@ -140,7 +140,7 @@ def test_the_figure_of_costs_shows_means_over_seeds(runs_dir, retention):
     assert np.allclose(line.get_xydata(), [(0, 0), (0.675, 0.075), (1.35, 0.15)])
     (line,) = lines(tokens, "full")
     assert np.allclose(line.get_xydata(), [(0, 0), (0.02, 0.15), (0.04, 0.3)])
-    assert line.get_color() == palette([Arm("full")])[Arm("full")]
+    assert line.get_color() == style_of(Arm("full"))["color"]
     assert "Mean of 2 seeds (LoRA r=8): too few for an interval" in notes(figure)
     assert "One seed (full)" in notes(figure)
     assert_texts_are_apart(figure)
@@ -206,7 +206,7 @@ def transferred(folder, seeds=SEEDS, arms=("lora_r8", "full"), tasks=("sst2", "m
                     runs.append((fields, bench.answers(ability)))
     path, results = write_scored(folder, runs)
     frame = load_records(path)
-    return transfer_table(frame, adaptation_items(results)), frame
+    return transfer_table(frame, item_reader(results, adaptation_unit)), frame
 
 
 def test_transfer_is_drawn_with_its_intervals(tmp_path):

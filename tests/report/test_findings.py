@@ -15,7 +15,7 @@ from synthetic_records import kept, record, shrunk_study, write_study
 
 from config import FAMILIES
 from lora_tradeoffs.figures.study_records import StudyRecords
-from lora_tradeoffs.measuring.results import adaptation_items, retention_items
+from lora_tradeoffs.measuring.results import adaptation_unit, item_reader, retention_unit
 from lora_tradeoffs.report import findings as report_findings
 from lora_tradeoffs.report.findings import as_markdown, as_table
 from lora_tradeoffs.report.wording import (
@@ -271,7 +271,7 @@ def test_with_items_the_interval_counts_them_too(tmp_path):
                 runs.append((fields, bench.answers(ability)))
     path, results = write_scored(tmp_path, runs)
     frame = load_records(path)
-    both = findings(frame, None, None, None, "study", adaptation_items(results))
+    both = findings(frame, None, None, None, "study", item_reader(results, adaptation_unit))
     alone = findings(frame, None, None, None, "study")
     for f, g in zip(asked(both, ADAPTS)[:3], asked(alone, ADAPTS)[:3]):
         assert f.effect == pytest.approx(g.effect)
@@ -286,7 +286,9 @@ def test_runs_that_were_measured_on_other_items_are_not_tested(tmp_path):
             fields = arm_fields(arm, seed) | {"task": "sst2"}
             runs.append((fields, Bench(items=items).answers(0.5)))
     path, results = write_scored(tmp_path, runs)
-    found = findings(load_records(path), None, None, None, "study", adaptation_items(results))
+    found = findings(
+        load_records(path), None, None, None, "study", item_reader(results, adaptation_unit)
+    )
     (f, *_) = asked(found, ADAPTS)
     assert (f.kind, f.verdict, f.about) == ("missing", "", "sst2")
     assert "LoRA r=8, sst2: not tested" in f.sentence and "numbers of items" in f.sentence
@@ -440,11 +442,13 @@ def test_transfer_is_told_in_either_direction(tmp_path, together, word):
             fields = arm_fields("lora_r8", seed, tasks) | {"task": "sst2"}
             runs.append((fields, bench.answers(ability)))
     path, results = write_scored(tmp_path, runs)
-    table = transfer_table(load_records(path), adaptation_items(results))
+    table = transfer_table(load_records(path), item_reader(results, adaptation_unit))
     (f,) = asked(findings(None, None, None, table, "study"), TRANSFER)
     assert (f.verdict, f.kind, f.over) == (word, "exploratory", "seeds and items")
     assert f"{word} on sst2 (accuracy) when trained on the whole family" in f.sentence
-    one = transfer_table(load_records(path).query("seed == 42"), adaptation_items(results))
+    one = transfer_table(
+        load_records(path).query("seed == 42"), item_reader(results, adaptation_unit)
+    )
     (f,) = asked(findings(None, None, None, one, "study"), TRANSFER)
     assert "the single-task control share 1 seed, and at least 3 are needed" in f.sentence
     mixed = pd.concat([table, one.assign(task="mnli")], ignore_index=True)
@@ -462,7 +466,7 @@ def test_forgetting_with_items_is_the_difference_of_the_benchmarks_scores(tmp_pa
     for unit in list((tmp_path / "items").iterdir()):  # as retention_eval.py names them
         unit.rename(unit.with_name(unit.name.replace("-sst2-test", "-sst2")))
     rows = load_records(path)
-    read = retention_items(results)
+    read = item_reader(results, retention_unit)
     assert all(read(row) is not None for row in rows.itertuples())
     sides = [by_seed(rows[rows["arm"] == arm]) for arm in (Arm("lora", 8), FULL)]
     found = contrast([[WeightedScores(-1, sides[0]), WeightedScores(1, sides[1])]], read)

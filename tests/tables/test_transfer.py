@@ -10,7 +10,7 @@ from synthetic_effects import Bench, arm_fields, write_scored
 from synthetic_records import record, study, write_study
 
 from config import FAMILIES
-from lora_tradeoffs.measuring.results import Results, adaptation_items
+from lora_tradeoffs.measuring.results import Results, adaptation_unit, item_reader
 from lora_tradeoffs.statistics.comparisons import compare_checkpoints
 from lora_tradeoffs.statistics.scores import mean_scores
 from lora_tradeoffs.statistics.seed_intervals import reach
@@ -33,14 +33,16 @@ def table(tmp_path):
 
     def make(runs, items=True):
         path, results = write_scored(tmp_path / str(next(numbers)), runs)
-        return transfer_table(load_records(path), adaptation_items(results) if items else None)
+        return transfer_table(
+            load_records(path), item_reader(results, adaptation_unit) if items else None
+        )
 
     return make
 
 
 def test_without_controls_the_table_is_empty(tmp_path):
     frame = load_records(write_study(tmp_path, study(seeds=(42, 43, 44))))
-    found = transfer_table(frame, adaptation_items(Results(tmp_path)))
+    found = transfer_table(frame, item_reader(Results(tmp_path), adaptation_unit))
     assert found.empty
     assert {"family", "arm", "task", "value", "low", "high", "seeds"} <= set(found.columns)
 
