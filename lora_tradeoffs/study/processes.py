@@ -119,15 +119,16 @@ class StepRunner:
     def _stop(self, number: int, _: Any) -> None:
         """The first signal lets the processes end well (training saves a checkpoint)."""
         print("\nstopping after the running steps; Ctrl-C again stops now", flush=True)
+        now = bool(self.signals)
+        self.signals.append(number)  # first: SLURM may take a while, and a second signal come
         for run in self.running:
             if isinstance(run.process, Job):
-                run.process.stop(now=bool(self.signals))
-            elif self.signals:
+                run.process.stop(now)
+            elif now:
                 kill_tree(run.process.pid)
             else:
                 with suppress(ProcessLookupError):  # it has just ended
                     os.kill(run.process.pid, signal.SIGINT)
-        self.signals.append(number)
 
     def _start(self, step: Step, context: BaseContext) -> None:
         slot = min(set(range(self.workers)) - {run.slot for run in self.running})

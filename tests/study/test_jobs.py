@@ -263,6 +263,21 @@ def test_ctrl_c_reaches_the_job(study, slurm):
 
 
 @pytest.mark.slow
+def test_a_second_ctrl_c_ends_the_job_at_once(study, slurm):
+    """Even one that does not answer: the training is halted, and saves nothing."""
+    study = study()
+    study.wait_for_checkpoint()
+    for times in (1, 2):
+        study.process.send_signal(signal.SIGINT)
+        wait_for(lambda times=times: study.text().count("Ctrl-C again stops now") >= times)
+    study.end(130)
+    assert not slurm.jobs() and not psutil.pid_exists(study.training.pid)
+    study.start()
+    study.end()
+    assert "resuming from checkpoint-" in study.text()
+
+
+@pytest.mark.slow
 def test_a_job_with_the_whole_study_requeues_itself(slurm, workspace, flags, uninterrupted):
     study = Study(slurm, workspace, flags, "one-node", launch="")
     smaller = ["--gres=none", "--mem=0", "--cpus-per-task=1", f"--output={study.printed}"]
