@@ -90,7 +90,10 @@ def folders(tokenizer, tmp_path_factory):
     model.save_pretrained(root / "adapter", save_embedding_layers=False)
     shutil.copytree(root / "adapter", root / "changed")
     with torch.no_grad():
-        return base, root, model(PROMPT).logits
+        logits = model(PROMPT).logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_tradeoffs.models.configs.MATCHING_SECONDS", 0.5)
+        yield base, root, logits
 
 
 def use(folder):
@@ -214,8 +217,7 @@ def test_what_a_base_computes_is_its_identity(folders, tmp_path):
     assert use(folder).digest == first.digest
 
 
-def test_a_pattern_that_does_not_end_is_refused(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_tradeoffs.models.configs.MATCHING_SECONDS", 0.5)
+def test_a_pattern_that_does_not_end_is_refused(folders, tmp_path):
     base = folders[0]
     for fields in (
         {"target_modules": r"(\w+\.?)+!"},
@@ -226,7 +228,6 @@ def test_a_pattern_that_does_not_end_is_refused(folders, tmp_path, monkeypatch):
         (_, _), (_, error) = checkpoint_models(base, [Checkpoint("it", 0, folder)])
         assert "takes too long to match" in str(error)
         shutil.rmtree(folder)
-    monkeypatch.undo()
     folder = edited(folders, tmp_path, "adapter", "adapter_config.json", target_modules="(")
     with pytest.raises(UserError, match="is no regular expression"):
         read_checkpoint(folder, Weights(base.folder))
