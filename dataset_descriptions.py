@@ -335,7 +335,7 @@ def example(description: DatasetDescription, settings: Settings) -> str:
     if path is None:
         return f"  example    python data_preprocessing.py {description.name} reads the Hub's rows"
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             row = json.loads(file.readline())
         problem = description.problem(row)
     except (OSError, ValueError) as error:

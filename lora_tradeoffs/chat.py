@@ -63,11 +63,11 @@ def chat_form(tokenizer: PreTrainedTokenizerFast, name: str, system: str) -> Cha
             f"the tokenizer of {name} has no chat template: leave --apply-chat-template out, or"
             " give an instruct model with --model"
         )
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        tokenizer.chat_template = FIXED_DATE + template
     turns = [*([("system", system)] if system else []), ("user", MARK.format(0))]
     try:
+        template = tokenizer.get_chat_template()  # of several, the default
+        if "strftime_now" in template:
+            tokenizer.chat_template = FIXED_DATE + template
         prompt = rendered(tokenizer, turns)
         answered = rendered(tokenizer, [*turns, ("assistant", MARK.format(1))], False)
     except Exception as error:  # a template may raise anything

@@ -17,6 +17,8 @@ FILES_SHAPE = {"*": {"size": int, "sha256": str}}
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 MODEL_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILE = re.compile(r"[\w.+@=-]{1,200}\.safetensors", re.ASCII)  # no path
+PICKLED = re.compile(r"(adapter_|pytorch_)model.*\.bin")
+SAFETENSORS = "[!.]*.safetensors"  # file managers leave ._model.safetensors and the like
 # Needed to resume training, not to evaluate: only the two newest checkpoints have these.
 UNCONVERTED = "unconverted"  # folder of an adapter as it is trained, if it is saved as another
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", f"{UNCONVERTED}/*")
@@ -117,17 +119,23 @@ def weight_files(folder: Path) -> list[Path]:
         paths = [folder / name for name in sorted(names)]
     for path in paths:
         if not path.is_file():
-            others = (
-                _adapters_below(folder) or "; pickled weights are not loaded, convert them first"
-            )
-            raise UserError(f"{folder} holds no {path.name}{others if len(paths) == 1 else ''}")
+            others = _instead(folder) if len(paths) == 1 else ""
+            raise UserError(f"{folder} holds no {path.name}{others}")
     return paths
 
 
-def _adapters_below(folder: Path) -> str:
-    """What an error says of a folder in which PEFT saved adapters by their names."""
+def _instead(folder: Path) -> str:
+    """What an error says of what a folder holds in place of a model's weights; "" of nothing."""
+    if (folder / ADAPTER_FILE).is_file():
+        return f"; its {ADAPTER_FILE} lacks {ADAPTER_CONFIG}"
+    if _is_pickled(folder):
+        return "; pickled weights are not loaded, convert them first"
     names = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
     return f"; give one of the adapters' folders in it: {', '.join(names)}" if names else ""
+
+
+def _is_pickled(folder: Path) -> bool:
+    return any(PICKLED.fullmatch(path.name) for path in folder.glob("*.bin"))
 
 
 def weights_key(folder: Path) -> dict[str, Any]:
@@ -160,7 +168,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
     """
     if not run_dir.is_dir():
         return []
-    return sorted((p for p in run_dir.iterdir() if checkpoint_step(p) >= 0), key=checkpoint_step)
+    folders = (p for p in run_dir.iterdir() if p.is_dir() or p.is_symlink())
+    return sorted((p for p in folders if checkpoint_step(p) >= 0), key=checkpoint_step)
 
 
 def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
@@ -175,13 +184,13 @@ def checkpoints_in(folder: Path, name: str | None = None) -> list[Checkpoint]:
     [3, 6]
     """
     steps = [Checkpoint(name or folder.name, checkpoint_step(p), p) for p in checkpoints(folder)]
-    is_one = any(folder.glob("*.safetensors"))
-    if steps:
-        return steps + [Checkpoint(f"{steps[0].run}-final", 0, folder)] * is_one
+    is_one = any(folder.glob(SAFETENSORS))
+    if steps:  # a pickled model is named when it is loaded
+        is_final = is_one or _is_pickled(folder)
+        return steps + [Checkpoint(f"{steps[0].run}-final", 0, folder)] * is_final
     if not is_one:
         raise UserError(
-            f"{folder} holds no checkpoint-<step> folder and no *.safetensors"
-            + _adapters_below(folder)
+            f"{folder} holds no checkpoint-<step> folder and no *.safetensors{_instead(folder)}"
         )
     run, step = folder.name, 0
     if checkpoint_step(folder) >= 0:

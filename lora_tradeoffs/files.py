@@ -234,7 +234,7 @@ def intact(path: Path, remedy: str = DELETE) -> Iterator[None]:
 def read_json(path: Path, shape: Shape = dict, remedy: str = DELETE) -> Any:
     """The file's JSON. Raises UserError with the remedy unless it is whole and of the shape."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it is no JSON ({error}); {remedy}") from None
     check_shape(path, value, shape, remedy)

@@ -19,6 +19,8 @@ MODEL_FILES = (
 )
 CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "*run.json")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
+# Read with them: the template by what asks with it, the tokens where no other file lists them.
+OTHER_TOKENIZER_FILES = ("chat_template.jinja", "added_tokens.json")
 
 
 def fetch_config(settings: Settings, folder: Path) -> None:
@@ -42,7 +44,7 @@ def fetch_model(settings: Settings, folder: Path) -> dict[str, Any]:
             settings.model,
             revision=revision,
             local_dir=folder,
-            allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES, "chat_template.jinja"],
+            allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES, *OTHER_TOKENIZER_FILES],
         )
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return {"source": settings.model, "revision": revision}

@@ -1,6 +1,7 @@
 """Chat templates: the template's own tokens, and one form for training and all measuring."""
 
 import copy
+import json
 import shutil
 
 import pandas as pd
@@ -177,6 +178,9 @@ def test_a_chat_needs_a_template_and_a_system_message_a_chat(tiny, tmp_path, ins
     assert_one_line_error(inside(train, "--tasks", "sst2", "--lora", "4", *flags), says)
     assert_one_line_error(inside(retention.main, *flags, *SHORT), says)
     assert_one_line_error(inside(run_study.main, "--tasks", "sst2", "--ranks", "4", *flags), says)
+    path, named = folder / "tokenizer_config.json", [{"name": "rag", "template": "a"}]
+    path.write_text(json.dumps({**read_json(path), "chat_template": [*named, *named]}))
+    assert_one_line_error(inside(retention.main, *flags, *SHORT), "no default specified")
     settings = settings_for(study="no-template")
     assert not settings.runs_dir.exists()
     assert not (settings.output_dir / "outputs/no-template/study.json").exists()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from config import Settings, UserError
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.checkpoints import (
     ADAPTER_CONFIG,
+    SAFETENSORS,
     Checkpoint,
     checkpoint_step,
     checkpoints_in,
@@ -81,27 +83,30 @@ def find_subjects(
     lengths = trained_lengths(settings)
     subjects = [Subject("base", 0, None, {**study, **no_arm("base")}, None, True, True, lengths)]
     folders = {"base": base.folder}
+    by_run: dict[Path, dict[tuple[str, int], Checkpoint]] = {}  # whose checkpoints may come singly
     for name, folder in _run_folders(runs, settings):
-        found = checkpoints_in(folder, name)
-        last, best = {c.run: c.step for c in found}, _best_step(folder)
+        for c in checkpoints_in(folder, name):
+            other = by_run.setdefault(_folder_of_run(c), {}).setdefault((c.run, c.step), c)
+            if other.folder.resolve() != c.folder.resolve():
+                raise UserError(
+                    f"{other.folder} and {c.folder} are both step {c.step} of {c.run!r}: move one"
+                )
+    for folder, of_run in by_run.items():
+        found, best = [c for _, c in sorted(of_run.items())], _best_step(folder)
+        last = {c.run: c.step for c in found}
         chosen = [c for c in found if _is_chosen(c.step, last[c.run], checkpoints)]
         if not chosen:
             steps = ", ".join(str(c.step) for c in found)
             raise UserError(f"{folder} has no such checkpoint; its steps are {steps}")
-        trainings = {c.run: _trained(c.run, c.folder, base) for c in chosen}
         for c in chosen:
             _check_name(folders, c, settings)
-            trained, record = trainings[c.run]
+            trained, record = _trained(c.run, c.folder, base)
             config, steps = record.get("config", {}), record.get("steps") or last[c.run]
             own = dict.fromkeys(config.get("tasks", ()), config.get("max_length"))
-            fields = {**study, **trained, "fraction": c.step / steps if c.step else 1.0}
-            is_last, is_best = c.step == last[c.run], c.step == best
-            about = (
-                is_last,
-                is_best,
-                lengths | own if all(own.values()) else lengths,
-                _rows_per_step(record),
-            )
+            # the model that a Trainer saved at its end has no step
+            fields = {**study, **trained, "fraction": c.step / steps if last[c.run] else 1.0}
+            max_lengths = lengths | own if all(own.values()) else lengths
+            about = c.step == last[c.run], c.step == best, max_lengths, _rows_per_step(record)
             subjects.append(Subject(c.run, c.step, c, fields, config.get("family"), *about))
     return subjects
 
@@ -156,8 +161,7 @@ def _record_file(folder: Path) -> Path | None:
 
 def _check_name(folders: dict[str, Path], checkpoint: Checkpoint, settings: Settings) -> None:
     """Note the run's folder. Raises UserError if another run has its name, and so its records."""
-    folder = checkpoint.folder
-    folder = (folder.parent if checkpoint_step(folder) >= 0 else folder).resolve()
+    folder = _folder_of_run(checkpoint)
     in_study = settings.runs_dir / checkpoint.run
     other = folders.setdefault(checkpoint.run, in_study.resolve() if in_study.is_dir() else folder)
     if other != folder:
@@ -165,6 +169,11 @@ def _check_name(folders: dict[str, Path], checkpoint: Checkpoint, settings: Sett
             f"{folder} and {other} are both called {checkpoint.run!r}, and their records would mix:"
             " rename one, or give another --study"
         )
+
+
+def _folder_of_run(checkpoint: Checkpoint) -> Path:
+    folder = checkpoint.folder
+    return (folder.parent if checkpoint_step(folder) >= 0 else folder).resolve()
 
 
 def no_runs(settings: Settings) -> UserError:
@@ -193,7 +202,7 @@ def _run_folders(runs: Sequence[str] | None, settings: Settings) -> list[tuple[s
         if (settings.runs_dir / run).is_dir():
             folders.append((None, settings.runs_dir / run))
         elif Path(run).is_dir():
-            folders.append((None, Path(run).resolve()))
+            folders.append((None, Path(os.path.abspath(run))))  # of a link, the name that it has
         elif is_hub_id(run):
             folders.append((run.replace("/", "--"), fetch_checkpoints(run)))
         else:
@@ -278,43 +287,47 @@ def _foreign(folder: Path) -> dict[str, Any]:
 
 def own_settings(subjects: Iterable[Subject], base: Base) -> list[str]:
     """What a reader has to know of checkpoints that were not made here: one that names another
-    base, one that computes with other settings than the base, and one with a head or a tokenizer of
-    its own.
+    base, one that computes with other settings than the base, one with a head or a tokenizer of its
+    own, and models beside them that are not measured.
 
     Only the last parts of the bases' names are compared, since a base may be a folder, a Hub
     repository or a copy.
     """
-    messages: dict[str, None] = {}
-    ours = {_last_part(base.name), _last_part(base.folder.name)}
-    for checkpoint in dict.fromkeys(s.checkpoint for s in subjects if s.is_foreign):
-        with suppress(UserError):  # one that cannot be read is not used
-            if _has_other_tokenizer(checkpoint.folder, base):
-                told = (
-                    "has a tokenizer that encodes text otherwise, and is measured with the base's"
-                )
-                messages[f"{checkpoint.run} {told}"] = None
-        with suppress(UserError):  # what is broken is reported by the measurement
-            weights, base_weights = Weights(checkpoint.folder), Weights(base.folder)
-            if not checkpoint.is_adapter:
-                if fields := own_fields(checkpoint.folder, base):
-                    which = f"its own {', '.join(fields)}, not the base's"
-                    messages[f"{checkpoint.run} computes with {which}"] = None
-                kind, bits = weights.stored_type(), SIGNIFICANT_BITS
-                if bits.get(kind, 53) < bits.get(base_weights.stored_type(), 53):
-                    share = f"{2.0 ** -bits[kind]:.2%} of each weight, which its drift includes"
-                    messages[f"{checkpoint.run} is rounded to {kind}: up to {share}"] = None
-                continue
+    foreign = dict.fromkeys(s.checkpoint for s in subjects if s.is_foreign)
+    given = {checkpoint.folder.resolve() for checkpoint in foreign}
+    lines = (c.run + told for c in foreign for told in _own_settings(c, base, given))
+    return list(dict.fromkeys(lines))
+
+
+def _own_settings(checkpoint: Checkpoint, base: Base, given: Collection[Path]) -> Iterator[str]:
+    folder = checkpoint.folder
+    if checkpoint_step(folder) >= 0:
+        models = {path.parent for path in folder.parent.glob(f"[!.]*/{SAFETENSORS}")}
+        models = {p.name for p in models if checkpoint_step(p) < 0 and p.resolve() not in given}
+        if models:
+            where = ", ".join(sorted(models)[:5])
+            yield f": {where} beside its checkpoints is not measured: give its folder with --runs"
+    with suppress(UserError):  # one that cannot be read is not used
+        if _has_other_tokenizer(folder, base):
+            yield " has a tokenizer that encodes text otherwise, and is measured with the base's"
+    with suppress(UserError):  # what is broken is reported by the measurement
+        weights, base_weights = Weights(folder), Weights(base.folder)
+        if checkpoint.is_adapter:
+            path, names_base = folder / ADAPTER_CONFIG, "base_model_name_or_path"
             if own_head(weights, base_weights):
-                told = (
-                    "has a head of its own, which is not scored; its update in the base is measured"
-                )
-                messages[f"{checkpoint.run} {told}"] = None
-            config = read_json(checkpoint.folder / ADAPTER_CONFIG)
-            name = str(config.get("base_model_name_or_path") or base.name)
-            if _last_part(name) not in ours:
-                names = f"names {ascii(name)[1:-1]} as its base and is measured against {base.name}"
-                messages[f"{checkpoint.run} {names}"] = None
-    return list(messages)
+                yield " has a head of its own, which is not scored; its update is measured"
+        else:
+            path, names_base = folder / "config.json", "_name_or_path"
+            if fields := own_fields(folder, base):
+                yield f" computes with its own {', '.join(fields)}, not the base's"
+            kind, bits = weights.stored_type(), SIGNIFICANT_BITS
+            if bits.get(kind, 53) < bits.get(base_weights.stored_type(), 53):
+                share = f"{2.0 ** -bits[kind]:.2%} of each weight, which its drift includes"
+                yield f" is rounded to {kind}: up to {share}"
+        name = path.is_file() and read_json(path).get(names_base)
+        if name and _last_part(str(name)) not in map(_last_part, (base.name, base.folder.name)):
+            name = ascii(str(name))[1:-1]
+            yield f" names {name} as its base and is measured against {base.name}"
 
 
 def _has_other_tokenizer(folder: Path, base: Base) -> bool:

@@ -202,8 +202,10 @@ def load_model(
             dtype=dtype or torch.float32,
             attn_implementation=attention or default_attention(config),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
         )
-        broken = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))]
+        sizes = (f"{n} {tuple(a)}, not {tuple(b)}" for n, a, b in sorted(info["mismatched_keys"]))
+        broken = [*sorted(info["missing_keys"]), *sizes]
         if broken:
             raise ValueError(f"{', '.join(broken[:3])} ...")
         with torch.inference_mode():

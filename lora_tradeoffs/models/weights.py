@@ -185,10 +185,10 @@ class FullCheckpoint:
         return self.weights.tensor(matrix.tensor)
 
     def mixed(self, name: str, share: float) -> Tensor:
-        """The tensor that lies `share` of the way from the base's to the checkpoint's.
+        """The tensor that lies `share` of the way from the base's to the checkpoint's, in fp32.
 
-        Those at 0 and 1 are exact: a sum keeps neither the sign of a zero nor, on every device, the
-        last bit.
+        Those at 0 and 1 are exact, as stored: a sum keeps neither the sign of a zero nor, on every
+        device, the last bit.
         """
         import torch
 
@@ -197,7 +197,7 @@ class FullCheckpoint:
         tuned = self.weights.tensor(self._names[name])
         if share == 1:
             return tuned
-        return torch.lerp(self._base.tensor(self._base_names[name]).to(tuned), tuned, share)
+        return torch.lerp(self._base.tensor(self._base_names[name]).float(), tuned.float(), share)
 
     def squares(self, name: str) -> tuple[float, float]:
         """||dW||_F^2 and ||W0||_F^2 of any tensor, summed in fp64."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -191,6 +192,82 @@ def test_each_of_a_trainers_folder_is_what_its_own_files_say(base, tmp_path):
         make(base, tmp_path / "named" / "checkpoint-1" / "one")
 
 
+@pytest.fixture(scope="module")
+def trainers(base, tmp_path_factory):
+    """A Trainer's folder with the adapters of three steps, the first before training."""
+    folder = tmp_path_factory.mktemp("trainers") / "mine"
+    for step in (0, 9, 10):
+        make(base, folder / f"checkpoint-{step}")
+    return folder
+
+
+def subjects_of(base, *runs, checkpoints=("all",)):
+    _, *subjects = find_subjects(settings_for(), base, [*map(str, runs)], checkpoints)
+    return subjects
+
+
+def steps_of(subjects):
+    return [(s.run, s.step, s.fields["fraction"], s.is_last) for s in subjects]
+
+
+def test_the_checkpoints_of_a_run_are_one_run_however_they_are_given(
+    base, trainers, tmp_path, monkeypatch
+):
+    whole = subjects_of(base, trainers)
+    assert steps_of(whole) == [
+        ("mine", 0, 0.0, False),
+        ("mine", 9, 0.9, False),
+        ("mine", 10, 1.0, True),
+    ]
+    singly = sorted(map(str, trainers.iterdir()))  # as a shell writes mine/checkpoint-*
+    assert steps_of(subjects_of(base, *singly)) == steps_of(whole)
+    assert steps_of(subjects_of(base, trainers, *singly)) == steps_of(whole)
+    assert steps_of(subjects_of(base, *singly, checkpoints=["last"])) == steps_of(whole[2:])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "checkpoint-7").symlink_to(trainers / "checkpoint-9")
+    monkeypatch.chdir(tmp_path)
+    for link in ("mine/checkpoint-7", str(tmp_path / "mine" / "checkpoint-7")):
+        assert steps_of(subjects_of(base, link)) == [("mine", 7, 1.0, True)]
+    shutil.copytree(trainers, tmp_path / "twice")
+    shutil.copytree(trainers / "checkpoint-9", tmp_path / "twice" / "checkpoint-09")
+    with pytest.raises(UserError, match="are both step 9 of 'twice'"):
+        subjects_of(base, tmp_path / "twice")
+
+
+def test_a_half_written_checkpoint_does_not_speak_for_its_run(base, trainers, tmp_path):
+    """The columns of each are those of its own files, not those of the run's last."""
+    shutil.copytree(trainers, folder := tmp_path / "mine")
+    (folder / "checkpoint-10" / "adapter_config.json").unlink()
+    (folder / "checkpoint-11").write_text("no folder")
+    first, second, broken = subjects_of(base, folder)
+    assert {(s.fields["method"], s.fields["rank"]) for s in (first, second)} == {("lora", 4)}
+    with pytest.raises(
+        UserError, match=r"holds no model.safetensors; its adapter_model.safet.* lack"
+    ):
+        read_checkpoint(broken.checkpoint.folder, Weights(base.folder))
+
+
+def test_a_model_beside_a_runs_checkpoints_is_measured_or_told(base, trainers, tmp_path):
+    shutil.copytree(trainers, folder := tmp_path / "mine")
+    for name in ("._adapter_model.safetensors", ".DS_Store", ".ipynb_checkpoints"):
+        (folder / name).write_bytes(b"of a file manager")
+    assert own_settings(subjects := subjects_of(base, folder), base) == [] and len(subjects) == 3
+    shutil.copytree(trainers / "checkpoint-9", folder / "final_checkpoint")
+    (line,) = own_settings(subjects_of(base, folder), base)
+    assert "mine: final_checkpoint beside its checkpoints is not measured" in line
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(trainers / "checkpoint-9" / name, folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    final = subjects_of(base, folder)[-1]
+    assert steps_of([final]) == [("mine-final", 0, 1.0, True)]
+    for _ in range(2):
+        with pytest.raises(UserError, match="pickled weights are not loaded"):
+            read_checkpoint(checkpoints_in(folder)[-1].folder, Weights(base.folder))
+        for step in (0, 9, 10):
+            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+        shutil.rmtree(folder / "final_checkpoint", ignore_errors=True)
+
+
 def test_a_checkpoint_with_a_tokenizer_or_a_precision_of_its_own_is_told(base, tokenizer, tmp_path):
     make(base, tmp_path)
     (_, subject) = find_subjects(settings_for(), base, [str(tmp_path)])
@@ -203,6 +280,12 @@ def test_a_checkpoint_with_a_tokenizer_or_a_precision_of_its_own_is_told(base, t
         (_, full) = find_subjects(settings_for(), base, [str(tmp_path / dtype)])
         lines = own_settings([full], base)
         assert told in str(lines) and len(lines) == bool(told)
+    path = tmp_path / "float64" / "config.json"  # as older versions of transformers noted it
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_name_or_path": "a/other"}))
+    (_, full) = find_subjects(settings_for(), base, [str(tmp_path / "float64")])
+    assert own_settings([full], base) == [
+        f"float64 names a/other as its base and is measured against {base.name}"
+    ]
     trained.backend_tokenizer.normalizer = Lowercase()
     trained.save_pretrained(tmp_path)
     (line,) = own_settings([subject], base)

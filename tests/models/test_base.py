@@ -1,6 +1,7 @@
 """Base models: one that is there is found, a broken one is named."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -123,6 +124,16 @@ def test_weights_that_are_missing_are_not_made_up(tiny, tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"does not fit its config\.json.*up_proj"):
+        load_base(prepare_base(settings))
+
+
+def test_an_embedding_of_another_size_than_config_json_says_is_named(tiny, tmp_path):
+    """As of a tokenizer that grew, or an embedding that was padded, after config.json was saved."""
+    folder, settings = broken_copy(tiny, tmp_path)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 49_160}))
+    message = r"model\.embed_tokens\.weight \(49152, 32\), not \(49160, 32\)"
+    with pytest.raises(UserError, match=message):
         load_base(prepare_base(settings))
 
 

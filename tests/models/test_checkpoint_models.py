@@ -216,11 +216,17 @@ def test_scaled_adapters_run_from_the_base_to_the_checkpoint(base, tmp_path):
         assert torch.allclose(found[0.5][0], half, atol=1e-6)
 
 
-@pytest.mark.parametrize("untied", [False, True])
-def test_scaled_weights_run_from_the_base_to_the_checkpoint(base, tmp_path, untied):
+@pytest.mark.parametrize(
+    ("untied", "stored"),
+    [(False, "float32"), (True, "float32"), (False, "bfloat16"), (True, "float8_e4m3fn")],
+)
+def test_scaled_weights_run_from_the_base_to_the_checkpoint(base, tmp_path, untied, stored):
     make_full(base, tmp_path / "full", seed=3, untied=untied)
+    path = tmp_path / "full" / "model.safetensors"
+    weights = {name: w.to(getattr(torch, stored)) for name, w in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
     start = load_base(base).state_dict()
-    end = load_file(tmp_path / "full" / "model.safetensors")
+    end = {name: weight.float() for name, weight in weights.items()}
     checkpoint, model = models_of(base, tmp_path / "full")
     for t, scaled in scaled_updates(base, checkpoint, model, [0.5, 0, 1.25, 1, 0.5, 0]):
         weights = scaled.state_dict()
