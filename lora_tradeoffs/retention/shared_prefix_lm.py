@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -52,7 +53,9 @@ class SharedPrefixLM(HFLM):
         max_length: int | None = None,
         encoded: dict[Any, Any] | None = None,
     ):
-        super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
+        # HFLM ties the head to the embedding; a checkpoint may have a head of its own
+        with patch.object(model, "tie_weights", lambda: None):
+            super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length)
         self.bos, self.chat_form = bos_ids(tokenizer), form_of(tokenizer)
         default = default_batch_tokens(self.device.type)
         self.token_budget = token_budget or default
