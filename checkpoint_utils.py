@@ -23,7 +23,7 @@ from lora_tradeoffs.checkpoints import (
     checkpoints_in,
     newest_whole_checkpoint,
 )
-from lora_tradeoffs.models.base import Base, prepare_base, same_base
+from lora_tradeoffs.models.base import Base, prepare_base
 from lora_tradeoffs.models.checkpoint_models import checkpoint_models, checkpoint_weights
 from lora_tradeoffs.records import read_run
 
@@ -95,7 +95,7 @@ def load_checkpoint_model(path: str | Path, model: str | None = None, device: st
     base, checkpoint = find_base(model), checkpoints_in(Path(path))[-1]
     run = checkpoint.folder.parent
     trained_on = read_run(run, "base")["base"] if (run / "run.json").is_file() else None
-    if trained_on and not same_base(trained_on, base.record):
+    if trained_on and trained_on["digest"] != base.digest:
         raise UserError(
             f"{checkpoint.folder} was trained on {trained_on['name']}, not on {base.name}: give"
             " that base as `model`"

@@ -104,7 +104,9 @@ def write_unit_tables(folder, subject, drift, templates={}):  # noqa: B006
     for template, path in zip(templates[key], table_files(folder, subject)):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.parent.name == "directions":
-            metadata = {"fields": json.dumps(common_fields(subject))}
+            fields = common_fields(subject)
+            update = "low rank" if fields["method"] == "lora" else "dense"
+            metadata = {"fields": json.dumps(fields), "content": path.stem, "update": update}
             save_file(load_file(template), path, metadata)
         else:
             os.link(template, path)

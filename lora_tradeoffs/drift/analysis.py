@@ -225,8 +225,6 @@ class DriftAnalysis(Analysis):
         from lora_tradeoffs.drift.subspaces import records_between
 
         join_layers(self.results.folder)
-        # where studies of record version 1 keep them
-        self.results.unit_file("between-runs").unlink(missing_ok=True)
         return records_between(self.results.folder, self.options.all_pairs)
 
     def meta(self) -> dict[str, Any]:

@@ -17,11 +17,10 @@ import numpy as np
 
 from config import RANKS
 from lora_tradeoffs.drift.matrix import PAIR
-from lora_tradeoffs.drift.svd import digest
 from lora_tradeoffs.files import DELETE
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.models.weights import Matrix, matrix_of, opened
-from lora_tradeoffs.records import BOTH, OVERALL, unit_name, updated
+from lora_tradeoffs.records import BOTH, OVERALL, unit_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,13 +37,10 @@ class Directions:
         self.path = path
         self.run, _, step = path.stem.rpartition("-")
         with opened(path, DELETE) as file:
-            metadata, names = file.metadata() or {}, sorted(file.keys())
-            # files of earlier versions name neither their content nor the kind of update
-            content = metadata.get("content") or digest([file.get_tensor(name) for name in names])
-        self.fields = updated(json.loads(metadata["fields"]))
-        self.step, self.identity = int(step), [int(step), content]
-        kind = "low rank" if self.fields["method"] == "lora" else "dense"
-        self.is_dense = metadata.get("update", kind) == "dense"
+            metadata, names = file.metadata(), list(file.keys())
+        self.fields = json.loads(metadata["fields"])
+        self.step, self.identity = int(step), [int(step), metadata["content"]]
+        self.is_dense = metadata["update"] == "dense"
         self.matrices = {matrix_of(name.rpartition(".")[0]) for name in names}
 
     def vectors(self, matrix: Matrix, side: str) -> Tensor:

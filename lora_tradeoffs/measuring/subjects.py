@@ -22,7 +22,7 @@ from lora_tradeoffs.checkpoints import (
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.hub import fetch_checkpoints, is_hub_id
 from lora_tradeoffs.models.adapters import own_head
-from lora_tradeoffs.models.base import Base, own_fields, same_base
+from lora_tradeoffs.models.base import Base, own_fields
 from lora_tradeoffs.models.configs import adapter_fields, refusing
 from lora_tradeoffs.models.weights import SIGNIFICANT_BITS, Weights
 from lora_tradeoffs.records import read_run, read_training, run_fields
@@ -245,7 +245,7 @@ def _trained(run: str, folder: Path, base: Base) -> tuple[dict[str, Any], dict[s
         return {**_foreign(folder), "variant": run}, {}
     record = read_run(record_file.parent, "base", "config", "steps")
     trained_on = record["base"]
-    if not same_base(trained_on, base.record):
+    if trained_on["digest"] != base.digest:
         raise UserError(
             f"{run} was trained on {trained_on['name']}, not on {base.name}: give that base"
             " with --model"

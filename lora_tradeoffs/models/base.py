@@ -59,20 +59,6 @@ class Base:
         return self.record["digest"]
 
 
-def same_base(record: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two records are of one base; where one of an older version lists the weights alone,
-    they decide.
-    """
-    files = record.get("files", {}), other.get("files", {})
-    if all("config.json" in names or not names for names in files):
-        return record["digest"] == other["digest"]
-    first, second = (
-        {name: file for name, file in names.items() if name.endswith(".safetensors")}
-        for names in files
-    )
-    return first == second
-
-
 def own_fields(folder: Path, base: Base) -> list[str]:
     """The fields of its config.json with which a full checkpoint computes otherwise than the base.
 

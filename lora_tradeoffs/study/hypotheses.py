@@ -33,14 +33,6 @@ FLIPS = "sign flips"
 TESTS = ("difference", "superiority", "non-inferiority", "equivalence", FLIPS)
 
 
-def renamed(hypothesis: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The hypothesis of an older file, whose outcome was called "matched forgetting"."""
-    outcome = hypothesis["outcome"]
-    if (what := outcome.removeprefix("matched ")) != outcome:
-        outcome = f"{what} at equal score"
-    return {**hypothesis, "outcome": outcome}
-
-
 def is_of_predictors(words: Sequence[str]) -> bool:
     """Whether a contrast is of two predictors of forgetting, not of arms."""
     return len(words) == 2 and {*words} <= {*PREDICTORS}

@@ -25,7 +25,7 @@ from dataset_descriptions import (
 )
 from lora_tradeoffs.files import written_whole
 from lora_tradeoffs.shapes import NUMBER, shape_problem
-from lora_tradeoffs.study.hypotheses import HYPOTHESIS, OUTCOMES, check_hypothesis, renamed
+from lora_tradeoffs.study.hypotheses import HYPOTHESIS, OUTCOMES, check_hypothesis
 from lora_tradeoffs.study.steps import ANALYSES
 from lora_tradeoffs.tables.predictors import PREDICTORS
 from lora_tradeoffs.training.arms import ArmSpec
@@ -96,7 +96,7 @@ class StudyPlan:
         values["task_files"] = own["own"]["tasks"] if own else {}
         values["seeds"] = list(dict.fromkeys(given.get("seeds", preset.seeds)))
         always = {"retention": {"scale_update": ()}} if preset.name != "demo" else {}
-        values["hypotheses"] = tuple(map(renamed, given.get("hypotheses", ())))
+        values["hypotheses"] = tuple(given.get("hypotheses", ()))
         values.setdefault("measure", {stage: always.get(stage, {}) for stage in ANALYSES})
         pairs = [f"{name}={value}" for name, value in given.get("set", {}).items()]
         values["set"] = parse_assignments(pairs, "set:")

@@ -28,8 +28,8 @@ from lora_tradeoffs.files import locked, read_json, write_json
 from lora_tradeoffs.shapes import NUMBER
 from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.run import Run, is_main
-from lora_tradeoffs.training.run_record import changed, newer_fields
-from training_configs import CONSTANT_ALPHA, TrainingConfig, rate_name
+from lora_tradeoffs.training.run_record import changed
+from training_configs import TrainingConfig, rate_name
 
 FACTORS = (0.5, 1.0, 2.0)
 # The search goes this factor beyond the first rates: with the default factors from 1/16 of the
@@ -263,10 +263,7 @@ def chosen_rate(run: Run) -> float:
             f" flags: {command}"
         )
     settings = _settings(config)
-    # a search of an earlier version had alpha = 2r with rsLoRA, too, and did not record it
-    alpha = CONSTANT_ALPHA if chosen.get("scaling") == "constant" else 2 * chosen["rank"]
-    old = newer_fields(chosen) | {"alpha": alpha, **chosen}
-    if changes := changed({name: old.get(name) for name in settings}, settings):
+    if changes := changed({name: chosen.get(name) for name in settings}, settings):
         raise UserError(
             f"the learning rate of {arm} was chosen with other settings: {'; '.join(changes)}."
             f" Sweep again: {command}"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from config import Settings
 from dataset_descriptions import own_definitions
-from lora_tradeoffs.models.base import same_base
 from training_configs import TrainingConfig
 
 if TYPE_CHECKING:
@@ -71,24 +70,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], li
 
 def different_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings, base and data in which two records of a run differ."""
-    # records of earlier versions have alpha among the values alone, and lack newer fields
-    alpha = {"alpha": old.get("config", {}).get("alpha")}
-    compared = newer_fields(old["compared"]) | alpha | old["compared"]
-    changes = changed(compared, new["compared"])
-    if not same_base(old["base"], new["base"]):
+    changes = changed(old["compared"], new["compared"])
+    if old["base"]["digest"] != new["base"]["digest"]:
         changes.append(f"base model {old['base']['name']} -> {new['base']['name']}, other files")
     return changes + changed(
         {f"data of {task}": report["fingerprint"] for task, report in old["data"].items()},
         {f"data of {task}": report["fingerprint"] for task, report in new["data"].items()},
     )
-
-
-def newer_fields(compared: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that a record of an earlier version lacks: it ran as their defaults say."""
-    names = ["mixing_weights", "loraplus_ratio", "optim", "optim_args", "optim_target_modules"]
-    names += ["apply_chat_template", "system_instruction"]
-    defaults = {name: TrainingConfig.__dataclass_fields__[name].default for name in names}
-    return {name: value for name, value in defaults.items() if name not in compared}
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

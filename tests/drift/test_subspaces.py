@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from synthetic_spectra import orthonormal
 
 from lora_tradeoffs.drift.subspaces import records_between
+from lora_tradeoffs.drift.svd import digest
 
 # Rank, modules and family: dense runs (0) of many directions, one from elsewhere of no family.
 RUNS = {
@@ -41,8 +42,14 @@ def write_directions(folder, run, step=20, seed=0, base="made-up", widths=(24, 4
     fields["base_model"] = base
     (folder / "directions").mkdir(exist_ok=True)
     path = folder / "directions" / f"{run}-{step}.safetensors"
-    save_file(vectors, path, {"fields": json.dumps({**fields, "tasks": family, "variant": ""})})
+    save_directions(path, vectors, {**fields, "tasks": family, "variant": ""})
     return vectors
+
+
+def save_directions(path, vectors, fields):
+    update = "dense" if fields["method"] == "full" else "low rank"
+    metadata = {"fields": json.dumps(fields), "update": update}
+    save_file(vectors, path, metadata | {"content": digest(list(vectors.values()))})
 
 
 def expected_between(vectors):
@@ -138,5 +145,5 @@ def test_runs_without_a_direction_have_no_pairs(tmp_path):
     write_directions(tmp_path, "a_r4")
     fields = {"run": "z", "step": 20, "family": "similar", "method": "lora", "variant": ""}
     path = tmp_path / "directions" / "z-20.safetensors"
-    save_file({}, path, {"fields": json.dumps(fields)})
+    save_directions(path, {}, fields)
     assert found_between(tmp_path) == {}
