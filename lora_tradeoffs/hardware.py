@@ -9,9 +9,12 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config import ROOT
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "numpy")
 
@@ -39,6 +42,13 @@ def pick_precision(requested: str, device: str) -> str:
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     fast = device == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
     return "bf16" if fast else "fp32"
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """fp64, or fp32 on Apple's GPUs, which have no fp64."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def describe_environment(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,15 @@ def read_run(folder: Path, *needed: str) -> dict[str, Any]:
         problem = f"its family {family!r:.40} has no tasks"
         raise UserError(f"{folder / 'run.json'} is damaged: {problem}; {remedy}")
     return record
+
+
+def run_configs(runs_dir: Path) -> dict[str, dict[str, Any]]:
+    """The configurations of a study's runs by name; what measures a damaged run names it."""
+    configs = {}
+    for path in sorted(runs_dir.glob("*/run.json")):
+        with suppress(UserError):
+            configs[path.parent.name] = read_run(path.parent, "config")["config"]
+    return configs
 
 
 def read_training(folder: Path, *needed: str) -> dict[str, Any]:

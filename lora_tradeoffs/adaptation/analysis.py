@@ -110,7 +110,6 @@ class Adaptation(Analysis):
                     yield from (dataclasses.replace(unit, split=name) for name in further)
 
     def request(self, unit: TaskUnit) -> dict[str, Any]:
-        """What makes two measurements the same, beside the weights."""
         description = describe(unit.task)
         extra = list(map(list, description.extra_metrics))
         written = description.definition or {}

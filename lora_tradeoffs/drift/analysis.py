@@ -88,7 +88,6 @@ class DriftAnalysis(Analysis):
         return [DriftUnit(subject) for subject in subjects if subject.checkpoint]
 
     def request(self, unit: DriftUnit) -> dict[str, Any]:
-        """What makes two measurements the same, beside the weights."""
         return {
             "top_k": self.ks,
             "epsilon": self.epsilons,

@@ -16,6 +16,7 @@ from lora_tradeoffs.figures.panels import (
     require,
 )
 from lora_tradeoffs.figures.style import GREY, style_of
+from lora_tradeoffs.statistics.comparisons import NORMAL
 from lora_tradeoffs.statistics.seed_intervals import BOTH, ITEMS, NOTHING, SEEDS
 from lora_tradeoffs.tables.frames import in_order, is_trained, unfinished
 from lora_tradeoffs.tables.learning_rates import (
@@ -26,7 +27,6 @@ from lora_tradeoffs.tables.learning_rates import (
     swept_arms,
 )
 from lora_tradeoffs.tables.predictors import OUTCOMES, PREDICTORS
-from lora_tradeoffs.tables.retention import NORMAL
 from training_configs import rate_name
 
 if TYPE_CHECKING:

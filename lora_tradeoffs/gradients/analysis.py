@@ -73,7 +73,6 @@ class GradientAnalysis(Analysis):
         return units
 
     def request(self, unit: GradientUnit) -> dict[str, Any]:
-        """What makes two measurements the same, beside the weights."""
         return {
             "data": {t: self.task(unit.subject, t).fingerprint for t in unit.tasks},
             "batches": self.options.batches,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import TARGET_MODULES, UserError
+from lora_tradeoffs.hardware import widest_float
 from lora_tradeoffs.records import BOTH, MEAN, OVERALL
 from lora_tradeoffs.statistics.comparisons import LEVEL
 
@@ -217,18 +218,12 @@ def _requiring_gradients(model: Any, parameters: Mapping[str, Any]) -> Iterator[
 def _zeros(model: Any, *shape: int) -> torch.Tensor:
     import torch
 
-    return torch.zeros(shape, dtype=_sum_dtype(model.device), device=model.device)
+    return torch.zeros(shape, dtype=widest_float(model.device), device=model.device)
 
 
 def _vector(gradient: torch.Tensor) -> torch.Tensor:
     """The gradient, flat, for inner products: in fp64, since small squares underflow in fp32."""
-    return gradient.flatten().to(_sum_dtype(gradient.device))
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    import torch
-
-    return torch.float32 if device.type == "mps" else torch.float64  # mps has no fp64
+    return gradient.flatten().to(widest_float(gradient.device))
 
 
 # ---------------------------------------------------------------------------------- statistics

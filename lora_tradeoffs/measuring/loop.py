@@ -27,8 +27,9 @@ from lora_tradeoffs.chat import form_of
 from lora_tradeoffs.files import read_records, written_whole
 from lora_tradeoffs.measuring.reported import report_scores
 from lora_tradeoffs.measuring.results import Results, of_other_weights
-from lora_tradeoffs.measuring.subjects import Subject, own_settings, study_families, weights_of
+from lora_tradeoffs.measuring.subjects import Subject, own_settings, weights_of
 from lora_tradeoffs.models.base import Base, load_tokenizer
+from lora_tradeoffs.records import run_configs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -238,8 +239,9 @@ def run(
         print(f"warning: {message}", file=sys.stderr)
     errors = measure_all(analysis, to_run, models) if to_run else []
     with results.joining():
-        used = study_families(analysis.settings), {getattr(unit, "task", "") for unit in units}
-        meta = analysis.meta() | own_definitions(*used)
+        families = [c["family"] for c in run_configs(analysis.settings.runs_dir).values()]
+        tasks = {getattr(unit, "task", "") for unit in units}
+        meta = analysis.meta() | own_definitions(families, tasks)
         path = results.join(analysis.name, meta, analysis.derived_records())
     report_scores(analysis.settings, analysis.name, path)
     print(analysis.table(read_records(path)))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from config import INTRUDER_EPSILON, INTRUDER_K, Settings, UserError
 from lora_tradeoffs.command_line import reason_of
 from lora_tradeoffs.files import json_digest, locked, read_json, read_records, write_json
-from lora_tradeoffs.records import OVERALL, Record, read_run
+from lora_tradeoffs.records import OVERALL, Record, run_configs
 
 
 def curve_name(analysis: str, r: Record) -> str:
@@ -41,12 +40,9 @@ def report_scores(settings: Settings, analysis: str, document: Path) -> None:
     `logs/<study>/<run>/sent_<analysis>.json` has the digests, by step, of what was sent. A tracker
     that fails is a warning: the next start of the analysis tries again.
     """
-    trackers = {}
-    for path in settings.runs_dir.glob("*/run.json"):
-        with suppress(UserError):  # a damaged one is named by what measures the run
-            config = read_run(path.parent, "config")["config"]
-            if config.get("report_to", "none") != "none":
-                trackers[path.parent.name] = config["report_to"]
+    configs = run_configs(settings.runs_dir)
+    trackers = {run: config.get("report_to", "none") for run, config in configs.items()}
+    trackers = {run: report_to for run, report_to in trackers.items() if report_to != "none"}
     of_runs: dict[str, dict[int, dict[str, float]]] = {}
     for record in read_records(document) if trackers else ():
         if record["run"] in trackers and (name := curve_name(analysis, record)):

@@ -25,7 +25,7 @@ from lora_tradeoffs.models.adapters import own_head
 from lora_tradeoffs.models.base import Base, own_fields
 from lora_tradeoffs.models.configs import adapter_fields, refusing
 from lora_tradeoffs.models.weights import SIGNIFICANT_BITS, Weights
-from lora_tradeoffs.records import read_run, read_training, run_fields
+from lora_tradeoffs.records import read_run, read_training, run_configs, run_fields
 
 # The fields of a task file that make the text on which a run was trained.
 LEARNED = ("doc_to_text", "doc_to_target", "doc_to_choice", "target_delimiter", "truncate")
@@ -217,22 +217,11 @@ def trained_lengths(settings: Settings) -> dict[str, int]:
     preset's, and the analyses warn of it.
     """
     lengths: dict[str, set[int]] = {}
-    for path in settings.runs_dir.glob("*/run.json"):
-        with suppress(UserError):  # `_trained` tells
-            config = read_run(path.parent, "config")["config"]
-            for task in config["tasks"]:
-                lengths.setdefault(task, set()).add(config.get("max_length"))
+    for config in run_configs(settings.runs_dir).values():
+        for task in config["tasks"]:
+            lengths.setdefault(task, set()).add(config.get("max_length"))
     known = {task: found for task, found in lengths.items() if None not in found}
     return {task: found.pop() for task, found in known.items() if len(found) == 1}
-
-
-def study_families(settings: Settings) -> list[str]:
-    """The families of the study's runs."""
-    families: dict[str, None] = {}
-    for path in sorted(settings.runs_dir.glob("*/run.json")):
-        with suppress(UserError):
-            families[read_run(path.parent, "config")["config"]["family"]] = None
-    return list(families)
 
 
 def _trained(run: str, folder: Path, base: Base) -> tuple[dict[str, Any], dict[str, Any]]:

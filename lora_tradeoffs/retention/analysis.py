@@ -64,7 +64,6 @@ class Retention(Analysis):
     # ------------------------------------------------------------------------------ units
 
     def units(self, subjects: Sequence[Subject]) -> list[RetentionUnit]:
-        """Every measurement that the options ask for, the base's first."""
         options, units = self.options, []
         tasks = self._expanded_tasks()
         last = [s for s in subjects if s.checkpoint is not None and s.is_last]
@@ -153,7 +152,6 @@ class Retention(Analysis):
         return self._texts
 
     def request(self, unit: RetentionUnit) -> dict[str, Any]:
-        """What makes two measurements the same, beside the weights."""
         request: dict[str, Any] = {"precision": self.precision, "limit": unit.limit}
         if unit.kind == "benchmark":
             identities = self._recorded_identities(unit)

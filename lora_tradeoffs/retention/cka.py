@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_tradeoffs.hardware import widest_float
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,7 +34,7 @@ def centred_gram(features: torch.Tensor) -> torch.Tensor:
     import torch
 
     count = features.shape[-2]
-    features = features.to(widest(features), copy=True)
+    features = features.to(widest_float(features.device), copy=True)
     features -= features.mean(-2, keepdim=True)
     gram = features @ features.mT
     gram.diagonal(dim1=-2, dim2=-1).zero_()
@@ -51,17 +53,10 @@ def hsic_terms(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     import torch
 
     count = (1 + (1 + 8 * first.shape[-1]) ** 0.5) / 2
-    first, second = first.to(widest(first)), second.to(widest(second))
+    first, second = (gram.to(widest_float(gram.device)) for gram in (first, second))
     # the same sum three times, so that equal representations have a CKA of exactly 1
     products = [(a * b).sum(-1) for a, b in ((first, second), (first, first), (second, second))]
     return torch.stack(products, dim=-1) * (2 / (count - 3))
-
-
-def widest(tensor: torch.Tensor) -> torch.dtype:
-    """fp64, or fp32 on Apple's GPUs, which have no fp64."""
-    import torch
-
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def cka(terms: np.ndarray) -> np.ndarray:

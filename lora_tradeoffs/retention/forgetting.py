@@ -32,6 +32,7 @@ from lora_tradeoffs.records import (
 )
 from lora_tradeoffs.retention.scores import Record, at_chance
 from lora_tradeoffs.statistics.comparisons import (
+    NORMAL,
     Comparison,
     compare_checkpoints,
     detectable_over_items,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from lora_tradeoffs.measuring.results import Results
 
 KEY = ["run", "step", *AS_MEASURED]  # a model: a checkpoint, or a variant of it
-Z = 1.959964  # of a normal 95 % interval
 SHRINK_PAIRS = ((INTRUDERS, CONTROL), (INTRUDERS, CHECKPOINT), (CONTROL, CHECKPOINT))
 
 
@@ -203,8 +203,8 @@ def mean_record(records: Iterable[Record], metric: str, task: str = MEAN) -> Rec
         "metric": metric,
         "value": value,
         "stderr": stderr,
-        "low": value - Z * stderr,
-        "high": value + Z * stderr,
+        "low": value - NORMAL * stderr,
+        "high": value + NORMAL * stderr,
         "n": sum(r["n"] for r in records),
         "over": ",".join(r["task"] for r in records),
     }

@@ -19,7 +19,8 @@ import numpy as np
 
 from config import DATA_SEED
 from lora_tradeoffs.data.encoding import bos_ids, text_ids
-from lora_tradeoffs.retention.cka import centred_gram, cka, dealt, hsic_terms, widest
+from lora_tradeoffs.hardware import widest_float
+from lora_tradeoffs.retention.cka import centred_gram, cka, dealt, hsic_terms
 from lora_tradeoffs.scoring.log_likelihoods import capped
 from lora_tradeoffs.scoring.rows import batches
 
@@ -289,7 +290,7 @@ def _divergences(
     heads = (head, output.weight if plain else output)
     shape = (min(CHUNK, len(base_states)), len(head))
     logits = torch.empty(shape, dtype=head.dtype, device=head.device)
-    wide, *log_probs = (torch.empty_like(logits, dtype=widest(head)) for _ in range(3))
+    wide, *log_probs = (torch.empty_like(logits, dtype=widest_float(head.device)) for _ in range(3))
     kl, same = [np.zeros(0)], [np.zeros(0, dtype=bool)]
     with torch.autocast(head.device.type, enabled=False):
         for chunk in zip(base_states.split(CHUNK), tuned_states.split(CHUNK), strict=True):

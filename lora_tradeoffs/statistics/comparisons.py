@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_tradeoffs.statistics.scores import Scores
 
 LEVEL, POWER = 0.95, 0.8
+NORMAL = 1.959964  # half of a normal interval at LEVEL, in standard errors
 MIN_SEEDS = 3
 MIN_GROUPS = 30
 RESAMPLES = 2_000

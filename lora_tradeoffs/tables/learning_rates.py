@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from config import FAMILIES
 from lora_tradeoffs.tables.arms import FULL, Arm, arm_of
 from lora_tradeoffs.tables.frames import in_order, is_trained, last_checkpoints, update_sizes
-from lora_tradeoffs.tables.retention import NORMAL, family_means, mean_forgetting
+from lora_tradeoffs.tables.retention import family_means, mean_forgetting
 from training_configs import SCALINGS, tasks_and_variant
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _mean(values: Series, errors: Series) -> tuple[float, float, float]:
 
     Over seeds and items from three seeds on, else over items.
     """
-    from lora_tradeoffs.statistics.comparisons import MIN_SEEDS
+    from lora_tradeoffs.statistics.comparisons import MIN_SEEDS, NORMAL
     from lora_tradeoffs.statistics.seed_intervals import estimate_over_seeds
 
     known = values.dropna()

@@ -12,6 +12,7 @@ from config import BENCHMARKS, FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.records import HELD_OUT as TEXT
 from lora_tradeoffs.records import INTRUDERS, MATCHED, MEAN, PRIMARY, metric_scale, primary
+from lora_tradeoffs.statistics.comparisons import NORMAL
 from lora_tradeoffs.tables.arms import FULL
 from lora_tradeoffs.tables.frames import (
     gaps,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 NO_FAMILY = "all runs"
 POINT = ["run", "family", "step", "update_scale"]
 ESTIMATE = ["value", "stderr", "low", "high"]
-NORMAL = 1.959964  # half the width of a 95 % interval, in standard errors
 
 
 def as_trained(frame: DataFrame) -> DataFrame:

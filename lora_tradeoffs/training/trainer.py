@@ -32,6 +32,7 @@ from lora_tradeoffs.checkpoints import (
 )
 from lora_tradeoffs.data.collator import IGNORED, CompletionCollator
 from lora_tradeoffs.files import read_json
+from lora_tradeoffs.hardware import widest_float
 from lora_tradeoffs.scoring.log_likelihoods import (
     best_continuations,
     completion_losses,
@@ -142,8 +143,8 @@ class MultiTaskTrainer(Trainer):
                 first = torch.searchsorted(row, torch.arange(len(items), device=row.device))
                 predicted = self._predictions(items, logits[first], self.label_ids[task])
                 sums[1] += sum(p == r["label"] for p, r in zip(predicted, items))
-        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
-        return tuple(self.accelerator.reduce(sums.to(self.args.device, dtype), "sum").tolist())
+        sums = sums.to(self.args.device, widest_float(self.args.device))
+        return tuple(self.accelerator.reduce(sums, "sum").tolist())
 
     def _predictions(
         self, items: list[dict[str, Any]], logits: torch.Tensor, choices: list[list[int]]
