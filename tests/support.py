@@ -8,6 +8,8 @@ import signal
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from config import PRESETS, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +43,19 @@ def write_benchmark(folder, task, split, rows):
     path = folder / task / f"{split}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def change_json(path, **fields):
+    """Set fields of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@contextmanager
+def edited_tensors(path):
+    """The tensors of a safetensors file by name; what the block makes of them is saved."""
+    tensors = load_file(path)
+    yield tensors
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def assert_one_line_error(process, *parts):

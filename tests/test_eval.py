@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support import ROOT, assert_one_line_error, settings_for
+from support import ROOT, assert_one_line_error, edited_tensors, settings_for
 
 from config import DATA_SEED
 from eval import main
@@ -209,15 +208,13 @@ def test_other_weights_under_the_same_name_are_measured_again(folder, model, tmp
 
     assert there(*model[:2]) == "2 measurements: 0"
     assert there(*model[:2]) == "2 measurements: 2"
-    weights = load_file(foreign / "adapter_model.safetensors")
-    scaled = {name: 3 * weight for name, weight in weights.items()}
-    save_file(scaled, foreign / "adapter_model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(foreign / "adapter_model.safetensors") as weights:
+        weights |= {name: 3 * weight for name, weight in weights.items()}
     assert there(*model[:2]) == "2 measurements: 1"
     other = tmp_path / "other"
     shutil.copytree(model[1], other)
-    weights = load_file(other / "model.safetensors")
-    weights["model.norm.weight"] += 1
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(other / "model.safetensors") as weights:
+        weights["model.norm.weight"] += 1
     assert there("--model", str(other)) == "2 measurements: 0"
 
 
@@ -329,9 +326,8 @@ def test_bad_input_is_one_line(folder, model, inside, tmp_path):
     assert_one_line_error(run("--tasks", "sst3"), "unknown task 'sst3'")
     other = tmp_path / "other"
     shutil.copytree(model[1], other)
-    weights = load_file(other / "model.safetensors")
-    weights["model.norm.weight"] += 1
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(other / "model.safetensors") as weights:
+        weights["model.norm.weight"] += 1
     process = inside(main, "--model", other, "--study", STUDY)
     assert_one_line_error(process, "was trained on tiny-", "--model")
 
@@ -339,9 +335,8 @@ def test_bad_input_is_one_line(folder, model, inside, tmp_path):
 def test_a_base_that_gives_nan_is_told(folder, model, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(model[1], broken)
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][0] = float("nan")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(broken / "model.safetensors") as weights:
+        weights["model.norm.weight"][0] = float("nan")
     checkpoint = settings_for(study=STUDY).runs_dir / RUN / "checkpoint-6"
     foreign = tmp_path / "adapter"
     shutil.copytree(checkpoint, foreign)

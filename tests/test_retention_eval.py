@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support import ROOT, assert_one_line_error, settings_for
+from support import ROOT, assert_one_line_error, edited_tensors, settings_for
 
 from lora_tradeoffs.checkpoints import write_manifest
 from lora_tradeoffs.files import read_json
@@ -121,11 +120,9 @@ def shrunk(folder, model):
     for run in (RUN, FULL):
         shutil.copytree(settings_for(study=STUDY).runs_dir / run, other.runs_dir / run)
     last = other.runs_dir / RUN / "checkpoint-6"
-    weights = load_file(last / "adapter_model.safetensors")
     torch.manual_seed(0)
-    for name in weights:
-        weights[name] = torch.randn_like(weights[name]) / 8
-    save_file(weights, last / "adapter_model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(last / "adapter_model.safetensors") as weights:
+        weights |= {name: torch.randn_like(weights[name]) / 8 for name in weights}
     write_manifest(last, step=6)
     few = [*FEW, "--tasks", "hellaswag", "--documents", "4", "--checkpoints", "last"]
     argv = [*model[:2], "--study", "shrunk", *few, "--scale-update", "0.5"]
@@ -197,9 +194,8 @@ def test_an_adapter_of_zeros_forgets_exactly_nothing(folder, model, tmp_path):
     run = tmp_path / "zeros"
     shutil.copytree(settings_for(study=STUDY).runs_dir / RUN / "checkpoint-6", run)
     (run / "manifest.json").unlink()
-    weights = load_file(run / "adapter_model.safetensors")
-    weights = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in weights.items()}
-    save_file(weights, run / "adapter_model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(run / "adapter_model.safetensors") as weights:
+        weights |= {k: torch.zeros_like(v) for k, v in weights.items() if "lora_B" in k}
     argv = [*model[:2], "--study", "zeros", "--runs", str(run), *FEW]
     assert main(argv) == 0
     records = records_in(settings_for().output_dir / "outputs" / "zeros").query("run == 'zeros'")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from reference import random_similarity
 from safetensors.torch import load_file, save_file
-from support import assert_one_line_error, settings_for
+from support import assert_one_line_error, change_json, edited_tensors, settings_for
 
 from lora_tradeoffs.checkpoints import weights_key
 from lora_tradeoffs.measuring.results import Results
@@ -246,9 +246,8 @@ def test_a_planted_intruder_is_found_in_its_layer(base, model, tmp_path):
     U0 = torch.linalg.svd(load_base(base).get_parameter(f"{name}.weight").detach().double()).U
     make_adapter(base, tmp_path / "lora", strength=0)
     key = f"base_model.model.{name}.lora_{{}}.weight".format
-    tensors = load_file(tmp_path / "lora" / ADAPTER)
-    tensors[key("B")][:, 0] = 100 * U0.sum(1).float()  # equally far from all of the base's
-    save_file(tensors, tmp_path / "lora" / ADAPTER, metadata={"format": "pt"})
+    with edited_tensors(tmp_path / "lora" / ADAPTER) as tensors:
+        tensors[key("B")][:, 0] = 100 * U0.sum(1).float()  # equally far from all of the base's
     records, layers = analyse(model, "planted", "--runs", tmp_path / "lora")
     counts = layers[(layers.metric == "intruders") & (layers.eps == 0.5) & (layers.k == 10)]
     assert {(r.layer, r.module): r.value for r in counts.itertuples() if r.value} == {
@@ -426,17 +425,16 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, model, tmp_p
         make_adapter(base, tmp_path / name, seed=1)
     cut = tmp_path / "cut" / ADAPTER
     cut.write_bytes(cut.read_bytes()[:-9])
-    tensors = load_file(tmp_path / "nan" / ADAPTER)
-    tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"][2, 1] = float("nan")
-    save_file(tensors, tmp_path / "nan" / ADAPTER)
+    with edited_tensors(tmp_path / "nan" / ADAPTER) as tensors:
+        name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+        tensors[name][2, 1] = float("nan")
     config = tmp_path / "later" / "adapter_config.json"
     config.write_text(config.read_text().replace("{", '{"of_tomorrow": 1,', 1))
     make_adapter(base, tmp_path / "dora", use_dora=True)
     make_full(base, tmp_path / "infinite")
     path = tmp_path / "infinite" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.norm.weight"][0] = float("inf")
-    save_file(tensors, path, metadata={"format": "pt"})
+    with edited_tensors(path) as tensors:
+        tensors["model.norm.weight"][0] = float("inf")
     names = ("cut", "nan", "later", "infinite", "good", "dora")
     runs = [str(tmp_path / name) for name in names]
     assert main([*model, "--study", "broken", "--runs", *runs]) == 1
@@ -475,23 +473,19 @@ def test_a_base_that_is_not_finite_is_named(base, tiny, tmp_path, capsys):
     make_adapter(base, tmp_path / "lora")
     broken = tmp_path / "base"
     shutil.copytree(tiny, broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(broken / "model.safetensors") as tensors:
+        tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
     argv = ["--model", str(broken), "--study", "nan-base", "--runs", str(tmp_path / "lora")]
     assert main(argv) == 1
     assert "layer 0 q_proj: in the base, the matrix holds values" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_base_or_kind_is_told(base, model, tmp_path, capsys):
-    def change_config(name, **fields):
-        path = tmp_path / name / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
     for name in ("own", "foreign", "other"):
         make_adapter(base, tmp_path / name)
-    change_config("foreign", base_model_name_or_path="someone/another-model")
-    change_config("other", peft_type="PREFIX_TUNING", r=None, lora_alpha=None)
+    foreign, other = (tmp_path / name / "adapter_config.json" for name in ("foreign", "other"))
+    change_json(foreign, base_model_name_or_path="someone/another-model")
+    change_json(other, peft_type="PREFIX_TUNING", r=None, lora_alpha=None)
     runs = [str(tmp_path / name) for name in ("own", "foreign", "other")]
     assert main([*model, "--study", "kinds", "--runs", *runs]) == 1
     lines = capsys.readouterr().err.splitlines()

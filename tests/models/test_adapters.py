@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_llama
-from safetensors.torch import load_file, save_file
-from support import settings_for
+from safetensors.torch import load_file
+from support import change_json, edited_tensors, settings_for
 from tokenizers.normalizers import Lowercase
 
 from config import UserError
@@ -157,8 +157,7 @@ def test_other_adapters_that_do_not_fit_are_refused_by_name(
     base, weights, tmp_path, kind, fields, named
 ):
     make(base, tmp_path, kind, **({"use_dora": True} if kind == "LORA" else TYPES["OFT"]))
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    change_json(tmp_path / "adapter_config.json", **fields)
     with pytest.raises(UserError, match=named) as error:
         read_checkpoint(tmp_path, weights)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
@@ -295,9 +294,8 @@ def test_a_checkpoint_with_a_tokenizer_or_a_precision_of_its_own_is_told(base, t
 def test_a_merged_adapter_that_lacks_a_tensor_is_refused(base, weights, tmp_path):
     make(base, tmp_path, use_dora=True)
     path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    del tensors[next(name for name in tensors if "magnitude" in name)]
-    save_file(tensors, path)
+    with edited_tensors(path) as tensors:
+        del tensors[next(name for name in tensors if "magnitude" in name)]
     with pytest.raises(UserError, match=r"1 are missing, such as .*magnitude"):
         read_checkpoint(tmp_path, weights)
 

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support import settings_for
+from safetensors.torch import load_file
+from support import edited_tensors, settings_for
 
 from config import UserError
 from lora_tradeoffs.models import base as base_models
@@ -37,9 +37,8 @@ def test_a_folder_is_named_after_its_contents(tiny, tmp_path):
     moved = tmp_path / "tiny"
     shutil.copytree(tiny, moved)
     assert prepare_base(settings_for(model=str(moved))).digest == first.digest
-    weights = load_file(moved / "model.safetensors")
-    weights["model.norm.weight"] += 1
-    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(moved / "model.safetensors") as weights:
+        weights["model.norm.weight"] += 1
     other = prepare_base(settings_for(model=str(moved)))
     assert other.digest != first.digest and other.name != first.name
     assert load_tokenizer(other)("a b").input_ids == load_tokenizer(first)("a b").input_ids
@@ -120,9 +119,8 @@ def test_a_truncated_safetensors_file_is_named(tiny, tmp_path):
 
 def test_weights_that_are_missing_are_not_made_up(tiny, tmp_path):
     folder, settings = broken_copy(tiny, tmp_path)
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(folder / "model.safetensors") as weights:
+        del weights["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(UserError, match=r"does not fit its config\.json.*up_proj"):
         load_base(prepare_base(settings))
 

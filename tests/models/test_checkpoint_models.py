@@ -1,6 +1,5 @@
 """Many checkpoints over one base: each is itself, and what is broken is named."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT, settings_for
+from support import ROOT, change_json, edited_tensors, settings_for
 
 from config import UserError
 from lora_tradeoffs.checkpoints import Checkpoint, checkpoints_in, write_manifest
@@ -49,9 +48,8 @@ def make_full(base, folder, seed=0, untied=False):
     model.save_pretrained(folder)
     if untied:  # some tools write the tied lm_head, too
         path = folder / "model.safetensors"
-        weights = load_file(path)
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-        save_file(weights, path, metadata={"format": "pt"})
+        with edited_tensors(path) as weights:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     return logits_of(model)
 
 
@@ -128,13 +126,11 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, tmp_path):
     path = tmp_path / "truncated" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     (tmp_path / "pickled" / "adapter_model.safetensors").rename(tmp_path / "pickled" / "a.bin")
-    config = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
-    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**config, "r": 9}))
+    change_json(tmp_path / "other" / "adapter_config.json", r=9)
     (tmp_path / "bare" / "adapter_config.json").write_text("{")
     shutil.copytree(tmp_path / "full", tmp_path / "short")
-    weights = load_file(tmp_path / "full" / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, tmp_path / "short" / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(tmp_path / "short" / "model.safetensors") as weights:
+        del weights["model.layers.1.mlp.up_proj.weight"]
 
     for name, field in (
         ("unknown", {"of_tomorrow": 1}),
@@ -142,7 +138,7 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, tmp_path):
         ("rank", {"rank_pattern": {"v_proj": 0}}),
     ):
         shutil.copytree(tmp_path / "whole", tmp_path / name)
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps({**config, **field}))
+        change_json(tmp_path / name / "adapter_config.json", **field)
 
     names = ["lacks", "other", "unknown", "whole", "extra", "rank", "truncated", "pickled", "bare"]
     names += ["start", "short", "full"]

@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support import ends_or_refuses, settings_for
+from support import change_json, ends_or_refuses, settings_for
 
 from config import UserError
 from lora_tradeoffs.checkpoints import Checkpoint
@@ -144,8 +144,7 @@ def test_a_changed_adapter_is_read_or_refused_and_the_next_is_itself(folders, da
 def edited(folders, tmp_path, source, name, **fields):
     """A copy of one of the folders in which fields of one file have other values."""
     shutil.copytree(folders[1] / source, tmp_path / source)
-    path = tmp_path / source / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    change_json(tmp_path / source / name, **fields)
     return tmp_path / source
 
 
@@ -207,7 +206,7 @@ def test_what_a_base_computes_is_its_identity(folders, tmp_path):
     ):
         path = folder / name
         whole = path.read_text()
-        path.write_text(json.dumps({**json.loads(whole), **fields}))
+        change_json(path, **fields)
         other = use(folder)
         assert other.digest != first.digest and other.name != first.name
         eos_token = load_tokenizer(other).eos_token

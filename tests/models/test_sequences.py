@@ -3,14 +3,12 @@
 The references are plain PEFT and plain Transformers on a fresh model for each.
 """
 
-import json
 import random
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support import settings_for
+from support import change_json, edited_tensors, settings_for
 
 from config import UserError
 from lora_tradeoffs.checkpoints import Checkpoint
@@ -20,6 +18,7 @@ from lora_tradeoffs.models.checkpoint_models import checkpoint_models, scaled_up
 from lora_tradeoffs.models.weights import Weights
 from lora_tradeoffs.retention.benchmarks import text_log_likelihoods
 
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PROMPT = torch.tensor([[5, 17, 400, 23, 77]])
 ADAPTERS = {
     "plain": {},
@@ -61,17 +60,6 @@ REFUSED = {  # by what the error has to name
 }
 
 
-def change_config(folder, name="adapter_config.json", **fields):
-    path = folder / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def change_tensors(folder, change, name="adapter_model.safetensors"):
-    tensors = load_file(folder / name)
-    change(tensors)
-    save_file(tensors, folder / name, metadata={"format": "pt"})
-
-
 def logits_of(model):
     with torch.no_grad():
         return model.eval()(PROMPT).logits
@@ -100,14 +88,11 @@ def zoo(tiny, tmp_path_factory):
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("zoo")
     shutil.copytree(tiny, root / "base")
-    change_config(root / "base", "config.json", attention_bias=True)
-
-    def add_biases(tensors):
+    change_json(root / "base" / "config.json", attention_bias=True)
+    with edited_tensors(root / "base" / "model.safetensors") as tensors:
         for name in [n for n in tensors if "self_attn" in n]:
             bias = torch.randn(len(tensors[name])) / 10
             tensors[name.replace(".weight", ".bias")] = bias
-
-    change_tensors(root / "base", add_biases, "model.safetensors")
     expected = {}
     for name, options in ADAPTERS.items():
         options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **options}
@@ -117,15 +102,11 @@ def zoo(tiny, tmp_path_factory):
         expected[name] = logits_of(PeftModel.from_pretrained(fresh(root / "base"), root / name))
     for name, fields in FULL.items():
         moved(fresh(root / "base")).save_pretrained(root / name)
-        change_config(root / name, "config.json", **fields)
+        change_json(root / name / "config.json", **fields)
         if name in ("untied", "other_head"):
-
-            def add_head(tensors):
-                tensors["lm_head.weight"] = torch.randn(
-                    len(tensors["model.embed_tokens.weight"]), 32
-                )
-
-            change_tensors(root / name, add_head, "model.safetensors")
+            with edited_tensors(root / name / "model.safetensors") as tensors:
+                rows = len(tensors["model.embed_tokens.weight"])
+                tensors["lm_head.weight"] = torch.randn(rows, 32)
         expected[name] = logits_of(fresh(root / name))
     break_copies(root)
     return prepare_base(settings_for(model=str(root / "base"))), root, expected | REFUSED
@@ -135,28 +116,23 @@ def break_copies(root):
     """The folders of REFUSED."""
     for name in ("pissa", "lora_ga", "replicated", "lacks", "rank"):
         shutil.copytree(root / "plain", root / name)
-    change_config(root / "pissa", init_lora_weights="pissa")
-    change_config(root / "lora_ga", init_lora_weights="lora_ga")
-    change_config(root / "replicated", layer_replication=[[0, 2], [0, 2]])
-    change_tensors(root / "lacks", lambda tensors: tensors.pop(min(tensors)))
-    change_config(root / "rank", r=5)
+    change_json(root / "pissa" / CONFIG, init_lora_weights="pissa")
+    change_json(root / "lora_ga" / CONFIG, init_lora_weights="lora_ga")
+    change_json(root / "replicated" / CONFIG, layer_replication=[[0, 2], [0, 2]])
+    with edited_tensors(root / "lacks" / ADAPTER) as tensors:
+        del tensors[min(tensors)]
+    change_json(root / "rank" / CONFIG, r=5)
     shutil.copytree(root / "embedding", root / "other_embedding")
-
-    def other(tensors):
+    with edited_tensors(root / "other_embedding" / ADAPTER) as tensors:
         (name,) = (n for n in tensors if "base_layer" in n)
         tensors[name] += 1
-
-    change_tensors(root / "other_embedding", other)
     shutil.copytree(root / "full", root / "both")
     shutil.copy(root / "plain" / "adapter_config.json", root / "both")
     for name in ("unknown_activation", "shape"):
         shutil.copytree(root / "full", root / name)
-    change_config(root / "unknown_activation", "config.json", hidden_act="nothing")
-    change_tensors(
-        root / "shape",
-        lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}),
-        "model.safetensors",
-    )
+    change_json(root / "unknown_activation" / "config.json", hidden_act="nothing")
+    with edited_tensors(root / "shape" / "model.safetensors") as tensors:
+        tensors["model.norm.weight"] = torch.ones(31)
 
 
 def check(zoo, names):

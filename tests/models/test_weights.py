@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import settings_for
+from support import change_json, edited_tensors, settings_for
 
 from config import UserError
 from lora_tradeoffs.models.adapters import read_checkpoint
@@ -62,24 +62,12 @@ def test_low_rank_on_the_embedding_and_the_head_counts_as_pefts_own(
     assert adapter.squares_outside() == {name: pytest.approx(square, rel=1e-5)}
 
     copies = {n.replace(".base_layer", ""): t for n, t in load_file(tmp_path / ADAPTER).items()}
-    change_tensors(tmp_path, lambda t: (t.clear(), t.update(copies)))  # as save_embedding_layers
+    save_file(copies, tmp_path / ADAPTER, {"format": "pt"})  # as save_embedding_layers
     assert read_checkpoint(tmp_path, weights).squares_outside() == adapter.squares_outside()
-    change_tensors(
-        tmp_path, lambda t: t.update({k: v + 1 for k, v in t.items() if "lora" not in k})
-    )
+    with edited_tensors(tmp_path / ADAPTER) as tensors:
+        tensors |= {name: t + 1 for name, t in tensors.items() if "lora" not in name}
     with pytest.raises(UserError, match="was trained on another base"):
         read_checkpoint(tmp_path, weights)
-
-
-def change_config(folder, name="adapter_config.json", **fields):
-    path = folder / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def change_tensors(folder, change, name=ADAPTER):
-    tensors = load_file(folder / name)
-    change(tensors)
-    save_file(tensors, folder / name, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +92,7 @@ def test_the_update_is_pefts_own(base, weights, tmp_path, fields):
         A, B, scale = adapter.factors(matrix)
         assert torch.allclose(scale * B @ A, deltas[matrix.name], atol=1e-6)
     if fields.get("target_modules") == "all-linear":  # PEFT saves the names that it stands for
-        change_config(tmp_path, target_modules="All-Linear")
+        change_json(tmp_path / "adapter_config.json", target_modules="All-Linear")
         assert read_checkpoint(tmp_path, weights).matrices == adapter.matrices
 
 
@@ -126,7 +114,7 @@ def test_the_update_is_pefts_own(base, weights, tmp_path, fields):
 )
 def test_a_configuration_that_does_not_fit_is_refused(base, weights, tmp_path, fields, named):
     make_adapter(base, tmp_path)
-    change_config(tmp_path, **fields)
+    change_json(tmp_path / "adapter_config.json", **fields)
     with pytest.raises(UserError, match=named):
         read_checkpoint(tmp_path, weights)
 
@@ -136,7 +124,8 @@ def test_an_adapter_with_broken_tensors_is_refused(base, weights, tmp_path):
 
     def refused(name, change, message):
         make_adapter(base, tmp_path / name)
-        change_tensors(tmp_path / name, change)
+        with edited_tensors(tmp_path / name / ADAPTER) as tensors:
+            change(tensors)
         with pytest.raises(UserError, match=message):
             read_checkpoint(tmp_path / name, weights)
 
@@ -195,13 +184,10 @@ def test_a_full_checkpoint_gives_matrices_and_norms_whole_or_sharded(
 @pytest.mark.parametrize("kept", ["both", "head"])
 def test_a_tied_head_counts_once_under_either_name(base, weights, tmp_path, kept):
     save_full(base, tmp_path)
-
-    def change(tensors):
+    with edited_tensors(tmp_path / "model.safetensors") as tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         if kept == "head":
             del tensors["model.embed_tokens.weight"]
-
-    change_tensors(tmp_path, change, "model.safetensors")
     checkpoint = FullCheckpoint(tmp_path, weights)
     assert "lm_head.weight" not in checkpoint.tensors
     assert checkpoint.squares("model.embed_tokens.weight")[0] > 0
@@ -210,14 +196,16 @@ def test_a_tied_head_counts_once_under_either_name(base, weights, tmp_path, kept
 def test_a_head_of_its_own_counts_and_is_measured_against_the_tied_one(base, weights, tmp_path):
     save_full(base, tmp_path)
     head = torch.randn(weights.shapes["model.embed_tokens.weight"])
-    change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": head}), "model.safetensors")
+    with edited_tensors(tmp_path / "model.safetensors") as tensors:
+        tensors["lm_head.weight"] = head
     checkpoint = FullCheckpoint(tmp_path, weights)
     start = load_base(base).lm_head.weight.detach()
     update, square = checkpoint.squares("lm_head.weight")
     assert update == pytest.approx(float((head - start).double().square().sum()))
     assert square == pytest.approx(float(start.double().square().sum()))
-    change_config(tmp_path, "config.json", tie_word_embeddings=False)
-    change_tensors(tmp_path, lambda t: t.pop("lm_head.weight"), "model.safetensors")
+    change_json(tmp_path / "config.json", tie_word_embeddings=False)
+    with edited_tensors(tmp_path / "model.safetensors") as tensors:
+        del tensors["lm_head.weight"]
     with pytest.raises(UserError, match=r"lacks lm_head\.weight, and its config\.json"):
         FullCheckpoint(tmp_path, weights)
 
@@ -228,24 +216,18 @@ def test_a_head_of_its_own_counts_and_is_measured_against_the_tied_one(base, wei
 )
 def test_names_of_wrapped_models_are_those_of_the_model(base, weights, tmp_path, prefix):
     tuned = save_full(base, tmp_path)
-
-    def wrap(tensors):
+    with edited_tensors(tmp_path / "model.safetensors") as tensors:
         for name in list(tensors):
             tensors[prefix + name.replace("mlp", f"{prefix}mlp")] = tensors.pop(name)
-
-    change_tensors(tmp_path, wrap, "model.safetensors")
     checkpoint = FullCheckpoint(tmp_path, weights)
     for matrix in checkpoint.matrices:
         assert torch.equal(checkpoint.weight(matrix), tuned[matrix.tensor])
 
     for inside in ("model.language_model.", "language_model.model."):  # a multimodal model
-
-        def rename(tensors, inside=inside):
+        save_full(base, tmp_path)
+        with edited_tensors(tmp_path / "model.safetensors") as tensors:
             for name in list(tensors):
                 tensors[name.replace("model.", inside)] = tensors.pop(name)
-
-        save_full(base, tmp_path)
-        change_tensors(tmp_path, rename, "model.safetensors")
         assert FullCheckpoint(tmp_path, weights).tensors == checkpoint.tensors
 
 
@@ -285,7 +267,8 @@ def test_a_checkpoint_of_another_model_is_refused(base, weights, tmp_path):
 
     def refused(folder, change, message):
         save_full(base, tmp_path / folder)
-        change_tensors(tmp_path / folder, change, "model.safetensors")
+        with edited_tensors(tmp_path / folder / "model.safetensors") as tensors:
+            change(tensors)
         with pytest.raises(UserError, match=message):
             FullCheckpoint(tmp_path / folder, weights)
 
