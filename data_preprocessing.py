@@ -71,31 +71,16 @@ def notes(task: PreparedTask) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Prepare the tasks' data: check, split and tokenise the rows.")
-    parser.add_argument(
-        "tasks",
-        nargs="*",
-        metavar="TASK",
-        help=f"tasks to prepare, also your own (default: {' '.join(TASKS)})",
-    )
+    text = f"tasks to prepare, also your own (default: {' '.join(TASKS)})"
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=text)
     add_common_arguments(parser)
-    group = parser.add_argument_group("what is prepared")
-    group.add_argument(
-        "--limit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="use only the first N rows of each split (default 0: all)",
-    )
-    group.add_argument(
-        "--max-length",
-        type=int,
-        metavar="TOKENS",
-        help="truncate the passage so that prompt and completion fit into so many tokens"
-        " (default: the preset's for the task's family)",
-    )
-    group.add_argument(
-        "--overwrite", action="store_true", help="prepare the data again even if they exist"
-    )
+    add = parser.add_argument_group("what is prepared").add_argument
+    text = "use only the first N rows of each split (default 0: all)"
+    add("--limit", type=int, default=0, metavar="N", help=text)
+    text = """truncate the passage so that prompt and completion fit into so many tokens (default:
+        the preset's for the task's family)"""
+    add("--max-length", type=int, metavar="TOKENS", help=text)
+    add("--overwrite", action="store_true", help="prepare the data again even if they exist")
     return parser
 
 

@@ -27,40 +27,19 @@ DEFAULTS = AdaptationOptions()
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Evaluate the base and every checkpoint on the tasks.")
     add_common_arguments(parser)
-    group = add_analysis_arguments(parser, limit=True)
-    group.add_argument(
-        "--splits",
-        nargs="+",
-        choices=("validation", "test"),
-        help="splits to evaluate on (default: validation, and test for the base, the last and the"
-        " best-on-validation checkpoint)",
-    )
-    group.add_argument(
-        "--tasks",
-        nargs="+",
-        metavar="TASK",
-        help="tasks to evaluate on (default: the tasks of the run's family)",
-    )
-    group.add_argument(
-        "--cross-family",
-        action="store_true",
-        help="also evaluate on the tasks of the family that the run was not trained on",
-    )
-    group.add_argument(
-        "--shots",
-        type=int,
-        metavar="N",
-        default=DEFAULTS.shots,
-        help="also evaluate the base with N in-context examples"
-        f" (default {DEFAULTS.shots}; 0: skip)",
-    )
-    group.add_argument(
-        "--prompts",
-        type=int,
-        metavar="K",
-        default=DEFAULTS.prompts,
-        help="also evaluate with K paraphrased prompts (default 0)",
-    )
+    add = add_analysis_arguments(parser, limit=True).add_argument
+    text = """splits to evaluate on (default: validation, and test for the base, the last and the
+        best-on-validation checkpoint)"""
+    add("--splits", nargs="+", choices=("validation", "test"), help=text)
+    text = "tasks to evaluate on (default: the tasks of the run's family)"
+    add("--tasks", nargs="+", metavar="TASK", help=text)
+    text = "also evaluate on the tasks of the family that the run was not trained on"
+    add("--cross-family", action="store_true", help=text)
+    shots = DEFAULTS.shots
+    text = f"also evaluate the base with N in-context examples (default {shots}; 0: skip)"
+    add("--shots", type=int, metavar="N", default=shots, help=text)
+    text = "also evaluate with K paraphrased prompts (default 0)"
+    add("--prompts", type=int, metavar="K", default=DEFAULTS.prompts, help=text)
     return parser
 
 

@@ -28,21 +28,12 @@ DEFAULTS = GradientOptions()
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Measure how far the gradients of the tasks agree.")
     add_common_arguments(parser)
-    group = add_analysis_arguments(parser)
-    group.add_argument(
-        "--batches",
-        type=int,
-        default=DEFAULTS.batches,
-        metavar="N",
-        help=f"micro-batches of every task (default {DEFAULTS.batches}, the study's minimum)",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        default=DEFAULTS.batch_size,
-        metavar="ROWS",
-        help=f"rows of each task in a micro-batch (default {DEFAULTS.batch_size})",
-    )
+    add = add_analysis_arguments(parser).add_argument
+    batches, rows = DEFAULTS.batches, DEFAULTS.batch_size
+    text = f"micro-batches of every task (default {batches}, the study's minimum)"
+    add("--batches", type=int, default=batches, metavar="N", help=text)
+    text = f"rows of each task in a micro-batch (default {rows})"
+    add("--batch-size", type=int, default=rows, metavar="ROWS", help=text)
     return parser
 
 
@@ -62,10 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     if skipped := single_task_runs(subjects):
         print(f"skipping single-task runs (no second task): {', '.join(skipped)}")
     if options.batches < GRADIENT_BATCHES:
-        print(
-            f"{options.batches} batches is below the study's minimum of {GRADIENT_BATCHES}:"
-            " preliminary"
-        )
+        least = f"the study's minimum of {GRADIENT_BATCHES}"
+        print(f"{options.batches} batches is below {least}: preliminary")
 
     def models(checkpoints):
         return checkpoint_models(base, checkpoints, analysis.device, analysis.bf16)

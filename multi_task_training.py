@@ -173,13 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_common_arguments(parser)
     add = (run := parser.add_argument_group("runs")).add_argument
-    add(
-        "--seed",
-        nargs="+",
-        type=seed_number,
-        metavar="S",
-        help="a run per seed (default: the preset's)",
-    )
+    text = "a run per seed (default: the preset's)"
+    add("--seed", nargs="+", type=seed_number, metavar="S", help=text)
     add("--max-steps", type=int, metavar="N", help="train N optimizer steps instead of epochs")
     modules = "which projections get adapters (default qv)"
     add("--target-modules", choices=TARGET_MODULES, help=modules)
@@ -188,24 +183,14 @@ def build_parser() -> argparse.ArgumentParser:
     dtype = "precision of the computation (default auto: bf16 autocast where it is fast)"
     add("--dtype", choices=CHOICES["dtype"], help=dtype)
     add("--limit", type=int, metavar="N", help="use only the first N rows of each data file")
-    add(
-        "--set",
-        nargs="+",
-        default=[],
-        action="extend",
-        metavar="FIELD=VALUE",
-        help="set any field of the training configuration (listed below)",
-    )
+    text = "set any field of the training configuration (listed below)"
+    add("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help=text)
     rates = run.add_mutually_exclusive_group()
-    rates.add_argument(
-        "--lr-sweep",
-        nargs="*",
-        type=float,
-        metavar="FACTOR",
-        help="search every arm's learning rate, with one seed unless --seed names more: train at"
-        f" these factors of its default ({' '.join(f'{f:g}' for f in FACTORS)}), then at half and"
-        " twice the best until neither is better",
-    )
+    factors = " ".join(f"{f:g}" for f in FACTORS)
+    text = f"""search every arm's learning rate, with one seed unless --seed names more: train at
+        these factors of its default ({factors}), then at half and twice the best until neither is
+        better"""
+    rates.add_argument("--lr-sweep", nargs="*", type=float, metavar="FACTOR", help=text)
     swept = "train at the rates that --lr-sweep chose"
     rates.add_argument("--swept-rates", action="store_true", help=swept)
     add("--dry-run", action="store_true", help="print the plan and its expected cost, then stop")

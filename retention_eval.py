@@ -31,62 +31,31 @@ DEFAULTS = RetentionOptions()
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Measure how much pretrained ability every checkpoint keeps.")
     add_common_arguments(parser)
-    group = add_analysis_arguments(parser, limit=True)
+    add = add_analysis_arguments(parser, limit=True).add_argument
     groups = "; ".join(f"{name} = {' '.join(tasks)}" for name, tasks in BENCHMARK_GROUPS.items())
-    group.add_argument(
-        "--tasks",
-        nargs="*",
-        default=["commonsense"],
-        metavar="TASK",
-        help="lm-eval tasks to measure (multiple choice, perplexity, or text that is generated), or"
-        f" groups of them: {groups} (default: commonsense; without TASK: none)",
-    )
-    group.add_argument(
-        "--num-fewshot",
-        type=int,
-        default=DEFAULTS.num_fewshot,
-        metavar="N",
-        help="show N in-context examples before every question (default: as many as lm-eval's"
-        " definition of the task says, which is 0 for most)",
-    )
-    group.add_argument(
-        "--fewshot-as-multiturn",
-        action=argparse.BooleanOptionalAction,
-        help="with --apply-chat-template: make every in-context example two turns (default), or put"
-        " all of them into the question's",
-    )
-    group.add_argument(
-        "--documents",
-        type=int,
-        metavar="N",
-        help="measure the log-likelihood of N documents of each held-out text (default: the"
-        " preset's)",
-    )
-    group.add_argument(
-        "--scale-update",
-        nargs="*",
-        type=float,
-        metavar="T",
-        help="also measure adaptation and retention of the last checkpoint with its update"
-        f" multiplied by T (without T: {' '.join(f'{t:g}' for t in SCALES)})",
-    )
-    group.add_argument(
-        "--scale-measure",
-        nargs="+",
-        choices=SCALE_MEASURE,
-        default=DEFAULTS.scale_measure,
-        help="what --scale-update measures (default: all). Without `score`, only the validation"
-        " loss of the trained tasks is measured: nothing is generated",
-    )
-    group.add_argument(
-        "--shrink-intruders",
-        nargs="*",
-        type=float,
-        metavar="L",
-        help="also measure adaptation and retention of the last checkpoint with the singular values"
-        " of its intruder dimensions multiplied by L, and as a control those of as many other"
-        f" directions (without L: {' '.join(f'{t:g}' for t in FACTORS)})",
-    )
+    scales, factors = (" ".join(f"{t:g}" for t in numbers) for numbers in (SCALES, FACTORS))
+    text = f"""lm-eval tasks to measure (multiple choice, perplexity, or text that is generated), or
+        groups of them: {groups} (default: commonsense; without TASK: none)"""
+    add("--tasks", nargs="*", default=["commonsense"], metavar="TASK", help=text)
+    text = """show N in-context examples before every question (default: as many as lm-eval's
+        definition of the task says, which is 0 for most)"""
+    add("--num-fewshot", type=int, default=DEFAULTS.num_fewshot, metavar="N", help=text)
+    text = """with --apply-chat-template: make every in-context example two turns (default), or put
+        all of them into the question's"""
+    add("--fewshot-as-multiturn", action=argparse.BooleanOptionalAction, help=text)
+    text = "measure the log-likelihood of N documents of each held-out text (default: the preset's)"
+    add("--documents", type=int, metavar="N", help=text)
+    text = f"""also measure adaptation and retention of the last checkpoint with its update
+        multiplied by T (without T: {scales})"""
+    add("--scale-update", nargs="*", type=float, metavar="T", help=text)
+    text = """what --scale-update measures (default: all). Without `score`, only the validation loss
+        of the trained tasks is measured: nothing is generated"""
+    measured = {"choices": SCALE_MEASURE, "default": DEFAULTS.scale_measure}
+    add("--scale-measure", nargs="+", **measured, help=text)
+    text = f"""also measure adaptation and retention of the last checkpoint with the singular values
+        of its intruder dimensions multiplied by L, and as a control those of as many other
+        directions (without L: {factors})"""
+    add("--shrink-intruders", nargs="*", type=float, metavar="L", help=text)
     return parser
 
 

@@ -30,47 +30,23 @@ DEFAULTS = DriftOptions()
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Measure how far every checkpoint's weights moved from the base.")
     add_common_arguments(parser)
-    group = add_analysis_arguments(parser, dtype=False)
-    group.add_argument(
-        "--top-k",
-        nargs="+",
-        type=int,
-        metavar="K",
-        help=f"numbers of leading singular triplets to compare; {INTRUDER_K} is always added"
-        f" (default: {' '.join(map(str, TOP_K))}, up to the size of the matrices)",
-    )
-    group.add_argument(
-        "--epsilon",
-        nargs="+",
-        type=float,
-        default=DEFAULTS.epsilon,
-        metavar="E",
-        help="a singular vector is an intruder if its cosines with all of the base's are below E;"
-        f" {INTRUDER_EPSILON} is always added (default: 0.1 to 0.9 in steps of 0.1)",
-    )
-    group.add_argument(
-        "--target-modules",
-        choices=TARGET_MODULES,
-        help="measure only these matrices (default: those that an adapter is on, and qv of full"
-        " fine-tuning)",
-    )
-    group.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="without a GPU: measure N matrices at a time, each on one core (default: the number of"
-        f" cores, at most {MOST_WORKERS})",
-    )
-    group.add_argument(
-        "--dense",
-        action="store_true",
-        help="use a dense SVD of every tuned matrix, the slow reference for the default method",
-    )
-    group.add_argument(
-        "--all-pairs",
-        action="store_true",
-        help="also compare the updates of runs of different families (default: of each family)",
-    )
+    add = add_analysis_arguments(parser, dtype=False).add_argument
+    text = f"""numbers of leading singular triplets to compare; {INTRUDER_K} is always added
+        (default: {" ".join(map(str, TOP_K))}, up to the size of the matrices)"""
+    add("--top-k", nargs="+", type=int, metavar="K", help=text)
+    text = f"""a singular vector is an intruder if its cosines with all of the base's are below E;
+        {INTRUDER_EPSILON} is always added (default: 0.1 to 0.9 in steps of 0.1)"""
+    add("--epsilon", nargs="+", type=float, default=DEFAULTS.epsilon, metavar="E", help=text)
+    text = """measure only these matrices (default: those that an adapter is on, and qv of full
+        fine-tuning)"""
+    add("--target-modules", choices=TARGET_MODULES, help=text)
+    text = f"""without a GPU: measure N matrices at a time, each on one core (default: the number of
+        cores, at most {MOST_WORKERS})"""
+    add("--workers", type=int, metavar="N", help=text)
+    text = "use a dense SVD of every tuned matrix, the slow reference for the default method"
+    add("--dense", action="store_true", help=text)
+    text = "also compare the updates of runs of different families (default: of each family)"
+    add("--all-pairs", action="store_true", help=text)
     return parser
 
 

@@ -330,39 +330,23 @@ def add_analysis_arguments(
 ) -> Any:
     """Add the flags that the analyses share, and return their group."""
     group = parser.add_argument_group("what to measure")
-    group.add_argument(
-        "--runs",
-        nargs="+",
-        metavar="RUN",
-        help="runs to measure: names of the study's runs, folders, or Hub repositories"
-        " (default: all runs of the study)",
-    )
-    group.add_argument(
-        "--checkpoints",
-        nargs="+",
-        default=["all"],
-        metavar="STEP",
-        help="checkpoints to measure: all (default), last, or step numbers",
-    )
+    add = group.add_argument
+    text = """runs to measure: names of the study's runs, folders, or Hub repositories (default: all
+        runs of the study)"""
+    add("--runs", nargs="+", metavar="RUN", help=text)
+    text = "checkpoints to measure: all (default), last, or step numbers"
+    add("--checkpoints", nargs="+", default=["all"], metavar="STEP", help=text)
     if limit:
-        group.add_argument(
-            "--limit",
-            type=int,
-            metavar="N",
-            help="measure at most N items of each task (default: all items, and"
-            f" {MID_TRAINING_LIMIT:,} at intermediate checkpoints)",
-        )
+        text = f"""measure at most N items of each task (default: all items, and
+            {MID_TRAINING_LIMIT:,} at intermediate checkpoints)"""
+        add("--limit", type=int, metavar="N", help=text)
     if dtype:
-        group.add_argument(
-            "--dtype",
-            choices=("auto", "bf16", "fp32"),
-            default="auto",
-            help="precision of the forward pass: bf16 (autocast), fp32, or auto (default), which"
-            " is bf16 where the device computes with it",
-        )
-    group.add_argument("--overwrite", action="store_true", help="recompute existing results")
-    group.add_argument("--pdf", action="store_true", help="also save figures as PDF")
-    group.add_argument("--no-figures", action="store_true", help="do not draw figures")
+        text = """precision of the forward pass: bf16 (autocast), fp32, or auto (default), which is
+            bf16 where the device computes with it"""
+        add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=text)
+    add("--overwrite", action="store_true", help="recompute existing results")
+    add("--pdf", action="store_true", help="also save figures as PDF")
+    add("--no-figures", action="store_true", help="do not draw figures")
     return group
 
 
