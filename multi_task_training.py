@@ -48,12 +48,7 @@ from lora_tradeoffs.training.run import (
     train_or_record,
 )
 from lora_tradeoffs.training.run_record import summary
-from training_configs import (
-    CHOICES,
-    SCALINGS,
-    TrainingConfig,
-    parse_assignments,
-)
+from training_configs import CHOICES, SCALINGS, TrainingConfig, parse_assignments
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -15,12 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import BENCHMARKS, BUILT_IN_FAMILIES, SPLITS, TASKS, Settings, UserError
-from lora_tradeoffs.task_description import (
-    FEWSHOT,
-    DatasetDescription,
-    compiled,
-    template_fields,
-)
+from lora_tradeoffs.task_description import FEWSHOT, DatasetDescription, compiled, template_fields
 
 ErrorAt = Callable[[str, str], UserError]  # field and reason -> the error with its file and line
 

@@ -8,13 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_tradeoffs.figures import marks
-from lora_tradeoffs.figures.panels import (
-    Panels,
-    figure_of,
-    interval_notes,
-    range_of,
-    require,
-)
+from lora_tradeoffs.figures.panels import Panels, figure_of, interval_notes, range_of, require
 from lora_tradeoffs.figures.style import GREY, style_of
 from lora_tradeoffs.statistics.comparisons import NORMAL
 from lora_tradeoffs.statistics.seed_intervals import BOTH, ITEMS, NOTHING, SEEDS

@@ -30,14 +30,7 @@ from lora_tradeoffs.files import (
     write_records,
     written_whole,
 )
-from lora_tradeoffs.records import (
-    OLD_VERSIONS,
-    RECORD_VERSION,
-    UNIT,
-    unit_name,
-    units_of,
-    updated,
-)
+from lora_tradeoffs.records import OLD_VERSIONS, RECORD_VERSION, UNIT, unit_name, units_of, updated
 
 if TYPE_CHECKING:
     from lora_tradeoffs.statistics.contrasts import Items

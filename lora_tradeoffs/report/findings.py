@@ -65,12 +65,7 @@ from lora_tradeoffs.report.wording import (
     association,
 )
 from lora_tradeoffs.statistics.comparisons import MIN_SEEDS, Comparison
-from lora_tradeoffs.statistics.contrasts import (
-    Contrast,
-    Items,
-    contrast,
-    shared_seeds,
-)
+from lora_tradeoffs.statistics.contrasts import Contrast, Items, contrast, shared_seeds
 from lora_tradeoffs.statistics.pooled_error import pooled_errors
 from lora_tradeoffs.tables.arms import FULL, Arm
 from lora_tradeoffs.tables.learning_rates import searched_arm

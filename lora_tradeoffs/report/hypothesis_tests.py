@@ -42,14 +42,7 @@ from lora_tradeoffs.statistics.contrasts import (
 )
 from lora_tradeoffs.statistics.pooled_error import pooled_errors
 from lora_tradeoffs.statistics.seed_intervals import SEEDS
-from lora_tradeoffs.study.hypotheses import (
-    EQUAL,
-    FLIPS,
-    FORGOTTEN,
-    MEASURED_BY,
-    OUTCOMES,
-    SHRUNK,
-)
+from lora_tradeoffs.study.hypotheses import EQUAL, FLIPS, FORGOTTEN, MEASURED_BY, OUTCOMES, SHRUNK
 from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.frames import SCRIPTS
 from lora_tradeoffs.tables.predictors import PREDICTORS, correlation_difference

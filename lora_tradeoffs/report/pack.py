@@ -32,12 +32,7 @@ from lora_tradeoffs.figures.spectra import (
 )
 from lora_tradeoffs.figures.study_records import SHOWN, StudyRecords
 from lora_tradeoffs.files import PARTIAL, read_head, read_records, write_json, write_records
-from lora_tradeoffs.measuring.results import (
-    PACKED_ITEMS,
-    Results,
-    adaptation_unit,
-    retention_unit,
-)
+from lora_tradeoffs.measuring.results import PACKED_ITEMS, Results, adaptation_unit, retention_unit
 from lora_tradeoffs.records import DOCUMENT
 from lora_tradeoffs.report.findings import findings
 from lora_tradeoffs.report.model_card import without_paths

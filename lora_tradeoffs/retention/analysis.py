@@ -8,14 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from config import (
-    FAMILIES,
-    INTRUDER_EPSILON,
-    INTRUDER_K,
-    MID_TRAINING_LIMIT,
-    Settings,
-    UserError,
-)
+from config import FAMILIES, INTRUDER_EPSILON, INTRUDER_K, MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe, ordered
 from lora_tradeoffs.adaptation.analysis import SAMPLES, Adaptation, AdaptationOptions
 from lora_tradeoffs.data.encoding import bos_ids

@@ -19,14 +19,7 @@ from typing import TYPE_CHECKING, Any
 from config import BUILT_IN_FAMILIES, FAMILIES, SPLITS, UserError
 from dataset_descriptions import DESCRIPTIONS, learn, ordered
 from lora_tradeoffs.files import read_head, read_records
-from lora_tradeoffs.records import (
-    DOCUMENT,
-    OVERALL,
-    Record,
-    metric_scale,
-    read_run,
-    updated,
-)
+from lora_tradeoffs.records import DOCUMENT, OVERALL, Record, metric_scale, read_run, updated
 from lora_tradeoffs.tables.arms import FULL, GRID, arms_of, shared_words
 from lora_tradeoffs.tables.documents import (
     NUMBERS,

@@ -16,15 +16,7 @@ from figure_checks import (
     panel,
     says_nothing,
 )
-from synthetic_records import (
-    GRID,
-    kept,
-    record,
-    retention_study,
-    shrunk_study,
-    study,
-    write_study,
-)
+from synthetic_records import GRID, kept, record, retention_study, shrunk_study, study, write_study
 
 from lora_tradeoffs.figures.draw import FIGURES as ALL
 from lora_tradeoffs.figures.panels import DEMO_NOTE

@@ -14,23 +14,14 @@ from matplotlib.lines import Line2D
 from synthetic_records import record, study, write_study
 
 from config import TASKS
-from lora_tradeoffs.figures.adaptation import (
-    last_by_rank,
-    learning_curves,
-    validation_against_test,
-)
+from lora_tradeoffs.figures.adaptation import last_by_rank, learning_curves, validation_against_test
 from lora_tradeoffs.figures.draw import FIGURES as ALL
 from lora_tradeoffs.figures.marks import log_axis
 from lora_tradeoffs.figures.panels import DEMO_NOTE, place_legend
 from lora_tradeoffs.figures.style import save, style_of
 from lora_tradeoffs.tables.arms import BASE as BASE_ARM
 from lora_tradeoffs.tables.arms import FULL, GRID, Arm
-from lora_tradeoffs.tables.frames import (
-    gaps,
-    load_records,
-    score_table,
-    summarise,
-)
+from lora_tradeoffs.tables.frames import gaps, load_records, score_table, summarise
 
 FIGURES = ALL["adaptation"]
 ARMS = [*GRID, Arm("full_qv"), FULL, BASE_ARM]

@@ -11,11 +11,7 @@ from support import edited_tensors, settings_for
 
 from config import UserError
 from lora_tradeoffs.models import base as base_models
-from lora_tradeoffs.models.base import (
-    load_base,
-    load_tokenizer,
-    prepare_base,
-)
+from lora_tradeoffs.models.base import load_base, load_tokenizer, prepare_base
 
 
 def test_the_embedded_model_is_unpacked_once_and_loads_like_any_other(smollm2, tokenizer):

@@ -15,12 +15,7 @@ from lora_tradeoffs.figures.study import learning_rate_curves
 from lora_tradeoffs.figures.study_records import StudyRecords
 from lora_tradeoffs.figures.style import save
 from lora_tradeoffs.tables.arms import Arm
-from lora_tradeoffs.tables.frames import (
-    gaps,
-    load_records,
-    score_table,
-    summarise,
-)
+from lora_tradeoffs.tables.frames import gaps, load_records, score_table, summarise
 from lora_tradeoffs.tables.learning_rates import (
     advantage_sentences,
     advantages,

@@ -9,12 +9,7 @@ from safetensors.torch import load_file
 from support import assert_one_line_error, settings_for
 from transformers import TrainerCallback
 
-from lora_tradeoffs.checkpoints import (
-    ADAPTER_FILE,
-    UNCONVERTED,
-    checkpoint_problem,
-    checkpoints,
-)
+from lora_tradeoffs.checkpoints import ADAPTER_FILE, UNCONVERTED, checkpoint_problem, checkpoints
 from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.training.arms import ArmSpec
 from lora_tradeoffs.training.plan import plan_runs

@@ -3,12 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_tradeoffs.training.row_order import (
-    WINDOW,
-    order_rows,
-    steps_for,
-    task_shares,
-)
+from lora_tradeoffs.training.row_order import WINDOW, order_rows, steps_for, task_shares
 
 ROWS = (900, 300, 300)
 
