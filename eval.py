@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from config import resolve_settings
 from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions
@@ -58,10 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     subjects = find_subjects(settings, base, args.runs, args.checkpoints)
     if len(subjects) == 1:
         raise no_runs(settings)
-
-    def models(checkpoints):
-        return checkpoint_models(base, checkpoints, analysis.device, analysis.bf16)
-
+    models = partial(checkpoint_models, base, device=analysis.device, bf16=analysis.bf16)
     return run(analysis, analysis.units(subjects), models, draw, args)
 
 

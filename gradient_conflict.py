@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from config import GRADIENT_BATCHES, resolve_settings
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
@@ -55,10 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.batches < GRADIENT_BATCHES:
         least = f"the study's minimum of {GRADIENT_BATCHES}"
         print(f"{options.batches} batches is below {least}: preliminary")
-
-    def models(checkpoints):
-        return checkpoint_models(base, checkpoints, analysis.device, analysis.bf16)
-
+    models = partial(checkpoint_models, base, device=analysis.device, bf16=analysis.bf16)
     return run(analysis, analysis.units(subjects), models, draw, args)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from config import BENCHMARK_GROUPS, resolve_settings
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
@@ -72,10 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     base = prepare_base(settings)
     analysis = Retention(settings, base, options)
     subjects = find_subjects(settings, base, args.runs, args.checkpoints)
-
-    def models(checkpoints):
-        return checkpoint_models(base, checkpoints, analysis.device)
-
+    models = partial(checkpoint_models, base, device=analysis.device)
     return run(analysis, analysis.units(subjects), models, draw, args)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from config import INTRUDER_EPSILON, INTRUDER_K, TARGET_MODULES, resolve_settings
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
@@ -65,10 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     subjects = find_subjects(settings, base, args.runs, args.checkpoints)
     if len(subjects) == 1:
         raise no_runs(settings)
-
-    def weights(checkpoints):
-        return checkpoint_weights(base, checkpoints)
-
+    weights = partial(checkpoint_weights, base)
     return run(analysis, analysis.units(subjects), weights, draw, args)
 
 

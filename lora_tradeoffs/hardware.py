@@ -44,6 +44,11 @@ def pick_precision(requested: str, device: str) -> str:
     return "bf16" if fast else "fp32"
 
 
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def widest_float(device: torch.device) -> torch.dtype:
     """fp64, or fp32 on Apple's GPUs, which have no fp64."""
     import torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from lora_tradeoffs.drift.tables import (
     table_files,
     write_tables,
 )
+from lora_tradeoffs.hardware import usable_cores
 from lora_tradeoffs.measuring.loop import Analysis
 from lora_tradeoffs.measuring.subjects import Subject
 from lora_tradeoffs.models.weights import (
@@ -206,7 +206,8 @@ class DriftAnalysis(Analysis):
     def _threads(self, device: str = "cpu") -> AbstractContextManager[ThreadPoolExecutor]:
         """A pool for work on a device: a GPU gets one thread, which keeps it busy, since threads
         that call torch.linalg there for the first time together can fail."""
-        return worker_threads(1 if device == "cuda" else self.options.workers or default_workers())
+        workers = self.options.workers or min(MOST_WORKERS, usable_cores())
+        return worker_threads(1 if device == "cuda" else workers)
 
     # ------------------------------------------------------------------------------ on disk
 
@@ -241,12 +242,6 @@ class DriftAnalysis(Analysis):
 
 
 # --------------------------------------------------------------------------------- threads
-
-
-def default_workers() -> int:
-    """The cores that this process may use, up to MOST_WORKERS."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    return min(MOST_WORKERS, len(cores))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 
 from config import Settings, UserError
 from lora_tradeoffs.files import shared_mount
+from lora_tradeoffs.hardware import usable_cores
 from lora_tradeoffs.study.jobs import Job, launch_words
 from lora_tradeoffs.study.steps import Outcomes, Step, command_line, count_results, progress
 
@@ -247,7 +248,7 @@ def worker_environments(workers: int, gpus: int = 1) -> list[dict[str, str]]:
             raise UserError(f"{flags}: this machine has {len(names)} GPUs")
         shares = [names[i * gpus : (i + 1) * gpus] for i in range(workers)]
         return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     if workers * gpus > cores:
         raise UserError(f"{flags}: this machine has {cores} cores")
     return [{"OMP_NUM_THREADS": str(cores // (workers * gpus))}] * workers
