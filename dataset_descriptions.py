@@ -13,7 +13,6 @@ of your own is a task file (docs/tasks.md), without code.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -28,7 +27,7 @@ from config import (
     UserError,
     resolve_settings,
 )
-from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
+from lora_tradeoffs.command_line import Parser, add_common_arguments, did_you_mean, guarded
 from lora_tradeoffs.task_description import UNANSWERABLE, DatasetDescription, EvaluateMetric, Row
 from lora_tradeoffs.task_yaml import check_single, describe_fields, is_free, read_task, task_files
 
@@ -242,8 +241,7 @@ def describe(name: str) -> DatasetDescription:
     if name in _broken:
         raise UserError(_broken[name])
     if name not in DESCRIPTIONS:
-        close = difflib.get_close_matches(name.lower(), DESCRIPTIONS, n=1)
-        meant = f"did you mean {close[0]}? " if close else ""
+        meant = did_you_mean(name, DESCRIPTIONS)
         raise UserError(
             f"unknown task {name!r:.80}; {meant}tasks: {', '.join(DESCRIPTIONS)}; one of your own"
             " needs --data FOLDER with its task.yaml, or TASKS_DIR"

@@ -6,12 +6,13 @@ Imports the standard library and config alone, so that `--help` is fast.
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import functools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,6 +98,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--apply-chat-template", action="store_true", default=None, help=text)
     text = "the chat's system message (default: the template's own)"
     group.add_argument("--system-instruction", metavar="TEXT", help=text)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What an error about an unknown word asks; "" if none of those known is like it."""
+    close = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"did you mean {close[0]}? " if close and close[0] != word else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

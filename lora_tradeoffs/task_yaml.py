@@ -8,13 +8,13 @@ docs/tasks.md lists the fields. A file holds data alone: whatever would run Pyth
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import BENCHMARKS, BUILT_IN_FAMILIES, SPLITS, TASKS, Settings, UserError
+from lora_tradeoffs.command_line import did_you_mean
 from lora_tradeoffs.task_description import FEWSHOT, DatasetDescription, compiled, template_fields
 
 ErrorAt = Callable[[str, str], UserError]  # field and reason -> the error with its file and line
@@ -188,11 +188,9 @@ def _check_fields(name: str, fields: Mapping[str, Any], error: ErrorAt) -> None:
         raise error("task", f"is {fields['task']!r}, but the file is {name}'s; use one name")
     for field, value in fields.items():
         if field not in FIELDS:
-            close = difflib.get_close_matches(str(field), FIELDS, n=1)
-            meant = f"did you mean {close[0]}? " if close else ""
-            raise error(
-                str(field), f"is no field of a task file; {meant}fields: {', '.join(FIELDS)}"
-            )
+            meant = did_you_mean(str(field), FIELDS)
+            reason = f"is no field of a task file; {meant}fields: {', '.join(FIELDS)}"
+            raise error(str(field), reason)
         kinds = FIELDS[field]
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not object):
             allowed = " or ".join(WORDS[k] for k in (kinds if type(kinds) is tuple else (kinds,)))

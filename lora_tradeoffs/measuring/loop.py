@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from config import DOCUMENTS, MID_TRAINING_LIMIT, Settings, UserError
 from dataset_descriptions import describe, own_definitions, preset_family
 from lora_tradeoffs.chat import form_of
-from lora_tradeoffs.files import read_records, written_whole
+from lora_tradeoffs.files import read_records, write_text
 from lora_tradeoffs.measuring.reported import report_scores
 from lora_tradeoffs.measuring.results import Results, of_other_weights
 from lora_tradeoffs.measuring.subjects import Subject, own_settings, weights_of
@@ -113,10 +113,8 @@ class Analysis:
     def write(self, unit: Any, result: Measurement, batch_tokens: int) -> None:
         """Write a unit to disk, its records last."""
         if result.samples:
-            path = self.results.folder / "samples" / f"{unit.name}.jsonl"
             lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in result.samples)
-            with written_whole(path) as temporary:
-                temporary.write_text("".join(lines), encoding="utf-8")
+            write_text(self.results.folder / "samples" / f"{unit.name}.jsonl", "".join(lines))
         request, records = self.full_request(unit), result.records
         if "chat_template" in request:
             records = [{**r, "chat_template": request["chat_template"]} for r in records]

@@ -19,7 +19,7 @@ from typing import Any
 
 from config import ROOT, Settings, UserError, resolve_settings, typed_path
 from lora_tradeoffs.command_line import Parser, add_common_arguments, guarded
-from lora_tradeoffs.files import written_whole
+from lora_tradeoffs.files import write_text
 
 NOTEBOOK = ROOT / "plot_results.ipynb"
 KERNEL = "python3"
@@ -143,9 +143,7 @@ def page(notebook: Any, study: str) -> str:
 def write_report(settings: Settings, pdf: bool = False) -> Path:
     """Execute the notebook on the study and write report.html; its path."""
     path = settings.output_dir / "outputs" / settings.study / "report.html"
-    text = page(execute(settings, pdf), settings.study)
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, page(execute(settings, pdf), settings.study))
     return path
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gzip
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -31,7 +30,14 @@ from lora_tradeoffs.figures.spectra import (
     spectra_file,
 )
 from lora_tradeoffs.figures.study_records import SHOWN, StudyRecords
-from lora_tradeoffs.files import PARTIAL, read_head, read_records, write_json, write_records
+from lora_tradeoffs.files import (
+    PARTIAL,
+    read_head,
+    read_json,
+    read_records,
+    write_json,
+    write_records,
+)
 from lora_tradeoffs.measuring.results import PACKED_ITEMS, Results, adaptation_unit, retention_unit
 from lora_tradeoffs.records import DOCUMENT
 from lora_tradeoffs.report.findings import findings
@@ -103,12 +109,11 @@ def _pack_documents(settings: Settings, copy: Settings) -> None:
                     shutil.copyfileobj(source, packed)
                 target.unlink()
     for path in (path for pattern in OF_RUNS for path in settings.runs_dir.glob(pattern)):
-        value = json.loads(path.read_text(encoding="utf-8"))
-        write_json(copy.runs_dir / path.relative_to(settings.runs_dir), without_paths(value))
+        target = copy.runs_dir / path.relative_to(settings.runs_dir)
+        write_json(target, without_paths(read_json(path)))
     source, target = (s.document("retention").parent for s in (settings, copy))
     for path in (path for name in ("study.json", "steps.json") for path in source.glob(name)):
-        value = json.loads(path.read_text(encoding="utf-8"))
-        write_json(target / path.name, without_paths(value))
+        write_json(target / path.name, without_paths(read_json(path)))
     if (path := source / "study.yaml").is_file():
         text = file_text(without_paths(read_study_file(path)))
         (target / path.name).write_text(text, encoding="utf-8")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from config import BUILT_IN_FAMILIES, FAMILIES, Settings, UserError
-from lora_tradeoffs.files import read_json, write_json
+from lora_tradeoffs.files import read_json, write_json, write_text
 from lora_tradeoffs.records import STUDY
 from lora_tradeoffs.study.plan import plan_runs
-from lora_tradeoffs.study.study_file import StudyPlan, naming, read_study_file, write_study_file
+from lora_tradeoffs.study.study_file import StudyPlan, naming, read_study_file
 from lora_tradeoffs.tables.arms import Arm, arm_of_config
 from lora_tradeoffs.training.plan import check_arms
 from lora_tradeoffs.training.run import Run
@@ -98,7 +98,7 @@ def check_study(study: StudyPlan, settings: Settings, runs: Sequence[Run]) -> No
     if request != before:
         write_json(path, request)
     if not plan_file.is_file() or plan_file.read_text(encoding="utf-8") != study.text():
-        write_study_file(plan_file, study)
+        write_text(plan_file, study.text())
 
 
 def _arm_fields(arm: Arm) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Flags and file give the same fields, which `StudyPlan` completes from the preset
 from __future__ import annotations
 
 import argparse
-import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from dataset_descriptions import (
     own_definitions,
     preset_family,
 )
-from lora_tradeoffs.files import written_whole
+from lora_tradeoffs.command_line import did_you_mean
 from lora_tradeoffs.shapes import NUMBER, shape_problem
 from lora_tradeoffs.study.hypotheses import HYPOTHESIS, OUTCOMES, check_hypothesis
 from lora_tradeoffs.study.steps import ANALYSES
@@ -264,8 +263,7 @@ def check_shape(given: Mapping[str, Any]) -> None:
     names = [name.rstrip("?") for name in SHAPE]
     for name in given:
         if name not in names:
-            close = difflib.get_close_matches(str(name), names, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
+            hint = did_you_mean(str(name), names)
             raise UserError(f"unknown field {name!r:.60}; {hint}fields: {', '.join(names)}")
     for stage in given["measure"] if isinstance(given.get("measure"), dict) else ():
         if stage not in ANALYSES:
@@ -328,11 +326,6 @@ def as_yaml(fields: Mapping[str, Any]) -> str:
 
     style = {"sort_keys": False, "default_flow_style": None, "width": 96, "allow_unicode": True}
     return yaml.safe_dump(dict(fields), **style)
-
-
-def write_study_file(path: Path, plan: StudyPlan) -> None:
-    with written_whole(path) as temporary:
-        temporary.write_text(plan.text(), encoding="utf-8")
 
 
 def fields_of_flags(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from config import TASKS, Settings, UserError
-from lora_tradeoffs.files import written_whole
+from lora_tradeoffs.files import write_text
 from lora_tradeoffs.study.study_file import StudyPlan, as_yaml
 from lora_tradeoffs.task_yaml import task_files
 
@@ -25,6 +25,5 @@ def write_task_files(plan: StudyPlan, settings: Settings) -> None:
     """Write the task files that only the study's file has, for the processes of its steps."""
     for name in sorted(plan.task_files.keys() - task_files(settings).keys()):
         path = settings.tasks_dir / f"{name}.yaml"
-        with written_whole(path) as temporary:
-            temporary.write_text(as_yaml(plan.task_files[name]), encoding="utf-8")
+        write_text(path, as_yaml(plan.task_files[name]))
         print(f"task {name}: its file was written to {path}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from config import PRESETS, TARGET_MODULES, UserError
+from lora_tradeoffs.command_line import did_you_mean
 from training_configs import (
     ADAPTER_FIELDS,
     METHODS,
@@ -43,9 +43,7 @@ class ArmSpec:
         match = WORD.fullmatch(word)
         name = match["name"] if match else re.split("[:@,]", word)[0]
         if match is None or name not in METHODS:
-            close = difflib.get_close_matches(name.lower(), METHODS, 1)
-            hint = f"did you mean {close[0]}? " if close and close[0] != name else ""
-            names = ", ".join(METHODS)
+            hint, names = did_you_mean(name, METHODS), ", ".join(METHODS)
             raise UserError(f"arm {word!r:.80}: {hint}write {FORM}; names: {names}")
         number, what = match["number"], METHODS[name].number
         if what and not re.fullmatch("[0-9]{1,7}", number or ""):
