@@ -17,7 +17,7 @@ import numpy as np
 
 from config import RANKS
 from lora_tradeoffs.drift.matrix import PAIR
-from lora_tradeoffs.files import DELETE
+from lora_tradeoffs.files import DELETE, intact
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.models.weights import Matrix, matrix_of, opened
 from lora_tradeoffs.records import BOTH, OVERALL, unit_name
@@ -38,10 +38,11 @@ class Directions:
         self.run, _, step = path.stem.rpartition("-")
         with opened(path, DELETE) as file:
             metadata, names = file.metadata(), list(file.keys())
-        self.fields = json.loads(metadata["fields"])
-        self.step, self.identity = int(step), [int(step), metadata["content"]]
-        self.is_dense = metadata["update"] == "dense"
-        self.matrices = {matrix_of(name.rpartition(".")[0]) for name in names}
+        with intact(path):
+            self.fields = json.loads(metadata["fields"])
+            self.step, self.identity = int(step), [int(step), metadata["content"]]
+            self.is_dense = metadata["update"] == "dense"
+            self.matrices = {matrix_of(name.rpartition(".")[0]) for name in names}
 
     def vectors(self, matrix: Matrix, side: str) -> Tensor:
         with opened(self.path, DELETE) as file:

@@ -9,6 +9,7 @@ from reference import random_similarity, subspace_similarities
 from safetensors.torch import save_file
 from synthetic_spectra import orthonormal
 
+from config import UserError
 from lora_tradeoffs.drift.subspaces import records_between
 from lora_tradeoffs.drift.svd import digest
 
@@ -147,3 +148,12 @@ def test_runs_without_a_direction_have_no_pairs(tmp_path):
     path = tmp_path / "directions" / "z-20.safetensors"
     save_directions(path, {}, fields)
     assert found_between(tmp_path) == {}
+
+
+@pytest.mark.parametrize("metadata", [None, {"fields": "{}"}, {"fields": "{"}])
+def test_a_file_that_does_not_say_what_it_holds_is_named(tmp_path, metadata):
+    write_directions(tmp_path, "a_r4")
+    path = tmp_path / "directions" / "z-20.safetensors"
+    save_file({}, path, metadata)
+    with pytest.raises(UserError, match=r"z-20\.safetensors is damaged: .*; delete it"):
+        found_between(tmp_path)
