@@ -11,12 +11,7 @@ from typing import Any
 
 from config import Settings, UserError
 
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-)
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "*run.json")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 # Read with them: the template by what asks with it, the tokens where no other file lists them.

@@ -100,10 +100,7 @@ def metric_scale(metric: str) -> int:
 VALUE = (*NUMBER, type(None))
 # Families and tasks of one's own, as run.json and the documents' meta have them.
 OWN = {"families": {"*": [str]}, "tasks": {"*": dict}}
-UNIT = {
-    "request": dict,
-    "records": [{"run": str, "step": int, "metric": str, "value": VALUE}],
-}
+UNIT = {"request": dict, "records": [{"run": str, "step": int, "metric": str, "value": VALUE}]}
 STUDY = {  # outputs/<study>/study.json; the arms that were planned, by family
     **{"preset": str, "model": str, "data": str},
     "digests?": {"*": str},

@@ -104,10 +104,7 @@ def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast,
-    description: DatasetDescription,
-    row: Row,
-    max_length: int,
+    tokenizer: PreTrainedTokenizerFast, description: DatasetDescription, row: Row, max_length: int
 ) -> dict[str, Any]:
     """The row as tokens, its passage truncated at the end until all fits into `max_length`.
 

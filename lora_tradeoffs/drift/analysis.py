@@ -131,7 +131,7 @@ class DriftAnalysis(Analysis):
             return measure(model, matrix, self.spectra, settings)
 
         with self._threads(self.device) as pool:
-            drifts = _by_item(pool, measured, matrices, lambda matrix: matrix.label)
+            drifts = _by_item(pool, measured, matrices)
         with self._threads() as pool:
             squares = self._squares(model, drifts, pool)
         self.methods.update(drift.method for drift in drifts.values())
@@ -148,8 +148,7 @@ class DriftAnalysis(Analysis):
             return directions(checkpoint, matrix, self.spectra)
 
         with self._threads(self.device) as pool:
-            matrices = self._matrices(checkpoint)
-            by_matrix = _by_item(pool, of_matrix, matrices, lambda matrix: matrix.label)
+            by_matrix = _by_item(pool, of_matrix, self._matrices(checkpoint))
         return {matrix.name: of for matrix, of in by_matrix.items()}
 
     def _squares(
@@ -259,17 +258,14 @@ def worker_threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _by_item(
-    pool: ThreadPoolExecutor,
-    function: Callable[[Any], Any],
-    items: list[Any],
-    label: Callable[[Any], str] = str,
+    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: list[Any]
 ) -> dict[Any, Any]:
-    """The function's value for each item; a ValueError becomes a UserError with the label."""
+    """The function's value for each item; a ValueError becomes a UserError that names the item."""
 
     def labelled(item: Any) -> Any:
         try:
             return function(item)
         except ValueError as error:
-            raise UserError(f"{label(item)}: {error}") from None
+            raise UserError(f"{item}: {error}") from None
 
     return dict(zip(items, pool.map(labelled, items)))

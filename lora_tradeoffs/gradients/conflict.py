@@ -303,10 +303,7 @@ def conflict_records(products: Products) -> Iterator[dict[str, Any]]:
         itself = {"task": MEAN, "other": MEAN, "metric": "within_cosine", **group}
         yield {**itself, **mean_over_batches(within.mean(axis=1), "within_cosine")}
         for i, task in enumerate(products.tasks):
-            of_task = {
-                "within_cosine": within[:, i],
-                "gradient_norm": np.sqrt(between[:, i, i]),
-            }
+            of_task = {"within_cosine": within[:, i], "gradient_norm": np.sqrt(between[:, i, i])}
             for metric, values in of_task.items():
                 itself = {"task": task, "other": task, **group, "metric": metric}
                 yield {**itself, **mean_over_batches(values, metric)}

@@ -156,11 +156,11 @@ class Adapter:
         targets = self._targets(base)
         if missing := targets - set(pairs):
             matrix = min(missing)
-            raise UserError(f"{self.folder} has no weight for {matrix.label}, which it targets")
+            raise UserError(f"{self.folder} has no weight for {matrix}, which it targets")
         for matrix, names in sorted(pairs.items()):
-            self._check(matrix.label, matrix.name, names, base)
+            self._check(str(matrix), matrix.name, names, base)
             if matrix not in targets:
-                raise UserError(f"{self.folder} has a weight for {matrix.label}, no target of it")
+                raise UserError(f"{self.folder} has a weight for {matrix}, no target of it")
         if self._outside and self._config.ensure_weight_tying:
             raise UserError(f"{self.folder} cannot be analysed: its ensure_weight_tying is True")
         for name, names in self._outside.items():

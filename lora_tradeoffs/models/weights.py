@@ -42,8 +42,7 @@ class Matrix:
     module: str
     name: str
 
-    @property
-    def label(self) -> str:
+    def __str__(self) -> str:
         return f"layer {self.layer} {self.module}"
 
     @property

@@ -76,9 +76,7 @@ def mean_by_row(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.T
 
 
 def log_likelihoods(
-    model: Any,
-    items: Sequence[Item],
-    token_budget: int = TOKEN_BUDGET,
+    model: Any, items: Sequence[Item], token_budget: int = TOKEN_BUDGET
 ) -> list[list[Score]]:
     """Scores of every item's continuations, in the order of the items.
 

@@ -17,9 +17,8 @@ from lora_tradeoffs.training.run import Run
 # By stage and family (None: both).
 SAMPLE_OPTIONS: dict[tuple[str, str | None], dict[str, Any]] = {
     ("evaluate", None): {"limit": 16, "shots": 0},
-    ("evaluate", "dissimilar"): {
-        **{"checkpoints": ("last",), "splits": ("validation",), "limit": 4, "shots": 0},
-    },
+    ("evaluate", "dissimilar"): {"checkpoints": ("last",), "splits": ("validation",)}
+    | {"limit": 4, "shots": 0},
     ("retention", None): {"checkpoints": ("last",), "limit": 16, "documents": 4},
     ("drift", None): {"top_k": (4, 8, 16, 32)},
     ("gradients", None): {"checkpoints": ("last",), "batches": 2, "batch_size": 2},

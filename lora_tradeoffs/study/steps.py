@@ -20,7 +20,7 @@ from lora_tradeoffs.checkpoints import checkpoints
 from lora_tradeoffs.files import read_json, write_json
 from lora_tradeoffs.records import read_run, units_of
 from lora_tradeoffs.shapes import NUMBER
-from lora_tradeoffs.training.learning_rates import flags, rates_around, read_rates
+from lora_tradeoffs.training.learning_rates import flags, rates_around, records_of_arm
 from lora_tradeoffs.training.run import Run
 
 # stage: its script
@@ -63,7 +63,7 @@ class Sweep:
         With the sweep's seed: the arm at every rate that was tried, else at those of the grid. With
         another: at the chosen rate (until the search has ended the default), if there is one.
         """
-        records = _rate_records(planned)
+        records = records_of_arm(planned)
         if planned.config.seed == self.seed:
             rates = [record["learning_rate"] for record in records]
             rates = rates or rates_around(planned.default.learning_rate, self.factors)
@@ -75,14 +75,10 @@ class Sweep:
 
     def has_chosen(self, planned: Run) -> bool:
         """Whether the arm has a rate, from a search that tried all of this grid."""
-        records = _rate_records(planned)
+        records = records_of_arm(planned)
         tried = {record["learning_rate"] for record in records}
         wanted = rates_around(planned.default.learning_rate, self.factors)
         return any(record["chosen"] for record in records) and tried.issuperset(wanted)
-
-
-def _rate_records(run: Run) -> list[dict[str, Any]]:
-    return [r for r in read_rates(run.folder.parent) if r["arm"] == run.arm]
 
 
 @dataclass(frozen=True, eq=False)

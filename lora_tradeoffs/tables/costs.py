@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FAMILIES
 from lora_tradeoffs.checkpoints import MANIFEST, checkpoints, read_manifest
 from lora_tradeoffs.records import read_run, read_training
 from lora_tradeoffs.tables.arms import arm_of, arms_by_run
+from lora_tradeoffs.tables.frames import in_order
 from lora_tradeoffs.tables.retention import gains
 from training_configs import tasks_and_variant
 
@@ -80,12 +80,7 @@ def arm_costs(costs: DataFrame) -> DataFrame:
     keys = ["family", "arm", "device"]
     table = costs[keys].fillna("unknown").assign(**numbers)
     grouped = table.groupby(keys)
-    means = grouped.mean().assign(seeds=grouped.size()).reset_index()
-    return means.sort_values(
-        keys,
-        key=lambda s: s.map([*FAMILIES].index) if s.name == "family" else s,
-        ignore_index=True,
-    )
+    return in_order(grouped.mean().assign(seeds=grouped.size()).reset_index(), *keys)
 
 
 def gain_costs(

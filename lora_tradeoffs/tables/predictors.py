@@ -250,11 +250,7 @@ def _within(rows: DataFrame, resamples: int, permutations: int, seed: int) -> di
 
 
 def _correlation(
-    x: np.ndarray,
-    y: np.ndarray,
-    resamples: int,
-    permutations: int,
-    seed: int,
+    x: np.ndarray, y: np.ndarray, resamples: int, permutations: int, seed: int
 ) -> dict[str, Any]:
     """Correlation of residuals of ranks, (arms, checkpoints) each, with interval and p-value."""
     import numpy as np

@@ -236,6 +236,11 @@ def read_rates(runs_dir: Path) -> list[dict[str, Any]]:
     return read_json(path, {"records": [FIELDS]})["records"]
 
 
+def records_of_arm(run: Run) -> list[dict[str, Any]]:
+    """The records of the sweep that are of the run's arm."""
+    return [record for record in read_rates(run.folder.parent) if record["arm"] == run.arm]
+
+
 def write_rates(runs_dir: Path, arm: str, records: list[dict[str, Any]]) -> Path:
     """Replace an arm's records; other processes may write those of other arms meanwhile."""
     path = runs_dir / FILE
@@ -251,10 +256,9 @@ def chosen_rate(run: Run) -> float:
 
     Raises UserError, naming the command, if there is none for these settings.
     """
-    runs_dir, arm, config = run.folder.parent, run.arm, run.config
-    records = [record for record in read_rates(runs_dir) if record["arm"] == arm]
+    arm, records = run.arm, records_of_arm(run)
     chosen = next((record for record in records if record["chosen"]), None)
-    options = {"lr_sweep": True, "study": runs_dir.name} | run_options(run)
+    options = {"lr_sweep": True, "study": run.folder.parent.name} | run_options(run)
     command = " ".join(["python multi_task_training.py", *flags(options)])
     if chosen is None:
         problem = f" ({records[0]['problem']})" if records else ""
@@ -262,7 +266,7 @@ def chosen_rate(run: Run) -> float:
             f"no learning rate was chosen for {arm}{problem}; sweep first, with the same other"
             f" flags: {command}"
         )
-    settings = _settings(config)
+    settings = _settings(run.config)
     if changes := changed({name: chosen.get(name) for name in settings}, settings):
         raise UserError(
             f"the learning rate of {arm} was chosen with other settings: {'; '.join(changes)}."

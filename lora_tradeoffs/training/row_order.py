@@ -31,11 +31,7 @@ def steps_for(rows: Sequence[int], epochs: float, batch_size: int) -> int:
 
 
 def order_rows(
-    lengths: Sequence[np.ndarray],
-    shares: np.ndarray,
-    batch_size: int,
-    steps: int,
-    seed: int,
+    lengths: Sequence[np.ndarray], shares: np.ndarray, batch_size: int, steps: int, seed: int
 ) -> np.ndarray:
     """Indices into the tasks' concatenated rows, in training order, shape (steps * batch_size,).
 

@@ -162,11 +162,7 @@ def _write_error(run: Run, error: Exception) -> bool:
     if not (run.folder / "run.json").is_file():
         return False
     trace = "".join(traceback.format_exception(error))
-    record = {
-        "error": str(error),
-        "traceback": trace,
-        "diverged": isinstance(error, Diverged),
-    }
+    record = {"error": str(error), "traceback": trace, "diverged": isinstance(error, Diverged)}
     try:
         write_json(run.folder / "error.json", record)
     except OSError:  # the disk may be what failed
