@@ -10,7 +10,7 @@ import numpy as np
 from config import UserError
 from lora_tradeoffs.data.encoding import end_id
 from lora_tradeoffs.records import LOSS
-from lora_tradeoffs.scoring.generation import generate_greedily
+from lora_tradeoffs.scoring.generation import configured_ends, generate_greedily
 from lora_tradeoffs.scoring.log_likelihoods import log_likelihoods
 from lora_tradeoffs.scoring.rows import Item
 from lora_tradeoffs.statistics.scores import Scores, mean_scores
@@ -74,7 +74,7 @@ def generated_texts(
         text = decode(tokens[-tail:]).lstrip()
         return any(stop in text for stop in stops)
 
-    eos = {tokenizer.eos_token_id, end_id(tokenizer)}
+    eos = {tokenizer.eos_token_id, end_id(tokenizer), *configured_ends(model)}
     most = description.max_new_tokens
     try:
         outputs = generate_greedily(model, prompts, most, eos, stopped, batch_tokens)

@@ -24,7 +24,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from config import UserError
 from lora_tradeoffs.chat import form_of
 from lora_tradeoffs.data.encoding import bos_ids, text_ids
-from lora_tradeoffs.scoring.generation import GENERATION_BUDGET, generate_greedily
+from lora_tradeoffs.scoring.generation import (
+    GENERATION_BUDGET,
+    configured_ends,
+    generate_greedily,
+)
 from lora_tradeoffs.scoring.log_likelihoods import TOKEN_BUDGET, log_likelihoods
 from lora_tradeoffs.scoring.rows import shared_rows
 
@@ -186,7 +190,5 @@ class SharedPrefixLM(HFLM):
         """What ends a generation: EOS, the tokens that the model's own configuration names, and the
         chat template's end of a turn.
         """
-        configured = self.model.generation_config.eos_token_id
         turn = [self.chat_form.end_id] if self.chat_form else []
-        ends = np.atleast_1d([] if configured is None else configured).tolist()
-        return {self.eot_token_id, *turn, *ends}
+        return {self.eot_token_id, *turn, *configured_ends(self.model)}

@@ -82,6 +82,12 @@ def generate_greedily(
     return outputs
 
 
+def configured_ends(model: Any) -> set[int]:
+    """The tokens that end a text by the model's generation_config.json, which may name several."""
+    ids = model.generation_config.eos_token_id
+    return {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+
+
 def _read_prompts(
     model: Any, prompts: Sequence[Sequence[int]]
 ) -> tuple[Any, torch.Tensor, list[int]]:

@@ -1,5 +1,8 @@
 """Batched generation against model.generate, one prompt at a time."""
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from support import settings_for
 
 from config import FAMILIES
 from dataset_descriptions import describe
+from lora_tradeoffs.adaptation.predictions import generated_texts
 from lora_tradeoffs.data.encoding import encode
 from lora_tradeoffs.data.sources import read_jsonl
 from lora_tradeoffs.models.base import load_base, prepare_base
@@ -120,6 +124,22 @@ def test_what_cannot_be_generated_is_refused(model):
     with pytest.raises(ValueError, match="at least one token"):
         generate_greedily(model, [[]], 4, [2])
     assert generate_greedily(model, [], 4, [2]) == []
+
+
+def test_an_answer_ends_with_any_token_that_ends_texts_of_its_model(tiny, tokenizer, tmp_path):
+    """As instruct models name several: the tokenizer has one of them."""
+    folder = shutil.copytree(tiny, tmp_path / "base")
+    base = prepare_base(settings_for(model=str(folder)))
+    (prompt,) = random_prompts(1, shortest=39)
+    task = dataclasses.replace(describe("squad_v2"), stop="nothing", max_new_tokens=8)
+    assert generated_texts(load_base(base), [prompt], task, 1_024, tokenizer) != [""]
+    (first,) = generate_greedily(load_base(base), [prompt], 1, [2])[0]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, first]}))
+    model = load_base(base).eval()
+    with torch.no_grad():
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+    assert output[0].tolist() == [*prompt, first]
+    assert generated_texts(model, [prompt], task, 1_024, tokenizer) == [""]
 
 
 @pytest.mark.parametrize(
