@@ -15,6 +15,7 @@ from lora_tradeoffs.files import COPY, file_record, file_sha256, read_json, sync
 MANIFEST = "manifest.json"
 FILES_SHAPE = {"*": {"size": int, "sha256": str}}
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+GENERATION_CONFIG = "generation_config.json"
 MODEL_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILE = re.compile(r"[\w.+@=-]{1,200}\.safetensors", re.ASCII)  # no path
 PICKLED = re.compile(r"(adapter_|pytorch_)model.*\.bin")
@@ -138,12 +139,25 @@ def _is_pickled(folder: Path) -> bool:
     return any(PICKLED.fullmatch(path.name) for path in folder.glob("*.bin"))
 
 
+def ends_files(folder: Path) -> list[str]:
+    """generation_config.json, if texts end by it otherwise than by config.json; else none."""
+    paths = [folder / "config.json", folder / GENERATION_CONFIG]
+    if not all(path.is_file() for path in paths):
+        return []
+    with suppress(UserError):  # one that is damaged counts, too
+        of_model, of_texts = (read_json(path).get("eos_token_id") for path in paths)
+        if of_texts in (None, of_model):
+            return []
+    return [GENERATION_CONFIG]
+
+
 def weights_key(folder: Path) -> dict[str, Any]:
     """What identifies a checkpoint's weights: their sha256 by the manifest, or else size and time;
     and sha256 of the files that say what is computed with them.
     """
-    configs = (folder / name for name in (ADAPTER_CONFIG, "config.json", INDEX_FILE))
-    key: dict[str, Any] = {path.name: file_sha256(path) for path in configs if path.is_file()}
+    configs = (ADAPTER_CONFIG, "config.json", INDEX_FILE, *ends_files(folder))
+    paths = (folder / name for name in configs)
+    key: dict[str, Any] = {path.name: file_sha256(path) for path in paths if path.is_file()}
     if (folder / MANIFEST).is_file():
         try:
             files = read_manifest(folder)["files"]

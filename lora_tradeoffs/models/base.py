@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 from config import EMBEDDED_MODEL, Settings, UserError
 from lora_tradeoffs.chat import chat_form, form_of, turn_ids
-from lora_tradeoffs.checkpoints import FILES_SHAPE, weight_files
+from lora_tradeoffs.checkpoints import FILES_SHAPE, ends_files, weight_files
 from lora_tradeoffs.files import (
     file_record,
     file_sha256,
@@ -198,7 +198,7 @@ def load_model(
             if not model(torch.zeros((1, 1), dtype=torch.long)).logits.isfinite().all():
                 raise ValueError("its logits are not finite")
         model.name_or_path = model.config._name_or_path = str(folder)  # which adapters record
-        with contextlib.suppress(Exception):  # nothing here uses it; full checkpoints keep it
+        with contextlib.suppress(Exception):  # its tokens end texts; else those of config.json do
             model.generation_config = GenerationConfig.from_pretrained(folder, **LOCAL)
     return model
 
@@ -333,7 +333,7 @@ def _files(folder: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
     Weights(folder)
     weights = {path.name: (known or {}).get(path.name) for path in weight_files(folder)}
     others = {path.name for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
-    names = sorted({"config.json", *weights, *others})
+    names = sorted({"config.json", *ends_files(folder), *weights, *others})
     files = {name: weights.get(name) or file_record(folder / name) for name in names}
     hashes = "".join(record["sha256"] for record in files.values())
     return {"files": files, "digest": hashlib.sha256(hashes.encode()).hexdigest()}

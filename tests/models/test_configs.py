@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from support import change_json, ends_or_refuses, settings_for
 
 from config import UserError
-from lora_tradeoffs.checkpoints import Checkpoint
+from lora_tradeoffs.checkpoints import Checkpoint, weights_key
 from lora_tradeoffs.models.adapters import read_checkpoint
 from lora_tradeoffs.models.base import (
     empty_model,
@@ -197,11 +197,13 @@ def test_a_newer_tokenizer_and_an_adapter_in_a_base_are_one_line(folders, tmp_pa
 
 def test_what_a_base_computes_is_its_identity(folders, tmp_path):
     folder = edited(folders, tmp_path, "base", "config.json")
-    first = use(folder)
-    assert use(folder).digest == first.digest
+    first, of_first = use(folder), weights_key(folder)
+    change_json(folder / "generation_config.json", max_length=99)
+    assert use(folder).digest == first.digest and weights_key(folder) == of_first
     for name, fields in (
         ("config.json", {"rms_norm_eps": 0.5}),
         ("config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
+        ("generation_config.json", {"eos_token_id": [2, 5]}),
         ("tokenizer_config.json", {"eos_token": "<|endoftext|>"}),
     ):
         path = folder / name
@@ -209,6 +211,7 @@ def test_what_a_base_computes_is_its_identity(folders, tmp_path):
         change_json(path, **fields)
         other = use(folder)
         assert other.digest != first.digest and other.name != first.name
+        assert (weights_key(folder) == of_first) == name.startswith("tokenizer")
         eos_token = load_tokenizer(other).eos_token
         path.write_text(whole)
     assert eos_token == "<|endoftext|>" != load_tokenizer(first).eos_token
