@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -229,11 +230,12 @@ class Preparation:
         from datasets import Dataset
 
         tokenizer, description, max_length = self.tokenizer, self.description, self.max_length
-        items = [{"row": i, "json": json.dumps(row)} for i, row in enumerate(rows)]
+        # rows of the Hub may hold dates and the like, which JSON cannot
+        items = [{"row": i, "raw": pickle.dumps(row)} for i, row in enumerate(rows)]
         processes = min(os.cpu_count() or 1, len(rows) // 2_000)
         return Dataset.from_list(items).map(
-            lambda item: encode(tokenizer, description, json.loads(item["json"]), max_length),
-            remove_columns="json",
+            lambda item: encode(tokenizer, description, pickle.loads(item["raw"]), max_length),
+            remove_columns="raw",
             # processes pay where there are many rows; each needs a moment to start
             num_proc=processes if processes > 1 else None,
             desc=f"{description.name} {split}",

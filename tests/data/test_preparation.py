@@ -1,9 +1,12 @@
 """From raw rows to tokens: what is cut, what is refused, what is kept."""
 
 import json
+import math
 import re
 import shutil
 import tracemalloc
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from lora_tradeoffs.data import preparation
 from lora_tradeoffs.data.encoding import bos_ids, choice_ids, encode
 from lora_tradeoffs.data.preparation import prepare
 from lora_tradeoffs.data.sources import read_folder, read_jsonl
+from lora_tradeoffs.task_yaml import describe_fields
 
 SAMPLE = ROOT / "data" / "sample"
 
@@ -139,6 +143,23 @@ def test_only_the_last_of_thousands_of_rows_has_a_problem(tokenizer, tmp_path):
     task = prepare(settings, tokenizer, ["sst2"], 64, 5_000)["sst2"]
     assert task.report["splits"]["train"]["rows"] == 3_200
     assert sum(task.report["splits"]["train"]["dropped"].values()) == 1
+
+
+def test_rows_of_the_hub_may_hold_what_json_cannot(tokenizer, monkeypatch):
+    """Of dates, decimals and bytes a task file's template writes what Jinja writes of them."""
+    values = {"day": date(2024, 7, 26), "price": Decimal("1.50"), "raw": b"x", "score": math.nan}
+    rows = [{"text": f"text {n}", "label": n % 2, **values} for n in range(30)]
+    splits = {"train": rows[:20], "validation": rows[20:25], "test": rows[25:]}
+    monkeypatch.setattr(preparation, "read_hub", lambda *_: (splits, {"revision": None}))
+    monkeypatch.setattr(preparation, "benchmark_texts", lambda _: {})
+    fields = {"dataset_path": "some/one", "training_split": "train", "test_split": "test"}
+    fields |= {"doc_to_text": "{{day.year}} {{day}} {{price}} {{raw}} {{score}}: {{text}}"}
+    fields |= {"doc_to_target": "label", "doc_to_choice": ["a", "b"]}
+    task = describe_fields("dated", fields, lambda field, reason: UserError(f"{field} {reason}"))
+    prepared = prepare(settings_for(data="hub", study="dated"), tokenizer, [task], 64, 100)["dated"]
+    prompts = prepared.split("test")["prompt"][:]
+    assert prompts == [task.prompt(row) for row in rows[25:]]
+    assert prompts[0] == "2024 2024-07-26 1.50 b'x' nan: text 25"
 
 
 def test_an_answer_that_truncation_took_is_told(tokenizer):
