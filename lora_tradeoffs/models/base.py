@@ -207,7 +207,9 @@ def store_frozen_linears_in_bf16(model: PreTrainedModel) -> None:
     """Store frozen linear layers in bf16, so that autocast need not cast them in every pass.
 
     Autocast would round the same weights to the same bf16 values, so logits and gradients stay
-    equal bit for bit. Do not save this copy, nor read weights from it.
+    equal bit for bit; but for adapters that compute with the weights themselves (DoRA's norms,
+    `target_parameters`), about a bf16 rounding apart. Do not save this copy, nor read weights from
+    it.
     """
     import torch
     from torch import nn
