@@ -64,14 +64,17 @@ def test_a_checkpoint_is_whole_iff_its_manifest_agrees(tmp_path):
     assert "did not end" in checkpoint_problem(checkpoint)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", '{"files": [1]}', '{"files": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "null", '{"files": [1]}', '{"files": {"a": {"size": "1"}}}']
+)
 def test_a_damaged_manifest_is_told_and_the_older_checkpoint_resumed(tmp_path, capsys, text):
     for step in (10, 100):
         make_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-100" / "manifest.json").write_text(text)
     assert newest_whole_checkpoint(tmp_path).name == "checkpoint-10"
     told = capsys.readouterr().out
-    assert "not resuming from checkpoint-100" in told and "manifest.json is damaged" in told
+    assert "not resuming from checkpoint-100: " in told and "manifest.json is damaged" in told
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-10"]
 
 
 def test_the_newest_whole_checkpoint_is_resumed_and_broken_ones_go(tmp_path):
@@ -81,17 +84,6 @@ def test_the_newest_whole_checkpoint_is_resumed_and_broken_ones_go(tmp_path):
     assert newest_whole_checkpoint(tmp_path).name == "checkpoint-10"
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-10"]
     assert newest_whole_checkpoint(tmp_path / "none") is None
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"files": [1]}', '{"files": {"a": {"size": "1"}}}'])
-def test_a_damaged_manifest_sends_the_run_back_to_the_checkpoint_before(tmp_path, capsys, text):
-    for step in (5, 10):
-        make_checkpoint(tmp_path, step)
-    (tmp_path / "checkpoint-10" / "manifest.json").write_text(text)
-    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-5"
-    said = capsys.readouterr().out
-    assert "not resuming from checkpoint-10: " in said and "manifest.json is damaged" in said
-    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-5"]
 
 
 def test_a_checkpoint_stays_whole_without_its_optimizer(tmp_path):

@@ -58,12 +58,6 @@ def plan_runs(study: StudyPlan, settings: Settings, hidden_size: int) -> list[Ru
     return list(runs.values())
 
 
-def sweep_of(study: StudyPlan) -> Sweep | None:
-    """The study's search for learning rates, with the first of the seeds."""
-    factors = study.learning_rates
-    return None if isinstance(factors, str) else Sweep(study.seeds[0], tuple(factors))
-
-
 # ------------------------------------------------------------------------------------ steps
 
 
@@ -75,7 +69,8 @@ def plan_steps(
     only: Collection[str] = tuple(STAGES),
 ) -> list[Step]:
     """Every step of the stages in `only`, in the order in which they start."""
-    sweep = sweep_of(study)
+    factors = study.learning_rates
+    sweep = None if isinstance(factors, str) else Sweep(study.seeds[0], tuple(factors))
     steps = [Step("prepare", "prepare", {}, tuple(runs))]
     analyses: list[Step] = []
     for run in runs:

@@ -88,7 +88,8 @@ def untried(losses: Mapping[float, Sequence[float]]) -> list[float]:
     """The rates to try next: half and twice the best rate; half the lowest if all diverged."""
     best = best_rate(losses)
     wanted = [min(losses) / 2] if best is None else [best / 2, best * 2]
-    return [_rounded(r) for r in wanted if not any(_is_same(r, tried) for tried in losses)]
+    tried = [rate for rate in wanted if any(math.isclose(rate, r, rel_tol=0.01) for r in losses)]
+    return [_rounded(rate) for rate in wanted if rate not in tried]
 
 
 def search(rates: Sequence[float], train: Callable[[list[float]], Losses]) -> Search:
@@ -117,11 +118,6 @@ def search(rates: Sequence[float], train: Callable[[list[float]], Losses]) -> Se
 
 def _rounded(rate: float) -> float:
     return float(f"{rate:.4g}")
-
-
-def _is_same(rate: float, other: float) -> bool:
-    """The same but for rounding."""
-    return math.isclose(rate, other, rel_tol=0.01)
 
 
 # -------------------------------------------------------------------------------- the sweep

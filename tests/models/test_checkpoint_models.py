@@ -79,24 +79,6 @@ def test_every_checkpoint_is_itself_whatever_came_before(base, tmp_path):
     assert not torch.allclose(found["a"], found["base"], atol=1e-3)
 
 
-def test_adapters_that_are_more_than_low_rank_are_scored_and_leave_no_trace(base, tmp_path):
-    options = (
-        *({"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["norm"]}),
-        *({"trainable_token_indices": [17]}, {"bias": "lora_only"}),
-        {"target_parameters": ["model.layers.0.mlp.up_proj.weight"]},
-    )
-    expected = {}
-    for seed, option in enumerate(options):
-        (name,) = option
-        expected[name] = make_adapter(base, tmp_path / name, seed=seed, **option)
-    expected["plain"] = make_adapter(base, tmp_path / "plain", seed=7)
-    expected["full"] = make_full(base, tmp_path / "full", seed=8)
-    found = collect(base, [tmp_path / name for name in expected])
-    assert not [text for text in found.values() if isinstance(text, str)]
-    for name, logits in expected.items():
-        assert torch.allclose(found[name], logits, atol=1e-5), name
-
-
 def test_linears_stored_in_bf16_give_autocast_the_same_bits(base, tmp_path):
     make_adapter(base, tmp_path / "adapter", 4, seed=1)
     make_full(base, tmp_path / "full", seed=3)
