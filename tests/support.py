@@ -8,9 +8,11 @@ import signal
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 
-from config import PRESETS, UserError
+from config import DOCUMENTS, PRESETS, UserError
+from lora_tradeoffs.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = (
@@ -66,6 +68,25 @@ def assert_one_line_error(process, *parts):
     assert lines[0].startswith("error: ")
     for part in parts:
         assert part in lines[0], (part, lines[0])
+
+
+def values(output, study, documents=DOCUMENTS):
+    """Every number of the documents, by what it is of."""
+    numbers = {}
+    for name in documents:
+        for r in read_json(output / DOCUMENTS[name].format(study=study))["records"]:
+            left_out = ("value", "stderr", "low", "high", "study", "random")
+            key = {k: v for k, v in r.items() if k not in left_out}
+            key = {k: v for k, v in key.items() if not isinstance(v, float) or k == "eps"}
+            numbers.setdefault((name, json.dumps(key, sort_keys=True)), []).append(r["value"])
+    return numbers
+
+
+def assert_close(numbers, expected, rel=1e-9, abs=1e-12):
+    """Of `values`: products of fp64 round in their last bits by where their operands lie."""
+    assert numbers.keys() == expected.keys()
+    for key, value in expected.items():
+        assert numbers[key] == pytest.approx(value, rel=rel, abs=abs), key
 
 
 class Hang(BaseException):

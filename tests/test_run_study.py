@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from support import DEMO, ROOT, assert_one_line_error
+from support import DEMO, ROOT, assert_close, assert_one_line_error, values
 
 from config import DOCUMENTS
 from lora_tradeoffs.data.sources import source_digest
@@ -74,26 +74,6 @@ def copied(workspace, whole):
         return workspace / "models" / name
 
     return copy
-
-
-def values(output, study, documents=("adaptation", "retention", "drift", "gradients")):
-    """Every number of the documents, by what it is of."""
-    numbers = {}
-    for name in documents:
-        for r in read_json(output / DOCUMENTS[name].format(study=study))["records"]:
-            key = {
-                k: v for k, v in r.items() if k not in ("value", "stderr", "low", "high", "study")
-            }
-            key = {k: v for k, v in key.items() if not isinstance(v, float) or k == "eps"}
-            numbers.setdefault((name, json.dumps(key, sort_keys=True)), []).append(r["value"])
-    return numbers
-
-
-def same(numbers, expected):
-    """Equal but for the last bits: products of fp64 round by where their operands lie."""
-    return numbers.keys() == expected.keys() and all(
-        numbers[key] == pytest.approx(expected[key], rel=1e-9, abs=1e-12) for key in expected
-    )
 
 
 def start(arguments, **options):
@@ -166,7 +146,8 @@ def test_a_deleted_unit_is_measured_again_alone(whole, copied, workspace, measur
     before = files(workspace, "incomplete")
     assert main([*measured, "--study", "incomplete"]) == 0
     assert "7 steps: 6 done, 1 to run" in capsys.readouterr().out
-    assert unit.is_file() and same(values(workspace, "incomplete"), whole)
+    assert unit.is_file()
+    assert_close(values(workspace, "incomplete"), whole)
     others = set(records.glob("*.json")) - {unit}
     assert all(p.stat().st_mtime_ns == before[p] for p in others)
 
@@ -183,7 +164,7 @@ def test_checkpoints_are_deleted_once_they_are_measured(whole, copied, workspace
         assert "12 steps: 12 done, 0 to run" in capsys.readouterr().out
         for run in RUNS:
             assert [p.name for p in (models / run).glob("checkpoint-*")] == ["checkpoint-4"]
-    assert same(values(workspace, "deleted"), whole)
+    assert_close(values(workspace, "deleted"), whole)
 
 
 @pytest.mark.slow
@@ -195,7 +176,7 @@ def test_each_run_is_measured_and_its_checkpoints_deleted_before_the_next(
     for run in RUNS:
         folder = workspace / "models" / "one-by-one" / run
         assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-4"]
-    assert same(values(workspace, "one-by-one"), whole)
+    assert_close(values(workspace, "one-by-one"), whole)
     report = workspace / "outputs" / "one-by-one" / "report.html"
     assert f"report: {report}" in capfd.readouterr().out and report.is_file()
     assert main(arguments) == 0
@@ -239,8 +220,8 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_records(
         study.send_signal(signal.SIGKILL)
         study.communicate()  # ends once all children have, which hold the pipe
     assert main(arguments) == 0
-    documents = ADAPTATION if kills == 1 else ("adaptation", "retention", "drift", "gradients")
-    assert same(
+    documents = ADAPTATION if kills == 1 else DOCUMENTS
+    assert_close(
         values(workspace, f"killed-{kills}", documents),
         {key: value for key, value in whole.items() if key[0] in documents},
     )
@@ -315,10 +296,7 @@ def test_two_workers_measure_the_same(adapted, workspace, evaluated):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core")
     assert main([*evaluated, "--study", "shared", "--workers", "2"]) == 0
-    numbers = values(workspace, "shared", ADAPTATION)
-    assert numbers.keys() == adapted.keys()
-    for key, expected in adapted.items():
-        assert numbers[key] == pytest.approx(expected, rel=1e-3, abs=1e-4), key
+    assert_close(values(workspace, "shared", ADAPTATION), adapted, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -399,7 +377,4 @@ def test_runs_on_two_processes_each_measure_the_same(adapted, workspace, evaluat
     for run in RUNS:
         record = read_json(workspace / "models" / "two-each" / run / "run.json")
         assert record["environment"]["world_size"] == 2
-    numbers = values(workspace, "two-each", ADAPTATION)
-    assert numbers.keys() == adapted.keys()
-    for key, expected in adapted.items():
-        assert numbers[key] == pytest.approx(expected, rel=1e-3, abs=1e-4), key
+    assert_close(values(workspace, "two-each", ADAPTATION), adapted, rel=1e-3, abs=1e-4)

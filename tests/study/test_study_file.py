@@ -12,9 +12,9 @@ import time
 
 import pytest
 import yaml
-from support import DEMO, ROOT, assert_one_line_error, settings_for
+from support import DEMO, ROOT, assert_close, assert_one_line_error, settings_for, values
 
-from config import DOCUMENTS, FAMILIES, UserError
+from config import FAMILIES, UserError
 from dataset_descriptions import DESCRIPTIONS
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.study.same_study import check_study, checked_runs
@@ -303,18 +303,6 @@ def test_a_file_that_is_no_mapping_of_fields_is_one_line(inside, tmp_path, text,
 # ------------------------------------------------------------------------- the whole study
 
 
-def values(output, study):
-    """Every number of the four documents, by what it is of."""
-    numbers = {}
-    for name in DOCUMENTS:
-        for r in read_json(output / DOCUMENTS[name].format(study=study))["records"]:
-            left_out = ("value", "stderr", "low", "high", "study", "random")
-            key = {k: v for k, v in r.items() if k not in left_out}
-            key = {k: v for k, v in key.items() if not isinstance(v, float) or k == "eps"}
-            numbers.setdefault((name, json.dumps(key, sort_keys=True)), []).append(r["value"])
-    return numbers
-
-
 @pytest.mark.slow
 def test_a_study_of_four_arms_is_killed_resumed_reported_and_replayed(workspace, tiny, tmp_path):
     last = {"checkpoints": ["last"]}
@@ -349,10 +337,7 @@ def test_a_study_of_four_arms_is_killed_resumed_reported_and_replayed(workspace,
         check=True,
     )
     assert (tmp_path / "out/outputs/filed/study.yaml").read_text() == saved.read_text()
-    again = values(tmp_path / "out", "filed")
-    assert again.keys() == numbers.keys()
-    for key, expected in numbers.items():
-        assert again[key] == pytest.approx(expected, rel=1e-6, abs=1e-9), key
+    assert_close(values(tmp_path / "out", "filed"), numbers, rel=1e-6, abs=1e-9)
 
 
 # ------------------------------------------------------------------------- tasks of one's own
