@@ -177,6 +177,21 @@ def tiny(workspace, tokenizer):
     return tiny_llama(workspace / "tiny", tokenizer)
 
 
+@pytest.fixture(scope="session")
+def base(tiny):
+    """The two-layer Llama as a base."""
+    from lora_tradeoffs.models.base import prepare_base
+
+    return prepare_base(settings_for(model=str(tiny)))
+
+
+@pytest.fixture(scope="module")
+def tiny_model(base):
+    from lora_tradeoffs.models.base import load_base
+
+    return load_base(base).eval()
+
+
 def tiny_llama(folder, tokenizer, bias=False):
     """Save a two-layer random Llama and its tokenizer in the folder, and return it."""
     import torch

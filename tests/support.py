@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from config import DOCUMENTS, PRESETS, UserError
@@ -58,6 +59,15 @@ def edited_tensors(path):
     tensors = load_file(path)
     yield tensors
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def moved(model, noise=0.1):
+    """The model with all that is trainable moved."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(noise * torch.randn_like(parameter))
+    return model
 
 
 def assert_one_line_error(process, *parts):

@@ -15,7 +15,7 @@ from lora_tradeoffs.adaptation.analysis import Adaptation, AdaptationOptions, Ta
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.results import Results
 from lora_tradeoffs.measuring.subjects import Subject
-from lora_tradeoffs.models.base import load_base, prepare_base
+from lora_tradeoffs.models.base import load_base, load_tokenizer
 from lora_tradeoffs.records import RECORD_VERSION
 from multi_task_training import main as train
 
@@ -62,7 +62,7 @@ def test_every_checkpoint_and_the_base_have_flat_records(folder):
     assert len(shares) == 3 and shares.value.sum() == pytest.approx(1)
 
 
-def test_a_figure_is_that_of_the_model_asked_row_by_row(folder, tiny):
+def test_a_figure_is_that_of_the_model_asked_row_by_row(folder, base):
     from peft import PeftModel
 
     from dataset_descriptions import describe
@@ -70,9 +70,6 @@ def test_a_figure_is_that_of_the_model_asked_row_by_row(folder, tiny):
     from lora_tradeoffs.data.preparation import prepare
 
     settings = settings_for(study=STUDY)
-    base = prepare_base(settings_for(model=str(tiny)))
-    from lora_tradeoffs.models.base import load_tokenizer
-
     tokenizer = load_tokenizer(base)
     rows = prepare(settings, tokenizer, ["qqp"], 256, 2_000)["qqp"].split("test")
     model = PeftModel.from_pretrained(
@@ -255,7 +252,7 @@ def test_one_item_of_a_task_is_enough_to_evaluate(folder, model):
     assert found[["f1_has_answer", "f1_no_answer"]].isna().sum() == 1
 
 
-def test_questions_about_a_passage_are_resampled_together(tiny, tmp_path):
+def test_questions_about_a_passage_are_resampled_together(base, tmp_path):
     from lora_tradeoffs.adaptation.analysis import (
         Adaptation,
         AdaptationOptions,
@@ -274,13 +271,13 @@ def test_questions_about_a_passage_are_resampled_together(tiny, tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = settings_for(study="passages", data=str(tmp_path))
     options = AdaptationOptions(dtype="fp32")
-    analysis = Adaptation(settings, prepare_base(settings_for(model=str(tiny))), options)
-    base = Subject("base", 0, None, {}, None, True, True)
+    analysis = Adaptation(settings, base, options)
+    subject = Subject("base", 0, None, {}, None, True, True)
     for prompt in range(4):
-        groups = analysis.groups(TaskUnit(base, "validation", "squad_v2", 0, 0, prompt))
+        groups = analysis.groups(TaskUnit(subject, "validation", "squad_v2", 0, 0, prompt))
         assert groups.tolist() == [i // 2 for i in range(80)]
-    assert analysis.groups(TaskUnit(base, "test", "squad_v2", 0, 0, 0)) is None  # too few
-    unit = TaskUnit(base, "validation", "squad_v2", 0, 0, 0)
+    assert analysis.groups(TaskUnit(subject, "test", "squad_v2", 0, 0, 0)) is None  # too few
+    unit = TaskUnit(subject, "validation", "squad_v2", 0, 0, 0)
     # both questions about a passage are right, or none: half as many items as it seems
     right = np.repeat(np.arange(40) % 2, 2)
     scores = score("squad_v2", ["x" if hit else "y" for hit in right], [["x"]] * 80)
@@ -290,7 +287,7 @@ def test_questions_about_a_passage_are_resampled_together(tiny, tmp_path):
     # beside retention, at scaled updates, too
     retention = Retention(settings, analysis.base, RetentionOptions(dtype="fp32"))
     retention.adaptation.scores = lambda *_: (scores, {}, [])
-    scaled = RetentionUnit(base, "adaptation", "squad_v2", scale=0.5)
+    scaled = RetentionUnit(subject, "adaptation", "squad_v2", scale=0.5)
     measured = retention._measure_adaptation(None, scaled, 0)
     retention.results.write("scaled", {}, measured.records, measured.scores, measured.groups)
     primary = next(s for s in scores if s.name == measured.scores[0].name)
@@ -359,7 +356,7 @@ def test_results_of_another_version_are_left_alone(folder, model, capsys):
     path.write_text(text)
 
 
-def test_validation_loss_is_trainings_and_plain_transformers(folder, model, tiny):
+def test_validation_loss_is_trainings_and_plain_transformers(folder, model, base):
     """Over the same rows the run's own validation; by row the loss of Transformers."""
     from peft import PeftModel
 
@@ -379,7 +376,6 @@ def test_validation_loss_is_trainings_and_plain_transformers(folder, model, tiny
         rows = np.random.default_rng(DATA_SEED).permutation(len(items))[:count]
         assert items[rows].mean() == pytest.approx(validated[f"eval_{task}_loss"], abs=2e-5)
         assert items.mean() == pytest.approx(value[task])
-    base = prepare_base(settings_for(model=str(tiny)))
     tuned = PeftModel.from_pretrained(load_base(base), run / "checkpoint-6").eval()
     for task, limit in (("qqp", 0), ("codexglue", 3)):
         unit = TaskUnit(Subject("base", 0, None, {}, None, True, True), "validation", task, limit)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from reference import random_similarity
 from safetensors.torch import load_file, save_file
-from support import assert_one_line_error, change_json, edited_tensors, settings_for
+from support import assert_one_line_error, change_json, edited_tensors, moved, settings_for
 
 from lora_tradeoffs.checkpoints import weights_key
 from lora_tradeoffs.measuring.results import Results
-from lora_tradeoffs.models.base import load_base, prepare_base
+from lora_tradeoffs.models.base import load_base
 from multi_task_training import main as train
 from svd_analysis import main
 
@@ -29,11 +29,6 @@ SIDES = {"left": lambda U, S, Vh: U, "right": lambda U, S, Vh: Vh.T}
 @pytest.fixture(scope="module")
 def model(tiny):
     return ["--model", str(tiny)]
-
-
-@pytest.fixture(scope="module")
-def base(tiny):
-    return prepare_base(settings_for(model=str(tiny)))
 
 
 def results_folder(study):
@@ -78,10 +73,7 @@ def make_adapter(base, folder, seed=0, strength=1.0, **fields):
 def make_full(base, folder, noise=0.02):
     """A checkpoint of the whole model; the updates of its tensors, in fp64."""
     torch.manual_seed(3)
-    model = load_base(base)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(noise * torch.randn_like(parameter))
+    model = moved(load_base(base), noise)
     model.save_pretrained(folder)
     start = dict(load_base(base).named_parameters())
     return {

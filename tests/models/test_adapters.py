@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from safetensors.torch import load_file
-from support import change_json, edited_tensors, settings_for
+from support import change_json, edited_tensors, moved, settings_for
 from tokenizers.normalizers import Lowercase
 
 from config import UserError
@@ -67,11 +67,8 @@ def make(base, folder, kind="LORA", **fields):
 
     torch.manual_seed(0)
     fields = {"target_modules": QV, **({"r": 4} if kind == "LORA" else {}), **fields}
-    model = get_peft_model(load_base(base), get_peft_config({"peft_type": kind, **fields})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    model = get_peft_model(load_base(base), get_peft_config({"peft_type": kind, **fields}))
+    model = moved(model.eval(), 0.05)
     model.save_pretrained(folder, save_embedding_layers=False)
     return model
 

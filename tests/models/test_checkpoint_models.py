@@ -8,19 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT, change_json, edited_tensors, settings_for
+from support import ROOT, change_json, edited_tensors, moved
 
 from config import UserError
 from lora_tradeoffs.checkpoints import Checkpoint, checkpoints_in, write_manifest
-from lora_tradeoffs.models.base import load_base, prepare_base
+from lora_tradeoffs.models.base import load_base
 from lora_tradeoffs.models.checkpoint_models import checkpoint_models, scaled_updates, with_added
 
 PROMPT = torch.tensor([[5, 17, 400, 23]])
-
-
-@pytest.fixture(scope="module")
-def base(tiny):
-    return prepare_base(settings_for(model=str(tiny)))
 
 
 def logits_of(model):
@@ -41,10 +36,7 @@ def make_adapter(base, folder, rank=4, seed=0, modules=("q_proj", "v_proj"), **o
 
 def make_full(base, folder, seed=0, untied=False):
     torch.manual_seed(seed)
-    model = load_base(base).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+    model = moved(load_base(base).eval(), 0.02)
     model.save_pretrained(folder)
     if untied:  # some tools write the tied lm_head, too
         path = folder / "model.safetensors"

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from support import change_json, edited_tensors, settings_for
+from support import change_json, edited_tensors, moved, settings_for
 
 from config import UserError
 from lora_tradeoffs.checkpoints import Checkpoint
@@ -69,15 +69,6 @@ def fresh(folder):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def moved(model):
-    """The model with all that is trainable moved."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import change_json, edited_tensors, settings_for
+from support import change_json, edited_tensors, moved
 
 from config import UserError
 from lora_tradeoffs.models.adapters import read_checkpoint
-from lora_tradeoffs.models.base import load_base, prepare_base
+from lora_tradeoffs.models.base import load_base
 from lora_tradeoffs.models.weights import FullCheckpoint, Weights
 
 ADAPTER = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def base(tiny):
-    return prepare_base(settings_for(model=str(tiny)))
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +149,7 @@ def test_an_adapter_with_broken_tensors_is_refused(base, weights, tmp_path):
 
 def save_full(base, folder, shard="10MB", noise=0.01):
     torch.manual_seed(1)
-    model = load_base(base)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(noise * torch.randn_like(parameter))
+    model = moved(load_base(base), noise)
     model.save_pretrained(folder, max_shard_size=shard)
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
 

@@ -24,11 +24,6 @@ slow = pytest.mark.slow
 TASKS = ("hellaswag", "arc_challenge", "winogrande", "piqa", "boolq")
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tiny):
-    return load_base(prepare_base(settings_for(model=str(tiny)))).eval()
-
-
 def measured(benchmarks, model):
     """Our results, and lm-eval's report that they are made from: it tells what was greedy."""
     from lm_eval import evaluator
@@ -138,13 +133,13 @@ def test_a_second_model_is_measured_without_loading_again(tiny_model, tokenizer,
     assert [r.chance for r in first] == [0.5, 0.5]
 
 
-def test_an_adapter_is_measured_and_one_of_zeros_changes_nothing(tiny, tokenizer, real_data):
+def test_an_adapter_is_measured_and_one_of_zeros_changes_nothing(base, tokenizer, real_data):
     from peft import LoraConfig, get_peft_model
 
-    base = load_base(prepare_base(settings_for(model=str(tiny)))).eval()
+    model = load_base(base).eval()
     benchmarks = Benchmarks(settings_for(data=str(real_data)), tokenizer, ["piqa"], 0, 6)
-    (before,) = benchmarks.measure(base)
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    (before,) = benchmarks.measure(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     assert benchmarks.measure(adapted)[0].log_likelihoods == before.log_likelihoods
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
@@ -154,8 +149,8 @@ def test_an_adapter_is_measured_and_one_of_zeros_changes_nothing(tiny, tokenizer
         assert benchmarks.measure(adapted)[0].log_likelihoods == before.log_likelihoods
 
 
-def test_a_model_that_computes_no_numbers_is_an_error(tiny, tokenizer, real_data):
-    broken = load_base(prepare_base(settings_for(model=str(tiny)))).eval()
+def test_a_model_that_computes_no_numbers_is_an_error(base, tokenizer, real_data):
+    broken = load_base(base).eval()
     benchmarks = Benchmarks(settings_for(data=str(real_data)), tokenizer, ["piqa"], 0, 3)
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))

@@ -13,7 +13,6 @@ from support import settings_for, write_benchmark
 from config import BENCHMARK_GROUPS, UserError
 from lora_tradeoffs.files import read_json
 from lora_tradeoffs.measuring.results import Results
-from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.retention.benchmark_checks import check_requests
 from lora_tradeoffs.retention.benchmark_tasks import TaskLoader
 from lora_tradeoffs.retention.benchmarks import Benchmarks
@@ -32,11 +31,6 @@ INSTRUCTION = {
     "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_sentences"],
     "kwargs": [{}, {"relation": "at least", "num_sentences": 2}],
 }
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tiny):
-    return load_base(prepare_base(settings_for(model=str(tiny)))).eval()
 
 
 def short_answers(benchmarks, most):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from reference import MODEL_FIELDS, Allocations, family_model
+from support import moved
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_tradeoffs.retention.cka import MINIBATCH, centred_gram, cka, dealt, hsic_terms
@@ -37,14 +38,10 @@ def small_model(seed=0, tied=True):
     return LlamaForCausalLM(config).eval()
 
 
-def moved(model, size=0.05, seed=1):
+def tuned_copy(model, size=0.05, seed=1):
     """A copy with noise on every weight."""
     torch.manual_seed(seed)
-    tuned = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            parameter.add_(size * torch.randn_like(parameter))
-    return tuned
+    return moved(copy.deepcopy(model), size)
 
 
 def adapted(model, modules=("q_proj", "v_proj"), trained=False):
@@ -177,7 +174,7 @@ def dense_cka(states):
 
 
 def test_equals_a_plain_dense_computation(base):
-    tuned = moved(base)
+    tuned = tuned_copy(base)
     passages = [*passages_of(70, 61, 50, 33), Passage([1, 2, 3, 4, 5], [4]), Passage([7, 8], [0])]
     drift = compare(observe(base, passages), tuned)
     kl, agreed, states = dense(base, tuned, passages)
@@ -194,7 +191,7 @@ def test_a_task_is_compared_over_its_whole_answers(base):
     """The mean over all tokens that training supervises, from the logits of the whole rows."""
     from datasets import Dataset
 
-    tuned, rng = moved(base), np.random.default_rng(3)
+    tuned, rng = tuned_copy(base), np.random.default_rng(3)
     rows = [(rng.integers(VOCABULARY, size=20 + 9 * k).tolist(), 4 + 7 * k) for k in range(5)]
     data = Dataset.from_list([{"input_ids": ids, "prompt_length": n} for ids, n in rows])
     drift = compare(observe(base, answer_passages(data, 1_000)), tuned)
@@ -212,7 +209,7 @@ def test_a_task_is_compared_over_its_whole_answers(base):
 @pytest.mark.parametrize("kind", MODEL_FIELDS)
 def test_windows_and_caps_of_other_families_count(kind):
     windowed = family_model(kind, vocabulary=VOCABULARY)
-    tuned, passages = moved(windowed), passages_of(41, 30, 12, 33)
+    tuned, passages = tuned_copy(windowed), passages_of(41, 30, 12, 33)
     drift = compare(observe(windowed, passages), tuned)
     kl, agreed, states = dense(windowed, tuned, passages)
     assert drift.kl == pytest.approx(kl, rel=1e-4) and drift.agreed.tolist() == agreed
@@ -264,7 +261,7 @@ def test_an_adapter_against_itself_switched_off_is_the_dense_computation():
 
 
 def test_batches_and_padding_do_not_count(base):
-    tuned = moved(base)
+    tuned = tuned_copy(base)
     passages = passages_of(70, 12, 64, 41, 5, 70, 33)
     found = [compare(observe(base, passages, budget), tuned) for budget in (1, 150, 5_000)]
     assert [len(set(drift.batches)) for drift in found] == [7, 3, 1]
@@ -290,7 +287,7 @@ def test_the_first_position_is_left_out(base):
 
 
 def test_a_base_that_is_overwritten_needs_a_copy_of_its_head(base):
-    passages, model, tuned = passages_of(40, 30), copy.deepcopy(base), moved(base)
+    passages, model, tuned = passages_of(40, 30), copy.deepcopy(base), tuned_copy(base)
     expected = compare(observe(base, passages), tuned)
     references = [observe(model, passages, copy_head=kept) for kept in (False, True)]
     model.load_state_dict(tuned.state_dict())  # as the weights of full fine-tuning are
@@ -304,14 +301,14 @@ def test_a_base_that_is_overwritten_needs_a_copy_of_its_head(base):
 def test_one_reference_serves_many_checkpoints(base):
     passages = passages_of(40, 30)
     reference = observe(base, passages)
-    near, far = (compare(reference, moved(base, size)) for size in (0.01, 0.1))
+    near, far = (compare(reference, tuned_copy(base, size)) for size in (0.01, 0.1))
     assert mean_kl(near) < mean_kl(far) and agreement(near) > agreement(far)
     assert (near.cka > far.cka).all()
-    assert compare(reference, moved(base, 0.01)).kl.tolist() == near.kl.tolist()
+    assert compare(reference, tuned_copy(base, 0.01)).kl.tolist() == near.kl.tolist()
 
 
 def test_small_divergences_are_not_rounding(base):
-    drift = compare(observe(base, passages_of(60)), moved(base, 1e-5))
+    drift = compare(observe(base, passages_of(60)), tuned_copy(base, 1e-5))
     assert 0 < mean_kl(drift) < 1e-6
 
 

@@ -8,20 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from reference import MODEL_FIELDS, family_model
-from support import settings_for
 
 from config import FAMILIES
 from dataset_descriptions import describe
 from lora_tradeoffs.adaptation.predictions import generated_texts
 from lora_tradeoffs.data.encoding import encode
 from lora_tradeoffs.data.sources import read_jsonl
-from lora_tradeoffs.models.base import load_base, prepare_base
+from lora_tradeoffs.models.base import load_base
 from lora_tradeoffs.scoring.generation import generate_greedily
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
-def model(request, tiny):
-    return load_base(prepare_base(settings_for(model=str(tiny))), attention=request.param).eval()
+def model(request, base):
+    return load_base(base, attention=request.param).eval()
 
 
 def random_prompts(count, seed=0, shortest=1):

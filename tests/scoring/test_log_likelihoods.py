@@ -3,14 +3,13 @@
 import pytest
 import torch
 from reference import MODEL_FIELDS, WINDOWED, family_model, plain_score
-from support import settings_for
 
 from config import FAMILIES
 from dataset_descriptions import describe
 from lora_tradeoffs.data.collator import IGNORED, CompletionCollator
 from lora_tradeoffs.data.encoding import choice_ids, encode, text_ids
 from lora_tradeoffs.data.sources import read_jsonl
-from lora_tradeoffs.models.base import load_base, prepare_base
+from lora_tradeoffs.models.base import load_base
 from lora_tradeoffs.scoring.log_likelihoods import (
     completion_losses,
     label_predictions,
@@ -21,8 +20,8 @@ from lora_tradeoffs.scoring.rows import Item, batches, shared_rows
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
-def model(request, tiny):
-    return load_base(prepare_base(settings_for(model=str(tiny))), attention=request.param).eval()
+def model(request, base):
+    return load_base(base, attention=request.param).eval()
 
 
 def random_items(count=23, seed=0):

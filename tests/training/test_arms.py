@@ -105,7 +105,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("word", ["dora:4", "pissa:4,lora_dropout=0.1", "loraplus:4", "oft:8"])
-def test_an_adapter_is_trained_resumed_and_loads_in_plain_peft(tiny, monkeypatch, word):
+def test_an_adapter_is_trained_resumed_and_loads_in_plain_peft(tiny, base, monkeypatch, word):
     """PiSSA under bf16: its base is stored in it, and its conversion must not round."""
     from peft import PeftModel
 
@@ -126,7 +126,6 @@ def test_an_adapter_is_trained_resumed_and_loads_in_plain_peft(tiny, monkeypatch
     trained = {n: p.detach() for n, p in models[0].named_parameters() if p.requires_grad}
     assert training["trainable_parameters"] == sum(p.numel() for p in trained.values())
 
-    base = prepare_base(settings_for(model=str(tiny)))
     arm = ArmSpec.parse(word)
     (planned,) = plan_runs(settings_for(model=str(tiny)), 32, [("sst2",)], [arm], [42], {})
     same = build_model(base, planned.config, False, "sdpa")

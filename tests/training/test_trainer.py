@@ -8,18 +8,13 @@ from support import settings_for
 
 from config import FAMILIES, UserError
 from lora_tradeoffs.data.collator import CompletionCollator
-from lora_tradeoffs.models.base import empty_model, load_base, prepare_base, read_model_config
+from lora_tradeoffs.models.base import empty_model, load_base, read_model_config
 from lora_tradeoffs.scoring.log_likelihoods import completion_losses, label_predictions, mean_by_row
 from lora_tradeoffs.training.costs import Cost, check_room, expected_cost
 from lora_tradeoffs.training.schedule import checkpoint_steps
 from lora_tradeoffs.training.trainer import CompletionLoss, MultiTaskTrainer, training_arguments
 from multi_task_training import build_model
 from training_configs import default_config
-
-
-@pytest.fixture(scope="module")
-def base(tiny):
-    return prepare_base(settings_for(model=str(tiny)))
 
 
 def config_of(method="lora", rank=4, **changes):
