@@ -1,13 +1,12 @@
 """Chat templates: the template's own tokens, and one form for training and all measuring."""
 
 import copy
-import json
 import shutil
 
 import pandas as pd
 import pytest
 from reference import peer_results
-from support import assert_one_line_error, settings_for
+from support import assert_one_line_error, change_json, settings_for
 
 import eval as adaptation
 import retention_eval as retention
@@ -178,8 +177,8 @@ def test_a_chat_needs_a_template_and_a_system_message_a_chat(tiny, tmp_path, ins
     assert_one_line_error(inside(train, "--tasks", "sst2", "--lora", "4", *flags), says)
     assert_one_line_error(inside(retention.main, *flags, *SHORT), says)
     assert_one_line_error(inside(run_study.main, "--tasks", "sst2", "--ranks", "4", *flags), says)
-    path, named = folder / "tokenizer_config.json", [{"name": "rag", "template": "a"}]
-    path.write_text(json.dumps({**read_json(path), "chat_template": [*named, *named]}))
+    named = [{"name": "rag", "template": "a"}]
+    change_json(folder / "tokenizer_config.json", chat_template=[*named, *named])
     assert_one_line_error(inside(retention.main, *flags, *SHORT), "no default specified")
     settings = settings_for(study="no-template")
     assert not settings.runs_dir.exists()

@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from support import DEMO, ROOT, assert_close, assert_one_line_error, values
+from support import DEMO, ROOT, assert_close, assert_one_line_error, change_json, values
 
 from config import DOCUMENTS
 from lora_tradeoffs.data.sources import source_digest
@@ -156,8 +156,7 @@ def test_checkpoints_are_deleted_once_they_are_measured(whole, copied, workspace
     models = copied("deleted")
     report = workspace / "outputs" / "deleted" / "report.html"
     report.write_text("newer than all that it shows")
-    study = workspace / "outputs/deleted/study.json"
-    study.write_text(json.dumps(read_json(study) | {"measure_then_delete": True}))
+    change_json(workspace / "outputs/deleted/study.json", measure_then_delete=True)
     arguments = [*flags, "--study", "deleted", "--measure-then-delete"]
     for _ in range(2):  # the later start does not take the deleted ones for unmeasured
         assert main(arguments) == 0

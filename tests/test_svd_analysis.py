@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from reference import random_similarity
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support import assert_one_line_error, change_json, edited_tensors, moved, settings_for
 
 from lora_tradeoffs.checkpoints import weights_key
@@ -254,12 +254,11 @@ def test_a_planted_rotation_is_found_in_its_layer(base, model, tmp_path):
     """The second left singular vector turns by .3 towards the 13th: k - sin^2(.3) of k stay."""
     name, angle = "model.layers.1.self_attn.v_proj.weight", 0.3
     shutil.copytree(base.folder, tmp_path / "full")
-    tensors = load_file(tmp_path / "full" / "model.safetensors")
-    U, S, Vh = torch.linalg.svd(tensors[name].double(), full_matrices=False)
-    turn = torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    U[:, [1, 12]] = U[:, [1, 12]] @ turn
-    tensors[name] = (U * S @ Vh).float()
-    save_file(tensors, tmp_path / "full" / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(tmp_path / "full" / "model.safetensors") as tensors:
+        U, S, Vh = torch.linalg.svd(tensors[name].double(), full_matrices=False)
+        turn = torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        U[:, [1, 12]] = U[:, [1, 12]] @ turn
+        tensors[name] = (U * S @ Vh).float()
     _, layers = analyse(model, "rotated", "--runs", tmp_path / "full")
     phi = layers[layers.metric == "phi"]
     turned = (phi.layer == 1) & (phi.module == "v_proj")

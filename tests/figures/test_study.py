@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from figure_checks import assert_texts_are_apart, lines, notes, panel
+from support import change_json
 from synthetic_effects import ARMS, Bench, arm_fields, write_run, write_scored
 from synthetic_records import kept, write_study
 
@@ -111,8 +112,7 @@ def test_a_gap_in_a_record_stays_one_and_a_missing_configuration_is_named(runs_d
         (folder / "training.json").write_text(json.dumps(training))
     assert arm_costs(cost_table(runs_dir))["million tokens"].isna().all()
     assert gain_costs(runs_dir, retention)["tokens"].isna().all()
-    run = path.with_name("run.json")
-    run.write_text(json.dumps(json.loads(run.read_text()) | {"config": ["full"]}))
+    change_json(path.with_name("run.json"), config=["full"])
     with pytest.raises(UserError, match=r"run\.json is damaged: config is a list"):
         cost_table(runs_dir)
 

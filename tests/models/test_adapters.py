@@ -1,7 +1,6 @@
 """Any adapter's update is what PEFT's own merge makes of the whole model, minus the base."""
 
 import copy
-import json
 import shutil
 
 import pytest
@@ -276,8 +275,8 @@ def test_a_checkpoint_with_a_tokenizer_or_a_precision_of_its_own_is_told(base, t
         (_, full) = find_subjects(settings_for(), base, [str(tmp_path / dtype)])
         lines = own_settings([full], base)
         assert told in str(lines) and len(lines) == bool(told)
-    path = tmp_path / "float64" / "config.json"  # as older versions of transformers noted it
-    path.write_text(json.dumps({**json.loads(path.read_text()), "_name_or_path": "a/other"}))
+    # as older versions of transformers noted it
+    change_json(tmp_path / "float64" / "config.json", _name_or_path="a/other")
     (_, full) = find_subjects(settings_for(), base, [str(tmp_path / "float64")])
     assert own_settings([full], base) == [
         f"float64 names a/other as its base and is measured against {base.name}"

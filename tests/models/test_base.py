@@ -1,13 +1,12 @@
 """Base models: one that is there is found, a broken one is named."""
 
 import copy
-import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import edited_tensors, settings_for
+from support import change_json, edited_tensors, settings_for
 
 from config import UserError
 from lora_tradeoffs.models import base as base_models
@@ -124,8 +123,7 @@ def test_weights_that_are_missing_are_not_made_up(tiny, tmp_path):
 def test_an_embedding_of_another_size_than_config_json_says_is_named(tiny, tmp_path):
     """As of a tokenizer that grew, or an embedding that was padded, after config.json was saved."""
     folder, settings = broken_copy(tiny, tmp_path)
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 49_160}))
+    change_json(folder / "config.json", vocab_size=49_160)
     message = r"model\.embed_tokens\.weight \(49152, 32\), not \(49160, 32\)"
     with pytest.raises(UserError, match=message):
         load_base(prepare_base(settings))

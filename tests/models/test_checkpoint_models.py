@@ -91,12 +91,11 @@ def test_broken_checkpoints_are_named_and_the_others_are_done(base, tmp_path):
     full = make_full(base, tmp_path / "full", seed=2)
     for name in ("lacks", "extra", "truncated", "pickled", "other", "bare"):
         shutil.copytree(tmp_path / "whole", tmp_path / name)
-    weights = load_file(tmp_path / "whole" / "adapter_model.safetensors")
-    first = min(weights)
-    fewer = {name: weight for name, weight in weights.items() if name != first}
-    save_file(fewer, tmp_path / "lacks" / "adapter_model.safetensors")
-    more = {**weights, first.replace("layers.0", "layers.7"): weights[first].clone()}
-    save_file(more, tmp_path / "extra" / "adapter_model.safetensors")
+    with edited_tensors(tmp_path / "lacks" / "adapter_model.safetensors") as weights:
+        del weights[min(weights)]
+    with edited_tensors(tmp_path / "extra" / "adapter_model.safetensors") as weights:
+        first = min(weights)
+        weights[first.replace("layers.0", "layers.7")] = weights[first].clone()
     path = tmp_path / "truncated" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     (tmp_path / "pickled" / "adapter_model.safetensors").rename(tmp_path / "pickled" / "a.bin")
@@ -176,12 +175,9 @@ def test_scaled_adapters_run_from_the_base_to_the_checkpoint(base, tmp_path):
         assert torch.equal(found[0][0], before)
         assert all(torch.equal(logits, whole) for logits in found[1])
         assert torch.equal(logits_of(model), whole)
-        weights = load_file(tmp_path / name / "adapter_model.safetensors")
-        for key in weights:
-            if "lora_B" in key:
-                weights[key] *= 0.5
         shutil.copytree(tmp_path / name, tmp_path / f"{name}_half")
-        save_file(weights, tmp_path / f"{name}_half" / "adapter_model.safetensors")
+        with edited_tensors(tmp_path / f"{name}_half" / "adapter_model.safetensors") as weights:
+            weights |= {key: w / 2 for key, w in weights.items() if "lora_B" in key}
         half = logits_of(models_of(base, tmp_path / f"{name}_half")[1])
         assert torch.allclose(found[0.5][0], half, atol=1e-6)
 
