@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
+from synthetic_records import write_study
 
 LAYERS = 4
 SHARED = {"split": "", "task": "", "alpha": 0, "scaling": "2r", "target_modules": "qv"}
@@ -112,10 +113,7 @@ def write_drift(output, grid, seeds=(42,), families=("similar", "dissimilar"), p
                     records += checkpoint(family, method, rank, seed, 20 * i, i / points)
                 write_tables(folder, records[-1]["run"], 20 * points, rank)
     records += between(records)
-    meta = {"study": "demo", "base_model": "made-up", "preset": "demo"}
-    path = folder / "drift.json"
-    path.write_text(json.dumps({"meta": meta, "records": records}), encoding="utf-8")
-    return path
+    return write_study(output, records, script="drift")
 
 
 def write_retention(output, drift, forgetting):
@@ -128,7 +126,4 @@ def write_retention(output, drift, forgetting):
         for r in found.values()
         for t, value in ((0.25, 9.0), (1.0, forgetting(r)))
     ]
-    path = output / "outputs" / "demo" / "retention.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"meta": {"preset": "demo"}, "records": rows}), encoding="utf-8")
-    return path
+    return write_study(output, rows, script="retention")

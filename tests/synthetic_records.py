@@ -9,7 +9,7 @@ import json
 import math
 import random
 
-from config import FAMILIES
+from config import DOCUMENTS, FAMILIES
 from dataset_descriptions import DESCRIPTIONS
 from training_configs import rate_name
 
@@ -225,10 +225,8 @@ def rate_points(points, family="similar", seeds=(42,), error=0.01, default=1e-3)
 
 
 def write_study(folder, records, preset="demo", study="demo", script="adaptation"):
-    """The document of eval.py, of retention_eval.py or of svd_analysis.py, below the folder."""
-    places = {"adaptation": "performance_analysis", "retention": "outputs"}
-    place = places.get(script, "drift_analysis_plots")
-    path = folder / place / study / f"{script}.json"
+    """A document of DOCUMENTS below the folder."""
+    path = folder / DOCUMENTS[script].format(study=study)
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = {"study": study, "base_model": "made-up", "preset": preset, "created": "2026-01-01"}
     path.write_text(json.dumps({"meta": meta, "records": records}), encoding="utf-8")

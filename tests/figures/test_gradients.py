@@ -1,12 +1,11 @@
 """The captions of the figures of gradient conflict."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 from figure_checks import drawn, notes
-from synthetic_records import record
+from synthetic_records import record, write_study
 
 from lora_tradeoffs.figures.draw import FIGURES
 from lora_tradeoffs.gradients.conflict import Products, conflict_records
@@ -43,8 +42,7 @@ def test_figures_say_what_is_averaged_and_what_bars_are_over(tmp_path, seeds, me
         records += [fields | conflict for conflict in conflict_records(products)]
     for r in records:
         r |= {k: None for k, v in r.items() if isinstance(v, float) and math.isnan(v)}
-    path = tmp_path / "gradients.json"
-    path.write_text(json.dumps({"meta": {"preset": "study"}, "records": records}))
+    path = write_study(tmp_path, records, "study", script="gradients")
     for figure in FIGURES["gradients"]:
         text = notes(drawn(figure, gradients=load_records(path)))
         has_bars = figure.__name__ in ("conflict_over_training", "conflict_by_layer")

@@ -1,7 +1,6 @@
 """Rank correlations of forgetting with measures of drift: by hand, known, none, too few."""
 
 import itertools
-import json
 import math
 import warnings
 
@@ -11,7 +10,7 @@ import pytest
 from scipy.stats import rankdata, spearmanr
 from simulated_studies import CORRELATIONS, association_errors, exchange_errors
 from synthetic_drift import checkpoint
-from synthetic_records import kept, record
+from synthetic_records import kept, record, write_study
 
 from lora_tradeoffs.tables.arms import Arm
 from lora_tradeoffs.tables.frames import load_records
@@ -237,12 +236,6 @@ def test_runs_that_keep_their_order_say_nothing_within():
 # -------------------------------------------------------------------------- from the records
 
 
-def written(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"meta": {"preset": "study"}, "records": records}))
-    return load_records(path)
-
-
 RUN = "similar_lora_r8_seed42"
 
 
@@ -270,7 +263,10 @@ def frames(tmp_path):
         drift += rows
     control = {"rank": 8, "step": 40, "fraction": 1.0}
     retention.append(kept("sst2_lora_r8_seed42", "mean", "forgetting", 5.0, **control))
-    return written(tmp_path / "retention.json", retention), written(tmp_path / "drift.json", drift)
+    return [
+        load_records(write_study(tmp_path, records, "study", script=name))
+        for name, records in (("retention", retention), ("drift", drift))
+    ]
 
 
 def test_the_table_reads_each_measure_where_it_is_kept(frames):
@@ -314,8 +310,7 @@ def test_gains_may_come_from_adaptation(frames, tmp_path):
             (RUN, 40, 0.0, {}),
         )
     ]
-    path = tmp_path / "adaptation.json"
-    adaptation = written(path, rows)
+    adaptation = load_records(write_study(tmp_path, rows, "study"))
     table = predictor_table(retention[retention["metric"] != "adaptation"], None, adaptation)
     assert table["gain"].iloc[1] == pytest.approx(0.3)
 
