@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from reference import MODEL_FIELDS, family_model
+from support import settings_for
 
 from config import FAMILIES
 from dataset_descriptions import describe
 from lora_tradeoffs.adaptation.predictions import generated_texts
 from lora_tradeoffs.data.encoding import encode
 from lora_tradeoffs.data.sources import read_jsonl
-from lora_tradeoffs.models.base import load_base
+from lora_tradeoffs.models.base import load_base, prepare_base
 from lora_tradeoffs.scoring.generation import generate_greedily
 
 
