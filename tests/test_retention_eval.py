@@ -403,7 +403,7 @@ def test_checkpoints_whose_records_would_mix_are_refused(folder, model, tmp_path
     assert "are both called 'base'" in capsys.readouterr().err
 
 
-def test_bad_input_is_one_line(folder, model, inside):
+def test_bad_input_is_one_line(folder, model, inside, tmp_path):
     def run(*argv):
         return inside(main, *model, *argv)
 
@@ -417,6 +417,9 @@ def test_bad_input_is_one_line(folder, model, inside):
     assert_one_line_error(run("--runs", "none"), "no run 'none'")
     scaled = run("--runs", RUN, "--checkpoints", "3", "--scale-update")
     assert_one_line_error(scaled, "none of the chosen checkpoints is one")
+    shutil.copytree(settings_for(study=STUDY).runs_dir / RUN / "checkpoint-6", tmp_path / "theirs")
+    theirs = run("--runs", tmp_path / "theirs", "--scale-update")
+    assert_one_line_error(theirs, "the last checkpoint of a run that was trained here, and none")
     empty = ["--data", str(ROOT / "tests")]
     assert_one_line_error(run(*empty), "hellaswag needs its split validation")
 

@@ -63,8 +63,9 @@ class Retention(Analysis):
         scaled = [s for s in last if s.family is not None]  # else it has no tasks to adapt to
         for flag, which in (("scale_update", scaled), ("shrink_intruders", last)):
             if getattr(options, flag) is not None and len(subjects) > 1 and not which:
+                whose = "of a run that was trained here" if last else "of a run"
                 raise UserError(
-                    f"--{flag.replace('_', '-')} needs the last checkpoint of a run, and none of"
+                    f"--{flag.replace('_', '-')} needs the last checkpoint {whose}, and none of"
                     " the chosen checkpoints is one"
                 )
         for subject in subjects:
