@@ -19,7 +19,7 @@ from lora_tradeoffs.tables import frames
 from lora_tradeoffs.tables.frames import load_records
 
 JOIN = """
-import argparse, resource, sys
+import argparse
 from pathlib import Path
 from types import SimpleNamespace
 from config import resolve_settings
@@ -36,11 +36,12 @@ from config import resolve_settings
 from lora_tradeoffs.report.html import write_report
 write_report(resolve_settings(argparse.Namespace(study="demo")))
 """
+# VmHWM: the ru_maxrss of a process begins with that of the one which started it
 MEASURED = """
-import resource, time
-who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-usage = [resource.getrusage(w) for w in who]
-print("\\n", sum(u.ru_utime for u in usage), max(u.ru_maxrss for u in usage) / 1e6)
+import re, resource
+own, children = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+memory = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+print("\\n", own.ru_utime + children.ru_utime, max(memory, children.ru_maxrss) / 1e6)
 """
 
 
