@@ -304,16 +304,15 @@ def read_env_file(path: Path) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8-sig") as stream:
             lines = list(parse_stream(stream))
-        values = dotenv_values(path, encoding="utf-8-sig")
+        values = {n: v for n, v in dotenv_values(path, encoding="utf-8-sig").items() if v}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); save it as such") from None
     for line in lines:
         if line.error or (line.key and line.value is None):
-            text = line.original.string.strip()
-            raise UserError(f"{path}: line {line.original.line}: {text!r} is not NAME=value")
-    values = {name: value for name, value in values.items() if value}
+            # without its text, which may be a token
+            raise UserError(f"{path}: line {line.original.line} is not NAME=value")
     for name, value in values.items():
         if "\0" in value:
             raise UserError(f"{path}: {name} holds a NUL character; write the line again")
